@@ -1,0 +1,314 @@
+"""What every recurrence shares: one operator each, several implementations, inputs read through a route.
+
+A recurrence is written once, as a plain function over inputs that already stand in time order: its *definition*.
+`recurrence` turns the definition into a `torch.library` operator `linescan::NAME` that
+
+- reads its token inputs (B, K, L, ...) through a route table and writes its output back to the same places,
+- is differentiable: an implementation without a backward of its own is differentiated by running it again,
+- has a fake (shape-only) form, so that `torch.compile` and `torch.export` see one operator,
+- computes in float32 for half-precision inputs, with autocast off inside, and in float64 for float64 inputs,
+- picks the fastest implementation for the device at run time, or the one that `backend` forces.
+
+Route tables
+------------
+An integer tensor (K, S), or (B, K, S) where every sample has its own. Entry [k, t] is the token that route k visits at
+step t, or a negative number:
+
+- ``-1``: a padding token. All token inputs are zero there; the step is taken, its output is dropped.
+- ``-(i + 2)``: token i is read once more; the output of this visit is dropped.
+
+A token that no step of a route writes has output zero on that route. A route writes a token at most once.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from inspect import signature
+from typing import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+__all__ = ["Recurrence", "Implementation", "backend", "recurrence", "recurrences", "read", "write", "visited"]
+
+_forced = ""
+_registry: dict[str, "Recurrence"] = {}
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Forces one implementation of every recurrence called inside the `with` block.
+
+    Args:
+        name: "reference" (the sequential definition, differentiable any number of times), "chunked" (vectorised torch
+            operations), or a kernel's name ("cpu", "triton"). The backward of a call made inside uses it too.
+
+    Raises:
+        ValueError: no recurrence has an implementation of that name.
+    """
+    global _forced
+    known = sorted({i for r in _registry.values() for i in r.implementations})
+    if name not in known:
+        raise ValueError(f"unknown scan backend {name!r}; there are: {', '.join(known)}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def recurrences() -> dict[str, "Recurrence"]:
+    """All registered recurrences by name."""
+    return dict(_registry)
+
+
+@dataclass
+class Implementation:
+    """One way to compute a recurrence.
+
+    Attributes:
+        forward: (*inputs, route, merge) -> (output, final state), in grid order.
+        backward: (grad_output, grad_state, *inputs, route, merge) -> gradients of the floating tensors among `inputs`
+            that are not None, in order; `grad_state` may be None. None: differentiate `forward` by running it again.
+        supports: (*inputs, route, merge) -> whether this call can be served (device, dtype, shape).
+    """
+
+    forward: Callable
+    backward: Callable | None = None
+    supports: Callable = lambda *args: True
+
+
+def _steps(route: Tensor, batch: int, length: int) -> tuple[Tensor, Tensor]:
+    """The token read at each step as an index into the flattened (B, K, L), and the (B, K, S) table itself."""
+    table = route.long()
+    if table.ndim == 2:
+        table = table.expand(batch, *table.shape)
+    return torch.where(table < 0, (-2 - table).clamp_min(0), table), table
+
+
+def read(x: Tensor, route: Tensor | None) -> Tensor:
+    """Gathers tokens into time order: x (B, K or 1, L, ...), route (K, S) or (B, K, S) -> (B, K, S, ...)."""
+    if route is None:
+        return x
+    batch, routes, length = x.shape[:3]
+    token, table = _steps(route, batch, length)
+    row = torch.arange(batch, device=x.device)[:, None, None] * routes
+    if routes > 1:
+        row = row + torch.arange(routes, device=x.device)[:, None]
+    flat = x.reshape(batch * routes * length, *x.shape[3:])
+    out = flat.index_select(0, (row * length + token).flatten()).reshape(*table.shape, *x.shape[3:])
+    padding = table == -1
+    if padding.any():
+        out = out.masked_fill(padding.reshape(*table.shape, *[1] * (x.ndim - 3)), 0)
+    return out
+
+
+def write(y: Tensor, route: Tensor | None, length: int) -> Tensor:
+    """Puts time-ordered outputs back: y (B, K, S, ...) -> (B, K, L, ...); the inverse of `read` for permutations."""
+    if route is None:
+        return y
+    batch, routes = y.shape[:2]
+    _, table = _steps(route, batch, length)
+    row = torch.arange(batch * routes, device=y.device).reshape(batch, routes, 1)
+    slots = batch * routes * length  # one more row takes what is dropped
+    target = torch.where(table < 0, slots, row * length + table).flatten()
+    out = y.new_zeros(slots + 1, *y.shape[3:]).index_copy(0, target, y.flatten(0, 2))
+    return out[:-1].reshape(batch, routes, length, *y.shape[3:])
+
+
+def visited(tokens: Sequence[Tensor], route: Tensor | None) -> tuple[int, int, int]:
+    """(B, K, L) of a call, from its token inputs (each with K or 1 on the route axis) and its route table."""
+    batch, length = tokens[0].shape[0], tokens[0].shape[2]
+    routes = max(x.shape[1] for x in tokens)
+    if route is not None:
+        routes = max(routes, route.shape[-2])
+    return batch, routes, length
+
+
+class Recurrence:
+    """A named recurrence with its operator and implementations; made by `recurrence`."""
+
+    def __init__(self, definition: Callable, tokens: Sequence[str], shapes: Callable, flops: Callable | None):
+        self.name = definition.__name__.strip("_")
+        self.definition = definition
+        self.parameters = list(signature(definition).parameters)
+        self.is_token = [name in tokens for name in self.parameters]
+        self.shapes = shapes
+        self.implementations: dict[str, Implementation] = {}
+        self.register("reference", self._through_route(definition))
+        self._make_operator(flops)
+        _registry[self.name] = self
+
+    # -- implementations ------------------------------------------------------------------------------------------
+
+    def register(self, name: str, forward: Callable, backward: Callable | None = None, supports=lambda *args: True):
+        """Adds an implementation in grid order; later ones are preferred to earlier ones where they support a call."""
+        self.implementations[name] = Implementation(forward, backward, supports)
+
+    def chunked(self, core: Callable) -> Callable:
+        """Decorator: registers a vectorised form with the definition's own signature (inputs in time order)."""
+        self.register("chunked", self._through_route(core))
+        return core
+
+    def _through_route(self, core: Callable) -> Callable:
+        """A time-ordered function as one in grid order, computing in at least float32."""
+
+        def forward(*args):
+            *inputs, route, merge = args
+            floats = [x.dtype for x in inputs if isinstance(x, Tensor) and x.is_floating_point()]
+            compute = torch.float64 if torch.float64 in floats else torch.float32
+            tokens = [x for x, token in zip(inputs, self.is_token) if token and x is not None]
+            batch, routes, length = visited(tokens, route)
+            ready = []
+            for x, token in zip(inputs, self.is_token):
+                if isinstance(x, Tensor) and x.is_floating_point():
+                    x = x.to(compute)
+                    if token:
+                        x = read(x, route)
+                        x = x.expand(batch, routes, *x.shape[2:])
+                ready.append(x)
+            output, state = core(*ready)
+            output = write(output, route, length)
+            if merge:
+                output = output.sum(1)
+            return output.to(tokens[0].dtype), state
+
+        return forward
+
+    def pick(self, name: str, *args) -> Implementation:
+        """The implementation `name`, or with "" the fastest that supports the call."""
+        if name:
+            return self.implementations.get(name) or self.implementations["chunked"]
+        for implementation in reversed(self.implementations.values()):
+            if implementation.supports(*args):
+                return implementation
+        raise RuntimeError(f"{self.name}: no implementation supports this call")
+
+    # -- the operator ---------------------------------------------------------------------------------------------
+
+    def _make_operator(self, flops: Callable | None) -> None:
+        inputs = torch.library.infer_schema(self.definition, mutates_args=()).rpartition(") ->")[0][1:]
+        common = f"{inputs}, Tensor? route, bool merge, str backend"
+        qualified = f"linescan::{self.name}"
+
+        forward = torch.library.custom_op(
+            qualified, self._forward, mutates_args=(), schema=f"({common}) -> (Tensor, Tensor)"
+        )
+        backward = torch.library.custom_op(
+            f"{qualified}_backward",
+            self._backward,
+            mutates_args=(),
+            schema=f"(Tensor grad_output, Tensor? grad_state, {common}) -> Tensor[]",
+        )
+        forward.register_fake(self._fake)
+        backward.register_fake(lambda go, gs, *args: [torch.empty_like(x, memory_format=torch.contiguous_format)
+                                                      for x in self._differentiable(args)])
+
+        def setup_context(ctx, inputs, output):
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*[x for x in inputs if isinstance(x, Tensor)])
+            ctx.others = [None if isinstance(x, Tensor) else (x,) for x in inputs]
+            ctx.output = output[0].shape, output[0].dtype, output[0].device
+
+        def differentiate(ctx, grad_output, grad_state):
+            tensors = iter(ctx.saved_tensors)
+            inputs = [next(tensors) if other is None else other[0] for other in ctx.others]
+            if grad_output is None:
+                shape, dtype, device = ctx.output
+                grad_output = torch.zeros(shape, dtype=dtype, device=device)
+            grads = iter(backward(grad_output, grad_state, *inputs))
+            return tuple(next(grads) if self._has_gradient(x) else None for x in inputs)
+
+        forward.register_autograd(differentiate, setup_context=setup_context)
+
+        def no_second_derivative(ctx, *grads):
+            raise RuntimeError(
+                f"{self.name} has no second derivative in its fast forms; "
+                "use `with linescan.scans.backend('reference'):` for the forward pass"
+            )
+
+        backward.register_autograd(no_second_derivative, setup_context=lambda ctx, inputs, output: None)
+        self.operator = forward
+        if flops is not None:
+            overload = getattr(torch.ops.linescan, self.name)
+
+            @register_flop_formula(overload)
+            def formula(*shapes, out_shape=None, **kwargs):
+                return flops(*shapes[: len(self.parameters)])
+
+    @staticmethod
+    def _has_gradient(x) -> bool:
+        return isinstance(x, Tensor) and x.is_floating_point()
+
+    def _differentiable(self, args) -> list[Tensor]:
+        return [x for x in args if self._has_gradient(x)]
+
+    def _fake(self, *args):
+        *inputs, route, merge, _ = args
+        tokens = [x for x, token in zip(inputs, self.is_token) if token and x is not None]
+        batch, routes, length = visited(tokens, route)
+        output, state = self.shapes(batch, routes, length, *inputs)
+        if merge:
+            output = (output[0], *output[2:])
+        compute = torch.float64 if torch.float64 in [x.dtype for x in self._differentiable(inputs)] else torch.float32
+        return tokens[0].new_empty(output), tokens[0].new_empty(state, dtype=compute)
+
+    def _forward(self, *args):
+        *call, name = args
+        first = call[0]
+        with torch.autocast(first.device.type, enabled=False):
+            output, state = self.pick(name, *call).forward(*call)
+        return output.contiguous(), state.contiguous()
+
+    def _backward(self, grad_output, grad_state, *args):
+        *call, name = args
+        implementation = self.pick(name, *call)
+        with torch.autocast(grad_output.device.type, enabled=False):
+            if implementation.backward is not None:
+                return list(implementation.backward(grad_output, grad_state, *call))
+
+            def again(*floats):
+                floats = iter(floats)
+                return implementation.forward(*[next(floats) if self._has_gradient(x) else x for x in call])
+
+            (_, state), vjp = torch.func.vjp(again, *self._differentiable(call))
+            grad_state = torch.zeros_like(state) if grad_state is None else grad_state
+            return [g.contiguous() for g in vjp((grad_output, grad_state))]
+
+    def __call__(self, *inputs, route: Tensor | None = None, merge: bool = False) -> tuple[Tensor, Tensor]:
+        """(output (B, K, L, ...) in grid order, or (B, L, ...) summed over routes if `merge`; final state)."""
+        self._check_route(inputs, route)
+        if _forced == "reference":  # plain torch: differentiable any number of times
+            with torch.autocast(inputs[0].device.type, enabled=False):
+                return self.implementations["reference"].forward(*inputs, route, merge)
+        return self.operator(*inputs, route, merge, _forced)
+
+    def _check_route(self, inputs, route: Tensor | None) -> None:
+        if route is None:
+            return
+        first = inputs[0]
+        if route.is_floating_point() or route.ndim not in (2, 3):
+            raise ValueError(
+                f"{self.name}: a route is an integer table (K, S) or (B, K, S), got {route.dtype} {tuple(route.shape)}"
+            )
+        for x, token, name in zip(inputs, self.is_token, self.parameters):
+            if token and x is not None and x.shape[1] not in (1, route.shape[-2]):
+                raise ValueError(
+                    f"{self.name}: {name} has {x.shape[1]} routes on axis 1, the route table has {route.shape[-2]}"
+                )
+        if route.ndim == 3 and route.shape[0] != first.shape[0]:
+            raise ValueError(f"{self.name}: route table for {route.shape[0]} samples, inputs have {first.shape[0]}")
+
+
+def recurrence(tokens: Sequence[str], shapes: Callable, flops: Callable | None = None) -> Callable:
+    """Decorator that registers a definition as the operator `linescan::NAME` and returns its `Recurrence`.
+
+    Args:
+        tokens: names of the arguments with layout (B, K or 1, L, ...), read along the route; the first is the one whose
+            dtype the output takes. Definitions get them as (B, K, S, ...) in time order; every other argument as it is.
+        shapes: (B, K, L, *inputs) -> (output shape (B, K, L, ...), final state shape), without `merge`.
+        flops: (*input shapes, None for a missing one) -> floating-point operations of a forward (two a multiply-add).
+
+    The definition has type annotations, returns (output (B, K, S, ...), final state), and computes step by step.
+    """
+    return lambda definition: Recurrence(definition, tokens, shapes, flops)
