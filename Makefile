@@ -1,0 +1,35 @@
+# make demo   trains and tries a small Vim on handwritten digits, into runs/demo/
+# make test   runs the whole test suite
+# Both make the virtual environment .venv first, where it is not there. Nothing but Python 3.10+ is needed.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PYTEST ?= $(BIN)/python -m pytest -n auto --maxprocesses=8
+
+.PHONY: demo test test-core lint clean
+
+demo: .venv/installed
+	$(BIN)/linescan demo
+
+test: .venv/installed
+	OMP_NUM_THREADS=1 $(PYTEST)
+
+# Everything that is quick: for the minutes between two edits.
+test-core: .venv/installed
+	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow"
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf .venv build dist *.egg-info
+
+# torch comes first and the package is then built against it (--no-build-isolation): the optional C++ kernel needs the
+# very torch it will run with, and an isolated build would download a second one.
+.venv/installed: pyproject.toml constraints.txt $(wildcard setup.py)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "linescan needs Python 3.10 or newer, this is " \
+		+ sys.version.split()[0] + "; try: make PYTHON=/path/to/python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt setuptools wheel torch torchvision
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
