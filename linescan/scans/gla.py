@@ -1,0 +1,313 @@
+"""Gated linear attention and its relatives: a matrix state per head that decays and takes in one outer product a token.
+
+    S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T          o_t = scale * S_t^T q_t
+
+- `gla`: a log decay for every key channel. Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient
+  Training", 2023, arXiv 2312.06635, equation 3.
+- `simple_gla`: one log decay a head. The same paper, table 1; the core of Mamba-2 (Dao and Gu, 2024, arXiv 2405.21060).
+- `retention`: one constant decay a head. Sun et al., "Retentive Network", 2023, arXiv 2307.08621, equations 5 to 8.
+- `hgrn2`: keys tied to the forget gate. Qin et al., "HGRN2: Gated Linear RNNs with State Expansion", 2024,
+  arXiv 2404.07904, equation 5.
+
+Bidirectional forms are two routes, a row order and its reverse, over the same q, k, v with one set of gates a route.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .recurrence import Recurrence, recurrence, visited
+
+__all__ = ["gla", "simple_gla", "retention", "hgrn2"]
+
+CHUNK = 64  # tokens that one matrix product covers; a power of two
+
+
+# -- what the head-wise recurrences share ---------------------------------------------------------------------------
+
+
+def check_shapes(name: str, route: Tensor | None, **arguments: tuple[Tensor | None, str]) -> None:
+    """Raises a ValueError for the first argument whose shape departs from its layout.
+
+    A layout names the axes, as in "B K L H dk"; a name seen before must have the same size again. K is the route axis of
+    a token input, K or 1 long; R is the same axis of a state, exactly as long as there are routes.
+    """
+    tokens = [x for x, layout in arguments.values() if x is not None and layout.split()[1] == "K" and x.ndim > 2]
+    sizes = {"R": visited(tokens, route)[1] if tokens else 1}
+    for key, (x, layout) in arguments.items():
+        if x is None:
+            continue
+        axes = layout.split()
+        if x.ndim == len(axes):
+            for axis, size in zip(axes, x.shape):
+                sizes.setdefault(axis, (1, sizes["R"]) if axis == "K" else size)
+            wanted = [sizes[axis] for axis in axes]
+            if all(size in (want if isinstance(want, tuple) else (want,)) for size, want in zip(x.shape, wanted)):
+                continue
+            text = ", ".join(f"1 or {want[1]}" if isinstance(want, tuple) else str(want) for want in wanted)
+            raise ValueError(f"{name}: {key} should be ({', '.join(axes)}) = ({text}), got {tuple(x.shape)}")
+        raise ValueError(f"{name}: {key} should be ({', '.join(axes)}), got {x.ndim} axes {tuple(x.shape)}")
+
+
+def call(op: Recurrence, *inputs, route: Tensor | None, merge: str | None, return_final_state: bool):
+    """Runs an operator and returns what a public function returns.
+
+    Raises:
+        ValueError: `merge` is neither None nor "sum".
+    """
+    if merge not in (None, "sum"):
+        raise ValueError(f"{op.name}: merge is None (one output a route) or 'sum', got {merge!r}")
+    output, state = op(*inputs, route=route, merge=merge == "sum")
+    return (output, state) if return_final_state else output
+
+
+def head_shapes(batch, routes, length, q, k, v, *_):
+    """Output and state shapes of a recurrence over q, k (..., H, dk) and v (..., H, dv)."""
+    return (batch, routes, length, *v.shape[3:]), (batch, routes, q.shape[3], q.shape[4], v.shape[4])
+
+
+def head_flops(q, k, v, *_):
+    """Decay and update of a dk x dv state (3 operations an element) and its readout (2)."""
+    routes = max(q[1], k[1], v[1])
+    return 5 * q[0] * routes * q[2] * q[3] * q[4] * v[4]
+
+
+def empty_state(q: Tensor, v: Tensor, initial_state: Tensor | None) -> Tensor:
+    """The state before the first token (B, K, H, dk, dv): the one given, or zeros."""
+    if initial_state is not None:
+        return initial_state
+    return q.new_zeros(*q.shape[:2], *q.shape[3:], v.shape[-1])
+
+
+def split(*tokens: Tensor) -> list[Tensor]:
+    """Tokens in time order (B, K, T, H, d) as chunks (B, K, H, N, C, d), zeros after the last token.
+
+    C is `CHUNK`, or less for a shorter sequence. Zero keys and zero gates leave a state as it is.
+    """
+    length = tokens[0].shape[2]
+    size = min(CHUNK, 1 << (length - 1).bit_length())
+    padding = -length % size
+    return [F.pad(x.transpose(2, 3), (0, 0, 0, padding)).contiguous().unflatten(3, (-1, size)) for x in tokens]
+
+
+def join(chunks: Tensor, length: int) -> Tensor:
+    """(B, K, H, N, C, d) back to (B, K, T, H, d)."""
+    return chunks.flatten(3, 4)[:, :, :, :length].transpose(2, 3)
+
+
+def decayed_scores(q: Tensor, k: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention scores inside chunks, under decay, by halving.
+
+        scores[i, j] = sum_c q[i, c] k[j, c] exp(g[j+1, c] + ... + g[i, c])   for j <= i, otherwise 0
+
+    A block of tokens is two halves. A query in the right half meets a key in the left half across the boundary between
+    them, so the decay is a factor exp(gates from the boundary to i) of the query times a factor exp(gates from j to the
+    boundary) of the key, and the square of scores is one matrix product. Gates are only ever added, so no exponent is
+    positive and none comes from a difference of long sums.
+
+    Args:
+        q, k: (..., C, d), C a power of two.
+        g: (..., C, d) or (..., C, 1), log decays <= 0.
+
+    Returns:
+        scores (..., C, C); the gates summed from the chunk's start up to and with i, and from after i to the chunk's
+        end, both shaped like g.
+    """
+    chunk, size = q.shape[-2], 1
+    scores = (q * k).sum(-1)[..., None, None]
+    before, after = g, torch.zeros_like(g)
+    while size < chunk:
+        (_, q_right), (k_left, _), (before_left, before_right), (after_left, after_right) = (
+            x.unflatten(-2, (-1, 2, size)).unbind(-3) for x in (q, k, before, after)
+        )
+        left, right = scores.unflatten(-3, (-1, 2)).unbind(-3)
+        across = (q_right * before_right.exp()) @ (k_left * after_left.exp()).mT
+        scores = torch.cat((torch.cat((left, torch.zeros_like(left)), -1), torch.cat((across, right), -1)), -2)
+        after = torch.cat((after_left + before_right[..., -1:, :], after_right), -2).flatten(-3, -2)
+        before = torch.cat((before_left, before_right + before_left[..., -1:, :]), -2).flatten(-3, -2)
+        size *= 2
+    return scores.squeeze(-3), before, after
+
+
+def carry(decay: Tensor, update: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The state that enters every chunk, and the last one.
+
+    Args:
+        decay: (B, K, H, N, dk or 1), what a whole chunk leaves of a state, in (0, 1].
+        update: (B, K, H, N, dk, dv), what a chunk adds.
+        state: (B, K, H, dk, dv).
+    """
+    entering = []
+    for kept, added in zip(decay[..., None].unbind(3), update.unbind(3)):
+        entering.append(state)
+        state = kept * state + added
+    return torch.stack(entering, 3), state
+
+
+# -- the recurrences ------------------------------------------------------------------------------------------------
+
+
+def _sequential(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, initial_state: Tensor | None):
+    """The definition, for g (B, K, T, H, dk) or (B, K, T, H, 1)."""
+    state = empty_state(q, v, initial_state)
+    outputs = []
+    for q_t, k_t, v_t, g_t in zip(*(x.unbind(2) for x in (q, k, v, g))):
+        state = g_t.exp()[..., None] * state + k_t[..., None] * v_t[..., None, :]
+        outputs.append(scale * (q_t[..., None, :] @ state).squeeze(-2))
+    return torch.stack(outputs, 2), state
+
+
+def _in_chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, initial_state: Tensor | None):
+    """The same in matrix products, a chunk at a time."""
+    length, state = q.shape[2], empty_state(q, v, initial_state)
+    q, k, v, g = split(scale * q, k, v, g)
+    scores, before, after = decayed_scores(q, k, g)
+    entering, state = carry(before[..., -1, :].exp(), (k * after.exp()).mT @ v, state)
+    return join(scores @ v + (q * before.exp()) @ entering, length), state
+
+
+@recurrence(tokens=("q", "k", "v", "g"), shapes=head_shapes, flops=head_flops)
+def _gla(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, initial_state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return _sequential(q, k, v, g, scale, initial_state)
+
+
+@_gla.chunked
+def _gla_chunked(q, k, v, g, scale, initial_state):
+    return _in_chunks(q, k, v, g, scale, initial_state)
+
+
+@recurrence(tokens=("q", "k", "v", "g"), shapes=head_shapes, flops=head_flops)
+def _simple_gla(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, initial_state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return _sequential(q, k, v, g[..., None], scale, initial_state)
+
+
+@_simple_gla.chunked
+def _simple_gla_chunked(q, k, v, g, scale, initial_state):
+    return _in_chunks(q, k, v, g[..., None], scale, initial_state)
+
+
+def gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    route: Tensor | None = None,
+    merge: str | None = None,
+    return_final_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Gated linear attention: S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t.
+
+    Yang et al., 2023, arXiv 2312.06635, equation 3. The state is float32 under half precision.
+
+    Args:
+        q, k: queries and keys (B, K or 1, L, H, dk).
+        v: values (B, K or 1, L, H, dv).
+        g: log decays <= 0 of the key channels (B, K or 1, L, H, dk); -inf forgets everything before the token.
+        scale: of the queries; dk ** -0.5 by default.
+        initial_state: (B, K, H, dk, dv); zeros by default.
+        route: table (K, S) or (B, K, S), see `linescan.scans.recurrence`. A padding token leaves the state as it is.
+        merge: None, or "sum" to add up the outputs of the routes.
+        return_final_state: also return the state after the last step.
+
+    Returns:
+        (B, K, L, H, dv) in q's dtype, or (B, L, H, dv) with `merge`; with `return_final_state`, a pair of that and the
+        state (B, K, H, dk, dv).
+
+    Raises:
+        ValueError: a shape that does not fit the others, or an unknown `merge`.
+    """
+    check_shapes(
+        "gla",
+        route,
+        q=(q, "B K L H dk"),
+        k=(k, "B K L H dk"),
+        v=(v, "B K L H dv"),
+        g=(g, "B K L H dk"),
+        initial_state=(initial_state, "B R H dk dv"),
+    )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return call(
+        _gla, q, k, v, g, scale, initial_state, route=route, merge=merge, return_final_state=return_final_state
+    )
+
+
+def simple_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    route: Tensor | None = None,
+    merge: str | None = None,
+    return_final_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Linear attention with one gate a head: S_t = exp(g_t) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t.
+
+    Yang et al., 2023, arXiv 2312.06635, table 1; Dao and Gu, 2024, arXiv 2405.21060, with q = C, k = B, v = dt x, g = dt A.
+
+    Args:
+        g: log decays <= 0 of the heads (B, K or 1, L, H).
+
+    All else as in `gla`.
+    """
+    check_shapes(
+        "simple_gla",
+        route,
+        q=(q, "B K L H dk"),
+        k=(k, "B K L H dk"),
+        v=(v, "B K L H dv"),
+        g=(g, "B K L H"),
+        initial_state=(initial_state, "B R H dk dv"),
+    )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return call(
+        _simple_gla, q, k, v, g, scale, initial_state, route=route, merge=merge, return_final_state=return_final_state
+    )
+
+
+def retention(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor | tuple[Tensor, Tensor]:
+    """Retention: S_t = gamma_h S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t, gamma_h = 1 - 2^(-5-h) for head h from 0.
+
+    Sun et al., 2023, arXiv 2307.08621, equations 5 to 8, without the rotation of q and k and the norm after it.
+
+    Args:
+        q, k: queries and keys (B, K or 1, L, H, dk).
+        v: values (B, K or 1, L, H, dv).
+        options: those of `gla`.
+    """
+    batch, _, length, heads = q.shape[:4] if q.ndim == 5 else (0, 0, 0, 0)
+    g = torch.log1p(-(2.0 ** (-5 - torch.arange(heads, device=q.device, dtype=torch.float64))))
+    g = g.to(torch.promote_types(q.dtype, torch.float32)).expand(batch, 1, length, heads)
+    return simple_gla(q, k, v, g, **options)
+
+
+def hgrn2(
+    q: Tensor, f: Tensor, v: Tensor, lower_bound: float | Tensor = 0.0, **options
+) -> Tensor | tuple[Tensor, Tensor]:
+    """HGRN2: a_t = lb + (1 - lb) sigmoid(f_t), S_t = diag(a_t) S_{t-1} + (1 - a_t) v_t^T, o_t = scale S_t^T silu(q_t).
+
+    Qin et al., 2024, arXiv 2404.07904, equation 5. The key 1 - a and the log decay are both taken from f itself, so
+    neither loses digits where the gate saturates.
+
+    Args:
+        q: output gates before their activation (B, K or 1, L, H, dk).
+        f: forget gates before their activation (B, K or 1, L, H, dk).
+        v: values (B, K or 1, L, H, dv).
+        lower_bound: of the forget gates, in [0, 1): a number, or a tensor that broadcasts with f.
+        options: those of `gla`.
+    """
+    f = f.to(torch.promote_types(f.dtype, torch.float32))
+    bound = torch.as_tensor(lower_bound, dtype=f.dtype, device=f.device)
+    k = (1 - bound) * torch.sigmoid(-f)
+    floor = bound.clamp_min(torch.finfo(f.dtype).tiny).log()
+    g = torch.logaddexp(floor, torch.log1p(-bound) + F.logsigmoid(f))
+    return gla(F.silu(q), k, v, g, **options)
