@@ -1,0 +1,3 @@
+"""Backbones, one file a system; importing this package registers them all with timm."""
+
+from . import vim  # noqa: F401

@@ -1,0 +1,325 @@
+"""The timm contract, once for all backbones: classifier, intermediates, checkpointing, parameter groups, weights.
+
+`PlainBackbone` is a sequence of tokens through equal blocks; `HierarchicalBackbone` a map through stages. A system
+states its architecture and its checkpoint filter; what timm and OpenMMLab expect of any backbone is here.
+"""
+
+from typing import Callable, Sequence
+
+import torch
+from timm.models import build_model_with_cfg, checkpoint, feature_take_indices
+from torch import Tensor, nn
+
+from ..checkpoint import load_checkpoint
+
+__all__ = ["Backbone", "PlainBackbone", "HierarchicalBackbone", "create_backbone", "image_cfg"]
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def image_cfg(**kwargs) -> dict:
+    """A pretrained_cfg for ImageNet classification at 224: bicubic resize, crop 0.875, the usual mean and deviation.
+
+    `hf_hub_id` with `hf_hub_filename`, or `url`, names the official file.
+    """
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
+        "classifier": "head",
+        **kwargs,
+    }
+
+
+def create_backbone(cls: type, name: str, pretrained: bool, **kwargs) -> nn.Module:
+    """Builds `cls` as timm's registry asks for it; weights come through `linescan.load_checkpoint`, never a pickle.
+
+    Args:
+        cls: a `Backbone` class.
+        name: the registered model name.
+        pretrained: load the official weights, or the file that `pretrained_cfg_overlay={"file": PATH}` names.
+        kwargs: the model's arguments and timm's (`features_only`, `out_indices`, `pretrained_cfg_overlay`, ...).
+    """
+    overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
+    overlay.setdefault("custom_load", "hf")  # timm then hands the file's path to Backbone.load_pretrained
+    return build_model_with_cfg(
+        cls,
+        name,
+        pretrained,
+        pretrained_cfg_overlay=overlay,
+        pretrained_filter_fn=lambda state, model: model.checkpoint_filter(state),
+        feature_cfg={"out_indices": kwargs.pop("out_indices", cls.default_out_indices), "feature_cls": "getter"},
+        **kwargs,
+    )
+
+
+class Backbone(nn.Module):
+    """What every linescan backbone has in common.
+
+    Subclasses set `num_features`, `feature_info`, and either the plain or the hierarchical members, and call
+    `init_head` once. `blocks` or `stages` are the units of features, checkpointing and layer decay.
+    """
+
+    default_out_indices: Sequence[int] = (0, 1, 2, 3)
+    head_name = "head"
+    min_size = 1  # smallest height and width that the stem can read
+
+    def init_head(self, num_classes: int, global_pool: str, drop_rate: float) -> None:
+        """Sets the classifier: dropout and a Linear from the pooled features; `num_classes=0` for none."""
+        self.num_classes = num_classes
+        self.global_pool = global_pool
+        self.head_hidden_size = self.num_features
+        self.grad_checkpointing = False
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+
+    # -- classifier -------------------------------------------------------------------------------------------------
+
+    def get_classifier(self) -> nn.Module:
+        """The final Linear, or Identity."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new, untrained classifier for `num_classes` (0: none); optionally another pooling."""
+        self.num_classes = num_classes
+        if global_pool is not None:
+            self.global_pool = global_pool
+        old = next(self.parameters())
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+        self.head.to(device=old.device, dtype=old.dtype)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features of `forward_features` -> pooled (B, num_features) if `pre_logits`, else logits."""
+        x = self.head_drop(self.pool(x))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) -> logits (B, num_classes), or pooled features without a classifier."""
+        return self.forward_head(self.forward_features(x))
+
+    # -- training utilities -----------------------------------------------------------------------------------------
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block's activations in the backward pass."""
+        self.grad_checkpointing = enable
+
+    def run(self, block: Callable, x: Tensor, *context) -> Tensor:
+        """One block, under gradient checkpointing where that is on."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, *context)
+        return block(x, *context)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay skips: what the modules themselves name, and class tokens and positions."""
+        names = {n for n, _ in self.named_parameters() if n.rpartition(".")[2] in ("pos_embed", "cls_token")}
+        for prefix, module in self.named_modules():
+            if module is not self and hasattr(module, "no_weight_decay"):
+                names |= {f"{prefix}.{name}" for name in module.no_weight_decay()}
+        return names
+
+    # -- weights ----------------------------------------------------------------------------------------------------
+
+    def load_pretrained(self, path: str) -> None:
+        """Loads a published file, keeping the own classifier or folding the stem where classes or channels differ."""
+        load_checkpoint(self, path, adapt=True)
+
+    def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Maps the keys and layouts of the official file to this model's."""
+        return state
+
+    # -- input ------------------------------------------------------------------------------------------------------
+
+    def check_input(self, x: Tensor, in_chans: int) -> None:
+        """Raises one clear ValueError for an input of the wrong rank, channel count or size."""
+        name = type(self).__name__
+        if x.ndim != 4:
+            raise ValueError(f"{name} expects images (B, {in_chans}, H, W), got shape {tuple(x.shape)}")
+        if x.shape[1] != in_chans:
+            raise ValueError(f"{name} expects {in_chans} input channels, got {x.shape[1]} (shape {tuple(x.shape)})")
+        if min(x.shape[-2:]) < self.min_size:
+            raise ValueError(
+                f"{name} expects images of at least {self.min_size}x{self.min_size} pixels, "
+                f"got {x.shape[-2]}x{x.shape[-1]}"
+            )
+
+
+def _take(count: int, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
+    try:
+        return feature_take_indices(count, indices)
+    except AssertionError as error:
+        raise ValueError(str(error)) from None
+
+
+class PlainBackbone(Backbone):
+    """Equal blocks over a token sequence (B, L, dim).
+
+    Subclasses define `blocks`, `norm`, `embed(x) -> (tokens, grid, context)`, where every block is called as
+    `block(tokens, *context)`, `patch_tokens(x, grid) -> (B, H * W, dim)` if class tokens stand in the sequence, and
+    `pool(x)`.
+    """
+
+    default_out_indices = (-1,)
+
+    def patch_tokens(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
+        """The grid tokens of a sequence, in row-major order, without class tokens."""
+        return x
+
+    def pool(self, x: Tensor) -> Tensor:
+        """Tokens after the final norm -> (B, num_features)."""
+        return x.mean(1)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images -> all tokens (B, L, dim) after the final norm."""
+        x, _, context = self.embed(x)
+        for block in self.blocks:
+            x = self.run(block, x, *context)
+        return self.norm(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ):
+        """Features after chosen blocks, as timm has it.
+
+        Args:
+            x: images (B, in_chans, H, W).
+            indices: block numbers, the last n if an int, all if None.
+            return_prefix_tokens: accepted for timm; class tokens are never among the intermediates.
+            norm: apply the final norm to each.
+            stop_early: skip the blocks after the last wanted one.
+            output_fmt: "NCHW" maps or "NLC" tokens.
+            intermediates_only: return only the list.
+
+        Returns:
+            The list of intermediates, or (final features, list).
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt is 'NCHW' or 'NLC', not {output_fmt!r}")
+        take, last = _take(len(self.blocks), indices)
+        x, grid, context = self.embed(x)
+        kept = []
+        for i, block in enumerate(self.blocks):
+            if stop_early and i > last:
+                break
+            x = self.run(block, x, *context)
+            if i in take:
+                tokens = self.patch_tokens(self.norm(x) if norm else x, grid)
+                kept.append(tokens if output_fmt == "NLC" else tokens.transpose(1, 2).unflatten(2, grid).contiguous())
+        return kept if intermediates_only else (self.norm(x), kept)
+
+    def prune_intermediate_layers(self, indices=1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
+        """Drops the blocks after the last wanted one (and norm and head if asked); returns the block numbers."""
+        take, last = _take(len(self.blocks), indices)
+        self.blocks = self.blocks[: last + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0)
+        return take
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Layer groups for layer-wise learning-rate decay."""
+        return {
+            "stem": r"^cls_token|^pos_embed|^temporal_pos|^patch_embed",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+
+class HierarchicalBackbone(Backbone):
+    """Stages over a channels-last map (B, H, W, C), each at half the resolution of the one before.
+
+    Subclasses define `patch_embed(x) -> (B, H, W, C)`, `stages`, where a stage first reduces and then runs its `blocks`,
+    and `norm`.
+    """
+
+    def pool(self, x: Tensor) -> Tensor:
+        """Map (B, H, W, C) after the final norm -> (B, C)."""
+        return x.mean((1, 2))
+
+    def forward_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
+        """A stage's downsampling, then its blocks one by one."""
+        x = stage.downsample(x)
+        for block in stage.blocks:
+            x = self.run(block, x)
+        return x
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images -> the last map (B, H, W, C) after the final norm."""
+        x = self.embed(x)
+        for stage in self.stages:
+            x = self.forward_stage(stage, x)
+        return self.norm(x)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Checks the images and runs the stem."""
+        self.check_input(x, self.in_chans)
+        return self.patch_embed(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ):
+        """The map after each chosen stage, as timm has it.
+
+        Args:
+            x: images (B, in_chans, H, W).
+            indices: stage numbers, the last n if an int, all if None.
+            norm: apply the final norm to the last stage's map (the others have another width).
+            stop_early: skip the stages after the last wanted one.
+            output_fmt: "NCHW" or "NHWC".
+            intermediates_only: return only the list.
+
+        Returns:
+            The list of maps, or (final features, list).
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt is 'NCHW' or 'NHWC', not {output_fmt!r}")
+        take, last = _take(len(self.stages), indices)
+        x = self.embed(x)
+        kept = []
+        for i, stage in enumerate(self.stages):
+            if stop_early and i > last:
+                break
+            x = self.forward_stage(stage, x)
+            if i in take:
+                y = self.norm(x) if norm and i == len(self.stages) - 1 else x
+                kept.append(y if output_fmt == "NHWC" else y.permute(0, 3, 1, 2).contiguous())
+        return kept if intermediates_only else (self.norm(x), kept)
+
+    def prune_intermediate_layers(self, indices=1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
+        """Drops the stages after the last wanted one (and norm and head if asked); returns the stage numbers."""
+        take, last = _take(len(self.stages), indices)
+        self.stages = self.stages[: last + 1]
+        if prune_norm or last + 1 < len(self.feature_info):
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0)
+        return take
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Layer groups for layer-wise learning-rate decay."""
+        return {
+            "stem": r"^patch_embed|^pos_embed",
+            "blocks": [(r"^stages\.(\d+)", None)]
+            if coarse
+            else [
+                (r"^stages\.(\d+)\.downsample", (0,)),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^norm", (99999,)),
+            ],
+        }

@@ -1,0 +1,113 @@
+"""The Mamba mixer over routes: an S6 layer whose convolution and scan read the tokens in any order.
+
+Gu and Dao, arXiv 2312.00752; scanned forward and backward as in Vim (arXiv 2401.09417), or along any set of routes.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..scans import causal_conv1d, selective_scan
+
+__all__ = ["MambaMixer", "init_dt_bias", "project_routes"]
+
+
+def init_dt_bias(shape: tuple[int, ...], dt_min: float = 1e-3, dt_max: float = 1e-1, floor: float = 1e-4) -> Tensor:
+    """Biases whose softplus is log-uniform in [dt_min, dt_max]: the inverse softplus of such steps."""
+    dt = torch.exp(torch.rand(shape) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min)).clamp_min(floor)
+    return dt + torch.log(-torch.expm1(-dt))
+
+
+class MambaMixer(nn.Module):
+    """Token mixer (B, L, dim) -> (B, L, dim): in_proj, then per route causal conv, SiLU and S6, gate, merge, out_proj.
+
+    Every route k has its own convolution, x_proj, dt_proj, A and D, stacked on the first axis of one parameter; in_proj,
+    the gate and out_proj are shared.
+
+    Args:
+        dim: channels of the stream.
+        n_routes: K, routes scanned; their outputs are added.
+        d_state: N, state size per channel.
+        d_conv: taps of the causal convolution.
+        expand: inner channels as a multiple of `dim`.
+        dt_rank: R, rank of the step-size projection; None for ceil(dim / 16).
+        shared_inputs: all routes share convolution (along the first route), x_proj, dt_proj and D, and differ in A
+            alone ("v1" of Vim).
+        scale: factor on the merged output, before out_proj.
+        init_layer_scale: initial value of a learned factor per output channel; None for none.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        n_routes: int = 2,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: float = 2,
+        dt_rank: int | None = None,
+        shared_inputs: bool = False,
+        scale: float = 1.0,
+        init_layer_scale: float | None = None,
+    ):
+        super().__init__()
+        inner = int(expand * dim)
+        rank = dt_rank or math.ceil(dim / 16)
+        sets = 1 if shared_inputs else n_routes
+        self.split = rank, d_state, d_state
+        self.scale = scale
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
+        self.conv_weight = nn.Parameter(torch.empty(sets, inner, d_conv))
+        self.conv_bias = nn.Parameter(torch.empty(sets, inner))
+        self.x_proj = nn.Parameter(torch.empty(sets, rank + 2 * d_state, inner))
+        self.dt_proj = nn.Parameter(torch.empty(sets, inner, rank))
+        self.dt_bias = nn.Parameter(torch.empty(sets, inner))
+        self.A_log = nn.Parameter(torch.empty(n_routes, inner, d_state))
+        self.D = nn.Parameter(torch.ones(sets, inner))
+        self.out_proj = nn.Linear(inner, dim, bias=False)
+        self.gamma = nn.Parameter(torch.full((dim,), init_layer_scale)) if init_layer_scale is not None else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Mamba's initialisation: steps log-uniform in [1e-3, 1e-1], A = -1..-N, D = 1."""
+        sets, inner, taps = self.conv_weight.shape
+        bound = taps**-0.5
+        nn.init.uniform_(self.conv_weight, -bound, bound)
+        nn.init.uniform_(self.conv_bias, -bound, bound)
+        nn.init.uniform_(self.x_proj, -(inner**-0.5), inner**-0.5)
+        nn.init.uniform_(self.dt_proj, -(self.split[0] ** -0.5), self.split[0] ** -0.5)
+        with torch.no_grad():
+            self.dt_bias.copy_(init_dt_bias((sets, inner)))
+            self.A_log.copy_(torch.arange(1, self.split[1] + 1, dtype=torch.float32).log().expand_as(self.A_log))
+
+    def no_weight_decay(self) -> set[str]:
+        """Biases and D: one value a channel, stacked over routes, so that their rank does not tell."""
+        return {"conv_bias", "dt_bias", "D"}
+
+    def forward(self, x: Tensor, route: Tensor) -> Tensor:
+        """x (B, L, dim), route (K, S) over the L tokens -> (B, L, dim)."""
+        u, z = self.in_proj(x)[:, None].chunk(2, -1)
+        sets, routes = self.conv_weight.shape[0], self.A_log.shape[0]
+        u = causal_conv1d(u, self.conv_weight, self.conv_bias, activation="silu", route=route[:sets])
+        dt, B, C = project_routes(u, self.x_proj).split(self.split, -1)
+        y = selective_scan(
+            u,
+            project_routes(dt, self.dt_proj),
+            -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))),
+            B,
+            C,
+            self.D.expand(routes, -1),
+            z,
+            self.dt_bias.expand(routes, -1),
+            delta_softplus=True,
+            route=route,
+            merge="sum",
+        )
+        y = self.out_proj(y * self.scale if self.scale != 1.0 else y)
+        return y if self.gamma is None else y * self.gamma
+
+
+def project_routes(x: Tensor, weight: Tensor) -> Tensor:
+    """One linear map a route: x (B, K or 1, L, C), weight (K, C', C) -> (B, K, L, C')."""
+    return F.linear(x, weight[0]) if weight.shape[0] == 1 else torch.matmul(x, weight.mT)

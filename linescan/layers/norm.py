@@ -1,0 +1,31 @@
+"""Norms that compute in float32 whatever the stream's dtype."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["RMSNorm"]
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis: w * x / sqrt(mean(x^2) + eps) (Zhang and Sennrich, arXiv 1910.07467).
+
+    Half-precision inputs are normalised in float32; the output has the weight's dtype, so that a float32 residual
+    stream feeds half-precision layers.
+
+    Args:
+        dim: size of the last axis.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        compute = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(compute), self.weight.shape, self.weight.to(compute), self.eps).to(self.weight.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, eps={self.eps}"
