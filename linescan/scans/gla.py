@@ -129,19 +129,12 @@ def decayed_scores(q: Tensor, k: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Ten
     return scores.squeeze(-3), before, after
 
 
-def carry(decay: Tensor, update: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """The state that enters every chunk, and the last one.
-
-    Args:
-        decay: (B, K, H, N, dk or 1), what a whole chunk leaves of a state, in (0, 1].
-        update: (B, K, H, N, dk, dv), what a chunk adds.
-        state: (B, K, H, dk, dv).
-    """
-    entering = []
-    for kept, added in zip(decay[..., None].unbind(3), update.unbind(3)):
-        entering.append(state)
-        state = kept * state + added
-    return torch.stack(entering, 3), state
+def running(decay: Tensor, added: Tensor, state: Tensor, dim: int) -> Tensor:
+    """All states of state = decay * state + added along axis `dim`: the first one, then one after every step."""
+    states = [state]
+    for kept, new in zip(decay.unbind(dim), added.unbind(dim)):
+        states.append(kept * states[-1] + new)
+    return torch.stack(states, dim)
 
 
 # -- the recurrences ------------------------------------------------------------------------------------------------
@@ -162,8 +155,9 @@ def _in_chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, initial
     length, state = q.shape[2], empty_state(q, v, initial_state)
     q, k, v, g = split(scale * q, k, v, g)
     scores, before, after = decayed_scores(q, k, g)
-    entering, state = carry(before[..., -1, :].exp(), (k * after.exp()).mT @ v, state)
-    return join(scores @ v + (q * before.exp()) @ entering, length), state
+    kept = before[..., -1, :, None].exp()  # what a whole chunk leaves of a state
+    states = running(kept, (k * after.exp()).mT @ v, state, 3)
+    return join(scores @ v + (q * before.exp()) @ states[:, :, :, :-1], length), states[:, :, :, -1]
 
 
 @recurrence(tokens=("q", "k", "v", "g"), shapes=head_shapes, flops=head_flops)
