@@ -29,7 +29,18 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-__all__ = ["Recurrence", "Implementation", "backend", "recurrence", "recurrences", "read", "write", "visited"]
+__all__ = [
+    "Recurrence",
+    "Implementation",
+    "backend",
+    "recurrence",
+    "recurrences",
+    "read",
+    "write",
+    "visited",
+    "check_shapes",
+    "call",
+]
 
 _forced = ""
 _registry: dict[str, "Recurrence"] = {}
@@ -116,6 +127,43 @@ def write(y: Tensor, route: Tensor | None, length: int) -> Tensor:
     return out[:-1].reshape(batch, routes, length, *y.shape[3:])
 
 
+def check_shapes(name: str, route: Tensor | None, **arguments: tuple[Tensor | None, str]) -> None:
+    """Raises a ValueError for the first argument whose shape departs from its layout; None passes.
+
+    A layout names the axes, as in "B K L D"; a name seen before must have the same size again. In a token input "K" is
+    the route axis, K or 1 long; everywhere else "R" is the number of routes.
+    """
+    tokens = [x for x, layout in arguments.values() if x is not None and layout.startswith("B K L") and x.ndim > 2]
+    sizes = {"R": visited(tokens, route)[1]}
+    for key, (x, layout) in arguments.items():
+        if x is None:
+            continue
+        axes = layout.split()
+        wanted = f"({', '.join(axes).replace('R', 'K')})"
+        if x.ndim != len(axes):
+            raise ValueError(f"{name}: {key} is {wanted}, got {x.ndim} axes {tuple(x.shape)}")
+        for axis, size in zip(axes, x.shape):
+            if size == 1 and axis == "K":
+                continue
+            known = sizes["R"] if axis == "K" else sizes.setdefault(axis, size)
+            if size != known:
+                raise ValueError(
+                    f"{name}: {key} is {wanted} with {axis.replace('R', 'K')} = {known}, got {tuple(x.shape)}"
+                )
+
+
+def call(op: "Recurrence", *inputs, route: Tensor | None, merge: str | None, return_final_state: bool):
+    """Runs an operator and returns what a public function returns: the output, or (output, final state).
+
+    Raises:
+        ValueError: `merge` is neither None nor "sum".
+    """
+    if merge not in (None, "sum"):
+        raise ValueError(f"{op.name}: merge is None (one output a route) or 'sum', got {merge!r}")
+    output, state = op(*inputs, route=route, merge=merge == "sum")
+    return (output, state) if return_final_state else output
+
+
 def visited(tokens: Sequence[Tensor], route: Tensor | None) -> tuple[int, int, int]:
     """(B, K, L) of a call, from its token inputs (each with K or 1 on the route axis) and its route table."""
     batch, length = tokens[0].shape[0], tokens[0].shape[2]
@@ -150,30 +198,64 @@ class Recurrence:
         self.register("chunked", self._through_route(core))
         return core
 
+    def chunked_backward(self, core: Callable) -> Callable:
+        """Decorator: gives the chunked form a backward of its own, in time order too.
+
+        The function takes (grad_output (B, K, S, ...), grad_state, *the definition's inputs) and returns the gradients
+        of the floating tensors among the inputs that are not None, in order.
+        """
+        self.implementations["chunked"].backward = self._backward_through_route(core)
+        return core
+
+    def _in_time_order(self, inputs, route: Tensor | None) -> list:
+        """The inputs as a definition takes them: token inputs (B, K, S, ...), floating ones in the compute dtype."""
+        compute = self._compute_dtype(inputs)
+        batch, routes, _ = self._visited(inputs, route)
+        ready = []
+        for x, token in zip(inputs, self.is_token):
+            if self._has_gradient(x):
+                x = x.to(compute)
+                if token:
+                    x = read(x, route)
+                    x = x.expand(batch, routes, *x.shape[2:])
+            ready.append(x)
+        return ready
+
     def _through_route(self, core: Callable) -> Callable:
         """A time-ordered function as one in grid order, computing in at least float32."""
 
         def forward(*args):
             *inputs, route, merge = args
-            floats = [x.dtype for x in inputs if isinstance(x, Tensor) and x.is_floating_point()]
-            compute = torch.float64 if torch.float64 in floats else torch.float32
-            tokens = [x for x, token in zip(inputs, self.is_token) if token and x is not None]
-            batch, routes, length = visited(tokens, route)
-            ready = []
-            for x, token in zip(inputs, self.is_token):
-                if isinstance(x, Tensor) and x.is_floating_point():
-                    x = x.to(compute)
-                    if token:
-                        x = read(x, route)
-                        x = x.expand(batch, routes, *x.shape[2:])
-                ready.append(x)
-            output, state = core(*ready)
-            output = write(output, route, length)
+            output, state = core(*self._in_time_order(inputs, route))
+            output = write(output, route, self._visited(inputs, route)[2])
             if merge:
                 output = output.sum(1)
-            return output.to(tokens[0].dtype), state
+            return output.to(self._tokens(inputs)[0].dtype), state
 
         return forward
+
+    def _backward_through_route(self, core: Callable) -> Callable:
+        """The same for a backward: gathers the output's gradient, scatters the inputs'."""
+
+        def backward(grad_output, grad_state, *args):
+            *inputs, route, merge = args
+            batch, routes, length = self._visited(inputs, route)
+            compute = self._compute_dtype(inputs)
+            grad_output = grad_output.to(compute)
+            if merge:
+                grad_output = grad_output.unsqueeze(1).expand(-1, routes, *grad_output.shape[1:])
+            if route is not None:  # a visit whose output is dropped has gradient zero, as padding has input zero
+                grad_output = read(grad_output, route.clamp_min(-1))
+            if grad_state is None:
+                grad_state = grad_output.new_zeros(self.shapes(batch, routes, length, *inputs)[1])
+
+            def ready(*floats):
+                return tuple(self._differentiable(self._in_time_order(self._replace(inputs, floats), route)))
+
+            ordered, scatter = torch.func.vjp(ready, *self._differentiable(inputs))
+            return scatter(tuple(core(grad_output, grad_state, *self._replace(inputs, ordered))))
+
+        return backward
 
     def pick(self, name: str, *args) -> Implementation:
         """The implementation `name`, or with "" the fastest that supports the call."""
@@ -201,8 +283,11 @@ class Recurrence:
             schema=f"(Tensor grad_output, Tensor? grad_state, {common}) -> Tensor[]",
         )
         forward.register_fake(self._fake)
-        backward.register_fake(lambda go, gs, *args: [torch.empty_like(x, memory_format=torch.contiguous_format)
-                                                      for x in self._differentiable(args)])
+        backward.register_fake(
+            lambda go, gs, *args: [
+                torch.empty_like(x, memory_format=torch.contiguous_format) for x in self._differentiable(args)
+            ]
+        )
 
         def setup_context(ctx, inputs, output):
             ctx.set_materialize_grads(False)
@@ -243,15 +328,27 @@ class Recurrence:
     def _differentiable(self, args) -> list[Tensor]:
         return [x for x in args if self._has_gradient(x)]
 
+    def _replace(self, args, floats) -> list:
+        """`args` with other tensors in place of the differentiable ones."""
+        floats = iter(floats)
+        return [next(floats) if self._has_gradient(x) else x for x in args]
+
+    def _compute_dtype(self, inputs) -> torch.dtype:
+        return torch.float64 if torch.float64 in [x.dtype for x in self._differentiable(inputs)] else torch.float32
+
+    def _tokens(self, inputs) -> list[Tensor]:
+        return [x for x, token in zip(inputs, self.is_token) if token and x is not None]
+
+    def _visited(self, inputs, route: Tensor | None) -> tuple[int, int, int]:
+        return visited(self._tokens(inputs), route)
+
     def _fake(self, *args):
         *inputs, route, merge, _ = args
-        tokens = [x for x, token in zip(inputs, self.is_token) if token and x is not None]
-        batch, routes, length = visited(tokens, route)
-        output, state = self.shapes(batch, routes, length, *inputs)
+        first = self._tokens(inputs)[0]
+        output, state = self.shapes(*self._visited(inputs, route), *inputs)
         if merge:
             output = (output[0], *output[2:])
-        compute = torch.float64 if torch.float64 in [x.dtype for x in self._differentiable(inputs)] else torch.float32
-        return tokens[0].new_empty(output), tokens[0].new_empty(state, dtype=compute)
+        return first.new_empty(output), first.new_empty(state, dtype=self._compute_dtype(inputs))
 
     def _forward(self, *args):
         *call, name = args
@@ -268,8 +365,7 @@ class Recurrence:
                 return list(implementation.backward(grad_output, grad_state, *call))
 
             def again(*floats):
-                floats = iter(floats)
-                return implementation.forward(*[next(floats) if self._has_gradient(x) else x for x in call])
+                return implementation.forward(*self._replace(call, floats))
 
             (_, state), vjp = torch.func.vjp(again, *self._differentiable(call))
             grad_state = torch.zeros_like(state) if grad_state is None else grad_state

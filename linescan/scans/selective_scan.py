@@ -1,6 +1,6 @@
 """Selective scan (S6), the recurrence of Mamba.
 
-Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023, arXiv 2312.00752, equations 2 and 4
+Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023, arXiv 2312.00752, equation 2
 with the zero-order hold for A and the Euler rule for B, as the authors' implementation has it.
 """
 
@@ -8,9 +8,77 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .recurrence import recurrence
+from .recurrence import call, check_shapes, recurrence
 
 __all__ = ["selective_scan"]
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    *,
+    initial_state: Tensor | None = None,
+    route: Tensor | None = None,
+    merge: str | None = None,
+    return_final_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Selective scan along routes: every channel d carries a state of N numbers.
+
+        s_t = softplus(delta_t + delta_bias)                       (or delta_t + delta_bias)
+        h_t[d, n] = exp(s_t[d] A[d, n]) h_{t-1}[d, n] + s_t[d] B_t[n] u_t[d]
+        y_t[d] = (sum_n C_t[n] h_t[d, n] + D[d] u_t[d]) silu(z_t[d])
+
+    Mamba (arXiv 2312.00752), equation 2; softplus is linear above 20, as torch's.
+
+    Args:
+        u: (B, K or 1, L, D) input. Any of the token inputs may have 1 on the route axis: all routes share it.
+        delta: (B, K, L, D) step sizes.
+        A: (K, D, N) negative decay rates.
+        B: (B, K, L, N), or (B, K, L, G, N) with one row for each of G groups of D / G neighbouring channels.
+        C: as B.
+        D: (K, D) weight of the input in the output.
+        z: (B, K or 1, L, D) gate of the output.
+        delta_bias: (K, D) added to delta.
+        delta_softplus: pass the step sizes through softplus.
+        initial_state: (B, K, D, N), zeros if None.
+        route: integer table (K, S) or (B, K, S): the token that a route reads at each step (see `recurrence`); None
+            visits the tokens in order.
+        merge: None, or "sum" to add the routes' outputs.
+        return_final_state: also return the state after the last step.
+
+    Returns:
+        y: (B, K, L, D), or (B, L, D) merged; the dtype of u.
+        final state: (B, K, D, N), float32 (float64 for float64 inputs), if `return_final_state`.
+
+    Raises:
+        ValueError: a shape does not fit, or `merge` is unknown.
+    """
+    B, C = (x.unsqueeze(-2) if x.ndim == 4 else x for x in (B, C))
+    check_shapes(
+        "selective_scan",
+        route,
+        u=(u, "B K L D"),
+        delta=(delta, "B K L D"),
+        A=(A, "R D N"),
+        B=(B, "B K L G N"),
+        C=(C, "B K L G N"),
+        D=(D, "R D"),
+        z=(z, "B K L D"),
+        delta_bias=(delta_bias, "R D"),
+        initial_state=(initial_state, "B R D N"),
+    )
+    channels, groups = u.shape[-1], B.shape[-2]
+    if channels % groups:
+        raise ValueError(f"selective_scan: {channels} channels do not divide into the {groups} groups of B and C")
+    inputs = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
+    return call(_selective_scan, *inputs, route=route, merge=merge, return_final_state=return_final_state)
 
 
 def _shapes(batch, routes, length, u, delta, A, *_):
@@ -18,22 +86,20 @@ def _shapes(batch, routes, length, u, delta, A, *_):
 
 
 def _flops(u, delta, A, *_):
-    batch, routes, length, channels = delta
-    return 9 * batch * routes * length * channels * A[-1]
+    batch, _, length, channels = u
+    return 9 * batch * A[0] * length * channels * A[-1]
 
 
-def _prepare(delta, B, C, D, delta_bias, delta_softplus, channels):
-    """Step sizes after bias and softplus; B and C repeated from groups to (B, K, T, channels, N) by a view."""
+def _step_sizes(delta, delta_bias, delta_softplus):
     if delta_bias is not None:
         delta = delta + delta_bias[:, None]
-    if delta_softplus:
-        delta = F.softplus(delta)
-    return delta
+    return F.softplus(delta) if delta_softplus else delta
 
 
-def _groups(x: Tensor, channels: int) -> Tensor:
-    """(..., G, N) -> (..., D, N): each group of channels shares one row."""
-    return x.repeat_interleave(channels // x.shape[-2], -2)
+def _output(y, u, D, z):
+    if D is not None:
+        y = y + D[:, None] * u
+    return y if z is None else y * F.silu(z)
 
 
 @recurrence(tokens=("u", "delta", "B", "C", "z"), shapes=_shapes, flops=_flops)
@@ -49,20 +115,146 @@ def _selective_scan(
     delta_softplus: bool,
     initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    channels = u.shape[-1]
-    delta = _prepare(delta, B, C, D, delta_bias, delta_softplus, channels)
-    B, C = _groups(B, channels), _groups(C, channels)
-    state = initial_state
-    if state is None:
-        state = torch.zeros_like(A).expand(*u.shape[:2], *A.shape[1:])
+    step = _step_sizes(delta, delta_bias, delta_softplus)
+    B, C = (x.repeat_interleave(u.shape[-1] // x.shape[-2], -2) for x in (B, C))  # (B, K, T, D, N)
+    state = u.new_zeros(*u.shape[:2], *A.shape[1:]) if initial_state is None else initial_state
     outputs = []
-    for t in range(u.shape[2]):
-        step = delta[:, :, t, :, None]
-        state = torch.exp(step * A) * state + step * B[:, :, t] * u[:, :, t, :, None]
-        outputs.append((state * C[:, :, t]).sum(-1))
-    y = torch.stack(outputs, 2)
+    for s_t, u_t, B_t, C_t in zip(step.unbind(2), u.unbind(2), B.unbind(2), C.unbind(2)):
+        s_t, u_t = s_t.unsqueeze(-1), u_t.unsqueeze(-1)
+        state = torch.exp(s_t * A) * state + s_t * B_t * u_t
+        outputs.append((C_t * state).sum(-1))
+    return _output(torch.stack(outputs, 2), u, D, z), state
+
+
+# The chunked form. Everything over N and D is done for a chunk of steps at once, in buffers that fit a CPU's cache;
+# only h_t = a_t h_{t-1} + x_t B_t runs step by step, one in-place operation a step. Inside, time comes first and channels
+# last:
+#     step, x, u, y (T, B, K, G, 1, D/G)    B, C (T, B, K, G, N, 1)    A (K, G, N, D/G)    state (B, K, G, N, D/G)
+
+_BUFFER = {"cpu": 2**18, "cuda": 2**25}  # numbers in a buffer
+_STEPS = 16  # a chunk has at least so many, that the states between chunks stay few
+
+
+def _blocks(A: Tensor, batch: int) -> tuple[list[slice], int]:
+    """The parts of the batch to do one after the other, and the steps in a chunk."""
+    budget = max(1, _BUFFER.get(A.device.type, 2**18) // A.numel())
+    samples = min(batch, max(1, budget // _STEPS))
+    return [slice(i, i + samples) for i in range(0, batch, samples)], max(_STEPS, budget // samples)
+
+
+def _channels_last(state: Tensor, groups: int) -> Tensor:
+    return state.unflatten(-2, (groups, -1)).mT.contiguous()
+
+
+def _channels_first(state: Tensor) -> Tensor:
+    return state.mT.flatten(-3, -2)
+
+
+def _time_first(x: Tensor, groups: int) -> Tensor:
+    return x.unflatten(-1, (groups, 1, -1)).movedim(2, 0).contiguous()
+
+
+def _time_third(x: Tensor) -> Tensor:
+    return x.movedim(0, 2).flatten(-3)
+
+
+def _states(step: Tensor, x: Tensor, A: Tensor, B: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Decays and states of a chunk that starts in `state`, both (T, B, K, G, N, D/G)."""
+    decay = (step * A).exp_()
+    states = x * B
+    for decay_t, state_t in zip(decay, states):
+        state = state_t.addcmul_(decay_t, state)
+    return decay, states
+
+
+def _scan(step: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, size: int):
+    """Output before skip and gate, the final state, and the states that the chunks start in."""
+    outputs, starts = [], []
+    for step_c, x_c, B_c, C_c in zip(step.split(size), x.split(size), B.split(size), C.split(size)):
+        starts.append(state)
+        _, states = _states(step_c, x_c, A, B_c, state)
+        outputs.append(C_c.mT @ states)
+        state = states[-1].clone()
+    return torch.cat(outputs), state, starts
+
+
+def _adjoint(grad, grad_state, step, x, u, A, B, C, starts: list[Tensor], size: int):
+    """Gradients of u, step, A, B, C and the initial state of `_scan` at x = step * u; makes the states once more.
+
+    g_t = dL/dh_t runs backwards as h does forwards: g_t = C_t dL/dy_t + a_{t+1} g_{t+1}.
+    """
+    grad_u, grad_step, grad_B, grad_C = (torch.empty_like(x) for x in (x, x, B, C))
+    grad_A = torch.zeros_like(A)
+    chunks = [slice(i, i + size) for i in range(0, len(x), size)]
+    for t, start in zip(reversed(chunks), reversed(starts)):
+        decay, states = _states(step[t], x[t], A, B[t], start)
+        g = grad[t] * C[t]
+        g[-1] += grad_state
+        for i in range(len(g) - 1, 0, -1):
+            g[i - 1].addcmul_(decay[i], g[i])
+        grad_state = decay[0] * g[0]
+        grad_C[t] = states @ grad[t].mT
+        grad_B[t] = g @ x[t].mT
+        grad_x = B[t].mT @ g
+        grad_u[t] = step[t] * grad_x
+        exponent = decay.mul_(g)  # gradient of step * A
+        exponent[1:] *= states[:-1]
+        exponent[0] *= start
+        grad_step[t] = torch.mul(exponent, A, out=g).sum(-2, keepdim=True).addcmul_(u[t], grad_x)
+        grad_A += exponent.mul_(step[t]).sum((0, 1))
+    return grad_u, grad_step, grad_A, grad_B, grad_C, grad_state
+
+
+def _prepare(u, delta, A, B, C, delta_bias, delta_softplus, initial_state):
+    """step, x, u, A, B, C and the first state in the layout above."""
+    groups = B.shape[-2]
+    step = _time_first(_step_sizes(delta, delta_bias, delta_softplus), groups)
+    u = _time_first(u, groups)
+    B, C = (x.unsqueeze(-1).movedim(2, 0).contiguous() for x in (B, C))
+    if initial_state is None:
+        initial_state = A.new_zeros(step.shape[1], *A.shape)
+    return step, step * u, u, _channels_last(A, groups), B, C, _channels_last(initial_state, groups)
+
+
+@_selective_scan.chunked
+def _chunked(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state):
+    step, x, _, A, B_, C_, state = _prepare(u, delta, A, B, C, delta_bias, delta_softplus, initial_state)
+    blocks, size = _blocks(A, len(u))
+    parts = [_scan(step[:, b], x[:, b], A, B_[:, b], C_[:, b], state[b], size)[:2] for b in blocks]
+    outputs, states = zip(*parts)
+    return _output(_time_third(torch.cat(outputs, 1)), u, D, z), _channels_first(torch.cat(states))
+
+
+@_selective_scan.chunked_backward
+def _chunked_backward(grad, grad_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state):
+    groups = B.shape[-2]
+    step, x, u_, A_, B_, C_, state = _prepare(u, delta, A, B, C, delta_bias, delta_softplus, initial_state)
+    grad_state = _channels_last(grad_state, groups)
+    ungated = grad if z is None else grad * F.silu(z)
+    grad_y = _time_first(ungated, groups)
+    blocks, size = _blocks(A, len(u))
+    parts, outputs = [], []
+    for b in blocks:
+        y, _, starts = _scan(step[:, b], x[:, b], A_, B_[:, b], C_[:, b], state[b], size)
+        outputs.append(y)
+        parts.append(
+            _adjoint(grad_y[:, b], grad_state[b], step[:, b], x[:, b], u_[:, b], A_, B_[:, b], C_[:, b], starts, size)
+        )
+    grad_u, grad_step, grad_A, grad_B, grad_C, grad_state = zip(*parts)
+    grad_u, grad_delta = (_time_third(torch.cat(g, 1)) for g in (grad_u, grad_step))
+    grad_B, grad_C = (torch.cat(g, 1).movedim(0, 2).squeeze(-1) for g in (grad_B, grad_C))
+    if delta_softplus:
+        raw = delta if delta_bias is None else delta + delta_bias[:, None]
+        grad_delta = torch.ops.aten.softplus_backward(grad_delta, raw, 1, 20)
+    grads = [grad_u, grad_delta, _channels_first(sum(grad_A)), grad_B, grad_C]
     if D is not None:
-        y = y + D[:, None] * u
+        grads[0] = grad_u + D[:, None] * ungated
+        grads.append((ungated * u).sum((0, 2)))
     if z is not None:
-        y = y * F.silu(z)
-    return y, state
+        y = _output(_time_third(torch.cat(outputs, 1)), u, D, None)
+        grads.append(torch.ops.aten.silu_backward(grad * y, z))
+    if delta_bias is not None:
+        grads.append(grad_delta.sum((0, 2)))
+    if initial_state is not None:
+        grads.append(_channels_first(torch.cat(grad_state)))
+    return grads
