@@ -1,0 +1,95 @@
+"""Elementwise scans in about 2 sqrt(T) vectorised steps: what recurrences without a matrix form are made of."""
+
+from math import ceil, isqrt
+from typing import Callable, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["running_max", "linear_scan"]
+
+
+class _Semiring(NamedTuple):
+    """What a scan h_t = a_t * h_{t-1} + x_t means by "*" and "+"."""
+
+    zero: float
+    one: float
+    fold: Callable  # x, a, h: x becomes a * h + x, in place
+    join: Callable  # a, b: a becomes a * b, in place
+
+
+_LINEAR = _Semiring(0.0, 1.0, lambda x, a, h: x.addcmul_(a, h), Tensor.mul_)
+_MAX_PLUS = _Semiring(-1e38, 0.0, lambda x, a, h: torch.maximum(x, a + h, out=x), Tensor.add_)
+
+
+def _scan(ring: _Semiring, a: Tensor, x: Tensor, initial: Tensor, reverse: bool, chunk: int | None) -> Tensor:
+    """States 0..T of h_{t+1} = a_t h_t + x_t, h_0 = initial; reversed: h_t = a_t h_{t+1} + x_t, h_T = initial.
+
+    a (..., T, D), x (..., T, D) with possibly more leading axes, initial as x without T; returns (..., T + 1, D).
+    T steps become about 2 sqrt(T): one step does the same position of every chunk, then one step a chunk carries over.
+    """
+    length = x.shape[-2]
+    size = chunk or isqrt(max(length - 1, 0)) + 1
+    chunks = ceil(length / size)
+    h = x.new_full((*x.shape[:-2], chunks * size + 1, x.shape[-1]), ring.zero)
+    decay = x.new_full((*a.shape[:-2], chunks * size, x.shape[-1]), ring.one)
+    decay[..., :length, :] = a
+    inside = h[..., :-1, :] if reverse else h[..., 1:, :]
+    inside[..., :length, :] = x
+    h[..., -1 if reverse else 0, :] = initial
+    inside, within = inside.unflatten(-2, (chunks, size)), decay.unflatten(-2, (chunks, size))
+    order = range(size)[::-1] if reverse else range(size)
+    for before, i in zip(order[:-1], order[1:]):
+        ring.fold(inside[..., i, :], within[..., i, :], inside[..., before, :])
+        ring.join(within[..., i, :], within[..., before, :])
+    last = order[-1] if length else 0
+    for p in range(chunks)[::-1] if reverse else range(chunks):
+        ring.fold(inside[..., p, last, :], within[..., p, last, :], h[..., (p + reverse) * size, :])
+    entering = h[..., size::size, :] if reverse else h[..., :-1:size, :]
+    rest = slice(1, None) if reverse else slice(size - 1)
+    ring.fold(inside[..., rest, :], within[..., rest, :], entering.unsqueeze(-2))
+    return h[..., : length + 1, :]
+
+
+def running_max(decay: Tensor, x: Tensor, initial: Tensor, reverse: bool = False, chunk: int | None = None) -> Tensor:
+    """States 0..T of h_{t+1} = max(h_t + decay_t, x_t), h_0 = initial, without a gradient; arguments as `linear_scan`."""
+    return _scan(_MAX_PLUS, decay.detach(), x.detach(), initial.detach(), reverse, chunk)
+
+
+class _LinearScan(torch.autograd.Function):
+    @staticmethod
+    def forward(a, x, initial, reverse, chunk):
+        return _scan(_LINEAR, a, x, initial, reverse, chunk)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        a, _, _, ctx.reverse, ctx.chunk = inputs
+        ctx.save_for_backward(a, output)
+
+    @staticmethod
+    def backward(ctx, grad):
+        """The adjoint is the same scan the other way: it starts from the last state's gradient."""
+        a, h = ctx.saved_tensors
+        if ctx.reverse:
+            adjoint = _scan(_LINEAR, a, grad[..., 1:, :], grad[..., 0, :], False, ctx.chunk)
+            of_x, of_initial, read = adjoint[..., :-1, :], adjoint[..., -1, :], h[..., 1:, :]
+        else:
+            adjoint = _scan(_LINEAR, a, grad[..., :-1, :], grad[..., -1, :], True, ctx.chunk)
+            of_x, of_initial, read = adjoint[..., 1:, :], adjoint[..., 0, :], h[..., :-1, :]
+        return (of_x * read).sum_to_size(a.shape), of_x, of_initial, None, None
+
+
+def linear_scan(a: Tensor, x: Tensor, initial: Tensor, reverse: bool = False, chunk: int | None = None) -> Tensor:
+    """States 0..T of h_{t+1} = a_t h_t + x_t from h_0 = initial, elementwise, in about 2 sqrt(T) vectorised steps.
+
+    Args:
+        a: (..., T, D) factors, stable for |a| <= 1.
+        x: (..., T, D), possibly with more leading axes than `a`, which then serves them all.
+        initial: as x without its T axis.
+        reverse: h_t = a_t h_{t+1} + x_t from h_T = initial instead.
+        chunk: steps a chunk; sqrt(T) if None.
+
+    Returns:
+        (..., T + 1, D), the initial state among them (first, or last if reversed). Differentiable once.
+    """
+    return _LinearScan.apply(a, x, initial, reverse, chunk)
