@@ -121,10 +121,13 @@ def write(y: Tensor, route: Tensor | None, length: int) -> Tensor:
     batch, routes = y.shape[:2]
     _, table = _steps(route, batch, length)
     row = torch.arange(batch * routes, device=y.device).reshape(batch, routes, 1)
-    slots = batch * routes * length  # one more row takes what is dropped
+    slots = batch * routes * length  # one more takes what is dropped
     target = torch.where(table < 0, slots, row * length + table).flatten()
-    out = y.new_zeros(slots + 1, *y.shape[3:]).index_copy(0, target, y.flatten(0, 2))
-    return out[:-1].reshape(batch, routes, length, *y.shape[3:])
+    step = target.new_full((slots + 1,), -1).scatter(0, target, torch.arange(len(target), device=y.device))[:-1]
+    out = y.flatten(0, 2).index_select(0, step.clamp_min(0))  # gathering is faster than copying to an index
+    if (step < 0).any():
+        out = out.masked_fill((step < 0).reshape(-1, *[1] * (y.ndim - 3)), 0)
+    return out.reshape(batch, routes, length, *y.shape[3:])
 
 
 def check_shapes(name: str, route: Tensor | None, **arguments: tuple[Tensor | None, str]) -> None:

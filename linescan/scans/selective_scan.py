@@ -249,12 +249,12 @@ def _chunked_backward(grad, grad_state, u, delta, A, B, C, D, z, delta_bias, del
     grads = [grad_u, grad_delta, _channels_first(sum(grad_A)), grad_B, grad_C]
     if D is not None:
         grads[0] = grad_u + D[:, None] * ungated
-        grads.append((ungated * u).sum((0, 2)))
+        grads.append((ungated * u).sum(2).sum(0))
     if z is not None:
         y = _output(_time_third(torch.cat(outputs, 1)), u, D, None)
         grads.append(torch.ops.aten.silu_backward(grad * y, z))
     if delta_bias is not None:
-        grads.append(grad_delta.sum((0, 2)))
+        grads.append(grad_delta.sum(2).sum(0))
     if initial_state is not None:
         grads.append(_channels_first(torch.cat(grad_state)))
     return grads
