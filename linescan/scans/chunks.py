@@ -1,6 +1,6 @@
 """Elementwise scans in about 2 sqrt(T) vectorised steps: what recurrences without a matrix form are made of."""
 
-from math import ceil, isqrt
+from math import isqrt
 from typing import Callable, NamedTuple
 
 import torch
@@ -12,47 +12,52 @@ __all__ = ["running_max", "linear_scan"]
 class _Semiring(NamedTuple):
     """What a scan h_t = a_t * h_{t-1} + x_t means by "*" and "+"."""
 
-    zero: float
-    one: float
     fold: Callable  # x, a, h: x becomes a * h + x, in place
     join: Callable  # a, b: a becomes a * b, in place
 
 
-_LINEAR = _Semiring(0.0, 1.0, lambda x, a, h: x.addcmul_(a, h), Tensor.mul_)
-_MAX_PLUS = _Semiring(-1e38, 0.0, lambda x, a, h: torch.maximum(x, a + h, out=x), Tensor.add_)
+_LINEAR = _Semiring(lambda x, a, h: x.addcmul_(a, h), Tensor.mul_)
+_MAX_PLUS = _Semiring(lambda x, a, h: torch.maximum(x, a + h, out=x), Tensor.add_)
 
 
 def _scan(ring: _Semiring, a: Tensor, x: Tensor, initial: Tensor, reverse: bool, chunk: int | None) -> Tensor:
-    """States 0..T of h_{t+1} = a_t h_t + x_t, h_0 = initial; reversed: h_t = a_t h_{t+1} + x_t, h_T = initial.
+    """The scan of `linear_scan` with any meaning of times and plus.
 
-    a (..., T, D), x (..., T, D) with possibly more leading axes, initial as x without T; returns (..., T + 1, D).
-    T steps become about 2 sqrt(T): one step does the same position of every chunk, then one step a chunk carries over.
+    Every chunk is scanned from nothing, all chunks at once; then the states that enter the chunks, one after another;
+    then each of them is added to its chunk. The last chunk's empty places come after all tokens, so they hold anything.
     """
-    length = x.shape[-2]
+    length, channels = x.shape[-2:]
     size = chunk or isqrt(max(length - 1, 0)) + 1
-    chunks = ceil(length / size)
-    h = x.new_full((*x.shape[:-2], chunks * size + 1, x.shape[-1]), ring.zero)
-    decay = x.new_full((*a.shape[:-2], chunks * size, x.shape[-1]), ring.one)
-    decay[..., :length, :] = a
+    chunks = -(-length // size)
+    h = x.new_empty(*x.shape[:-2], chunks * size + 1, channels)
+    states = slice(chunks * size - length, None) if reverse else slice(length + 1)
     inside = h[..., :-1, :] if reverse else h[..., 1:, :]
-    inside[..., :length, :] = x
+    tokens = slice(chunks * size - length, None) if reverse else slice(length)
+    inside[..., tokens, :] = x
     h[..., -1 if reverse else 0, :] = initial
-    inside, within = inside.unflatten(-2, (chunks, size)), decay.unflatten(-2, (chunks, size))
+    inside = inside.unflatten(-2, (chunks, size))
+    if a.shape[-2] == 1:  # one factor for all steps: one chunk's products serve every chunk
+        within = a.unsqueeze(-3).repeat_interleave(size, -2)
+    else:
+        within = a.new_empty(*a.shape[:-2], chunks * size, channels)
+        within[..., tokens, :] = a
+        within = within.unflatten(-2, (chunks, size))
     order = range(size)[::-1] if reverse else range(size)
     for before, i in zip(order[:-1], order[1:]):
         ring.fold(inside[..., i, :], within[..., i, :], inside[..., before, :])
         ring.join(within[..., i, :], within[..., before, :])
-    last = order[-1] if length else 0
+    within = within.expand(*within.shape[:-3], chunks, size, channels)
+    last = order[-1]
     for p in range(chunks)[::-1] if reverse else range(chunks):
         ring.fold(inside[..., p, last, :], within[..., p, last, :], h[..., (p + reverse) * size, :])
     entering = h[..., size::size, :] if reverse else h[..., :-1:size, :]
     rest = slice(1, None) if reverse else slice(size - 1)
     ring.fold(inside[..., rest, :], within[..., rest, :], entering.unsqueeze(-2))
-    return h[..., : length + 1, :]
+    return h[..., states, :]
 
 
 def running_max(decay: Tensor, x: Tensor, initial: Tensor, reverse: bool = False, chunk: int | None = None) -> Tensor:
-    """States 0..T of h_{t+1} = max(h_t + decay_t, x_t), h_0 = initial, without a gradient; arguments as `linear_scan`."""
+    """States 0..T of h_{t+1} = max(h_t + decay_t, x_t), h_0 = initial, without a gradient; else as `linear_scan`."""
     return _scan(_MAX_PLUS, decay.detach(), x.detach(), initial.detach(), reverse, chunk)
 
 
@@ -83,7 +88,7 @@ def linear_scan(a: Tensor, x: Tensor, initial: Tensor, reverse: bool = False, ch
     """States 0..T of h_{t+1} = a_t h_t + x_t from h_0 = initial, elementwise, in about 2 sqrt(T) vectorised steps.
 
     Args:
-        a: (..., T, D) factors, stable for |a| <= 1.
+        a: (..., T, D) factors, or (..., 1, D) for the same at every step; stable for |a| <= 1.
         x: (..., T, D), possibly with more leading axes than `a`, which then serves them all.
         initial: as x without its T axis.
         reverse: h_t = a_t h_{t+1} + x_t from h_T = initial instead.

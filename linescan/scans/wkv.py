@@ -1,14 +1,15 @@
 """The token mixers of RWKV: WKV of RWKV-4, causal and bidirectional, and WKV of RWKV-6.
 
 - `wkv4`: a sum of values normalised by its weights, which fall with distance. Peng et al., "RWKV: Reinventing RNNs for
-  the Transformer Era", 2023, arXiv 2305.13048, equation 16.
-- `bi_wkv`: the same with weights that fall to both sides. Duan et al., "Vision-RWKV", 2024, arXiv 2403.02308, equation 3.
-- `wkv6`: a matrix state a head with a decay for every key channel. Peng et al., "Eagle and Finch", 2024,
-  arXiv 2404.05892, equation 19.
+  the Transformer Era", 2023, arXiv 2305.13048.
+- `bi_wkv`: the same with weights that fall to both sides. Duan et al., "Vision-RWKV: Efficient and Scalable Visual
+  Perception with RWKV-Like Architectures", 2024, arXiv 2403.02308.
+- `wkv6`: a matrix state a head with a decay for every key channel. Peng et al., "Eagle and Finch: RWKV with
+  Matrix-Valued States and Dynamic Recurrence", 2024, arXiv 2404.05892.
 - `bi_wkv6`: wkv6 over the tokens before and after. The kernel of VRWKV6, in Vision-RWKV.
 
-In RWKV-4 weights are e^k, so a sum is kept as (num, den, top): both its parts relative to e^top, where top is the largest
-exponent in it.
+In RWKV-4 weights are e^k, so a sum is kept as (num, den, top): both its parts relative to e^top, where top is the
+largest exponent in it.
 """
 
 import torch
@@ -28,7 +29,7 @@ def _a_route(parameter: Tensor, axes: int, tokens: tuple[Tensor, ...], route: Te
     return parameter.expand(visited(tokens, route)[1], *parameter.shape) if parameter.ndim == axes else parameter
 
 
-# -- RWKV-4 -------------------------------------------------------------------------------------------------------------
+# -- RWKV-4 ------------------------------------------------------------------------------------------------------------
 
 
 def _empty_sum(k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,25 +45,27 @@ def _add_token(total: tuple[Tensor, Tensor, Tensor], k: Tensor, v: Tensor, w: Te
     return keep * num + add * v, keep * den + add, new
 
 
-def _quotient(*sums: tuple[Tensor, Tensor | float, Tensor]) -> Tensor:
-    """num / den of several sums together."""
-    top = sums[0][2]
-    for _, _, other in sums[1:]:
-        top = torch.maximum(top, other)
-    top = top.detach()
-    weights = [torch.exp(exponent - top) for _, _, exponent in sums]
-    num = sum(weight * num for weight, (num, _, _) in zip(weights, sums))
-    return num / sum(weight * den for weight, (_, den, _) in zip(weights, sums))
+def _read(k: Tensor, v: Tensor, *sums: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """num / den of the sums and of one more term, e^k v, together."""
+    top = k.detach()
+    for _, _, other in sums:
+        top = torch.maximum(top, other.detach())
+    own = torch.exp(k - top)
+    num, den = own * v, own
+    for sum_num, sum_den, exponent in sums:
+        weight = torch.exp(exponent - top)
+        num, den = torch.addcmul(num, weight, sum_num), torch.addcmul(den, weight, sum_den)
+    return num / den
 
 
-def _running_sum(k: Tensor, v: Tensor, w: Tensor, initial: tuple | None, reverse: bool = False, chunk: int | None = None):
+def _running_sum(k, v, w, initial: tuple | None, reverse: bool = False, chunk: int | None = None):
     """All T + 1 sums from none of the tokens to all of them (from the end if `reverse`), k, v (B, K, T, D), w (K, D).
 
     Tops only set the scale, so no gradient runs through them, and the sums become one linear scan.
     """
     w = w[:, None]
     num, den, top = initial or _empty_sum(k)
-    tops = running_max((-w).expand_as(k), k, top, reverse, chunk)
+    tops = running_max(-w, k, top, reverse, chunk)
     before, after = (tops[..., 1:, :], tops[..., :-1, :]) if reverse else (tops[..., :-1, :], tops[..., 1:, :])
     keep, add = torch.exp(before - after - w), torch.exp(k - after)
     start = torch.stack((num, den)) * torch.exp(top - top.detach())
@@ -84,7 +87,7 @@ def _wkv4(k: Tensor, v: Tensor, w: Tensor, u: Tensor, initial_state: Tensor | No
     total = _empty_sum(k) if initial_state is None else initial_state.unbind(-1)
     outputs = []
     for k_t, v_t in zip(k.unbind(2), v.unbind(2)):
-        outputs.append(_quotient(total, (v_t, 1.0, u + k_t)))
+        outputs.append(_read(u + k_t, v_t, total))
         total = _add_token(total, k_t, v_t, w)
     return torch.stack(outputs, 2), torch.stack(total, -1)
 
@@ -94,7 +97,7 @@ def _wkv4_chunked(k, v, w, u, initial_state, chunk=None):
     total = None if initial_state is None else initial_state.unbind(-1)
     num, den, tops = _running_sum(k, v, w, total, chunk=chunk)
     before = slice(None, -1)
-    y = _quotient((num[..., before, :], den[..., before, :], tops[..., before, :]), (v, 1.0, u[:, None] + k))
+    y = _read(u[:, None] + k, v, (num[..., before, :], den[..., before, :], tops[..., before, :]))
     # The last top once more, with a gradient: it is part of the state.
     steps = torch.arange(k.shape[2] - 1, -1, -1, dtype=k.dtype, device=k.device)
     top = (k - steps[:, None] * w[:, None]).amax(2)
@@ -120,7 +123,7 @@ def _bi_wkv(k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> tuple[Tensor, Tensor]
     for first, last in zip(tokens[:-1], tokens[:0:-1]):
         past.append(_add_token(past[-1], *first, w))
         future.append(_add_token(future[-1], *last, w))
-    outputs = [_quotient(a, (v_t, 1.0, u + k_t), b) for a, (k_t, v_t), b in zip(past, tokens, reversed(future))]
+    outputs = [_read(u + k_t, v_t, a, b) for a, (k_t, v_t), b in zip(past, tokens, reversed(future))]
     return torch.stack(outputs, 2), k.new_zeros(*k.shape[:2], 0)
 
 
@@ -128,7 +131,7 @@ def _bi_wkv(k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> tuple[Tensor, Tensor]
 def _bi_wkv_chunked(k, v, w, u, chunk=None):
     past = [x[..., :-1, :] for x in _running_sum(k, v, w, None, chunk=chunk)]
     future = [x[..., 1:, :] for x in _running_sum(k, v, w, None, reverse=True, chunk=chunk)]
-    return _quotient(past, (v, 1.0, u[:, None] + k), future), k.new_zeros(*k.shape[:2], 0)
+    return _read(u[:, None] + k, v, past, future), k.new_zeros(*k.shape[:2], 0)
 
 
 def wkv4(
@@ -146,7 +149,7 @@ def wkv4(
 
         o_t = (sum_{j<t} e^{k_j - (t-1-j) w} v_j + e^{u + k_t} v_t) / (the same with v = 1)
 
-    Peng et al., 2023, arXiv 2305.13048, equation 16. The state is float32 under half precision. Keys of any size are
+    Peng et al., 2023, arXiv 2305.13048. The state is float32 under half precision. Keys of any size are
     safe: sums are kept relative to their largest term.
 
     Args:
@@ -191,7 +194,7 @@ def bi_wkv(
 
         o_t = (sum_{j != t} e^{k_j - (|t-j|-1) w} v_j + e^{u + k_t} v_t) / (the same with v = 1)
 
-    Duan et al., 2024, arXiv 2403.02308, equation 3. Vision-RWKV divides w and u by the number of tokens before. Keys of
+    Duan et al., 2024, arXiv 2403.02308. Vision-RWKV divides w and u by the number of tokens before. Keys of
     any size are safe: sums are kept relative to their largest term.
 
     Args:
@@ -212,7 +215,7 @@ def bi_wkv(
     return call(_bi_wkv, k, v, w, u, route=route, merge=merge, return_final_state=False)
 
 
-# -- RWKV-6 -------------------------------------------------------------------------------------------------------------
+# -- RWKV-6 ------------------------------------------------------------------------------------------------------------
 
 
 def _wkv6_flops(r, k, v, *_):
@@ -257,7 +260,7 @@ def wkv6(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """WKV of RWKV-6: o_t = scale (S_{t-1} + diag(u) k_t v_t^T)^T r_t, S_t = diag(exp(w_t)) S_{t-1} + k_t v_t^T.
 
-    Peng et al., 2024, arXiv 2404.05892, equation 19. The state is float32 under half precision.
+    Peng et al., 2024, arXiv 2404.05892. The state is float32 under half precision.
 
     Args:
         r, k: receptances and keys (B, K or 1, L, H, dk).
@@ -309,8 +312,9 @@ def bi_wkv6(
 
         o_t = scale (S_{t-1} + diag(u) k_t v_t^T + R_{t+1})^T r_t
 
-    with S_t = diag(exp(w_t)) S_{t-1} + k_t v_t^T and R_t = diag(exp(w_t)) R_{t+1} + k_t v_t^T: between two tokens lie the
-    decays of those strictly between them. It is `wkv6` along every route and along its reverse, with the bonus on one.
+    with S_t = diag(exp(w_t)) S_{t-1} + k_t v_t^T and R_t = diag(exp(w_t)) R_{t+1} + k_t v_t^T: what lies between two
+    tokens are the decays of those strictly between them. It is `wkv6` along every route and along its reverse, with the
+    bonus on one.
 
     Args:
         r, k, v, w, u, scale, route, merge: those of `wkv6`.
