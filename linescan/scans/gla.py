@@ -29,34 +29,33 @@ CHUNK = 64  # tokens that one matrix product covers; a power of two
 def check_shapes(name: str, route: Tensor | None, **arguments: tuple[Tensor | None, str]) -> None:
     """Raises a ValueError for the first argument whose shape departs from its layout.
 
-    A layout names the axes, as in "B K L H dk"; a name seen before must have the same size again. K is the route axis of
-    a token input, K or 1 long; R is the same axis of a state, exactly as long as there are routes.
+    A layout names the axes, as in "B K L H dk"; a name seen before has the same size again ("dv+1": one more). K is the
+    route axis of a token input, K or 1 long; R is the same axis of a state, exactly as long as there are routes.
     """
-    tokens = [x for x, layout in arguments.values() if x is not None and layout.split()[1] == "K" and x.ndim > 2]
-    sizes = {"R": visited(tokens, route)[1] if tokens else 1}
-    for key, (x, layout) in arguments.items():
-        if x is None:
-            continue
-        axes = layout.split()
-        if x.ndim == len(axes):
-            for axis, size in zip(axes, x.shape):
-                sizes.setdefault(axis, (1, sizes["R"]) if axis == "K" else size)
-            wanted = [sizes[axis] for axis in axes]
-            if all(size in (want if isinstance(want, tuple) else (want,)) for size, want in zip(x.shape, wanted)):
-                continue
-            text = ", ".join(f"1 or {want[1]}" if isinstance(want, tuple) else str(want) for want in wanted)
+    arguments = {key: (x, layout.split()) for key, (x, layout) in arguments.items() if x is not None}
+    for key, (x, axes) in arguments.items():
+        if x.ndim != len(axes):
+            raise ValueError(f"{name}: {key} should be ({', '.join(axes)}), got {x.ndim} axes {tuple(x.shape)}")
+    sizes = {"R": visited([x for x, axes in arguments.values() if "K" in axes], route)[1]}
+    for key, (x, axes) in arguments.items():
+        wanted = []
+        for axis, size in zip(axes, x.shape):
+            base, _, more = axis.partition("+")
+            wanted.append({1, sizes["R"]} if axis == "K" else {sizes.setdefault(base, size) + int(more or 0)})
+        if any(size not in allowed for size, allowed in zip(x.shape, wanted)):
+            text = ", ".join(" or ".join(map(str, sorted(allowed))) for allowed in wanted)
             raise ValueError(f"{name}: {key} should be ({', '.join(axes)}) = ({text}), got {tuple(x.shape)}")
-        raise ValueError(f"{name}: {key} should be ({', '.join(axes)}), got {x.ndim} axes {tuple(x.shape)}")
+
+
+def check_merge(name: str, merge: str | None) -> None:
+    """Raises a ValueError unless `merge` is None or "sum"."""
+    if merge not in (None, "sum"):
+        raise ValueError(f"{name}: merge is None (one output a route) or 'sum', got {merge!r}")
 
 
 def call(op: Recurrence, *inputs, route: Tensor | None, merge: str | None, return_final_state: bool):
-    """Runs an operator and returns what a public function returns.
-
-    Raises:
-        ValueError: `merge` is neither None nor "sum".
-    """
-    if merge not in (None, "sum"):
-        raise ValueError(f"{op.name}: merge is None (one output a route) or 'sum', got {merge!r}")
+    """Runs an operator and returns what a public function returns."""
+    check_merge(op.name, merge)
     output, state = op(*inputs, route=route, merge=merge == "sum")
     return (output, state) if return_final_state else output
 
@@ -246,7 +245,8 @@ def simple_gla(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Linear attention with one gate a head: S_t = exp(g_t) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t.
 
-    Yang et al., 2023, arXiv 2312.06635, table 1; Dao and Gu, 2024, arXiv 2405.21060, with q = C, k = B, v = dt x, g = dt A.
+    Yang et al., 2023, arXiv 2312.06635, table 1; with q = C, k = B, v = dt x, g = dt A the core of SSD (Dao and Gu,
+    2024, arXiv 2405.21060).
 
     Args:
         g: log decays <= 0 of the heads (B, K or 1, L, H).

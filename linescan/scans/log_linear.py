@@ -1,0 +1,200 @@
+"""Log-linear attention: a gated linear attention whose past is kept in O(log T) buckets with a weight each.
+
+Guo et al., "Log-Linear Attention", 2025, arXiv 2506.04761, section 3, over the scalar gates of Mamba-2.
+
+For query t, token j lies in the bucket of level bit_length(t ^ j), positions counted from 0: level 0 is t itself, level
+l the left sibling of the block of 2^(l-1) tokens that t stands in. So the buckets are those of a Fenwick tree, and the
+levels those of halving: a chunk weighs its decayed scores by level, larger blocks pass a state from left to right half.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .gla import call, check_shapes, decayed_scores, join, split
+from .recurrence import recurrence
+
+__all__ = ["log_linear_attention"]
+
+
+def _shapes(batch, routes, length, q, k, v, g, lam, *_):
+    return (batch, routes, length, *v.shape[3:]), (batch, routes, lam.shape[4], *q.shape[3:], v.shape[4])
+
+
+def _flops(q, k, v, g, lam, *_):
+    """Every token reads half of its buckets on average, updates one, and takes part in one merge a level."""
+    tokens = q[0] * max(x[1] for x in (q, k, v, g, lam)) * q[2] * q[3]
+    return tokens * (q[2].bit_length() + 4) * q[4] * v[4]
+
+
+@recurrence(tokens=("q", "k", "v", "g", "lam"), shapes=_shapes, flops=_flops)
+def _log_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    lam: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    position: int,
+) -> tuple[Tensor, Tensor]:
+    # Bucket b holds 2^b tokens or, where bit b of the position is 0, nothing.
+    buckets = [q.new_zeros(*q.shape[:2], *q.shape[3:], v.shape[-1])] * lam.shape[-1]
+    if initial_state is not None:
+        for bit, _ in _full(position):
+            buckets[bit] = initial_state[:, :, bit]
+    outputs = []
+    for t, (q_t, k_t, v_t, g_t, lam_t) in enumerate(zip(*(x.unbind(2) for x in (q, k, v, g, lam))), position):
+        buckets = [g_t.exp()[..., None, None] * state for state in buckets]
+        new = k_t[..., None] * v_t[..., None, :]
+        read = lam_t[..., :1, None] * new
+        for level, state in enumerate(buckets[:-1], 1):
+            read = read + lam_t[..., level, None, None] * state
+        outputs.append(scale * (q_t[..., None, :] @ read).squeeze(-2))
+        full = (~t & (t + 1)).bit_length() - 1  # as in adding 1 to t, buckets below the lowest 0 bit merge into it
+        merged = sum(buckets[:full], new)
+        buckets = [torch.zeros_like(new)] * full + [merged] + buckets[full + 1 :]
+    return torch.stack(outputs, 2), torch.stack(buckets, 2)
+
+
+@_log_linear_attention.chunked
+def _log_linear_attention_chunked(q, k, v, g, lam, scale, initial_state, position):
+    (batch, routes, length, heads), levels = q.shape[:4], lam.shape[-1]
+    end = position + length
+    # Empty tokens in front let blocks of up to `length` tokens begin at multiples of their size.
+    lead = position % (1 << (length - 1).bit_length())
+    start = position - lead
+    q, k, v, g, lam = split(*(F.pad(x, (0, 0, 0, 0, lead, 0)) for x in (scale * q, k, v, g[..., None], lam)))
+    chunks, size = q.shape[3:5]
+
+    # Inside chunks: scores weighed by level.
+    scores, before, after = decayed_scores(q, k, g)
+    place = start + torch.arange(size, device=q.device)
+    level = _bit_length(place[:, None] ^ place).clamp_max(levels - 1)  # only scores of 0 lie beyond the last level
+    o = (scores * lam.gather(-1, level.expand(scores.shape))) @ v
+
+    # Between blocks of 1, 2, 4... chunks: chunks in a right half read the state of the left half.
+    states, totals = (k * after.exp()).mT @ v, before[..., -1:, :]
+    span = 1
+    while span < chunks:
+        right = [n for n in range(chunks) if n & span]
+        left = torch.tensor([n // span - 1 for n in right], device=q.device)
+        right = torch.tensor(right, device=q.device)
+        weight = lam[..., ((start + span * size) ^ start).bit_length(), None] * before.exp()
+        o = o.index_add(3, right, (q * weight).index_select(3, right) @ states.index_select(3, left))
+        before = before.index_add(3, right, totals.index_select(3, left).expand(-1, -1, -1, -1, size, -1))
+        if states.shape[3] % 2:
+            states, totals = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (states, totals))
+        (s_left, s_right), (t_left, t_right) = (x.unflatten(3, (-1, 2)).unbind(4) for x in (states, totals))
+        states, totals = t_right.exp() * s_left + s_right, t_left + t_right
+        span *= 2
+
+    # What the buckets hold at the end: one range of tokens each, decayed from there.
+    k, v, g = (x.flatten(3, 4)[:, :, :, : lead + length] for x in (k, v, g))
+    tail = F.pad(g[:, :, :, 1:], (0, 0, 0, 1)).flip(3).cumsum(3).flip(3)
+    k = k * tail.exp()
+    buckets = [q.new_zeros(batch, routes, heads, q.shape[-1], v.shape[-1])] * levels
+    for bit, first in _full(end):
+        here = slice(max(first, start) - start, max(first + (1 << bit), start) - start)
+        buckets[bit] = k[:, :, :, here].mT @ v[:, :, :, here]
+    if initial_state is not None:
+        # A bucket from before stays in one piece, so that it has one level a query and goes into one bucket.
+        place = start + torch.arange(chunks * size, device=q.device).unflatten(0, (chunks, size))
+        q, kept = q * before.exp(), g.sum(3).exp()[..., None]
+        for bit, first in _full(position):
+            old = initial_state[:, :, bit]
+            level = _bit_length(place ^ first).clamp_max(levels - 1)[..., None]
+            o = o + (q * lam.gather(-1, level.expand(*o.shape[:-1], 1))) @ old[:, :, :, None]
+            into = next(b for b, begin in _full(end) if begin <= first < begin + (1 << b))
+            buckets[into] = buckets[into] + kept * old
+    return join(o, lead + length)[:, :, lead:], torch.stack(buckets, 2)
+
+
+def _bit_length(x: Tensor) -> Tensor:
+    return (x[..., None] >= 1 << torch.arange(62, device=x.device)).sum(-1)
+
+
+def _full(position: int) -> list[tuple[int, int]]:
+    """The buckets that hold tokens when `position` tokens have passed: (b, first of its 2^b tokens)."""
+    return [(b, position >> b + 1 << b + 1) for b in range(position.bit_length()) if position >> b & 1]
+
+
+def log_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    lam: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    position: int = 0,
+    route: Tensor | None = None,
+    merge: str | None = None,
+    return_final_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-linear attention: o_t = scale sum_{j <= t} lam_t[bit_length(t^j)] exp(g_{j+1} + ... + g_t) (q_t . k_j) v_j.
+
+    Guo et al., 2025, arXiv 2506.04761, section 3.2, in its Mamba-2 form, whose scale is 1. Time is O(T log T); the
+    state is O(log T) matrices a head, float32 under half precision.
+
+    Args:
+        q, k: queries and keys (B, K or 1, L, G, dk); H / G heads share one of the G groups.
+        v: values (B, K or 1, L, H, dv).
+        g: log decays <= 0 of the heads (B, K or 1, L, H).
+        lam: weights of the levels (B, K or 1, L, H, levels); T tokens have ceil(log2 T) + 1 levels.
+        scale: of the queries; dk ** -0.5 by default.
+        initial_state: the buckets after `position` tokens (B, K, buckets, H, dk, dv), bucket b the state of 2^b tokens
+            and read only where bit b of `position` is 1; zeros by default.
+        position: tokens before the first one.
+        route: table (K, S) or (B, K, S), see `linescan.scans.recurrence`. A padding token takes a position and adds
+            nothing.
+        merge: None, or "sum" to add up the outputs of the routes.
+        return_final_state: also return the state after the last step.
+
+    Returns:
+        (B, K, L, H, dv) in q's dtype, or (B, L, H, dv) with `merge`; with `return_final_state`, a pair of that and the
+        state (B, K, levels, H, dk, dv).
+
+    Raises:
+        ValueError: a shape that does not fit the others, too few levels, or an unknown `merge`.
+    """
+    check_shapes(
+        "log_linear_attention",
+        route,
+        q=(q, "B K L G dk"),
+        k=(k, "B K L G dk"),
+        v=(v, "B K L H dv"),
+        g=(g, "B K L H"),
+        lam=(lam, "B K L H levels"),
+        initial_state=(initial_state, "B R buckets H dk dv"),
+    )
+    heads, groups, levels = v.shape[3], q.shape[3], lam.shape[4]
+    if heads % groups:
+        raise ValueError(f"log_linear_attention: {heads} heads of v cannot share {groups} heads of q and k evenly")
+    end = position + (q.shape[2] if route is None else route.shape[-1])
+    needed = (end - 1).bit_length() + 1
+    if levels < needed:
+        raise ValueError(f"log_linear_attention: tokens {position} to {end - 1} need {needed} levels, lam has {levels}")
+    if initial_state is not None and initial_state.shape[2] < position.bit_length():
+        raise ValueError(
+            f"log_linear_attention: {position} tokens fill {position.bit_length()} buckets, "
+            f"initial_state has {initial_state.shape[2]}"
+        )
+    if groups < heads:
+        q, k = (x.repeat_interleave(heads // groups, 3) for x in (q, k))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return call(
+        _log_linear_attention,
+        q,
+        k,
+        v,
+        g,
+        lam,
+        scale,
+        initial_state,
+        position,
+        route=route,
+        merge=merge,
+        return_final_state=return_final_state,
+    )
