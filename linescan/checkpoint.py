@@ -158,7 +158,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, adapt: bool = False) 
         model: any linescan model (or any module; without a filter the keys must agree as they are).
         path: a safetensors or PyTorch file.
         adapt: keep the model's own classifier where the file's has another number of classes (or the model has none),
-            and fold the stem's weights to another number of input channels: what `timm.create_model(pretrained=True)` does.
+            and fold the stem's weights to another number of input channels, as timm does for pretrained models.
 
     Returns:
         `model`.

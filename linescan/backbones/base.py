@@ -7,7 +7,8 @@ states its architecture and its checkpoint filter; what timm and OpenMMLab expec
 from typing import Callable, Sequence
 
 import torch
-from timm.models import build_model_with_cfg, checkpoint, feature_take_indices
+from timm.models import build_model_with_cfg, checkpoint
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..checkpoint import load_checkpoint
@@ -238,7 +239,7 @@ class PlainBackbone(Backbone):
 class HierarchicalBackbone(Backbone):
     """Stages over a channels-last map (B, H, W, C), each at half the resolution of the one before.
 
-    Subclasses define `patch_embed(x) -> (B, H, W, C)`, `stages`, where a stage first reduces and then runs its `blocks`,
+    Subclasses define `patch_embed(x) -> (B, H, W, C)`, `stages`, each with a `downsample` that comes first and `blocks`,
     and `norm`.
     """
 

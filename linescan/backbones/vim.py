@@ -1,11 +1,11 @@
 """Vim (Vision Mamba): a plain backbone whose only mixer is a Mamba layer scanned forward and backward.
 
-Paper: "Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model", Zhu et al., ICML 2024,
-arXiv 2401.09417. Official code: github.com/hustvl/Vim (Apache-2.0). Written from the paper and the published weights.
+Paper: "Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model", Zhu et al.,
+ICML 2024, arXiv 2401.09417. Official code: github.com/hustvl/Vim (Apache-2.0).
 
 A strided convolution makes patches; a class token stands in the middle of the sequence; pre-norm blocks without MLP add
-the mixer's output to the stream. Also here: the first release (rotary embedding of the stream, mean pooling) and the dense
-forms for segmentation and detection.
+the mixer's output to the stream. Also here: the first release (rotary embedding of the stream, mean pooling) and the
+dense forms for segmentation and detection.
 """
 
 from typing import Sequence
@@ -110,9 +110,7 @@ class Vim(PlainBackbone):
         self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, self.stride)
         classes = {None: 0, "double": 2}.get(class_token, 1)
         self.cls_token = nn.Parameter(torch.zeros(1, classes, embed_dim)) if classes else None
-        self.pos_embed = nn.Parameter(
-            torch.zeros(1, self.native_grid[0] * self.native_grid[1] + classes, embed_dim)
-        )
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.native_grid[0] * self.native_grid[1] + classes, embed_dim))
         self.pos_drop = nn.Dropout(drop_rate)
         self.blocks = nn.ModuleList(
             VimBlock(
@@ -136,7 +134,7 @@ class Vim(PlainBackbone):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """The published initialisation; only the forward direction's steps start log-uniform, the others at softplus(0)."""
+        """The published initialisation: only the forward steps start log-uniform, the backward ones at softplus(0)."""
         lecun_normal_(self.patch_embed.weight)
         nn.init.zeros_(self.patch_embed.bias)
         trunc_normal_(self.pos_embed, std=0.02)
@@ -206,9 +204,8 @@ class Vim(PlainBackbone):
         positions = state.get("pos_embed")
         if positions is not None and positions.shape[1] != self.pos_embed.shape[1]:
             side = int((positions.shape[1] - len(self.class_rows((1, 1)))) ** 0.5)
-            state["pos_embed"] = resample_pos_embed(
-                positions, (side, side), self.native_grid, self.class_rows((side, side)), self.class_rows(self.native_grid)
-            )
+            rows = self.class_rows((side, side)), self.class_rows(self.native_grid)
+            state["pos_embed"] = resample_pos_embed(positions, (side, side), self.native_grid, *rows)
         return state
 
     def _from_official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -244,11 +241,11 @@ class VimDense(Vim):
 
     Args:
         out_indices: blocks whose features are taken.
-        features: "mixer" for each mixer's output alone, before it joins the stream (published Vim-Ti segmentation), or
-            "stream" for the stream after the block, as the next block reads it (Vim-S segmentation, detection).
-        last: what the last feature is in "stream" mode: "add" (the stream), "add & norm", or "none" (the mixer's output).
-        neck: "rescaled" (strides 4 to 32, `RescaledFeatures`), "simple" (p2 to p6, `SimpleFeaturePyramid`, from the last
-            feature alone), or None for the raw maps.
+        features: "mixer" for each mixer's output alone, before it joins the stream (Vim-Ti segmentation), or "stream"
+            for the stream after the block, as the next block reads it (Vim-S segmentation, detection).
+        last: the last feature in "stream" mode: "add" (the stream), "add & norm", or "none" (the mixer's output).
+        neck: "rescaled" (strides 4 to 32, `RescaledFeatures`), "simple" (p2 to p6, `SimpleFeaturePyramid`, from the
+            last feature alone), or None for the raw maps.
         out_channels: channels of the "simple" neck.
         kwargs: of `Vim`; the class token is dropped from the features.
     """
@@ -296,9 +293,8 @@ class VimDense(Vim):
             x = x + block.drop_path(h)
         if self.features == "stream" and len(self.blocks) - 1 in self.out_indices:
             kept.append({"add": lambda: x, "add & norm": lambda: self.norm(x), "none": lambda: h}[self.last]())
-        return [
-            self.patch_tokens(tokens, grid).transpose(1, 2).unflatten(2, grid).to(self.pos_embed.dtype) for tokens in kept
-        ]
+        kept = [self.patch_tokens(tokens, grid).to(self.pos_embed.dtype) for tokens in kept]
+        return [tokens.transpose(1, 2).unflatten(2, grid) for tokens in kept]
 
     def forward(self, x: Tensor) -> list[Tensor]:
         maps = self.forward_maps(x)
@@ -313,7 +309,7 @@ class VimDense(Vim):
         return super().checkpoint_filter({key.removeprefix("net."): value for key, value in state.items()})
 
 
-# -- entry points ---------------------------------------------------------------------------------------------------------
+# -- entry points -----------------------------------------------------------------------------------------------------
 
 
 def _cfg(repository: str | None = None, file: str | None = None, **kwargs) -> dict:
@@ -344,28 +340,28 @@ for name, params, top1 in (
 @register_model
 def vim_tiny_patch16_224(pretrained: bool = False, **kwargs) -> Vim:
     """Vim-Ti: 7.1 M parameters, 76.1 % top-1."""
-    return create_backbone(Vim, "vim_tiny_patch16_224", pretrained, **{"embed_dim": 192, **kwargs})
+    return create_backbone(Vim, "vim_tiny_patch16_224", pretrained, **{"embed_dim": 192} | kwargs)
 
 
 @register_model
 def vim_small_patch16_224(pretrained: bool = False, **kwargs) -> Vim:
     """Vim-S: 25.8 M parameters, 80.5 % top-1."""
-    return create_backbone(Vim, "vim_small_patch16_224", pretrained, **{"embed_dim": 384, **kwargs})
+    return create_backbone(Vim, "vim_small_patch16_224", pretrained, **{"embed_dim": 384} | kwargs)
 
 
 @register_model
 def vim_base_patch16_224(pretrained: bool = False, **kwargs) -> Vim:
     """Vim-B: 97.6 M parameters, 81.9 % top-1."""
-    return create_backbone(Vim, "vim_base_patch16_224", pretrained, **{"embed_dim": 768, **kwargs})
+    return create_backbone(Vim, "vim_base_patch16_224", pretrained, **{"embed_dim": 768} | kwargs)
 
 
 @register_model
 def vim_tiny_patch16_stride8_224(pretrained: bool = False, **kwargs) -> Vim:
     """Vim-Ti fine-tuned with patches every 8 pixels: 7.3 M parameters, 78.3 % top-1."""
-    return create_backbone(Vim, "vim_tiny_patch16_stride8_224", pretrained, **{"embed_dim": 192, "stride": 8, **kwargs})
+    return create_backbone(Vim, "vim_tiny_patch16_stride8_224", pretrained, **{"embed_dim": 192, "stride": 8} | kwargs)
 
 
 @register_model
 def vim_small_patch16_stride8_224(pretrained: bool = False, **kwargs) -> Vim:
     """Vim-S fine-tuned with patches every 8 pixels: 26.0 M parameters, 81.6 % top-1."""
-    return create_backbone(Vim, "vim_small_patch16_stride8_224", pretrained, **{"embed_dim": 384, "stride": 8, **kwargs})
+    return create_backbone(Vim, "vim_small_patch16_stride8_224", pretrained, **{"embed_dim": 384, "stride": 8} | kwargs)

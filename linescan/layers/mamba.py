@@ -23,7 +23,7 @@ def init_dt_bias(shape: tuple[int, ...], dt_min: float = 1e-3, dt_max: float = 1
 class MambaMixer(nn.Module):
     """Token mixer (B, L, dim) -> (B, L, dim): in_proj, then per route causal conv, SiLU and S6, gate, merge, out_proj.
 
-    Every route k has its own convolution, x_proj, dt_proj, A and D, stacked on the first axis of one parameter; in_proj,
+    Every route has its own convolution, x_proj, dt_proj, A and D, stacked on the first axis of one parameter; in_proj,
     the gate and out_proj are shared.
 
     Args:

@@ -34,7 +34,8 @@ def resample_pos_embed(
         return pos_embed
     length = pos_embed.shape[1]
     if length != grid[0] * grid[1] + len(rows):
-        raise ValueError(f"position embedding has {length} rows, a {grid[0]}x{grid[1]} grid needs {grid[0] * grid[1]} and {len(rows)} class rows")
+        needed = f"{grid[0]}x{grid[1]} positions and {len(rows)} class rows"
+        raise ValueError(f"position embedding has {length} rows, this grid needs {needed}")
     keep = [i for i in range(length) if i not in rows]
     table = pos_embed[:, keep].reshape(1, *grid, -1).permute(0, 3, 1, 2)
     compute = torch.promote_types(table.dtype, torch.float32)
@@ -54,9 +55,9 @@ def grid_rope(grid: tuple[int, int], dim: int, native: int = 14, theta: float = 
     freqs = 1.0 / theta ** (torch.arange(0, dim // 2, 2, dtype=torch.float32) / (dim // 2))
     angles = [torch.outer(torch.arange(n, dtype=torch.float32) / n * native, freqs) for n in grid]
     rows, cols = (a.repeat_interleave(2, -1) for a in angles)
-    table = torch.cat(
-        [rows[:, None].expand(-1, grid[1], -1), cols[None].expand(grid[0], -1, -1)], -1
-    ).reshape(grid[0] * grid[1], dim)
+    table = torch.cat([rows[:, None].expand(-1, grid[1], -1), cols[None].expand(grid[0], -1, -1)], -1).reshape(
+        grid[0] * grid[1], dim
+    )
     return table.cos(), table.sin()
 
 

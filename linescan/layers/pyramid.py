@@ -10,7 +10,7 @@ __all__ = ["RescaledFeatures", "SimpleFeaturePyramid"]
 
 
 class RescaledFeatures(nn.Module):
-    """Brings four stride-16 (or stride-8) maps to strides 4, 8, 16, 32, keeping their channels, as BEiT's dense code does.
+    """Brings four maps of stride 16 (or 8) to strides 4, 8, 16, 32, keeping their channels, as BEiT's dense code does.
 
     Parameter names (`fpn1.0.weight`, ...) are the published ones.
 
@@ -56,8 +56,8 @@ class _NormedConv(nn.Conv2d):
 
 
 class SimpleFeaturePyramid(nn.Module):
-    """Pyramid p2..p6 (strides 4..64) from one stride-16 map: Li et al., "Exploring Plain Vision Transformer Backbones for
-    Object Detection", arXiv 2203.16527. Parameter names (`simfp_2.0.weight`, ...) are detectron2's.
+    """Pyramid p2..p6 (strides 4..64) from one stride-16 map: Li et al., "Exploring Plain Vision Transformer Backbones
+    for Object Detection", arXiv 2203.16527. Parameter names (`simfp_2.0.weight`, ...) are detectron2's.
 
     Args:
         dim: channels of the input map.
