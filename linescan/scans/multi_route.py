@@ -1,0 +1,165 @@
+"""Any recurrence along any routes, and the ways to make one output of the routes' outputs."""
+
+from typing import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import routes as _routes
+
+__all__ = ["MultiRoute", "Sum", "Mean", "Gate", "Concat", "ChannelAttention", "create_merge"]
+
+
+class Sum(nn.Module):
+    """(B, K, L, ...) -> (B, L, ...): the sum over routes (Vim, VMamba)."""
+
+    def __init__(self, dim: int, n_routes: int):
+        super().__init__()
+        self.out_dim = dim
+
+    def forward(self, y: Tensor) -> Tensor:
+        return y.sum(1)
+
+
+class Mean(Sum):
+    """(B, K, L, ...) -> (B, L, ...): the mean over routes (ViG)."""
+
+    def forward(self, y: Tensor) -> Tensor:
+        return y.mean(1)
+
+
+class Gate(nn.Module):
+    """(B, K, L, D) -> (B, L, D): a weighted mean over routes, with learned weights for every channel.
+
+    The weights are a softmax over routes of `logits` (K, D), at first all equal.
+    """
+
+    def __init__(self, dim: int, n_routes: int):
+        super().__init__()
+        self.out_dim = dim
+        self.logits = nn.Parameter(torch.zeros(n_routes, dim))
+
+    def forward(self, y: Tensor) -> Tensor:
+        return torch.einsum("bkld,kd->bld", y, self.logits.softmax(0).to(y.dtype))
+
+
+class Concat(nn.Module):
+    """(B, K, L, ..., D) -> (B, L, ..., K * D): the routes' outputs side by side, as heads are (multi-head scan)."""
+
+    def __init__(self, dim: int, n_routes: int):
+        super().__init__()
+        self.out_dim = n_routes * dim
+
+    def forward(self, y: Tensor) -> Tensor:
+        return y.movedim(1, -2).flatten(-2)
+
+
+class ChannelAttention(nn.Module):
+    """(B, K, L, D) -> (B, L, D): every route's output is gated by channel, then all are added.
+
+        a_k = sigmoid(W2 gelu(W1 mean_l(LN(y_k)) + b1) + b2)        y = sum_k a_k y_k
+
+    One set of weights serves all routes. BiAttn of LocalMamba: Huang et al., "LocalMamba: Visual State Space Model with
+    Windowed Selective Scan", 2024, arXiv 2403.09338, section 4.2, its channel half, which is all that the published
+    weights have.
+
+    Args:
+        dim: D, channels.
+        n_routes: not used; any number of routes will do.
+        reduction: D over the width between W1 and W2.
+    """
+
+    def __init__(self, dim: int, n_routes: int = 1, reduction: int = 8):
+        super().__init__()
+        self.out_dim = dim
+        self.norm = nn.LayerNorm(dim)
+        self.global_reduce = nn.Linear(dim, dim // reduction)
+        self.act = nn.GELU()
+        self.channel_select = nn.Linear(dim // reduction, dim)
+
+    def forward(self, y: Tensor) -> Tensor:
+        weight = self.channel_select(self.act(self.global_reduce(self.norm(y).mean(2)))).sigmoid()
+        return (y * weight.unsqueeze(2)).sum(1)
+
+
+_MERGES = {"sum": Sum, "mean": Mean, "gate": Gate, "concat": Concat, "channel_attention": ChannelAttention}
+
+
+def create_merge(name: str, dim: int, n_routes: int) -> nn.Module:
+    """A module that merges the outputs of K = `n_routes` routes, (B, K, L, dim) -> (B, L, merge.out_dim).
+
+    Args:
+        name: "sum", "mean", "gate", "concat" or "channel_attention".
+        dim: channels of one route's output.
+        n_routes: K.
+
+    Raises:
+        ValueError: there is no merge of that name.
+    """
+    if name not in _MERGES:
+        raise ValueError(f"unknown merge {name!r}; there are: {', '.join(_MERGES)}")
+    return _MERGES[name](dim, n_routes)
+
+
+class MultiRoute(nn.Module):
+    """Runs a recurrence along several routes and merges the outputs.
+
+        scan = MultiRoute(selective_scan, "row, -row, col, -col", merge="gate", dim=96)
+        y = scan(u, delta, A, B, C, grid=(14, 14))                  # (B, 196, 96)
+
+    Args:
+        recurrence: any function of this package that takes `route` and `merge`, as `selective_scan`.
+        routes: what `routes.table` takes, or K, the number of routes of tables given with each call (point clouds).
+        merge: a name for `create_merge`, or a module (B, K, L, ...) -> (B, L, ...).
+        dim: channels of one route's output; needed by "gate", "concat" and "channel_attention".
+
+    Raises:
+        ValueError: unknown merge or route.
+    """
+
+    def __init__(
+        self,
+        recurrence: Callable,
+        routes: "int | _routes.RouteLike | Sequence[_routes.RouteLike]",
+        merge: str | nn.Module = "sum",
+        dim: int = 0,
+    ):
+        super().__init__()
+        self.recurrence = recurrence
+        self.routes = routes if isinstance(routes, int) else _routes.parse(routes)
+        self.n_routes = routes if isinstance(routes, int) else len(self.routes)
+        self.merge = create_merge(merge, dim, self.n_routes) if isinstance(merge, str) else merge
+
+    def forward(
+        self, *inputs, grid: Sequence[int] | None = None, route: Tensor | None = None, **options
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Args:
+            inputs, options: of the recurrence; token inputs are (B, K or 1, L, ...), in stored order.
+            grid: (H, W) or (T, H, W) that the tokens stand on.
+            route: a table (K, S) or (B, K, S) instead of `grid`.
+
+        Returns:
+            the merged output (B, L, ...), or with `return_final_state=True` a pair of that and the state (B, K, ...).
+
+        Raises:
+            ValueError: not exactly one of `grid` and `route` is given, or a table of another number of routes.
+        """
+        if (grid is None) == (route is None):
+            raise ValueError("MultiRoute: give either the grid that the tokens stand on or a route table")
+        if route is None:
+            if isinstance(self.routes, int):
+                raise ValueError(f"MultiRoute: made for {self.n_routes} given routes, so each call needs a route table")
+            route = _routes.table(self.routes, grid, inputs[0].device)
+        if route.shape[-2] != self.n_routes:
+            raise ValueError(f"MultiRoute: made for {self.n_routes} routes, the table has {route.shape[-2]}")
+        added = type(self.merge) is Sum  # the recurrence adds up by itself
+        result = self.recurrence(*inputs, route=route, merge="sum" if added else None, **options)
+        if added:
+            return result
+        if isinstance(result, tuple):
+            return self.merge(result[0]), result[1]
+        return self.merge(result)
+
+    def extra_repr(self) -> str:
+        routes = self.routes if isinstance(self.routes, int) else ", ".join(str(route) for route in self.routes)
+        return f"{self.recurrence.__name__}, routes={routes}"
