@@ -1,0 +1,13 @@
+"""Errors that are the caller's to mend."""
+
+
+class InputError(ValueError):
+    """Something given by the user cannot be used; one line says what was wrong and what would be right."""
+
+
+class BrokenImage(InputError):
+    """A file that Pillow cannot read as a picture."""
+
+
+class Diverged(RuntimeError):
+    """Training has come to a loss that is not a number."""

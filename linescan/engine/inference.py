@@ -1,0 +1,132 @@
+"""Pictures in, names out."""
+
+from pathlib import Path
+from typing import NamedTuple, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from .errors import InputError
+from .evaluate import precision
+from .images import read_image, to_mode
+from .models import ModelCard, restore
+from .processes import pick_device
+
+__all__ = ["Classifier", "Prediction", "Picture"]
+
+Picture = str | Path | Image.Image | np.ndarray | Tensor
+"""A file, a PIL image, or an array: (H, W) or (H, W, C) as numpy, (C, H, W) as torch; bytes, or floats in 0..1."""
+
+
+class Prediction(NamedTuple):
+    """One guess: the class's name, its probability, its index."""
+
+    label: str
+    probability: float
+    index: int
+
+
+class Classifier:
+    """Names what pictures show.
+
+        classify = Classifier(checkpoint="runs/demo/model.safetensors")
+        for guess in classify("seven.png", topk=3):
+            print(guess.label, guess.probability)
+
+    Args:
+        model: a timm name. Not needed with a checkpoint that linescan has written: it knows its model and its classes.
+        checkpoint: a file of weights; without it, the published ones are fetched.
+        device: by default CUDA where there is one.
+        dtype: torch.bfloat16 or torch.float16 for half precision.
+        batch: pictures in one forward pass.
+        args: for `timm.create_model`.
+
+    Raises:
+        InputError, CheckpointError: see `linescan.engine.models.restore`.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        checkpoint: str | Path | None = None,
+        *,
+        device: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        batch: int = 32,
+        **args,
+    ):
+        self.device, self.dtype, self.batch = pick_device(device), dtype, batch
+        precision(self.device, dtype)
+        restored, card = restore(model, checkpoint, **args)
+        self.model: nn.Module = restored.to(self.device).eval()
+        self.card: ModelCard = card
+        self._transform = card.preprocess.transform()
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the classes."""
+        return self.card.classes
+
+    def tensor(self, picture: Picture) -> Tensor:
+        """One picture as the model wants it, (C, H, W).
+
+        Raises:
+            BrokenImage: a file that cannot be read.
+            InputError: an array that is not a picture.
+        """
+        channels = self.card.preprocess.channels
+        if isinstance(picture, (str, Path)):
+            return self._transform(read_image(picture, channels))
+        if not isinstance(picture, Image.Image):
+            picture = _from_array(picture)
+        return self._transform(to_mode(picture, channels))
+
+    @torch.no_grad()
+    def probabilities(self, pictures: Sequence[Picture]) -> Tensor:
+        """The probability of each class for each picture, (pictures, classes), float32 on the CPU.
+
+        Raises:
+            BrokenImage, InputError: see `tensor`; or the model's answer is not finite.
+        """
+        answers = [torch.empty(0, len(self.classes))]
+        for at in range(0, len(pictures), self.batch):
+            images = torch.stack([self.tensor(p) for p in pictures[at : at + self.batch]]).to(self.device)
+            with precision(self.device, self.dtype):
+                logits = self.model(images).float().cpu()
+            if not logits.isfinite().all():
+                raise InputError("the model answers NaN or infinity; its weights are damaged, or the precision too low")
+            answers.append(logits.softmax(-1))
+        return torch.cat(answers)
+
+    def __call__(self, pictures: Picture | Sequence[Picture], topk: int = 5) -> list:
+        """The `topk` likeliest classes, best first: a list of `Prediction`; for several pictures a list of lists."""
+        one = not isinstance(pictures, (list, tuple))
+        values, indices = self.probabilities([pictures] if one else pictures).topk(min(topk, len(self.classes)))
+        guesses = [
+            [Prediction(self.classes[i], p, i) for p, i in zip(ps, ks)]
+            for ps, ks in zip(values.tolist(), indices.tolist())
+        ]
+        return guesses[0] if one else guesses
+
+
+def _from_array(array: np.ndarray | Tensor) -> Image.Image:
+    if isinstance(array, Tensor):
+        array = array.detach().cpu().numpy()
+        array = np.moveaxis(array, 0, -1) if array.ndim == 3 else array
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"a picture is a path, a PIL image, a numpy array or a tensor, not {type(array).__name__}")
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if 0 in array.shape or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+        raise InputError(f"an array of shape {array.shape} is not a picture; (H, W) and (H, W, 1 or 3 or 4) are")
+    if array.dtype.kind == "f":
+        if not np.isfinite(array).all():
+            raise InputError("the picture holds NaN or infinite values")
+        if array.min() < 0 or array.max() > 1:
+            raise InputError(f"a picture of floats runs over 0..1; this one over {array.min():g}..{array.max():g}")
+        array = (array * 255).round().astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise InputError(f"a picture holds bytes, or floats in 0..1; this array holds {array.dtype}")
+    return Image.fromarray(array)

@@ -1,0 +1,75 @@
+"""One process or many: the few things that differ when `torchrun` starts several."""
+
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Iterator
+
+import torch
+import torch.distributed as dist
+
+from .errors import InputError
+
+__all__ = ["Processes", "processes", "pick_device"]
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device called `name`, or the best there is: CUDA, then the CPU.
+
+    Raises:
+        InputError: no such device here.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among its fellows.
+
+    Attributes:
+        rank, count: which of how many; 0 of 1 outside torchrun.
+        device: where this one computes.
+    """
+
+    rank: int
+    count: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes files and talks."""
+        return self.rank == 0
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of `x` over all processes, in place."""
+        if self.count > 1:
+            dist.all_reduce(x)
+        return x
+
+    def wait(self) -> None:
+        """Returns once every process has come here."""
+        if self.count > 1:
+            dist.barrier()
+
+
+@contextmanager
+def processes(device: str | None = None) -> Iterator[Processes]:
+    """Joins the other processes if `torchrun` started this one (gloo on CPUs, NCCL on CUDA); leaves them at the end."""
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    if count == 1:
+        yield Processes(0, 1, pick_device(device))
+        return
+    where = pick_device(device)
+    if where.type == "cuda":
+        where = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(where)
+    dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    try:
+        yield Processes(dist.get_rank(), count, where)
+    finally:
+        dist.destroy_process_group()
