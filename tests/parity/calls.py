@@ -10,3 +10,7 @@ def vim_segmentation(module, inputs):
 def vim_detection(module, inputs):
     maps = module.forward_maps(inputs["input"])
     return {f"p{i + 2}": y for i, y in enumerate(module.neck(maps[-1]))} | {"last_feat": maps[-1]}
+
+
+def maps_as_out(module, inputs):
+    return {f"out{i}": y for i, y in enumerate(module(inputs["input"]))}
