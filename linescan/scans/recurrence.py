@@ -148,7 +148,7 @@ def check_shapes(name: str, route: Tensor | None, **arguments: tuple[Tensor | No
         for axis, size in zip(axes, x.shape):
             if size == 1 and axis == "K":
                 continue
-            known = sizes["R"] if axis == "K" else sizes.setdefault(axis, size)
+            known = sizes["R"] if axis == "K" else int(axis) if axis.isdigit() else sizes.setdefault(axis, size)
             if size != known:
                 raise ValueError(
                     f"{name}: {key} is {wanted} with {axis.replace('R', 'K')} = {known}, got {tuple(x.shape)}"
