@@ -8,15 +8,16 @@ A route is a small immutable object that gives a table of token indices for any 
     flipud:R  fliplr:R  antiT:R         several are applied from left to right: rot90:T:hilbert
     w7  w4x2  window(7, inside=R, between=R)    window after window, padded at the bottom and the right
     spatial_first(R)  temporal_first(R)         videos: R in every frame in turn; all frames at every place of R
-    twh  twh:R  twh(R)                  videos: axes in this order, slowest first; with R over all three; over the last two
-    cls(R, at=middle, stored=head)      class tokens, at and stored each head, middle, tail or an index; several: head+tail
+    twh  twh:R  twh(R)                  videos: axes in this order, slowest first; R over all of them; over the last two
+    cls(R, at=middle, stored=head)      class tokens: each head, middle, tail or an index; several are head+tail
 
     table("row, -row, col, -col", (14, 14))     # (4, 196): the four routes of VMamba and of Mamba-ND
     table(["w2", "-w2"], (7, 7))                # LocalMamba, with 15 padding steps each
     table(parse("hilbert")[0].turn("T").reverse(), (14, 14))
 
-Tables are int32 (K, S) as `linescan.scans.recurrence` reads them: entry [k, t] is the token that route k visits at step
-t, -1 is a padding step. They are made once for a grid and device, and are constants under torch.compile and torch.export.
+Tables are int32 (K, S) as `linescan.scans.recurrence` reads them: entry [k, t] is the token that route k visits at
+step t, -1 is a padding step. They are made once for a grid and device, and are constants under torch.compile and
+torch.export.
 """
 
 import difflib
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations
 from math import prod
+from operator import index
 from typing import Sequence, Union
 
 import numpy as np
@@ -69,8 +71,6 @@ _ALIASES = {
     "serpentine": "snake",
     "boustrophedon": "snake",
     "morton": "zorder",
-    "rotate": "rot90",
-    "transpose": "T",
 }
 _AXES = ["".join(p) for p in permutations("thw")]
 _PLACES = ("head", "middle", "tail")
@@ -134,7 +134,7 @@ class Route:
             raise ValueError(f"unknown axis order {order!r}; there are: {', '.join(_AXES)}")
         return self if order == "thw" else Permuted(order, self)
 
-    def with_tokens(self, at: "str | int | Sequence" = "head", stored: "str | int | Sequence" = "head") -> "Route":
+    def with_tokens(self, at: str | int | Sequence = "head", stored: str | int | Sequence = "head") -> "Route":
         """This route with class tokens; the cells keep their order.
 
         Args:
@@ -312,9 +312,8 @@ def as_grid(grid: Sequence[int] | str) -> Grid:
     Raises:
         ValueError: it is not a grid.
     """
-    text = grid if isinstance(grid, str) else None
     try:
-        sizes = tuple(int(n) for n in (text.lower().split("x") if text else grid))
+        sizes = tuple(map(int, grid.lower().split("x")) if isinstance(grid, str) else map(index, grid))
     except (TypeError, ValueError):
         sizes = ()
     if len(sizes) not in (2, 3) or min(sizes) < 1:
@@ -387,6 +386,8 @@ def parse(spec: RouteLike | Sequence[RouteLike]) -> tuple[Route, ...]:
         return (spec,)
     if isinstance(spec, str):
         return _parse_text(spec)
+    if not isinstance(spec, Sequence):
+        raise ValueError(f"a route is a spec, a Route or a sequence of these, got {spec!r}; {_catalogue()}")
     routes = tuple(route for part in spec for route in parse(part))
     if not routes:
         raise ValueError(f"no route given; {_catalogue()}")
@@ -450,31 +451,27 @@ def _parse_route(text: str) -> Route:
 def _make(text: str, name: str, arguments: list[str], options: dict[str, str]) -> Route:
     """The route of one call in a spec."""
 
-    def check(required: int, optional: Sequence[str] = (), usage: str = "") -> None:
-        if len(arguments) != required or set(options) - set(optional):
+    def check(usage: str, counts: Sequence[int], keywords: Sequence[str] = ()) -> None:
+        if len(arguments) not in counts or set(options) - set(keywords):
             raise ValueError(f"route {text!r} does not fit {usage}")
 
     if name in CURVES:
-        check(0, usage=name)
+        check(name, [0])
         return Curve(name)
     if re.fullmatch(r"w\d+(x\d+)*", name):
-        check(0, usage=name)
+        check(name, [0])
         return window(_sides(name[1:]))
     if name == "window":
-        check(1, ("inside", "between"), "window(N, inside=R, between=R)")
+        check("window(N, inside=R, between=R)", [1], ["inside", "between"])
         return window(_sides(arguments[0]), **options)
     if name in ("spatial_first", "temporal_first"):
-        arguments = arguments or ["row"]
-        check(1, usage=f"{name}(R)")
-        return Frames(_one(arguments[0], name), name == "spatial_first")
+        check(f"{name}(R)", [0, 1])
+        return Frames(_one(*arguments or ["row"], name), name == "spatial_first")
     if name in _AXES:
-        if not arguments:
-            check(0, usage=name)
-            return Curve("row").axes(name)
-        check(1, usage=f"{name}(R)")
-        return spatial_first(arguments[0]).axes(name)
+        check(f"{name} or {name}(R)", [0, 1])
+        return (spatial_first(*arguments) if arguments else Curve("row")).axes(name)
     if name == "cls":
-        check(1, ("at", "stored"), "cls(R, at=, stored=)")
+        check("cls(R, at=, stored=)", [1], ["at", "stored"])
         places = {k: [int(p) if p.isdecimal() else p for p in v.split("+")] for k, v in options.items()}
         return parse(arguments[0])[0].with_tokens(**places)
     raise _unknown(name or text)
@@ -502,8 +499,8 @@ def table(
     """The table of one or several routes: int32 (K, S), entry [k, t] the token of step t, -1 for a padding step.
 
     S is the longest route's number of steps; shorter routes are padded on the right (a causal recurrence gives the same
-    with it). The same call returns the same tensor, so do not write to it. Inside torch.compile and torch.export it is a
-    constant of the graph, and the grid's sides are specialised.
+    with it). The same call returns the same tensor, so do not write to it. Inside torch.compile and torch.export it is
+    a constant of the graph, and the grid's sides are specialised.
 
     Args:
         spec: as `parse` takes it.
@@ -594,9 +591,9 @@ def inverse(table: Tensor, length: int) -> Tensor:
 def pad_slots(table: Tensor, length: int) -> tuple[Tensor, int]:
     """Gives every padding step a token of its own: table (..., S) -> (table without -1, number of slots to append).
 
-    For systems whose padding is more than a zero input (LocalVim's convolution bias makes it non-zero): append that many
-    zero tokens to the `length` stored ones, and drop them from the output. Each route numbers its padding steps from
-    `length` in order of time.
+    For systems whose padding is more than a zero input (LocalVim's convolution bias makes it non-zero): append that
+    many zero tokens to the `length` stored ones, and drop them from the output. Each route numbers its padding steps
+    from `length` in order of time.
 
     Args:
         table: every route visits each of the `length` tokens exactly once, as all of `table` do.
@@ -633,6 +630,11 @@ def _token_places(at, stored) -> tuple[tuple, tuple]:
     return at, stored
 
 
+def stored_cells(route: Route, grid: Grid) -> np.ndarray:
+    """Which cell of the grid each stored token is; class tokens count on from the last cell."""
+    return np.array(_merge_order(prod(grid), route.stored))
+
+
 @lru_cache(maxsize=1024)
 def _merge_order(length: int, places: tuple) -> tuple[int, ...]:
     """Which of `length` things and then len(places) tokens stands where, after the tokens went to their places."""
@@ -654,8 +656,8 @@ def insert_tokens(
 ) -> Tensor:
     """Adds class tokens to a table: (..., S) -> (..., S + n), its tokens renumbered for a storage of length + n.
 
-    A token inserted before a reversal takes part in it (VideoMamba: stored first, read first, and last on the way back);
-    one inserted after does not (LocalVim: the middle of every route, index (S + n - 1) // 2).
+    A token inserted before a reversal takes part in it (VideoMamba: stored first, read first, and last on the way
+    back); one inserted after does not (LocalVim: the middle of every route, index (S + n - 1) // 2).
 
     Args:
         table: any table, also one a sample (B, K, S).
@@ -697,7 +699,7 @@ def point_table(
         curve: one or several (a comma-separated text or a sequence), each with "-" before it for its reverse:
             "hilbert", "zorder" (also "z"); "hilbert-trans", "zorder-trans" (also "z-trans") swap the first two axes, as
             Point Transformer V3 and PointMamba name them; "axis0", "axis1", "axis2" sort by one coordinate.
-        bits: cells on a side are 2**bits, over each sample's bounding box (its longest side, so that cells are cubes).
+        bits: 2**bits cells along the longest side of each sample's bounding box; cells are squares or cubes.
         cell: PointMamba's rule instead: cells have this side, are numbered from each sample's lowest, and the curve is
             as deep as the largest number in the batch needs (at most 19 bits in 3D, 30 in 2D).
 
@@ -706,27 +708,26 @@ def point_table(
     """
     if coords.ndim != 3 or coords.shape[-1] not in (2, 3):
         raise ValueError(f"point_table: coords are (B, N, 2) or (B, N, 3), got {tuple(coords.shape)}")
-    names = [name.strip() for name in curve.split(",")] if isinstance(curve, str) else list(curve)
     axes = coords.shape[-1]
-    cells = depth = None
-    tables = []
-    for name in names:
+    known = _POINT_CURVES[: 4 + axes]
+    cells, depth = _cells(coords, bits, cell)
+    orders = []
+    for name in [n.strip() for n in curve.split(",")] if isinstance(curve, str) else curve:
         base = name.removeprefix("-")
         base = _POINT_ALIASES.get(base, base)
-        if base not in _POINT_CURVES[: 4 + axes]:
-            raise ValueError(f"unknown point curve {name!r}; there are: {', '.join(_POINT_CURVES[: 4 + axes])}, and -NAME")
-        if base.startswith("axis"):
-            keys = coords[..., int(base[4:])]
+        if base not in known:
+            raise ValueError(f"unknown point curve {name!r}; there are: {', '.join(known)}, and - before them")
+        kind, _, swapped = base.partition("-")
+        points = cells[..., [1, 0, 2][:axes]] if swapped else cells
+        if kind == "hilbert":
+            keys = _deep_hilbert_keys(points, depth) if depth is not None else hilbert_keys(points, bits)
+        elif kind == "zorder":
+            keys = zorder_keys(points, bits if depth is None else 63 // axes)
         else:
-            if cells is None:
-                cells, depth = _cells(coords, bits, cell)
-            points = cells[..., [1, 0, *range(2, axes)]] if base.endswith("trans") else cells
-            keys = zorder_keys(points, bits if cell is None else 63 // axes) if base.startswith("z") else (
-                hilbert_keys(points, bits) if depth is None else _deep_hilbert_keys(points, depth)
-            )
+            keys = coords[..., int(kind[-1])]
         order = keys.argsort(-1, stable=True)
-        tables.append(order.flip(-1) if name.startswith("-") else order)
-    return torch.stack(tables, 1).int()
+        orders.append(order.flip(-1) if name.startswith("-") else order)
+    return torch.stack(orders, 1).int()
 
 
 def _cells(coords: Tensor, bits: int, cell: float | None) -> tuple[Tensor, Tensor | None]:
@@ -739,7 +740,7 @@ def _cells(coords: Tensor, bits: int, cell: float | None) -> tuple[Tensor, Tenso
     low, high = coords.amin(1, keepdim=True), coords.amax(1, keepdim=True)
     side = (high - low).amax(-1, keepdim=True)
     side = torch.where(side > 0, side, torch.ones_like(side))
-    return ((coords - low) / side * 2**bits).long().clamp(0, 2**bits - 1), None
+    return ((coords - low) / side * 2**bits).long().clamp(max=2**bits - 1), None
 
 
 def _deep_hilbert_keys(points: Tensor, depth: Tensor) -> Tensor:
