@@ -17,7 +17,7 @@ EPS = 1e-10  # added to the normaliser
 
 
 def _shapes(batch, routes, length, q, k, v, scale, normalize, *_):
-    return (batch, routes, length, *v.shape[3:]), (batch, routes, *q.shape[3:], v.shape[4] + normalize)
+    return (batch, routes, length, *v.shape[3:]), (batch, routes, *q.shape[3:], v.shape[4] + int(normalize))
 
 
 def _counted(v: Tensor, normalize: bool) -> Tensor:

@@ -159,7 +159,7 @@ def test_flops():
     [
         (dict(k=torch.zeros(2, 1, 5, H, 3)), "k should be (B, K, L, H, dk) = (2, 1, 5, 2, 4), got (2, 1, 5, 2, 3)"),
         (dict(g=torch.zeros(2, 1, 5, H)), "g should be (B, K, L, H, dk), got 4 axes (2, 1, 5, 2)"),
-        (dict(g=torch.zeros(2, 3, 5, H, 4), v=torch.zeros(2, 2, 5, H, 3)), "v should be (B, K, L, H, dv) = (2, 1 or 3, "),
+        (dict(g=torch.zeros(2, 3, 5, H, 4), v=torch.zeros(2, 2, 5, H, 3)), "v should be (B, K, L, H, dv) = (2, 1 or 3"),
         (dict(initial_state=torch.zeros(2, 2, H, 4, 3)), "initial_state should be (B, R, H, dk, dv) = (2, 1, 2, 4, 3)"),
         (dict(merge="mean"), "merge is None (one output a route) or 'sum', got 'mean'"),
     ],
