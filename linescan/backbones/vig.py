@@ -12,7 +12,7 @@ from functools import partial
 from typing import Callable, Sequence
 
 import torch
-from timm.layers import DropPath, GluMlp, LayerNorm2d, LayerScale, Mlp, trunc_normal_
+from timm.layers import DropPath, GluMlp, LayerNorm2d, LayerScale, Mlp, calculate_drop_path_rates, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
@@ -144,7 +144,7 @@ class ViG(PlainBackbone):
                 embed_dim,
                 norm_layer,
                 feed_forward(embed_dim, gated_mlp, 256, nn.SiLU),
-                drop_path_rate * i / max(depth - 1, 1),
+                rate,
                 init_values,
                 num_heads=num_heads,
                 conv_act=conv_act,
@@ -152,7 +152,7 @@ class ViG(PlainBackbone):
                 out_act=out_act,
                 scale=0.25,  # the published evaluation halves the mean of the directions once more
             )
-            for i in range(depth)
+            for rate in calculate_drop_path_rates(drop_path_rate, depth)
         )
         self.norm = norm_layer(embed_dim)
         self.feature_info = [
@@ -275,7 +275,7 @@ class HierViG(HierarchicalBackbone):
         self.in_chans = in_chans
         self.num_features = dims[-1]
         self.patch_embed = ConvStem(in_chans, dims[0], 3, 2, nn.GELU())
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         self.stages = nn.ModuleList(
             ViGStage(
                 reduce(dims[i - 1], dim) if i else nn.Identity(),
