@@ -1,0 +1,199 @@
+"""The C++ kernels in `cpu/`: the selective scan and the causal convolution on a CPU, each one fused operator.
+
+`setup.py` compiles them into `_cpu.so`, which needs nothing of Python and of torch only the stable C interface
+(torch >= 2.10). Here it is loaded, and its operators `linescan_cpu::*` become the implementations named "cpu". Without
+the library the chunked torch form serves, and the first call that the kernel would have taken says so.
+
+The environment variable LINESCAN_CPU_KERNELS caps the instruction set ("avx512", "avx2", "baseline") or turns the
+kernels off ("off").
+"""
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..causal_conv import _causal_conv1d
+from ..recurrence import Recurrence, visited
+from ..selective_scan import _selective_scan
+
+LIBRARY = Path(__file__).with_name("_cpu.so")
+LANES = {"avx512": 16, "avx2": 8, "baseline": 4}  # floats in a vector
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SETTING = "LINESCAN_CPU_KERNELS"
+
+_log = logging.getLogger("linescan")
+_missing: str | None = None  # why the kernels cannot serve
+_said = False
+
+
+def _load() -> str | None:
+    """Loads the library; returns what stands in the way, if anything does."""
+    setting = os.environ.get(_SETTING, "")
+    if setting not in ("", "off", *LANES):
+        raise ValueError(f"{_SETTING} is one of off, {', '.join(LANES)}; got {setting!r}")
+    if setting == "off":
+        return f"turned off by {_SETTING}=off"
+    if not LIBRARY.exists():
+        return "not compiled; install a C++ compiler (g++ or clang++) and run `pip install` of linescan again"
+    try:
+        torch.ops.load_library(LIBRARY)
+    except OSError as error:
+        return f"{LIBRARY} does not load: {error.__cause__ or error}; run `pip install` of linescan again"
+    if not hasattr(torch.ops.linescan_cpu, "selective_scan"):
+        return f"needs torch >= 2.10, this is {torch.__version__}"
+    if setting:
+        instruction_set(setting)
+    return None
+
+
+def instruction_set(most: str = "") -> str:
+    """The instruction set in use, after taking the best one up to `most` ("avx512", "avx2", "baseline") if given."""
+    lanes = torch.ops.linescan_cpu.instruction_set(LANES.get(most, 0))
+    return next(name for name, count in LANES.items() if count == lanes)
+
+
+def info() -> str:
+    """Which kernels serve the CPU, or why none do and what to do about it."""
+    return f"C++, {instruction_set()}" if _missing is None else f"chunked torch; kernels {_missing}"
+
+
+# -- what all operators share -----------------------------------------------------------------------------------------
+
+
+def _fits(*args) -> bool:
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    return all(
+        x.device.type == "cpu" and x.numel() > 0 and (x.dtype in _DTYPES or not x.is_floating_point()) for x in tensors
+    )
+
+
+def _supports(*args) -> bool:
+    global _said
+    if not _fits(*args):
+        return False
+    if _missing is not None and not _said:
+        _said = True
+        _log.warning("linescan: the CPU kernels are %s. The slower torch form serves instead.", _missing)
+    return _missing is None
+
+
+def _check(op: Recurrence, args) -> None:
+    """For calls that force the kernel by name."""
+    if _missing is not None:
+        raise RuntimeError(f"{op.name}: the CPU kernels are {_missing}")
+    if not _fits(*args):
+        got = sorted({f"{str(x.dtype)[6:]} on {x.device.type}" for x in args if isinstance(x, Tensor)})
+        raise ValueError(
+            f"{op.name}: the cpu kernel takes non-empty float32, bfloat16 or float16 tensors on the CPU, "
+            f"got {', '.join(got)}"
+        )
+
+
+def _rows(x: Tensor | None) -> Tensor | None:
+    """Tokens as the kernels read them: any strides, but for channels that stand next to each other."""
+    return x if x is None or x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def _parameter(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float().contiguous()
+
+
+def _output(x: Tensor, batch: int, routes: int, length: int, route: Tensor | None, merge: bool) -> Tensor:
+    """Room for the output: float32 where routes are summed in it, zero where no route may come."""
+    shape = (batch, length, x.shape[-1]) if merge else (batch, routes, length, x.shape[-1])
+    dtype = torch.float32 if merge else x.dtype
+    return (torch.empty if route is None else torch.zeros)(shape, dtype=dtype)
+
+
+def _gradient(x: Tensor, routes: int, route: Tensor | None) -> Tensor:
+    """Room for the gradient of a token input: zero where several steps add to one row."""
+    add = route is not None or x.shape[1] < routes
+    return (torch.zeros if add else torch.empty)(x.shape, dtype=torch.float32)
+
+
+def _like(x: Tensor | None) -> Tensor | None:
+    return None if x is None else torch.empty(x.shape, dtype=torch.float32)
+
+
+def _finish(grads, inputs) -> list[Tensor]:
+    """Gradients of the inputs that are there, in their dtypes."""
+    return [grad.to(x.dtype) for grad, x in zip(grads, inputs) if x is not None]
+
+
+# -- selective scan ---------------------------------------------------------------------------------------------------
+
+
+def _scan_inputs(args):
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, route, merge = args
+    batch, routes, length = visited([x for x in (u, delta, B, C, z) if x is not None], route)
+    tokens = [_rows(x) for x in (u, delta, B, C, z)]
+    u, delta, B, C, z = tokens
+    table = None if route is None else route if route.dtype == torch.int64 else route.int()
+    table = None if table is None else table.contiguous()
+    parameters = [_parameter(x) for x in (A, D, delta_bias, initial_state)]
+    A, D, delta_bias, initial_state = parameters
+    call = (u, delta, A, B, C, D, z, delta_bias, initial_state, table, routes, delta_softplus, merge)
+    return call, (batch, routes, length)
+
+
+def _scan_forward(*args):
+    _check(_selective_scan, args)
+    u, A, route, merge = args[0], args[2], args[-2], args[-1]
+    call, (batch, routes, length) = _scan_inputs(args)
+    y = _output(u, batch, routes, length, route, merge)
+    state = torch.empty(batch, routes, *A.shape[1:])
+    torch.ops.linescan_cpu.selective_scan(*call, y, state)
+    return y.to(u.dtype), state
+
+
+def _scan_backward(grad_output, grad_state, *args):
+    _check(_selective_scan, args)
+    u, delta, A, B, C, D, z, delta_bias, _, initial_state, route, _ = args
+    call, (_, routes, _) = _scan_inputs(args)
+    du, ddelta = _gradient(u, routes, route), _gradient(delta, routes, route)
+    dB, dC = torch.zeros(B.shape), torch.zeros(C.shape)
+    dz = None if z is None else _gradient(z, routes, route)
+    dA, dD, dbias, dinitial = _like(A), _like(D), _like(delta_bias), _like(initial_state)
+    torch.ops.linescan_cpu.selective_scan_backward(
+        *call, _rows(grad_output), _parameter(grad_state), du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial
+    )
+    return _finish(
+        (du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial), (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    )
+
+
+# -- causal convolution -----------------------------------------------------------------------------------------------
+
+
+def _conv_inputs(args):
+    x, weight, bias, silu, initial_state, route, merge = args
+    shape = visited([x], route) if route is not None or x.shape[1] > 1 else (len(x), len(weight), x.shape[2])
+    table = None if route is None else (route if route.dtype == torch.int64 else route.int()).contiguous()
+    return (_rows(x), *map(_parameter, (weight, bias, initial_state)), table, shape[1], silu, merge), shape
+
+
+def _conv_forward(*args):
+    _check(_causal_conv1d, args)
+    x, weight, *_, route, merge = args
+    call, (batch, routes, length) = _conv_inputs(args)
+    y = _output(x, batch, routes, length, route, merge)
+    state = torch.empty(batch, routes, x.shape[-1], weight.shape[-1] - 1)
+    torch.ops.linescan_cpu.causal_conv1d(*call, y, state)
+    return y.to(x.dtype), state
+
+
+def _conv_backward(grad_output, grad_state, *args):
+    _check(_causal_conv1d, args)
+    x, weight, bias, _, initial_state, route, _ = args
+    call, (_, routes, _) = _conv_inputs(args)
+    grads = (_gradient(x, routes, route), _like(weight), _like(bias), _like(initial_state))
+    torch.ops.linescan_cpu.causal_conv1d_backward(*call, _rows(grad_output), _parameter(grad_state), *grads)
+    return _finish(grads, (x, weight, bias, initial_state))
+
+
+_missing = _load()
+_selective_scan.register("cpu", _scan_forward, _scan_backward, _supports)
+_causal_conv1d.register("cpu", _conv_forward, _conv_backward, _supports)

@@ -1,0 +1,151 @@
+// The causal depthwise convolution along a route, for one instruction set. Included inside its namespace.
+//
+// Every unit slides over time with the last W - 1 inputs of its channels in front of the chunk it works on.
+
+constexpr int CONV_T = 64;
+
+// rows[t] = bias + sum over j of weight[j] * x[t + j], then SiLU or not; x begins `taps` - 1 rows before the first token.
+template <class F>
+LINESCAN_INLINE void convolve(int64_t count, int64_t stride, int64_t taps, const float* __restrict x,
+                              const float* __restrict weight, const float* __restrict bias, F f) {
+  for (int64_t c = 0; c < stride; c += W) {
+    for (int64_t t = 0; t < count; ++t) {
+      V sum = load(bias + c);
+      for (int64_t j = 0; j < taps; ++j) sum += load(x + (t + j) * stride + c) * load(weight + j * stride + c);
+      f(t * stride + c, sum);
+    }
+  }
+}
+
+// (channels, taps) of weights or states as rows over channels, and back.
+static void to_rows(const float* x, int64_t channels, int64_t taps, int64_t stride, float* out) {
+  for (int64_t j = 0; j < taps; ++j)
+    for (int64_t c = 0; c < channels; ++c) out[j * stride + c] = x[c * taps + j];
+}
+static void from_rows(const float* x, int64_t channels, int64_t taps, int64_t stride, float* out, int64_t pitch) {
+  for (int64_t j = 0; j < taps; ++j)
+    for (int64_t c = 0; c < channels; ++c) out[c * pitch + j] = x[j * stride + c];
+}
+
+static void conv_forward(const Conv& s, int64_t begin, int64_t end) {
+  constexpr int T = CONV_T;
+  const int64_t blocks = s.blocks.count(), stride = (s.blocks.width + W - 1) / W * W, past = s.W - 1;
+  Arena arena(Arena::rounded((past + T) * stride) + Arena::rounded(T * stride) + Arena::rounded(s.W * stride) +
+              Arena::rounded(stride));
+  float *x = arena.take((past + T) * stride), *y = arena.take(T * stride), *weight = arena.take(s.W * stride),
+        *bias = arena.take(stride);
+  zero(x, (past + T) * stride), zero(weight, s.W * stride), zero(bias, stride);
+  int64_t reads[T], writes[T];
+
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t per_sample = s.merge ? blocks : blocks * s.K, b = unit / per_sample, block = unit % blocks;
+    const int64_t first_route = s.merge ? 0 : unit % per_sample / blocks, last_route = s.merge ? s.K : first_route + 1;
+    int64_t group, channel, width;
+    s.blocks.locate(block, group, channel, width);
+    for (int64_t k = first_route; k < last_route; ++k) {
+      to_rows(s.weight.at(b, k) + channel * s.W, width, s.W, stride, weight);
+      if (s.bias) std::memcpy(bias, s.bias.at(b, k) + channel, width * 4);
+      if (s.initial) to_rows(s.initial.at(b, k) + channel * past, width, past, stride, x);
+      else zero(x, past * stride);
+      Target target = s.y;
+      if (s.merge) target.add |= k > 0;
+      for (int64_t t0 = 0; t0 < s.S; t0 += T) {
+        const int64_t count = s.S - t0 < T ? s.S - t0 : T;
+        s.route.steps(b, k, t0, count, reads, writes);
+        gather(s.x, b, k, 0, channel, reads, count, width, stride, x + past * stride);
+        const auto silu = [&](int64_t at, V v) { store(y + at, v * sigmoid(v)); };
+        const auto plain = [&](int64_t at, V v) { store(y + at, v); };
+        if (!s.silu) convolve(count, stride, s.W, x, weight, bias, plain);
+        else if (s.W == 4) convolve(count, stride, 4, x, weight, bias, silu);
+        else convolve(count, stride, s.W, x, weight, bias, silu);
+        scatter(target, b, k, channel, writes, count, width, stride, y);
+        std::memmove(x, x + count * stride, past * stride * 4);
+      }
+      from_rows(x, width, past, stride, s.state.at(b, k) + channel * past, past);
+    }
+  }
+}
+
+static void conv_backward(const Conv& s, int64_t begin, int64_t end) {
+  constexpr int T = CONV_T;
+  const int64_t blocks = s.blocks.count(), stride = (s.blocks.width + W - 1) / W * W, past = s.W - 1;
+  const int64_t chunks = (s.S + T - 1) / T, long_rows = (past + T) * stride;
+  Arena arena(2 * Arena::rounded(long_rows) + Arena::rounded(T * stride) + 2 * Arena::rounded(s.W * stride) +
+              3 * Arena::rounded(past * stride) + 2 * Arena::rounded(stride));
+  float *x = arena.take(long_rows), *grad = arena.take(long_rows), *dx = arena.take(T * stride),
+        *weight = arena.take(s.W * stride), *dweight = arena.take(s.W * stride), *initial = arena.take(past * stride),
+        *dstate = arena.take(past * stride), *dinitial = arena.take(past * stride), *bias = arena.take(stride),
+        *dbias = arena.take(stride);
+  zero(x, long_rows), zero(dx, T * stride), zero(weight, s.W * stride), zero(bias, stride);
+  int64_t reads[T], writes[T], before[T];
+
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t b = unit / blocks, block = unit % blocks;
+    int64_t group, channel, width;
+    s.blocks.locate(block, group, channel, width);
+    for (int64_t k = 0; k < s.K; ++k) {
+      to_rows(s.weight.at(b, k) + channel * s.W, width, s.W, stride, weight);
+      if (s.bias) std::memcpy(bias, s.bias.at(b, k) + channel, width * 4);
+      zero(initial, past * stride), zero(dstate, past * stride), zero(dinitial, past * stride);
+      if (s.initial) to_rows(s.initial.at(b, k) + channel * past, width, past, stride, initial);
+      if (s.dstate) to_rows(s.dstate.at(b, k) + channel * past, width, past, stride, dstate);
+      zero(dweight, s.W * stride), zero(dbias, stride), zero(grad, long_rows);
+      // grad holds the gradients before SiLU of a chunk, followed by the first W - 1 of the chunk after it.
+      for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
+        const int64_t t0 = chunk * T, count = s.S - t0 < T ? s.S - t0 : T;
+        if (chunk < chunks - 1) std::memmove(grad + count * stride, grad, past * stride * 4);
+        for (int64_t i = 0; i < past; ++i) {
+          const int64_t t = t0 - past + i;
+          float* row = x + i * stride;
+          if (t < 0) {
+            std::memcpy(row, initial + (t + past) * stride, stride * 4);
+          } else {
+            s.route.steps(b, k, t, 1, before, writes);
+            gather(s.x, b, k, 0, channel, before, 1, width, stride, row);
+          }
+        }
+        s.route.steps(b, k, t0, count, reads, writes);
+        gather(s.x, b, k, 0, channel, reads, count, width, stride, x + past * stride);
+        gather(s.dy, b, k, 0, channel, writes, count, width, stride, grad);
+        if (s.silu) {
+          convolve(count, stride, s.W, x, weight, bias, [&](int64_t at, V v) {
+            const V open = sigmoid(v);
+            store(grad + at, load(grad + at) * open * (1.0f + v * (1.0f - open)));
+          });
+        }
+        for (int64_t c = 0; c < stride; c += W) {
+          V sum = load(dbias + c);
+          for (int64_t t = 0; t < count; ++t) sum += load(grad + t * stride + c);
+          store(dbias + c, sum);
+          for (int64_t j = 0; j < s.W; ++j) {
+            V tap = load(dweight + j * stride + c);
+            for (int64_t t = 0; t < count; ++t) tap += load(grad + t * stride + c) * load(x + (t + j) * stride + c);
+            store(dweight + j * stride + c, tap);
+          }
+          for (int64_t t = 0; t < count; ++t) {
+            // Token t stands in the final state too if it is among the last W - 1.
+            const int64_t kept = t0 + t - (s.S - past);
+            V sum = kept >= 0 ? load(dstate + kept * stride + c) : V{};
+            for (int64_t j = 0; j < s.W; ++j)
+              sum += load(grad + (t + past - j) * stride + c) * load(weight + j * stride + c);
+            store(dx + t * stride + c, sum);
+          }
+        }
+        scatter(s.dx, b, k, channel, reads, count, width, stride, dx);
+      }
+      for (int64_t i = 0; i < past; ++i) {  // the inputs before the first token: outputs 0 .. i saw input i
+        const int64_t kept = i - s.S;
+        for (int64_t c = 0; c < stride; c += W) {
+          V sum = kept >= 0 ? load(dstate + kept * stride + c) : V{};
+          for (int64_t t = 0; t <= i && t < s.S; ++t)
+            sum += load(grad + t * stride + c) * load(weight + (i - t) * stride + c);
+          store(dinitial + i * stride + c, sum);
+        }
+      }
+      if (s.dinitial) from_rows(dinitial, width, past, stride, s.dinitial.at(b, k) + channel * past, past);
+      float* partial = s.partial + ((b * s.K + k) * s.D + channel) * (s.W + 1);
+      from_rows(dweight, width, s.W, stride, partial, s.W + 1);
+      from_rows(dbias, width, 1, stride, partial + s.W, s.W + 1);
+    }
+  }
+}

@@ -1,0 +1,34 @@
+// All kernels for one instruction set, named LINESCAN_ISA, with vectors of LINESCAN_WIDTH floats.
+// Everything is in a namespace of its own: the linker must never take one set's code for another's.
+
+#define LINESCAN_JOIN_(a, b) a##b
+#define LINESCAN_JOIN(a, b) LINESCAN_JOIN_(a, b)
+#define LINESCAN_STRING_(a) #a
+#define LINESCAN_STRING(a) LINESCAN_STRING_(a)
+
+namespace linescan {
+namespace LINESCAN_ISA {
+
+#include "vector.h"
+#include "causal_conv.h"
+#include "selective_scan.h"
+
+static void unary(Unary which, const float* x, float* y, int64_t n) {
+  for (int64_t i = 0; i < n; i += W) {
+    float lanes[W] = {};
+    const int64_t count = n - i < W ? n - i : W;
+    std::memcpy(lanes, x + i, count * 4);
+    const V v = load(lanes);
+    store(lanes, which == Unary::exp ? exp(v) : which == Unary::softplus ? softplus(v) : sigmoid(v));
+    std::memcpy(y + i, lanes, count * 4);
+  }
+}
+
+}  // namespace LINESCAN_ISA
+
+const Kernels LINESCAN_JOIN(LINESCAN_ISA, _kernels) = {
+    LINESCAN_STRING(LINESCAN_ISA), LINESCAN_ISA::scan_forward,  LINESCAN_ISA::scan_backward,
+    LINESCAN_ISA::conv_forward,    LINESCAN_ISA::conv_backward, LINESCAN_ISA::unary,
+};
+
+}  // namespace linescan

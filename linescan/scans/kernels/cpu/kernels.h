@@ -1,0 +1,153 @@
+// What the kernels compute on, and the table of them that every instruction set fills. Plain C++17, nothing of torch.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <type_traits>
+#include <utility>
+
+namespace linescan {
+
+enum class Dtype : int { float32, bfloat16, float16 };
+
+// A token tensor (B, K, L, [G,] channels). Strides count elements and are 0 on a broadcast axis; channels are adjacent.
+struct View {
+  char* data = nullptr;
+  Dtype dtype = Dtype::float32;
+  int64_t batch = 0, route = 0, token = 0, group = 0;
+
+  explicit operator bool() const { return data != nullptr; }
+  char* at(int64_t b, int64_t k, int64_t g, int64_t channel) const {
+    return data + (b * batch + k * route + g * group + channel) * (dtype == Dtype::float32 ? 4 : 2);
+  }
+};
+
+// A float32 parameter (K or 1, D, ...) or state (B, K, D, ...): contiguous but for a broadcast route axis.
+struct Parameter {
+  float* data = nullptr;
+  int64_t batch = 0, route = 0;
+
+  explicit operator bool() const { return data != nullptr; }
+  float* at(int64_t b, int64_t k) const { return data + b * batch + k * route; }
+};
+
+// The route table, or none: time order is then grid order.
+struct Route {
+  const void* data = nullptr;
+  bool wide = false;  // int64 entries, else int32
+  int64_t batch = 0, route = 0;
+
+  // Tokens that steps [begin, begin + count) read (-1: padding, all zero) and write (-1: output dropped).
+  void steps(int64_t b, int64_t k, int64_t begin, int64_t count, int64_t* reads, int64_t* writes) const {
+    for (int64_t i = 0; i < count; ++i) {
+      int64_t entry = begin + i;
+      if (data) {
+        int64_t at = b * batch + k * route + begin + i;
+        entry = wide ? static_cast<const int64_t*>(data)[at] : static_cast<const int32_t*>(data)[at];
+      }
+      writes[i] = entry < 0 ? -1 : entry;
+      reads[i] = entry < -1 ? -entry - 2 : entry;
+    }
+  }
+};
+
+// A gradient or an output: `add` where several steps can meet in one row (float32 then, zero to begin with).
+struct Target {
+  View view;
+  bool add = false;
+  explicit operator bool() const { return bool(view); }
+};
+
+// Work is cut into units of one sample and one block of channels; a block never straddles two groups. In the forward a
+// unit is one route too, unless routes are summed. The block width decides the order of the sums over channels in the
+// backward, so there it depends on shapes alone: results must not change with the number of threads.
+struct Blocks {
+  int64_t D = 0, G = 1, width = 64;
+  int64_t per_group() const { return (D / G + width - 1) / width; }
+  int64_t count() const { return G * per_group(); }
+  void locate(int64_t block, int64_t& group, int64_t& begin, int64_t& size) const {
+    const int64_t channels = D / G, inner = (block % per_group()) * width;
+    group = block / per_group();
+    begin = group * channels + inner;
+    size = channels - inner < width ? channels - inner : width;
+  }
+};
+
+struct Scan {
+  int64_t B, K, L, S, D, G, N;
+  bool softplus, merge;
+  View u, delta, b, c, z;
+  Parameter A, skip, bias, initial;
+  Route route;
+  Blocks blocks;
+  // forward
+  Target y;
+  Parameter state;
+  // backward
+  View dy;
+  Parameter dstate, dinitial;
+  Target du, ddelta, dz;
+  float* partial_bc = nullptr;      // (B, K, blocks, 2, S, N): sums over the channels of a block, in time order
+  float* partial_A = nullptr;       // (B, K, D, N)
+  float* partial_channel = nullptr; // (B, K, 2, D): skip, bias
+};
+
+struct Conv {
+  int64_t B, K, L, S, D, W;
+  bool silu, merge;
+  View x;
+  Parameter weight, bias, initial;
+  Route route;
+  Blocks blocks;
+  // forward
+  Target y;
+  Parameter state;
+  // backward
+  View dy;
+  Parameter dstate, dinitial;
+  Target dx;
+  float* partial = nullptr; // (B, K, D, W + 1): weight and bias
+};
+
+enum class Unary : int { exp, softplus, sigmoid };
+
+struct Kernels {
+  const char* name;
+  void (*scan_forward)(const Scan&, int64_t begin, int64_t end);
+  void (*scan_backward)(const Scan&, int64_t begin, int64_t end);
+  void (*conv_forward)(const Conv&, int64_t begin, int64_t end);
+  void (*conv_backward)(const Conv&, int64_t begin, int64_t end);
+  void (*unary)(Unary, const float* x, float* y, int64_t n);
+};
+
+#if defined(__x86_64__) || defined(__i386__)
+#define LINESCAN_X86 1
+extern const Kernels avx512_kernels, avx2_kernels;
+#endif
+extern const Kernels baseline_kernels;
+
+// Scratch memory of one thread: one allocation, handed out in aligned pieces.
+class Arena {
+ public:
+  explicit Arena(int64_t floats) : data_(static_cast<float*>(std::aligned_alloc(64, (floats * 4 + 4095) / 4096 * 4096))) {
+    if (!data_) throw std::bad_alloc();
+  }
+  ~Arena() { std::free(data_); }
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+
+  static int64_t rounded(int64_t floats) { return (floats + 15) / 16 * 16; }
+  float* take(int64_t floats) {
+    float* piece = data_ + used_;
+    used_ += rounded(floats);
+    return piece;
+  }
+
+ private:
+  float* data_;
+  int64_t used_ = 0;
+};
+
+}  // namespace linescan

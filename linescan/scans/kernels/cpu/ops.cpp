@@ -1,0 +1,337 @@
+// The operators linescan_cpu::* and the choice of the instruction set. Shapes and dtypes are checked by the caller,
+// linescan/scans/kernels/cpu.py; outputs come allocated.
+
+#include <memory>
+#include <vector>
+
+#include "kernels.h"
+#include "stable.h"
+
+namespace linescan {
+namespace {
+
+using stable::Arguments;
+using stable::Tensor;
+using stable::Value;
+using stable::parallel;
+
+// -- instruction sets ---------------------------------------------------------------------------------------------------
+
+// What this processor can run, best first.
+std::vector<const Kernels*> available() {
+  std::vector<const Kernels*> sets;
+#ifdef LINESCAN_X86
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    sets.push_back(&avx512_kernels);
+  if (avx2) sets.push_back(&avx2_kernels);
+#endif
+  sets.push_back(&baseline_kernels);
+  return sets;
+}
+
+const Kernels* current = available().front();
+
+// linescan_cpu::instruction_set(int lanes) -> int: takes the best set of at most `lanes` float lanes (0: changes nothing)
+// and answers with the lanes of the set in use.
+int64_t lanes_of(const Kernels* set) {
+#ifdef LINESCAN_X86
+  if (set == &avx512_kernels) return 16;
+  if (set == &avx2_kernels) return 8;
+#endif
+  return 4;
+}
+void instruction_set(Value* stack, uint64_t, uint64_t) {
+  const int64_t most = Arguments(stack).integer();
+  if (most > 0) {
+    for (const Kernels* set : available()) {
+      current = set;
+      if (lanes_of(set) <= most) break;
+    }
+  }
+  stack[0] = Value(lanes_of(current));
+}
+
+// -- tensors as the kernels see them ------------------------------------------------------------------------------------
+
+Dtype dtype(const Tensor& x) {
+  if (x.dtype() == stable::torch().aoti_torch_dtype_bfloat16()) return Dtype::bfloat16;
+  if (x.dtype() == stable::torch().aoti_torch_dtype_float16()) return Dtype::float16;
+  return Dtype::float32;
+}
+
+// (B, K or 1, L, ..., channels), or (B, L, channels) when `merged`.
+View view(const Tensor& x, bool merged = false) {
+  View v;
+  if (!x) return v;
+  const int64_t token = merged ? 1 : 2;
+  v.data = static_cast<char*>(x.data());
+  v.dtype = dtype(x);
+  v.batch = x.stride(0);
+  v.route = merged || x.size(1) == 1 ? 0 : x.stride(1);
+  v.token = x.stride(token);
+  v.group = x.dim() == token + 3 ? x.stride(token + 1) : 0;
+  return v;
+}
+
+Parameter parameter(const Tensor& x) {  // (K or 1, ...)
+  Parameter p;
+  if (!x) return p;
+  p.data = x.floats();
+  p.route = x.size(0) == 1 ? 0 : x.stride(0);
+  return p;
+}
+
+Parameter state(const Tensor& x) {  // (B, K, ...)
+  Parameter p;
+  if (!x) return p;
+  p.data = x.floats();
+  p.batch = x.stride(0);
+  p.route = x.stride(1);
+  return p;
+}
+
+Route route(const Tensor& x) {  // (K, S) or (B, K, S)
+  Route r;
+  if (!x) return r;
+  r.data = x.data();
+  r.wide = x.dtype() == stable::torch().aoti_torch_dtype_int64();
+  r.batch = x.dim() == 3 ? x.stride(0) : 0;
+  r.route = x.stride(-2);
+  return r;
+}
+
+// An output; the K routes of a merged one meet in its rows.
+Target output(const Tensor& y, bool merged, const Tensor& table) { return {view(y, merged), merged && table}; }
+
+// The gradient of a token input; steps of a route, or the routes that share the input, meet in its rows.
+Target gradient(const Tensor& x, const Tensor& table, int64_t routes) {
+  return {view(x), x && (table || (x.size(1) == 1 && routes > 1))};
+}
+
+int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// The work of a call is shared out unless it is so small that waking the threads takes longer.
+int64_t grain(int64_t units, int64_t work) { return work < (int64_t(1) << 18) ? units : 1; }
+
+// Forward: a channel's results do not depend on its block, so blocks may shrink until every thread has some.
+void spread(Blocks& blocks, int64_t others) {
+  uint32_t threads = 1;
+  stable::check(stable::torch().torch_get_num_threads(&threads));
+  blocks.width = lesser(64, blocks.D / blocks.G);
+  while (threads > 1 && blocks.width > 16 && others * blocks.count() < 2 * int64_t(threads)) blocks.width /= 2;
+}
+
+// out[i] = sum over b and k of x[b][k][i], k kept apart if `routes_out` > 1; in this order.
+void sum_parts(const float* x, int64_t B, int64_t K, int64_t n, int64_t pitch, const Tensor& out) {
+  if (!out) return;
+  const int64_t routes_out = out.size(0);
+  float* y = out.floats();
+  std::memset(y, 0, routes_out * n * 4);
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t k = 0; k < K; ++k) {
+      const float* part = x + (b * K + k) * pitch;
+      float* sum = y + (routes_out > 1 ? k * n : 0);
+      for (int64_t i = 0; i < n; ++i) sum[i] += part[i];
+    }
+}
+
+// -- selective scan -----------------------------------------------------------------------------------------------------
+
+#define LINESCAN_SCAN_INPUTS                                                                                          \
+  "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "                  \
+  "Tensor? initial_state, Tensor? route, int routes, bool delta_softplus, bool merge"
+
+struct ScanInputs {
+  Tensor u, delta, A, B, C, D, z, bias, initial, table;
+  Scan scan;
+
+  explicit ScanInputs(Arguments& in) {
+    u = in.tensor(), delta = in.tensor(), A = in.tensor(), B = in.tensor(), C = in.tensor();
+    D = in.optional(), z = in.optional(), bias = in.optional(), initial = in.optional(), table = in.optional();
+    Scan& s = scan;
+    s.K = in.integer(), s.softplus = in.flag(), s.merge = in.flag();
+    s.B = u.size(0), s.L = u.size(2), s.S = table ? table.size(-1) : s.L;
+    s.D = u.size(3), s.G = B.size(3), s.N = A.size(-1);
+    s.u = view(u), s.delta = view(delta), s.b = view(B), s.c = view(C), s.z = view(z);
+    s.A = parameter(A), s.skip = parameter(D), s.bias = parameter(bias), s.initial = state(initial);
+    s.route = route(table);
+    s.blocks.D = s.D, s.blocks.G = s.G;
+  }
+};
+
+// (inputs, Tensor(a!) y, Tensor(b!) final_state) -> ()
+void selective_scan(Value* stack, uint64_t, uint64_t) {
+  Arguments in(stack);
+  ScanInputs inputs(in);
+  const Tensor y = in.tensor(), final_state = in.tensor();
+  Scan& s = inputs.scan;
+  s.y = output(y, s.merge, inputs.table), s.state = state(final_state);
+  const int64_t samples = s.merge ? s.B : s.B * s.K;
+  spread(s.blocks, samples);
+  const int64_t units = samples * s.blocks.count();
+  parallel(units, grain(units, s.B * s.K * s.S * s.D * (s.N + 4)),
+           [&](int64_t begin, int64_t end) { current->scan_forward(s, begin, end); });
+}
+
+// dB or dC (B, K or 1, L, G, N) from the partial sums in time order; blocks and routes are added in their order.
+void sum_taps(const Scan& s, int side, const Tensor& out) {
+  const int64_t routes_out = out.size(1), blocks = s.blocks.count(), per_group = s.blocks.per_group(), N = s.N;
+  const bool apart = routes_out > 1 || s.K == 1;
+  const int64_t ways = apart ? s.K : 1, units = s.B * ways * s.G;
+  parallel(units, grain(units, 16 * s.B * s.K * s.S * blocks * N), [&](int64_t begin, int64_t end) {
+    std::vector<int64_t> reads(s.S), writes(s.S);
+    std::vector<float> sum(N);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t g = unit % s.G, way = unit / s.G % ways, b = unit / s.G / ways;
+      for (int64_t k = apart ? way : 0; k < (apart ? way + 1 : s.K); ++k) {
+        s.route.steps(b, k, 0, s.S, reads.data(), writes.data());
+        const float* parts = s.partial_bc + (((b * s.K + k) * blocks + g * per_group) * 2 + side) * s.S * N;
+        for (int64_t t = 0; t < s.S; ++t) {
+          if (reads[t] < 0) continue;
+          for (int64_t n = 0; n < N; ++n) sum[n] = parts[t * N + n];
+          for (int64_t i = 1; i < per_group; ++i)
+            for (int64_t n = 0; n < N; ++n) sum[n] += parts[(i * 2 * s.S + t) * N + n];
+          float* row = out.floats() + (((b * routes_out + (apart ? way : 0)) * s.L + reads[t]) * s.G + g) * N;
+          for (int64_t n = 0; n < N; ++n) row[n] += sum[n];
+        }
+      }
+    }
+  });
+}
+
+// (inputs, Tensor grad_y, Tensor? grad_state, Tensor(a!) du, Tensor(b!) ddelta, Tensor(c!) dA, Tensor(d!) dB,
+//  Tensor(e!) dC, Tensor(f!)? dD, Tensor(g!)? dz, Tensor(h!)? ddelta_bias, Tensor(i!)? dinitial_state) -> ()
+// All gradients float32 and contiguous; dB and dC begin as zero, the others over tokens where rows can meet.
+void selective_scan_backward(Value* stack, uint64_t, uint64_t) {
+  Arguments in(stack);
+  ScanInputs inputs(in);
+  const Tensor dy = in.tensor(), dstate = in.optional();
+  const Tensor du = in.tensor(), ddelta = in.tensor(), dA = in.tensor(), dB = in.tensor(), dC = in.tensor();
+  const Tensor dD = in.optional(), dz = in.optional(), dbias = in.optional(), dinitial = in.optional();
+  Scan& s = inputs.scan;
+  s.dy = view(dy, s.merge), s.dstate = state(dstate), s.dinitial = state(dinitial);
+  s.du = gradient(du, inputs.table, s.K), s.ddelta = gradient(ddelta, inputs.table, s.K);
+  s.dz = gradient(dz, inputs.table, s.K);
+  s.blocks.width = lesser(s.B * s.D >= 1024 ? 64 : 32, s.D / s.G);
+  const int64_t blocks = s.blocks.count(), units = s.B * blocks;
+  const std::unique_ptr<float[]> taps(new float[s.B * s.K * blocks * 2 * s.S * s.N]);
+  const std::unique_ptr<float[]> of_A(new float[s.B * s.K * s.D * s.N]), of_channel(new float[s.B * s.K * 2 * s.D]);
+  s.partial_bc = taps.get(), s.partial_A = of_A.get(), s.partial_channel = of_channel.get();
+  parallel(units, grain(units, s.B * s.K * s.S * s.D * (s.N + 4)),
+           [&](int64_t begin, int64_t end) { current->scan_backward(s, begin, end); });
+  sum_taps(s, 0, dB), sum_taps(s, 1, dC);
+  sum_parts(s.partial_A, s.B, s.K, s.D * s.N, s.D * s.N, dA);
+  sum_parts(s.partial_channel, s.B, s.K, s.D, 2 * s.D, dD);
+  sum_parts(s.partial_channel + s.D, s.B, s.K, s.D, 2 * s.D, dbias);
+}
+
+// -- causal convolution -------------------------------------------------------------------------------------------------
+
+#define LINESCAN_CONV_INPUTS                                                                                          \
+  "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? route, int routes, bool silu, bool merge"
+
+struct ConvInputs {
+  Tensor x, weight, bias, initial, table;
+  Conv conv;
+
+  explicit ConvInputs(Arguments& in) {
+    x = in.tensor(), weight = in.tensor(), bias = in.optional(), initial = in.optional(), table = in.optional();
+    Conv& s = conv;
+    s.K = in.integer(), s.silu = in.flag(), s.merge = in.flag();
+    s.B = x.size(0), s.L = x.size(2), s.S = table ? table.size(-1) : s.L, s.D = x.size(3), s.W = weight.size(-1);
+    s.x = view(x), s.weight = parameter(weight), s.bias = parameter(bias), s.initial = state(initial);
+    s.route = route(table);
+    s.blocks.D = s.D;
+  }
+};
+
+// (inputs, Tensor(a!) y, Tensor(b!) final_state) -> ()
+void causal_conv1d(Value* stack, uint64_t, uint64_t) {
+  Arguments in(stack);
+  ConvInputs inputs(in);
+  const Tensor y = in.tensor(), final_state = in.tensor();
+  Conv& s = inputs.conv;
+  s.y = output(y, s.merge, inputs.table), s.state = state(final_state);
+  const int64_t samples = s.merge ? s.B : s.B * s.K;
+  spread(s.blocks, samples);
+  const int64_t units = samples * s.blocks.count();
+  parallel(units, grain(units, s.B * s.K * s.S * s.D * s.W),
+           [&](int64_t begin, int64_t end) { current->conv_forward(s, begin, end); });
+}
+
+// (inputs, Tensor grad_y, Tensor? grad_state, Tensor(a!) dx, Tensor(b!) dweight, Tensor(c!)? dbias,
+//  Tensor(d!)? dinitial_state) -> ()
+void causal_conv1d_backward(Value* stack, uint64_t, uint64_t) {
+  Arguments in(stack);
+  ConvInputs inputs(in);
+  const Tensor dy = in.tensor(), dstate = in.optional();
+  const Tensor dx = in.tensor(), dweight = in.tensor(), dbias = in.optional(), dinitial = in.optional();
+  Conv& s = inputs.conv;
+  s.dy = view(dy, s.merge), s.dstate = state(dstate), s.dinitial = state(dinitial);
+  s.dx = gradient(dx, inputs.table, s.K);
+  s.blocks.width = lesser(64, s.D);
+  const int64_t units = s.B * s.blocks.count(), taps = s.W + 1;
+  const std::unique_ptr<float[]> partial(new float[s.B * s.K * s.D * taps]);
+  s.partial = partial.get();
+  parallel(units, grain(units, s.B * s.K * s.S * s.D * s.W),
+           [&](int64_t begin, int64_t end) { current->conv_backward(s, begin, end); });
+  // (D, W + 1) of every sample and route, in their order.
+  std::memset(dweight.floats(), 0, dweight.size(0) * s.D * s.W * 4);
+  if (dbias) std::memset(dbias.floats(), 0, dbias.size(0) * s.D * 4);
+  for (int64_t b = 0; b < s.B; ++b)
+    for (int64_t k = 0; k < s.K; ++k)
+      for (int64_t d = 0; d < s.D; ++d) {
+        const float* part = s.partial + ((b * s.K + k) * s.D + d) * taps;
+        float* row = dweight.floats() + ((dweight.size(0) > 1 ? k : 0) * s.D + d) * s.W;
+        for (int64_t j = 0; j < s.W; ++j) row[j] += part[j];
+        if (dbias) dbias.floats()[(dbias.size(0) > 1 ? k : 0) * s.D + d] += part[s.W];
+      }
+}
+
+// linescan_cpu::unary(int which, Tensor x, Tensor(a!) y) -> (): for the tests of accuracy.
+void unary(Value* stack, uint64_t, uint64_t) {
+  Arguments in(stack);
+  const int64_t which = in.integer();
+  const Tensor x = in.tensor(), y = in.tensor();
+  current->unary(Unary(which), x.floats(), y.floats(), x.size(0));
+}
+
+// -- registration -------------------------------------------------------------------------------------------------------
+
+struct Registration {
+  Registration() {
+    const stable::Interface& torch = stable::torch();
+    if (!torch.complete) return;  // the caller sees that there are no operators
+    const char* everywhere = "CompositeExplicitAutograd";
+    define("instruction_set(int lanes) -> int", "instruction_set", everywhere, instruction_set);
+    define("unary(int which, Tensor x, Tensor(a!) y) -> ()", "unary", "CPU", unary);
+    define("selective_scan(" LINESCAN_SCAN_INPUTS ", Tensor(a!) y, Tensor(b!) final_state) -> ()", "selective_scan",
+           "CPU", selective_scan);
+    define("selective_scan_backward(" LINESCAN_SCAN_INPUTS
+           ", Tensor grad_y, Tensor? grad_state, Tensor(a!) du, Tensor(b!) ddelta, Tensor(c!) dA, Tensor(d!) dB, "
+           "Tensor(e!) dC, Tensor(f!)? dD, Tensor(g!)? dz, Tensor(h!)? ddelta_bias, Tensor(i!)? dinitial_state) -> ()",
+           "selective_scan_backward", "CPU", selective_scan_backward);
+    define("causal_conv1d(" LINESCAN_CONV_INPUTS ", Tensor(a!) y, Tensor(b!) final_state) -> ()", "causal_conv1d",
+           "CPU", causal_conv1d);
+    define("causal_conv1d_backward(" LINESCAN_CONV_INPUTS
+           ", Tensor grad_y, Tensor? grad_state, Tensor(a!) dx, Tensor(b!) dweight, Tensor(c!)? dbias, "
+           "Tensor(d!)? dinitial_state) -> ()",
+           "causal_conv1d_backward", "CPU", causal_conv1d_backward);
+  }
+
+  // The library handles live as long as the process.
+  static void define(const char* schema, const char* name, const char* key, stable::Boxed function) {
+    const stable::Interface& torch = stable::torch();
+    stable::Library fragment, kernels;
+    stable::check(torch.aoti_torch_library_init_fragment("linescan_cpu", __FILE__, __LINE__, &fragment));
+    stable::check(torch.aoti_torch_library_def(fragment, schema));
+    stable::check(torch.aoti_torch_library_init_impl("linescan_cpu", key, __FILE__, __LINE__, &kernels));
+    stable::check(torch.torch_library_impl(kernels, name, function, stable::VERSION));
+  }
+} registration;
+
+}  // namespace
+}  // namespace linescan

@@ -1,0 +1,140 @@
+// The few functions of libtorch's stable C interface (torch >= 2.10) that the kernels need, declared here so that
+// building needs neither torch nor its headers, and found at load time so that the library links nothing of torch:
+// one file for every Python and every torch. Signatures as in torch/csrc/stable/c/shim.h and
+// torch/csrc/inductor/aoti_torch/c/shim.h, which promise not to change them.
+#pragma once
+
+#include <dlfcn.h>
+
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace linescan::stable {
+
+using Value = uint64_t;  // an argument or result on the stack: a bool, an integer, a tensor handle, or a pointer
+using Handle = struct OpaqueTensor*;
+using Library = struct OpaqueLibrary*;
+using Boxed = void (*)(Value* stack, uint64_t inputs, uint64_t outputs);
+using Loop = void (*)(int64_t begin, int64_t end, void* context);
+
+constexpr uint64_t VERSION = (uint64_t(2) << 56) | (uint64_t(10) << 48);
+
+template <class F>
+F* find(const char* name, bool& complete) {
+  static void* torch = [] {
+#if defined(__APPLE__)
+    void* loaded = dlopen("@rpath/libtorch_cpu.dylib", RTLD_NOW | RTLD_NOLOAD);
+#else
+    void* loaded = dlopen("libtorch_cpu.so", RTLD_NOW | RTLD_NOLOAD);
+#endif
+    return loaded ? loaded : RTLD_DEFAULT;
+  }();
+  void* found = dlsym(torch, name);
+  complete &= found != nullptr;
+  return reinterpret_cast<F*>(found);
+}
+
+struct Interface {
+  bool complete = true;  // false with a torch that is too old
+#define LINESCAN_FUNCTION(name, ...) int32_t (*name)(__VA_ARGS__) = find<int32_t(__VA_ARGS__)>(#name, complete)
+  LINESCAN_FUNCTION(aoti_torch_library_init_fragment, const char*, const char*, uint32_t, Library*);
+  LINESCAN_FUNCTION(aoti_torch_library_init_impl, const char*, const char*, const char*, uint32_t, Library*);
+  LINESCAN_FUNCTION(aoti_torch_library_def, Library, const char*);
+  LINESCAN_FUNCTION(torch_library_impl, Library, const char*, Boxed, uint64_t);
+  LINESCAN_FUNCTION(aoti_torch_delete_tensor_object, Handle);
+  LINESCAN_FUNCTION(aoti_torch_get_dtype, Handle, int32_t*);
+  LINESCAN_FUNCTION(aoti_torch_get_dim, Handle, int64_t*);
+  LINESCAN_FUNCTION(aoti_torch_get_sizes, Handle, int64_t**);
+  LINESCAN_FUNCTION(aoti_torch_get_strides, Handle, int64_t**);
+  LINESCAN_FUNCTION(torch_get_const_data_ptr, Handle, const void**);
+  LINESCAN_FUNCTION(aoti_torch_dtype_float32);
+  LINESCAN_FUNCTION(aoti_torch_dtype_bfloat16);
+  LINESCAN_FUNCTION(aoti_torch_dtype_float16);
+  LINESCAN_FUNCTION(aoti_torch_dtype_int32);
+  LINESCAN_FUNCTION(aoti_torch_dtype_int64);
+  LINESCAN_FUNCTION(torch_get_num_threads, uint32_t*);
+  LINESCAN_FUNCTION(torch_parallel_for, int64_t, int64_t, int64_t, Loop, void*);
+#undef LINESCAN_FUNCTION
+};
+
+inline const Interface& torch() {
+  static const Interface functions;
+  return functions;
+}
+
+inline void check(int32_t status) {
+  if (status != 0) throw std::runtime_error("linescan: a call into libtorch failed");
+}
+
+// A tensor argument; empty for a None.
+class Tensor {
+ public:
+  Tensor() = default;
+  explicit Tensor(Handle handle) : handle_(handle) {
+    if (!handle_) return;
+    check(torch().aoti_torch_get_sizes(handle_, &sizes_));
+    check(torch().aoti_torch_get_strides(handle_, &strides_));
+    check(torch().aoti_torch_get_dim(handle_, &dim_));
+    check(torch().aoti_torch_get_dtype(handle_, &dtype_));
+    const void* data;
+    check(torch().torch_get_const_data_ptr(handle_, &data));
+    data_ = const_cast<void*>(data);
+  }
+  Tensor(Tensor&& other) noexcept { *this = std::move(other); }
+  Tensor& operator=(Tensor&& other) noexcept {
+    std::swap(handle_, other.handle_), std::swap(sizes_, other.sizes_), std::swap(strides_, other.strides_);
+    std::swap(dim_, other.dim_), std::swap(dtype_, other.dtype_), std::swap(data_, other.data_);
+    return *this;
+  }
+  ~Tensor() {
+    if (handle_) torch().aoti_torch_delete_tensor_object(handle_);
+  }
+
+  explicit operator bool() const { return handle_ != nullptr; }
+  int64_t dim() const { return dim_; }
+  int64_t size(int64_t i) const { return sizes_[i < 0 ? i + dim_ : i]; }
+  int64_t stride(int64_t i) const { return strides_[i < 0 ? i + dim_ : i]; }
+  int32_t dtype() const { return dtype_; }
+  void* data() const { return data_; }
+  float* floats() const { return static_cast<float*>(data_); }
+
+ private:
+  Handle handle_ = nullptr;
+  int64_t *sizes_ = nullptr, *strides_ = nullptr, dim_ = 0;
+  int32_t dtype_ = 0;
+  void* data_ = nullptr;
+};
+
+// Takes the arguments off the stack in the order of the schema.
+class Arguments {
+ public:
+  Arguments(Value* stack) : next_(stack) {}
+  Tensor tensor() { return Tensor(reinterpret_cast<Handle>(*next_++)); }
+  Tensor optional() {
+    Value* inner = reinterpret_cast<Value*>(*next_++);
+    if (!inner) return Tensor();
+    Handle handle = reinterpret_cast<Handle>(*inner);
+    delete inner;  // libtorch made it for us with `new`
+    return Tensor(handle);
+  }
+  bool flag() { return *reinterpret_cast<const bool*>(next_++); }
+  int64_t integer() { return int64_t(*next_++); }
+
+ private:
+  Value* next_;
+};
+
+// f(begin, end) over [0, count) on torch's own threads, at least `grain` of them each.
+template <class F>
+void parallel(int64_t count, int64_t grain, const F& f) {
+  if (count <= grain) {
+    if (count > 0) f(int64_t(0), count);
+    return;
+  }
+  const Loop loop = [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); };
+  check(torch().torch_parallel_for(0, count, grain, loop, const_cast<F*>(&f)));
+}
+
+}  // namespace linescan::stable
