@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .recurrence import Recurrence, recurrence, visited
+from .recurrence import call, check_shapes, recurrence
 
 __all__ = ["gla", "simple_gla", "retention", "hgrn2"]
 
@@ -24,40 +24,6 @@ CHUNK = 64  # tokens that one matrix product covers; a power of two
 
 
 # -- what the head-wise recurrences share ---------------------------------------------------------------------------
-
-
-def check_shapes(name: str, route: Tensor | None, **arguments: tuple[Tensor | None, str]) -> None:
-    """Raises a ValueError for the first argument whose shape departs from its layout.
-
-    A layout names the axes, as in "B K L H dk"; a name seen before has the same size again ("dv+1": one more). K is the
-    route axis of a token input, K or 1 long; R is the same axis of a state, exactly as long as there are routes.
-    """
-    arguments = {key: (x, layout.split()) for key, (x, layout) in arguments.items() if x is not None}
-    for key, (x, axes) in arguments.items():
-        if x.ndim != len(axes):
-            raise ValueError(f"{name}: {key} should be ({', '.join(axes)}), got {x.ndim} axes {tuple(x.shape)}")
-    sizes = {"R": visited([x for x, axes in arguments.values() if "K" in axes], route)[1]}
-    for key, (x, axes) in arguments.items():
-        wanted = []
-        for axis, size in zip(axes, x.shape):
-            base, _, more = axis.partition("+")
-            wanted.append({1, sizes["R"]} if axis == "K" else {sizes.setdefault(base, size) + int(more or 0)})
-        if any(size not in allowed for size, allowed in zip(x.shape, wanted)):
-            text = ", ".join(" or ".join(map(str, sorted(allowed))) for allowed in wanted)
-            raise ValueError(f"{name}: {key} should be ({', '.join(axes)}) = ({text}), got {tuple(x.shape)}")
-
-
-def check_merge(name: str, merge: str | None) -> None:
-    """Raises a ValueError unless `merge` is None or "sum"."""
-    if merge not in (None, "sum"):
-        raise ValueError(f"{name}: merge is None (one output a route) or 'sum', got {merge!r}")
-
-
-def call(op: Recurrence, *inputs, route: Tensor | None, merge: str | None, return_final_state: bool):
-    """Runs an operator and returns what a public function returns."""
-    check_merge(op.name, merge)
-    output, state = op(*inputs, route=route, merge=merge == "sum")
-    return (output, state) if return_final_state else output
 
 
 def head_shapes(batch, routes, length, q, k, v, *_):

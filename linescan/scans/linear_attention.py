@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .gla import call, check_merge, check_shapes, empty_state, head_flops, join, split
-from .recurrence import recurrence
+from .gla import empty_state, head_flops, join, split
+from .recurrence import call, check_shapes, recurrence
 
 __all__ = ["linear_attention", "global_linear_attention"]
 
@@ -92,7 +92,7 @@ def linear_attention(
         q=(q, "B K L H dk"),
         k=(k, "B K L H dk"),
         v=(v, "B K L H dv"),
-        initial_state=(initial_state, "B R H dk dv+1" if normalize else "B R H dk dv"),
+        initial_state=(initial_state, f"B R H dk {v.shape[-1] + normalize}"),
     )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return call(
@@ -110,7 +110,7 @@ def linear_attention(
 
 
 def global_linear_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, normalize: bool = True, scale: float | None = None, merge: str | None = None
+    q: Tensor, k: Tensor, v: Tensor, *, normalize: bool = True, scale: float | None = None
 ) -> Tensor:
     """Non-causal linear attention: every token reads S = sum_j k_j v_j^T of the whole sequence, o_t = scale S^T q_t.
 
@@ -123,19 +123,16 @@ def global_linear_attention(
         v: values (B, K or 1, L, H, dv).
         normalize: divide by the sum of the weights.
         scale: of the queries; dk ** -0.5 by default.
-        merge: None, or "sum" to add up axis 1.
 
     Returns:
-        (B, K, L, H, dv) in q's dtype, or (B, L, H, dv) with `merge`.
+        (B, K, L, H, dv) in q's dtype.
 
     Raises:
-        ValueError: a shape that does not fit the others, or an unknown `merge`.
+        ValueError: a shape that does not fit the others.
     """
     check_shapes("global_linear_attention", None, q=(q, "B K L H dk"), k=(k, "B K L H dk"), v=(v, "B K L H dv"))
-    check_merge("global_linear_attention", merge)
     scale, dtype = q.shape[-1] ** -0.5 if scale is None else scale, q.dtype
     with torch.autocast(q.device.type, enabled=False):
         q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)).transpose(2, 3) for x in (q, k, v))
         o = scale * q @ (k.mT @ _counted(v, normalize))
-        o = _normalized(o, normalize).transpose(2, 3).to(dtype)
-    return o.sum(1) if merge else o
+        return _normalized(o, normalize).transpose(2, 3).to(dtype)

@@ -136,6 +136,7 @@ def check_shapes(name: str, route: Tensor | None, **arguments: tuple[Tensor | No
     A layout names the axes, as in "B K L D"; a name seen before must have the same size again. In a token input "K" is
     the route axis, K or 1 long; everywhere else "R" is the number of routes.
     """
+    _check_table(name, route)
     tokens = [x for x, layout in arguments.values() if x is not None and layout.startswith("B K L") and x.ndim > 2]
     sizes = {"R": visited(tokens, route)[1]}
     for key, (x, layout) in arguments.items():
@@ -167,6 +168,26 @@ def call(op: "Recurrence", *inputs, route: Tensor | None, merge: str | None, ret
     return (output, state) if return_final_state else output
 
 
+def _check_table(name: str, route: Tensor | None) -> None:
+    if route is not None and (route.is_floating_point() or route.ndim not in (2, 3)):
+        raise ValueError(
+            f"{name}: a route is an integer table (K, S) or (B, K, S), got {route.dtype} {tuple(route.shape)}"
+        )
+
+
+def _own(outputs: Sequence[Tensor], inputs: Sequence) -> list[Tensor]:
+    """Contiguous tensors that share no memory with inputs or each other, as an operator has to return."""
+    taken = {x.untyped_storage().data_ptr() for x in inputs if isinstance(x, Tensor)}
+    owned = []
+    for x in outputs:
+        x = x.contiguous()
+        if x.untyped_storage().data_ptr() in taken:
+            x = x.clone()
+        taken.add(x.untyped_storage().data_ptr())
+        owned.append(x)
+    return owned
+
+
 def visited(tokens: Sequence[Tensor], route: Tensor | None) -> tuple[int, int, int]:
     """(B, K, L) of a call, from its token inputs (each with K or 1 on the route axis) and its route table."""
     batch, length = tokens[0].shape[0], tokens[0].shape[2]
@@ -174,6 +195,18 @@ def visited(tokens: Sequence[Tensor], route: Tensor | None) -> tuple[int, int, i
     if route is not None:
         routes = max(routes, route.shape[-2])
     return batch, routes, length
+
+
+def _apart(outputs: Sequence[Tensor], inputs: Sequence) -> list[Tensor]:
+    """Contiguous outputs that share no memory with each other or with an input, as an operator must return them."""
+    seen = {x.untyped_storage().data_ptr() for x in inputs if isinstance(x, Tensor)}
+    separate = []
+    for x in outputs:
+        x = x.contiguous()
+        x = x.clone() if x.untyped_storage().data_ptr() in seen else x
+        seen.add(x.untyped_storage().data_ptr())
+        separate.append(x)
+    return separate
 
 
 class Recurrence:
@@ -358,21 +391,22 @@ class Recurrence:
         first = call[0]
         with torch.autocast(first.device.type, enabled=False):
             output, state = self.pick(name, *call).forward(*call)
-        return output.contiguous(), state.contiguous()
+        return tuple(_apart((output, state), call))
 
     def _backward(self, grad_output, grad_state, *args):
         *call, name = args
         implementation = self.pick(name, *call)
         with torch.autocast(grad_output.device.type, enabled=False):
             if implementation.backward is not None:
-                return list(implementation.backward(grad_output, grad_state, *call))
+                grads = implementation.backward(grad_output, grad_state, *call)
+                return _own(grads, [grad_output, grad_state, *call])
 
             def again(*floats):
                 return implementation.forward(*self._replace(call, floats))
 
             (_, state), vjp = torch.func.vjp(again, *self._differentiable(call))
             grad_state = torch.zeros_like(state) if grad_state is None else grad_state
-            return [g.contiguous() for g in vjp((grad_output, grad_state))]
+            return _apart(vjp((grad_output, grad_state)), (grad_output, grad_state, *call))
 
     def __call__(self, *inputs, route: Tensor | None = None, merge: bool = False) -> tuple[Tensor, Tensor]:
         """(output (B, K, L, ...) in grid order, or (B, L, ...) summed over routes if `merge`; final state)."""
@@ -385,18 +419,14 @@ class Recurrence:
     def _check_route(self, inputs, route: Tensor | None) -> None:
         if route is None:
             return
-        first = inputs[0]
-        if route.is_floating_point() or route.ndim not in (2, 3):
-            raise ValueError(
-                f"{self.name}: a route is an integer table (K, S) or (B, K, S), got {route.dtype} {tuple(route.shape)}"
-            )
+        _check_table(self.name, route)
         for x, token, name in zip(inputs, self.is_token, self.parameters):
             if token and x is not None and x.shape[1] not in (1, route.shape[-2]):
                 raise ValueError(
                     f"{self.name}: {name} has {x.shape[1]} routes on axis 1, the route table has {route.shape[-2]}"
                 )
-        if route.ndim == 3 and route.shape[0] != first.shape[0]:
-            raise ValueError(f"{self.name}: route table for {route.shape[0]} samples, inputs have {first.shape[0]}")
+        if route.ndim == 3 and route.shape[0] != inputs[0].shape[0]:
+            raise ValueError(f"{self.name}: route table for {route.shape[0]} samples, inputs have {inputs[0].shape[0]}")
 
 
 def recurrence(tokens: Sequence[str], shapes: Callable, flops: Callable | None = None) -> Callable:

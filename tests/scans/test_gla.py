@@ -157,10 +157,10 @@ def test_flops():
 @pytest.mark.parametrize(
     "changed, message",
     [
-        (dict(k=torch.zeros(2, 1, 5, H, 3)), "k should be (B, K, L, H, dk) = (2, 1, 5, 2, 4), got (2, 1, 5, 2, 3)"),
-        (dict(g=torch.zeros(2, 1, 5, H)), "g should be (B, K, L, H, dk), got 4 axes (2, 1, 5, 2)"),
-        (dict(g=torch.zeros(2, 3, 5, H, 4), v=torch.zeros(2, 2, 5, H, 3)), "v should be (B, K, L, H, dv) = (2, 1 or 3"),
-        (dict(initial_state=torch.zeros(2, 2, H, 4, 3)), "initial_state should be (B, R, H, dk, dv) = (2, 1, 2, 4, 3)"),
+        (dict(k=torch.zeros(2, 1, 5, H, 3)), "k is (B, K, L, H, dk) with dk = 4, got (2, 1, 5, 2, 3)"),
+        (dict(g=torch.zeros(2, 1, 5, H)), "g is (B, K, L, H, dk), got 4 axes (2, 1, 5, 2)"),
+        (dict(g=torch.zeros(2, 3, 5, H, 4), v=torch.zeros(2, 2, 5, H, 3)), "v is (B, K, L, H, dv) with K = 3, got"),
+        (dict(initial_state=torch.zeros(2, 2, H, 4, 3)), "initial_state is (B, K, H, dk, dv) with K = 1, got"),
         (dict(merge="mean"), "merge is None (one output a route) or 'sum', got 'mean'"),
     ],
 )

@@ -45,5 +45,5 @@ def test_is_an_exponential_average():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match=r"hgrn: g should be \(B, K, L, D\) = \(1, 1, 4, 3\), got \(1, 1, 4, 2\)"):
+    with pytest.raises(ValueError, match=r"hgrn: g is \(B, K, L, D\) with D = 3, got \(1, 1, 4, 2\)"):
         hgrn(torch.zeros(1, 1, 4, 3), torch.zeros(1, 1, 4, 2))

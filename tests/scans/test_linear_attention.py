@@ -87,7 +87,6 @@ def test_global_is_the_last_causal_token(normalize):
     tokens = MIXERS[1].inputs(K=2, L=30)
     whole = global_linear_attention(**tokens, normalize=normalize)
     close([whole[:, :, -1]], [linear_attention(**tokens, normalize=normalize)[:, :, -1]])
-    close([global_linear_attention(**tokens, normalize=normalize, merge="sum")], [whole.sum(1)])
     order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
     permuted = {name: x[:, :, order] for name, x in tokens.items()}
     close([global_linear_attention(**permuted, normalize=normalize)], [whole[:, :, order]])
@@ -103,9 +102,7 @@ def test_global_half_precision():
 def test_bad_input():
     tokens = MIXERS[0].inputs(L=5)
     state = torch.zeros(2, 1, H, 4, 3, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"linear_attention: initial_state .*dv\+1\) = \(2, 1, 2, 4, 4\), got"):
+    with pytest.raises(ValueError, match=r"linear_attention: initial_state .* got \(2, 1, 2, 4, 3\)"):
         linear_attention(**tokens, normalize=True, initial_state=state)
-    with pytest.raises(ValueError, match="global_linear_attention: merge is None"):
-        global_linear_attention(**tokens, merge="mean")
-    with pytest.raises(ValueError, match="global_linear_attention: v should be"):
+    with pytest.raises(ValueError, match=r"global_linear_attention: v .* L = 5, got \(2, 1, 4, 2, 3\)"):
         global_linear_attention(tokens["q"], tokens["k"], tokens["v"][:, :, :4])
