@@ -175,28 +175,6 @@ def _check_table(name: str, route: Tensor | None) -> None:
         )
 
 
-def _own(outputs: Sequence[Tensor], inputs: Sequence) -> list[Tensor]:
-    """Contiguous tensors that share no memory with inputs or each other, as an operator has to return."""
-    taken = {x.untyped_storage().data_ptr() for x in inputs if isinstance(x, Tensor)}
-    owned = []
-    for x in outputs:
-        x = x.contiguous()
-        if x.untyped_storage().data_ptr() in taken:
-            x = x.clone()
-        taken.add(x.untyped_storage().data_ptr())
-        owned.append(x)
-    return owned
-
-
-def visited(tokens: Sequence[Tensor], route: Tensor | None) -> tuple[int, int, int]:
-    """(B, K, L) of a call, from its token inputs (each with K or 1 on the route axis) and its route table."""
-    batch, length = tokens[0].shape[0], tokens[0].shape[2]
-    routes = max(x.shape[1] for x in tokens)
-    if route is not None:
-        routes = max(routes, route.shape[-2])
-    return batch, routes, length
-
-
 def _apart(outputs: Sequence[Tensor], inputs: Sequence) -> list[Tensor]:
     """Contiguous outputs that share no memory with each other or with an input, as an operator must return them."""
     seen = {x.untyped_storage().data_ptr() for x in inputs if isinstance(x, Tensor)}
@@ -399,7 +377,7 @@ class Recurrence:
         with torch.autocast(grad_output.device.type, enabled=False):
             if implementation.backward is not None:
                 grads = implementation.backward(grad_output, grad_state, *call)
-                return _own(grads, [grad_output, grad_state, *call])
+                return _apart(grads, (grad_output, grad_state, *call))
 
             def again(*floats):
                 return implementation.forward(*self._replace(call, floats))

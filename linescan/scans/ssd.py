@@ -136,7 +136,7 @@ def _ssd(
     for s_t, x_t, B_t, C_t in zip(step.unbind(2), x.unbind(2), B.unbind(2), C.unbind(2)):
         decay = torch.exp(A * s_t)[..., None, None]
         state = decay * state + (s_t[..., None] * B_t)[..., None] * x_t[..., None, :]
-        outputs.append((C_t[..., None, :] @ state).squeeze(-2))
+        outputs.append((C_t[..., None] * state).sum(-2))
     return _output(torch.stack(outputs, 2), x, D, z), state
 
 
