@@ -175,6 +175,15 @@ def _check_table(name: str, route: Tensor | None) -> None:
         )
 
 
+def visited(tokens: Sequence[Tensor], route: Tensor | None) -> tuple[int, int, int]:
+    """(B, K, L) of a call, from its token inputs (each with K or 1 on the route axis) and its route table."""
+    batch, length = tokens[0].shape[0], tokens[0].shape[2]
+    routes = max(x.shape[1] for x in tokens)
+    if route is not None:
+        routes = max(routes, route.shape[-2])
+    return batch, routes, length
+
+
 def _apart(outputs: Sequence[Tensor], inputs: Sequence) -> list[Tensor]:
     """Contiguous outputs that share no memory with each other or with an input, as an operator must return them."""
     seen = {x.untyped_storage().data_ptr() for x in inputs if isinstance(x, Tensor)}
