@@ -6,6 +6,7 @@ unpickler of `torch.load(weights_only=True)`. Training files often carry small o
 """
 
 import argparse
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Mapping
@@ -59,7 +60,8 @@ def _read_torch(path: Path) -> object:
         raise CheckpointError(f"{path} would run code on loading ({', '.join(refused[:3])}); refused")
     stand_ins = [(type("Inert", (_Inert,), {}), name) for name in sorted(foreign & set(BENIGN))]
     try:
-        with torch.serialization.safe_globals([argparse.Namespace, *stand_ins]):
+        with torch.serialization.safe_globals([argparse.Namespace, *stand_ins]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the pickle protocol: what cannot be read is said below
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,3 +1,3 @@
 """Backbones, one file a system; importing this package registers them all with timm."""
 
-from . import vig, vim  # noqa: F401
+from . import videomamba, vim  # noqa: F401

@@ -239,7 +239,7 @@ class PlainBackbone(Backbone):
 class HierarchicalBackbone(Backbone):
     """Stages over a channels-last map (B, H, W, C), each at half the resolution of the one before.
 
-    Subclasses define `patch_embed(x) -> (B, H, W, C)`, `stages`, each with a `downsample` that comes first and `blocks`,
+    Subclasses define `patch_embed(x) -> (B, H, W, C)`, `stages`, each a `downsample` and then `blocks`,
     and `norm`.
     """
 

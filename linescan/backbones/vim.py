@@ -11,40 +11,20 @@ dense forms for segmentation and detection.
 from typing import Sequence
 
 import torch
-from timm.layers import DropPath, lecun_normal_, trunc_normal_
+from timm.layers import lecun_normal_, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..checkpoint import strip_prefix
-from ..layers.mamba import MambaMixer
+from ..layers.mamba import MambaBlock, stack_directions
 from ..layers.norm import RMSNorm
-from ..layers.pos_embed import grid_rope, resample_pos_embed, rotate_pairs
+from ..layers.pos_embed import grid_rope, resample_pos_embed
 from ..layers.pyramid import RescaledFeatures, SimpleFeaturePyramid
 from ..registry import published
 from ..scans import routes
 from .base import PlainBackbone, create_backbone, image_cfg
 
 __all__ = ["Vim", "VimDense"]
-
-
-class VimBlock(nn.Module):
-    """x + drop_path(mixer(norm(x))); with rotary tables the stream is turned first."""
-
-    def __init__(self, dim: int, drop_path: float, **mixer):
-        super().__init__()
-        self.norm = RMSNorm(dim)
-        self.mixer = MambaMixer(dim, **mixer)
-        self.drop_path = DropPath(drop_path)
-
-    def branch(self, x: Tensor, route: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """The stream as the block reads it, and the mixer's output."""
-        if rope is not None:
-            x = rotate_pairs(x, *rope)
-        return x, self.mixer(self.norm(x), route)
-
-    def forward(self, x: Tensor, route: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        x, h = self.branch(x, route, rope)
-        return x + self.drop_path(h)
 
 
 class Vim(PlainBackbone):
@@ -113,7 +93,7 @@ class Vim(PlainBackbone):
         self.pos_embed = nn.Parameter(torch.zeros(1, self.native_grid[0] * self.native_grid[1] + classes, embed_dim))
         self.pos_drop = nn.Dropout(drop_rate)
         self.blocks = nn.ModuleList(
-            VimBlock(
+            MambaBlock(
                 embed_dim,
                 drop_path_rate * i / max(depth - 1, 1),
                 n_routes=1 if bimamba_type == "none" else 2,
@@ -167,7 +147,7 @@ class Vim(PlainBackbone):
         x = x.flatten(2).transpose(1, 2)
         rows = self.class_rows(grid)
         for i, row in enumerate(rows):
-            token = self.cls_token[:, i : i + 1].expand(len(x), -1, -1)
+            token = self.cls_token[:, i : i + 1].expand(x.shape[0], -1, -1)
             x = torch.cat([x[:, :row], token, x[:, row:]], 1)
         x = x + resample_pos_embed(self.pos_embed, self.native_grid, grid, self.class_rows(self.native_grid), rows)
         route = routes.table(self.directions, (1, x.shape[1]), x.device)
@@ -211,10 +191,8 @@ class Vim(PlainBackbone):
     def _from_official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         state, out = dict(state), {}
         for i, block in enumerate(self.blocks):
-            for name, keys in PER_ROUTE.items():
-                count = getattr(block.mixer, name).shape[0]
-                rows = [state.pop(f"layers.{i}.mixer.{key}") for key in keys[:count]]
-                out[f"blocks.{i}.mixer.{name}"] = torch.stack([r.squeeze(1) if r.ndim == 3 else r for r in rows])
+            for name, rows in stack_directions(state, f"layers.{i}.mixer.", block.mixer).items():
+                out[f"blocks.{i}.mixer.{name}"] = rows
         if "cls_token_head" in state:
             out["cls_token"] = torch.cat([state.pop("cls_token_head"), state.pop("cls_token_tail")], 1)
         for key, value in state.items():
@@ -222,18 +200,6 @@ class Vim(PlainBackbone):
                 key = key.replace("layers.", "blocks.", 1).replace("norm_f.", "norm.")
                 out[key.replace("patch_embed.proj.", "patch_embed.")] = value
         return out
-
-
-# Our stacked parameter: the official names of its forward and backward rows.
-PER_ROUTE = {
-    "conv_weight": ("conv1d.weight", "conv1d_b.weight"),
-    "conv_bias": ("conv1d.bias", "conv1d_b.bias"),
-    "x_proj": ("x_proj.weight", "x_proj_b.weight"),
-    "dt_proj": ("dt_proj.weight", "dt_proj_b.weight"),
-    "dt_bias": ("dt_proj.bias", "dt_proj_b.bias"),
-    "A_log": ("A_log", "A_b_log"),
-    "D": ("D", "D_b"),
-}
 
 
 class VimDense(Vim):

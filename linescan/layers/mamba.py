@@ -4,14 +4,18 @@ Gu and Dao, arXiv 2312.00752; scanned forward and backward as in Vim (arXiv 2401
 """
 
 import math
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from ..scans import causal_conv1d, selective_scan
+from .norm import RMSNorm
+from .pos_embed import rotate_pairs
 
-__all__ = ["MambaMixer", "init_dt_bias", "project_routes"]
+__all__ = ["MambaBlock", "MambaMixer", "init_dt_bias", "project_routes", "stack_directions"]
 
 
 def init_dt_bias(shape: tuple[int, ...], dt_min: float = 1e-3, dt_max: float = 1e-1, floor: float = 1e-4) -> Tensor:
@@ -110,4 +114,55 @@ class MambaMixer(nn.Module):
 
 def project_routes(x: Tensor, weight: Tensor) -> Tensor:
     """One linear map a route: x (B, K or 1, L, C), weight (K, C', C) -> (B, K, L, C')."""
+    if x.shape[1] == 1:  # one linear map for all routes, from tokens that they share
+        return F.linear(x[:, 0], weight.flatten(0, 1)).unflatten(-1, weight.shape[:2]).movedim(2, 1)
     return F.linear(x, weight[0]) if weight.shape[0] == 1 else torch.matmul(x, weight.mT)
+
+
+class MambaBlock(nn.Module):
+    """A pre-norm block without MLP: x + drop_path(mixer(norm(x))).
+
+    Args:
+        dim: channels of the stream.
+        drop_path: probability of dropping the mixer's output for a sample.
+        norm_layer: dim -> norm.
+        mixer: arguments of `MambaMixer`.
+    """
+
+    def __init__(self, dim: int, drop_path: float = 0.0, norm_layer: Callable = RMSNorm, **mixer):
+        super().__init__()
+        self.norm = norm_layer(dim)
+        self.mixer = MambaMixer(dim, **mixer)
+        self.drop_path = DropPath(drop_path)
+
+    def branch(self, x: Tensor, route: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """The stream as the block reads it (turned, where there are rotary tables), and the mixer's output."""
+        if rope is not None:
+            x = rotate_pairs(x, *rope)
+        return x, self.mixer(self.norm(x), route)
+
+    def forward(self, x: Tensor, route: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """x (B, L, dim), route (K, S) -> (B, L, dim)."""
+        x, h = self.branch(x, route, rope)
+        return x + self.drop_path(h)
+
+
+# Our parameter, stacked over routes: the names of its forward and backward rows in the files of Vim and VideoMamba.
+DIRECTIONS = {
+    "conv_weight": ("conv1d.weight", "conv1d_b.weight"),
+    "conv_bias": ("conv1d.bias", "conv1d_b.bias"),
+    "x_proj": ("x_proj.weight", "x_proj_b.weight"),
+    "dt_proj": ("dt_proj.weight", "dt_proj_b.weight"),
+    "dt_bias": ("dt_proj.bias", "dt_proj_b.bias"),
+    "A_log": ("A_log", "A_b_log"),
+    "D": ("D", "D_b"),
+}
+
+
+def stack_directions(state: dict[str, Tensor], prefix: str, mixer: MambaMixer) -> dict[str, Tensor]:
+    """Takes the two directions' tensors under `prefix` out of `state`; returns them under the mixer's own names."""
+    out = {}
+    for name, keys in DIRECTIONS.items():
+        rows = [state.pop(prefix + key) for key in keys[: getattr(mixer, name).shape[0]]]
+        out[name] = torch.stack([row.squeeze(1) if row.ndim == 3 else row for row in rows])
+    return out

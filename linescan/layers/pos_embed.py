@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["resample_pos_embed", "grid_rope", "rotate_pairs"]
+__all__ = ["grid_rope", "resample_pos_embed", "rotate_pairs", "sinusoid_table"]
 
 
 def resample_pos_embed(
@@ -65,3 +65,10 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns each pair of neighbouring channels (a, b) by its angle: (a cos - b sin, b cos + a sin)."""
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return x * cos + torch.stack([-b, a], -1).flatten(-2) * sin
+
+
+def sinusoid_table(length: int, dim: int) -> Tensor:
+    """Fixed positions (1, length, dim), float32: sines on even, cosines on odd channels (arXiv 1706.03762, 3.5)."""
+    channel = torch.arange(dim, dtype=torch.float64)
+    angle = torch.arange(length, dtype=torch.float64)[:, None] / 10000 ** (2 * (channel // 2) / dim)
+    return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()[None]

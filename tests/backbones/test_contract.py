@@ -6,6 +6,7 @@ the full-size models are held against golden data in tests/parity.
 
 import pytest
 import timm
+import timm.optim
 import torch
 
 from linescan.registry import list_models
@@ -30,8 +31,10 @@ def one_of_each_kind():
 
 
 def small(name, device="cpu", **kwargs):
-    """A shallow copy of a registered model, its width as registered."""
+    """A shallow copy of a registered model, its width as registered; clips have two frames."""
     torch.manual_seed(0)
+    if "_video_" in name:
+        kwargs["num_frames"] = 2
     with torch.device(device):
         for shallow in ({"depth": 2}, {"depths": (1, 1, 1, 1)}):
             try:
@@ -42,8 +45,11 @@ def small(name, device="cpu", **kwargs):
     raise AssertionError(f"{name} takes neither depth nor depths")
 
 
-def image(*size, channels=3, batch=1):
-    return torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(1))
+def image(model, *size, channels=3, batch=1):
+    """Images, or clips of as many frames as the model is built for."""
+    frames = getattr(getattr(model, "model", model), "num_frames", 0)
+    shape = (batch, channels, frames, *size) if frames else (batch, channels, *size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -51,27 +57,27 @@ def test_classifies_at_two_sizes(name):
     model = small(name).eval()
     for size in ((64, 64), (96, 80)):
         with torch.no_grad():
-            x = image(*size, batch=2)
+            x = image(model, *size, batch=2)
             logits = model(x)
-            assert logits.shape == (2, 1000) and logits.isfinite().all()
+            assert logits.shape == (2, model.num_classes) and logits.isfinite().all()
             assert torch.allclose(logits, model.forward_head(model.forward_features(x)), atol=1e-5)
             assert not torch.allclose(logits[0], logits[1])
-    assert model.get_classifier().weight.shape[0] == 1000
+    assert model.get_classifier().weight.shape[0] == model.num_classes >= 10
     assert model.pretrained_cfg["input_size"][0] == 3 and model.pretrained_cfg["mean"]
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_features_classifier_and_channels(name):
     model = small(name, features_only=True).eval()
-    maps = model(image(64, 96))
+    maps = model(image(model, 64, 96))
     assert len(maps) == len(model.feature_info.channels())
     for x, channels, reduction in zip(maps, model.feature_info.channels(), model.feature_info.reduction()):
         assert x.shape[1] == channels
-        assert abs(x.shape[2] - 64 / reduction) <= 1 and abs(x.shape[3] - 96 / reduction) <= 1
+        assert abs(x.shape[-2] - 64 / reduction) <= 1 and abs(x.shape[-1] - 96 / reduction) <= 1
     del model
 
     model = small(name, in_chans=1, num_classes=7).eval()
-    x = image(64, 64, channels=1)
+    x = image(model, 64, 64, channels=1)
     assert model(x).shape == (1, 7)
     model.reset_classifier(3)
     assert model(x).shape == (1, 3) and model.num_classes == 3
@@ -86,7 +92,7 @@ def test_checkpointed_training_step_in_bfloat16(name):
     model = small(name, drop_path_rate=0.1, num_classes=10).train()
     model.set_grad_checkpointing()
     with torch.autocast("cpu", torch.bfloat16):
-        loss = torch.nn.functional.cross_entropy(model(image(64, 64, batch=2)).float(), torch.tensor([1, 2]))
+        loss = torch.nn.functional.cross_entropy(model(image(model, 64, 64, batch=2)).float(), torch.tensor([1, 2]))
     loss.backward()
     assert loss.isfinite()
     for key, parameter in model.named_parameters():
@@ -109,9 +115,9 @@ def test_parameter_groups(name):
 def test_bad_inputs_give_one_clear_line(name):
     model = small(name)
     for bad, message in (
-        (image(64, 64, channels=4), "expects 3 input channels, got 4"),
-        (torch.randn(3, 64, 64), r"expects images"),
-        (image(1, 1), "at least"),
+        (image(model, 64, 64, channels=4), "expects 3 input channels, got 4"),
+        (torch.randn(3, 64, 64), r"expects (images|clips)"),
+        (image(model, 1, 1), "at least"),
     ):
         with pytest.raises(ValueError, match=message) as caught:
             model(bad)
@@ -121,7 +127,7 @@ def test_bad_inputs_give_one_clear_line(name):
 @pytest.mark.parametrize("name", one_of_each_kind())
 def test_intermediates(name):
     model = small(name).eval()
-    x = image(64, 64)
+    x = image(model, 64, 64)
     count = len(model.feature_info)
     with torch.no_grad():
         final, every = model.forward_intermediates(x)
@@ -139,8 +145,9 @@ def test_intermediates(name):
 
 @pytest.mark.parametrize("name", one_of_each_kind())
 def test_saves_and_loads(name, tmp_path):
-    import linescan
     from safetensors.torch import save_model
+
+    import linescan
 
     model = small(name, num_classes=5).eval()
     save_model(model, tmp_path / "model.safetensors")
@@ -149,7 +156,7 @@ def test_saves_and_loads(name, tmp_path):
     for parameter in other.parameters():
         torch.nn.init.normal_(parameter)
     linescan.load_checkpoint(other, tmp_path / "model.safetensors")
-    x = image(64, 64)
+    x = image(model, 64, 64)
     with torch.no_grad():
         assert torch.equal(model(x), other.eval()(x))
 
@@ -157,7 +164,7 @@ def test_saves_and_loads(name, tmp_path):
 @pytest.mark.parametrize("name", one_of_each_kind())
 def test_double_precision_end_to_end(name):
     model = small(name, num_classes=5).eval()
-    x = image(64, 64)
+    x = image(model, 64, 64)
     with torch.no_grad():
         single, double = model(x), model.double()(x.double())
     assert double.dtype == torch.float64
@@ -168,7 +175,7 @@ def test_double_precision_end_to_end(name):
 @pytest.mark.parametrize("name", one_of_each_kind())
 def test_compiles_and_exports(name):
     model = small(name, num_classes=5).eval()
-    x = image(64, 64, batch=2)
+    x = image(model, 64, 64, batch=2)
     with torch.no_grad():
         eager = model(x)
         torch._dynamo.reset()

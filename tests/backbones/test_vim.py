@@ -91,7 +91,9 @@ def test_rotary_first_release_needs_no_class_token():
     assert not torch.allclose(model(x), model(x.flip(-1)), atol=1e-4)
 
 
-@pytest.mark.parametrize("neck, strides", [("rescaled", (4, 8, 16, 32)), ("simple", (4, 8, 16, 32, 64)), (None, (16,) * 4)])
+@pytest.mark.parametrize(
+    "neck, strides", [("rescaled", (4, 8, 16, 32)), ("simple", (4, 8, 16, 32, 64)), (None, (16,) * 4)]
+)
 def test_dense_strides(neck, strides):
     model = VimDense(img_size=64, embed_dim=32, depth=4, out_indices=(0, 1, 2, 3), neck=neck).eval()
     maps = model(torch.randn(1, 3, 128, 64))

@@ -14,3 +14,56 @@ def vim_detection(module, inputs):
 
 def maps_as_out(module, inputs):
     return {f"out{i}": y for i, y in enumerate(module(inputs["input"]))}
+
+
+def videomamba_with_layer_norm(**kwargs):
+    from torch import nn
+
+    from linescan.backbones.videomamba import VideoMamba
+
+    return VideoMamba(norm_layer=nn.LayerNorm, **kwargs)
+
+
+def videomamba_tables(module, inputs):
+    pooled = module.forward_head(module.forward_features(inputs["input"]), pre_logits=True)
+    results = {"pooled": pooled, "logits": module.head(pooled), "pos_embed": module.pos_embed}
+    results["patch_weight"] = module.patch_embed.weight
+    if module.num_frames:
+        results["temporal_pos_embedding"] = module.temporal_pos_embed
+    return results
+
+
+def videomamba_distilled(module, inputs):
+    logits, feats = module.forward_distill(inputs["input"])
+    pooled = module.forward_head(module.forward_features(inputs["input"]), pre_logits=True)
+    return {"logits": logits, "pooled": pooled, "feats": feats}
+
+
+def videomamba_mask(manifest):
+    """The manifests' masks: in every frame the fifth of the patches with the smallest noise is visible."""
+    import numpy as np
+    import torch
+
+    from tests.parity import recipe
+
+    _, frames, *size = manifest["inputs"]["x"]["shape"][1:]
+    patches = (manifest["inputs"]["mask"]["shape"][1] - 1) // frames
+    order = recipe.noise("mask", (frames, patches)).argsort(1)
+    mask = np.ones((frames, patches), bool)
+    np.put_along_axis(mask, order[:, : patches - int(0.8 * patches)], False, 1)
+    return torch.from_numpy(np.concatenate([[False], mask.reshape(-1)]))[None]
+
+
+def videomamba_pretrain(module, inputs, manifest):
+    decoded, streams = module.forward_decoded(inputs["x"], videomamba_mask(manifest))
+    return {"clip": decoded, "clip_vis": streams}
+
+
+def videomamba_text(module, inputs, manifest):
+    if "x" not in inputs:
+        vis, pool = module.forward_pooled(inputs["input"])
+        _, per_frame = module.forward_pooled(inputs["input"], keep_temporal=True)
+        return {"vis": vis, "pool": pool, "pool_temporal": per_frame}
+    mask = videomamba_mask(manifest)
+    vis, pool = module.forward_pooled(inputs["x"], mask)
+    return {"vis": vis, "pool": pool, "clip": module.forward_decoded(inputs["x"], mask)[0]}

@@ -1,9 +1,9 @@
 """Every case of cases.toml whose golden data is kept in tests/parity/data, judged as `check.py` judges it."""
 
-import tomllib
 from pathlib import Path
 
 import pytest
+import tomllib
 
 from . import check
 
