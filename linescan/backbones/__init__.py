@@ -1,3 +1,7 @@
 """Backbones, one file a system; importing this package registers them all with timm."""
 
-from . import videomamba, vim  # noqa: F401
+from . import (  # noqa: F401
+    videomamba,
+    vim,
+    vmamba,
+)

@@ -1,0 +1,471 @@
+"""VMamba: a hierarchical backbone that scans each map along rows and columns, forward and backward (SS2D).
+
+Paper: "VMamba: Visual State Space Model", Liu et al., NeurIPS 2024, arXiv 2401.10166. Official code:
+github.com/MzeroMiko/VMamba (MIT). Written from the paper and the published weights.
+
+Four stages of pre-norm blocks: SS2D, and from the second generation on an MLP. The first generation ("vanilla") has a
+gate, 16 states a channel and patch merging; the current one has neither gate nor more than one state, and convolutional
+stem and downsampling. No position embedding, so any image size will do.
+"""
+
+import re
+from functools import partial
+from typing import Sequence
+
+import torch
+from timm.layers import DropPath, GluMlp, Mlp, get_act_layer, trunc_normal_
+from timm.models import generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from ..checkpoint import strip_prefix
+from ..layers.pos_embed import resample_pos_embed
+from ..layers.ss2d import CROSS, CascadeSS2D, S6Scan, SS2D, SSDScan
+from ..layers.stems import ConvDownsample, ConvStem, PatchMerging, PatchStem
+from ..registry import published
+from .base import HierarchicalBackbone, create_backbone, image_cfg
+
+__all__ = ["VMamba", "VMambaDense", "parse_forward_type"]
+
+
+# -- forward types ---------------------------------------------------------------------------------------------------
+
+# What the first word of a forward type says about the scans. The versions of the cross-scan compute the same function.
+CORES = {
+    **dict.fromkeys(("v0", "v0seq", "v01", "v02", "v03", "v04", "v05", "v2", "v3"), {"routes": CROSS}),
+    "v051d": {"routes": "row, row, row, row"},
+    "v052d": {"routes": "row, row, -row, -row"},
+    "v052dc": {"mixer": CascadeSS2D},
+    "m0": {"routes": CROSS, "scan_layer": SSDScan},
+}
+OUT_NORM_TAGS = {f"_on{name}": name for name in ("none", "dwconv3", "cnorm", "softmax", "sigmoid")}
+
+
+def parse_forward_type(text: str) -> dict:
+    """Options of SS2D from the official code's word for them: a core, then tags in this order.
+
+        v05[_onnone|_ondwconv3|_oncnorm|_onsoftmax|_onsigmoid][_nozact][_noz][_oact][_no32]
+
+    Raises:
+        ValueError: the core is unknown, or a tag is unknown or out of order.
+    """
+    rest, options = text, {}
+    for tag, option in (
+        ("_no32", {}),  # in which precision a kernel reads its inputs
+        ("_oact", {"out_act": True}),
+        ("_noz", {"gate": None}),
+        ("_nozact", {"gate": "linear"}),
+        *((tag, {"out_norm": name}) for tag, name in OUT_NORM_TAGS.items()),
+    ):
+        if rest.endswith(tag) and not options.keys() & option.keys():
+            rest, options = rest.removesuffix(tag), options | option
+    if rest not in CORES:
+        raise ValueError(
+            f"unknown forward_type {text!r}: a core ({', '.join(CORES)}), then in this order [{'|'.join(OUT_NORM_TAGS)}]"
+            "[_nozact][_noz][_oact][_no32]"
+        )
+    if rest == "m0" and options.get("gate", "act") is not None:
+        raise ValueError(f"forward_type {text!r}: m0 has no gate, so it is written m0_noz")
+    if rest in ("v0", "v0seq"):  # the first release's class, before these were options
+        options |= {"act_layer": nn.SiLU, "d_conv": 3, "conv_bias": True}
+    return CORES[rest] | options
+
+
+# -- model -----------------------------------------------------------------------------------------------------------
+
+
+class VMambaBlock(nn.Module):
+    """x + drop_path(mixer(norm1(x))), then x + drop_path(mlp(norm2(x))) if there is an MLP; over maps (B, H, W, dim).
+
+    Args:
+        dim: channels.
+        mixer: the token mixer, a module over maps.
+        mlp_ratio: hidden channels of the MLP as a multiple of `dim`; 0 for no MLP.
+        gmlp: gate the MLP: fc2(a * GELU(b)) with (a, b) = fc1(x).
+        mlp_drop_rate: dropout in the MLP.
+        drop_path: rate of stochastic depth, for both branches.
+        post_norm: normalise each branch's output instead of its input.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mixer: nn.Module,
+        mlp_ratio: float = 4.0,
+        gmlp: bool = False,
+        mlp_drop_rate: float = 0.0,
+        drop_path: float = 0.0,
+        post_norm: bool = False,
+    ):
+        super().__init__()
+        self.post_norm = post_norm
+        self.norm1 = nn.LayerNorm(dim)
+        self.mixer = mixer
+        self.drop_path = DropPath(drop_path)
+        self.mlp = None
+        if mlp_ratio > 0:
+            hidden = int(mlp_ratio * dim)
+            self.norm2 = nn.LayerNorm(dim)
+            self.mlp = (
+                GluMlp(dim, 2 * hidden, act_layer=nn.GELU, drop=mlp_drop_rate)
+                if gmlp
+                else Mlp(dim, hidden, drop=mlp_drop_rate)
+            )
+
+    def branch(self, x: Tensor, norm: nn.Module, layer: nn.Module) -> Tensor:
+        """The input with one branch's output added."""
+        return x + self.drop_path(norm(layer(x)) if self.post_norm else layer(norm(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.branch(x, self.norm1, self.mixer)
+        return x if self.mlp is None else self.branch(x, self.norm2, self.mlp)
+
+
+class VMambaStage(nn.Module):
+    """A downsampling and the blocks after it."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]):
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+STEMS = {"v1": PatchStem, "v2": ConvStem}
+DOWNSAMPLES = {"v1": PatchMerging, "v2": partial(ConvDownsample, kernel_size=2), "v3": ConvDownsample}
+
+
+class VMamba(HierarchicalBackbone):
+    """VMamba.
+
+    Args:
+        img_size: size (or height and width) that the position embedding is built for, where there is one.
+        in_chans: input channels.
+        num_classes: classes; 0 for none.
+        global_pool: "avg", "max", or "" for the map as it is.
+        depths: blocks in each stage.
+        dims: channels of the first stage, doubled from stage to stage; or of every stage.
+        d_state: states per channel.
+        expand: inner channels of SS2D as a multiple of the stage's.
+        dt_rank: rank of the step-size projection; None for ceil(channels / 16).
+        d_conv: side of SS2D's depthwise convolution; below 2 there is none.
+        conv_bias: whether that has a bias.
+        act_layer: SS2D's activation, by timm's name for it.
+        ssm_init: initialisation of the scans, "v0", "v1" or "v2"; see `S6Scan`.
+        forward_type: routes, gate and output norm of SS2D, in the official code's words; see `parse_forward_type`.
+        mlp_ratio: hidden channels of the MLP as a multiple of the stage's; 0 for blocks without MLP.
+        gmlp: gated MLP.
+        post_norm: norms after the branches instead of before.
+        pos_embed: add a learned position embedding after the stem.
+        patch_embed: "v1" (one 4x4 convolution) or "v2" (two 3x3 convolutions).
+        downsample: "v1" (patch merging), "v2" (2x2 convolution) or "v3" (3x3 convolution).
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout after SS2D and in the MLP.
+        drop_path_rate: stochastic depth, from 0 at the first block to this at the last.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        depths: Sequence[int] = (2, 2, 8, 2),
+        dims: int | Sequence[int] = 96,
+        d_state: int = 1,
+        expand: float = 1.0,
+        dt_rank: int | None = None,
+        d_conv: int = 3,
+        conv_bias: bool = False,
+        act_layer: str = "silu",
+        ssm_init: str = "v0",
+        forward_type: str = "v05_noz",
+        mlp_ratio: float = 4.0,
+        gmlp: bool = False,
+        post_norm: bool = False,
+        pos_embed: bool = False,
+        patch_embed: str = "v2",
+        downsample: str = "v3",
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        super().__init__()
+        for name, value, known in (("patch_embed", patch_embed, STEMS), ("downsample", downsample, DOWNSAMPLES)):
+            if value not in known:
+                raise ValueError(f"{name} is one of {', '.join(map(repr, known))}, not {value!r}")
+        self.in_chans = in_chans
+        self.dims = [dims * 2**i for i in range(len(depths))] if isinstance(dims, int) else list(dims)
+        if len(self.dims) != len(depths):
+            raise ValueError(f"dims gives {len(self.dims)} stages, depths {len(depths)}")
+        self.num_features = self.dims[-1]
+        self.min_size = 4 * 2 ** (len(depths) - 1) if downsample == "v2" else 4
+        self.patch_embed = STEMS[patch_embed](in_chans, self.dims[0])
+        self.native_grid = self.pos_embed = None
+        if pos_embed:
+            height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+            self.native_grid = (height // 4, width // 4)
+            self.pos_embed = nn.Parameter(torch.zeros(1, self.native_grid[0] * self.native_grid[1], self.dims[0]))
+
+        ss2d = {"act_layer": get_act_layer(act_layer), "d_conv": d_conv, "conv_bias": conv_bias}
+        ss2d |= {"expand": expand, "d_state": d_state, "dt_rank": dt_rank, "init": ssm_init, "drop_rate": proj_drop_rate}
+        ss2d |= parse_forward_type(forward_type)
+        self.mixer_layer, self.mixer_options = ss2d.pop("mixer", SS2D), ss2d
+        rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
+        numbers = iter(range(sum(depths)))
+        self.stages = nn.ModuleList(
+            VMambaStage(
+                DOWNSAMPLES[downsample](self.dims[i - 1], dim) if i else nn.Identity(),
+                [
+                    VMambaBlock(dim, self.make_mixer(n, dim), mlp_ratio, gmlp, proj_drop_rate, rates[n], post_norm)
+                    for _, n in zip(range(depth), numbers)
+                ],
+            )
+            for i, (dim, depth) in enumerate(zip(self.dims, depths))
+        )
+        self.norm = nn.LayerNorm(self.num_features)
+        self.feature_info = [
+            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(self.dims)
+        ]
+        self.init_head(num_classes, global_pool, drop_rate)
+        self.init_weights()
+
+    def make_mixer(self, number: int, dim: int) -> nn.Module:
+        """The mixer of block `number`, counted through all stages."""
+        return self.mixer_layer(dim, **self.mixer_options)
+
+    def init_weights(self) -> None:
+        """The published initialisation: Linear layers truncated normal; convolutions and scans keep their own."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if self.pos_embed is not None:
+            trunc_normal_(self.pos_embed, std=0.02)
+
+    def embed(self, x: Tensor) -> Tensor:
+        x = super().embed(x)
+        if self.pos_embed is not None:
+            grid = tuple(x.shape[1:3])
+            x = x + resample_pos_embed(self.pos_embed, self.native_grid, grid).unflatten(1, grid)
+        return x
+
+    # -- weights ----------------------------------------------------------------------------------------------------
+
+    def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The official code's keys, of any of its generations, to ours: renamed, and the scans' parameters stacked by route.
+
+        A position embedding of another grid is resampled.
+        """
+        state = strip_prefix(state, "backbone.")
+        if any(key.startswith("layers.") for key in state):
+            state = self._from_official(state)
+        table = state.get("pos_embed")
+        if table is not None and self.pos_embed is not None and table.shape != self.pos_embed.shape:
+            if table.ndim == 4:  # official: (1, C, H, W)
+                grid, table = table.shape[2:], table.flatten(2).transpose(1, 2)
+            else:
+                grid = (int(table.shape[1] ** 0.5),) * 2
+            state["pos_embed"] = resample_pos_embed(table, tuple(grid), self.native_grid)
+        return state
+
+    def _from_official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        own, out = self.state_dict(), {}
+        stem = SEQUENCES[type(self.patch_embed)]
+        downsample = SEQUENCES[type(self.stages[-1].downsample)]
+        for key, value in state.items():
+            key = re.sub(r"^patch_embed\.(\d+)", lambda m: f"patch_embed.{stem.get(m[1], m[1])}", key)
+            key = re.sub(r"downsample\.(\d+)", lambda m: f"downsample.{downsample.get(m[1], m[1])}", key)
+            key = re.sub(r"^layers\.(\d+)\.downsample", lambda m: f"stages.{int(m[1]) + 1}.downsample", key)
+            for pattern, name in OFFICIAL_NAMES:
+                key = re.sub(pattern, name, key)
+            stacked = [k for k in (key, key.replace("ssm", "ssm.0"), key.replace("ssm", "ssm.1")) if ".ssm." in k and k in own]
+            sizes = [own[k].numel() for k in stacked]
+            if stacked and sum(sizes) == value.numel():  # routes are the slowest axis in every layout
+                out |= {k: rows.view_as(own[k]) for k, rows in zip(stacked, value.flatten().split(sizes))}
+                continue
+            if value.ndim == 4 and key in own and own[key].ndim == 2:  # a Linear kept as a 1x1 convolution
+                value = value.flatten(1)
+            out[key] = value
+        return out
+
+
+# Our names of what the official code numbers inside Sequentials.
+SEQUENCES = {
+    PatchStem: {"0": "conv", "2": "norm"},
+    ConvStem: {"0": "conv1", "2": "norm1", "5": "conv2", "7": "norm2"},
+    PatchMerging: {"1": "norm", "2": "reduction"},
+    ConvDownsample: {"1": "conv", "3": "norm"},
+    nn.Identity: {},
+}
+
+# Official names, first those of the vanilla files, and ours.
+OFFICIAL_NAMES = (
+    (r"^patch_embed\.proj\.", "patch_embed.conv."),
+    (r"\.ln_1\.", ".norm."),
+    (r"\.self_attention\.", ".op."),
+    (r"^classifier\.", ""),
+    (r"^layers\.", "stages."),
+    (r"(blocks\.\d+)\.norm\.", r"\1.norm1."),
+    (r"\.op\.", ".mixer."),
+    (r"\.conv2d\.(1\.)?", ".conv."),
+    (r"\.x_proj[._]weight", ".ssm.x_proj"),
+    (r"\.dt_projs[._]weight", ".ssm.dt_proj"),
+    (r"\.dt_projs[._]bias", ".ssm.dt_bias"),
+    (r"\.A_logs", ".ssm.A_log"),
+    (r"\.Ds", ".ssm.D"),
+    (r"\.out_norm\.1\.", ".out_norm."),
+    (r"\.out_norm\.2\.", ".out_norm.1."),
+)
+
+
+class VMambaDense(VMamba):
+    """VMamba as a backbone for segmentation and detection: images -> a list of maps (B, C, H, W), each normalised.
+
+    Args:
+        out_indices: stages whose maps are taken, each through a LayerNorm of its own; the stream goes on without it.
+        kwargs: of `VMamba`.
+    """
+
+    def __init__(self, out_indices: Sequence[int] = (0, 1, 2, 3), **kwargs):
+        super().__init__(**{**kwargs, "num_classes": 0})
+        self.out_indices = sorted(i % len(self.stages) for i in out_indices)
+        self.norm = nn.Identity()
+        self.out_norms = nn.ModuleDict({str(i): nn.LayerNorm(self.dims[i]) for i in self.out_indices})
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        maps = self.forward_intermediates(x, self.out_indices, output_fmt="NHWC", stop_early=True, intermediates_only=True)
+        return [norm(x).permute(0, 3, 1, 2).contiguous() for norm, x in zip(self.out_norms.values(), maps)]
+
+    def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As `VMamba`; a classification file leaves the output norms as they are, and its classifier is not needed."""
+        state = super().checkpoint_filter(state)
+        if "head.weight" in state:
+            own = {k: v for k, v in self.state_dict().items() if k.startswith("out_norms.")}
+            return {k: v for k, v in state.items() if not k.startswith(("norm.", "head."))} | own
+        return {re.sub(r"^outnorm(\d+)", r"out_norms.\1", k): v for k, v in state.items()}
+
+
+# -- entry points ----------------------------------------------------------------------------------------------------
+
+
+def _cfg(file: str, first_conv: str) -> dict:
+    return image_cfg(
+        url=f"https://github.com/MzeroMiko/VMamba/releases/download/%23{file}",
+        first_conv=f"patch_embed.{first_conv}",
+        license="mit",
+        paper_ids="arXiv:2401.10166",
+    )
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "vmamba_tiny_s1l8.in1k": _cfg("v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth", "conv1"),
+        "vmamba_small_s2l15.in1k": _cfg("v2cls/vssm_small_0229_ckpt_epoch_222.pth", "conv1"),
+        "vmamba_base_s2l15.in1k": _cfg("v2cls/vssm_base_0229_ckpt_epoch_237.pth", "conv1"),
+        "vmamba_tiny_s2l5.in1k": _cfg("v2cls/vssm_tiny_0230_ckpt_epoch_262.pth", "conv1"),
+        "vmamba_small_s1l20.in1k": _cfg("v2cls/vssm1_small_0229s_ckpt_epoch_240.pth", "conv1"),
+        "vmamba_base_s1l20.in1k": _cfg("v2cls/vssm1_base_0229s_ckpt_epoch_225.pth", "conv1"),
+        "vmamba_tiny_0220.in1k": _cfg("20240220/vssmtiny_dp02_ckpt_epoch_258.pth", "conv1"),
+        "vmamba_vanilla_tiny.in1k": _cfg("v0cls/vssmtiny_dp01_ckpt_epoch_292.pth", "conv"),
+        "vmamba_vanilla_small.in1k": _cfg("v0cls/vssmsmall_dp03_ckpt_epoch_238.pth", "conv"),
+        "vmamba_vanilla_base.in1k": _cfg("v0cls/vssmbase_dp06_ckpt_epoch_241.pth", "conv"),
+    }
+)
+
+for name, params, gmacs, top1 in (
+    ("vmamba_tiny_s1l8", 30.249, 4.9, 82.6),
+    ("vmamba_small_s2l15", 50.148, 8.7, 83.6),
+    ("vmamba_base_s2l15", 88.558, 15.4, 83.9),
+    ("vmamba_tiny_s2l5", 30.706, 4.9, 82.5),
+    ("vmamba_small_s1l20", 49.013, 8.6, 83.3),
+    ("vmamba_base_s1l20", 86.615, 15.2, 83.8),
+    ("vmamba_tiny_0220", 32.485, 5.0, 82.5),
+    ("vmamba_vanilla_tiny", 22.893, 5.6, 82.2),
+    ("vmamba_vanilla_small", 44.417, 11.2, 83.5),
+    ("vmamba_vanilla_base", 76.254, 18.0, 83.7),
+):
+    published(name, params=params, gmacs=gmacs, top1=top1, paper="NeurIPS 2024, arXiv 2401.10166", licence="MIT")
+
+# The three generations; what they share is the default of `VMamba`.
+CURRENT = {"forward_type": "v05_noz"}
+GATED = {"forward_type": "v3", "expand": 2.0}
+VANILLA = {
+    "forward_type": "v0", "expand": 2.0, "d_state": 16, "conv_bias": True, "mlp_ratio": 0.0,
+    "patch_embed": "v1", "downsample": "v1",
+}  # fmt: skip
+
+
+@register_model
+def vmamba_tiny_s1l8(pretrained: bool = False, **kwargs) -> VMamba:
+    """VMamba-T: 30.2 M parameters, 82.6 % top-1."""
+    args = CURRENT | {"depths": (2, 2, 8, 2), "dims": 96, "expand": 1.0}
+    return create_backbone(VMamba, "vmamba_tiny_s1l8", pretrained, **args | kwargs)
+
+
+@register_model
+def vmamba_small_s2l15(pretrained: bool = False, **kwargs) -> VMamba:
+    """VMamba-S: 50.1 M parameters, 83.6 % top-1."""
+    args = CURRENT | {"depths": (2, 2, 15, 2), "dims": 96, "expand": 2.0}
+    return create_backbone(VMamba, "vmamba_small_s2l15", pretrained, **args | kwargs)
+
+
+@register_model
+def vmamba_base_s2l15(pretrained: bool = False, **kwargs) -> VMamba:
+    """VMamba-B: 88.6 M parameters, 83.9 % top-1."""
+    args = CURRENT | {"depths": (2, 2, 15, 2), "dims": 128, "expand": 2.0}
+    return create_backbone(VMamba, "vmamba_base_s2l15", pretrained, **args | kwargs)
+
+
+@register_model
+def vmamba_tiny_s2l5(pretrained: bool = False, **kwargs) -> VMamba:
+    """VMamba-T, wider scans in fewer blocks: 30.7 M parameters, 82.5 % top-1."""
+    args = CURRENT | {"depths": (2, 2, 5, 2), "dims": 96, "expand": 2.0}
+    return create_backbone(VMamba, "vmamba_tiny_s2l5", pretrained, **args | kwargs)
+
+
+@register_model
+def vmamba_small_s1l20(pretrained: bool = False, **kwargs) -> VMamba:
+    """VMamba-S, narrower scans in more blocks: 49.0 M parameters, 83.3 % top-1."""
+    args = CURRENT | {"depths": (2, 2, 20, 2), "dims": 96, "expand": 1.0}
+    return create_backbone(VMamba, "vmamba_small_s1l20", pretrained, **args | kwargs)
+
+
+@register_model
+def vmamba_base_s1l20(pretrained: bool = False, **kwargs) -> VMamba:
+    """VMamba-B, narrower scans in more blocks: 86.6 M parameters, 83.8 % top-1."""
+    args = CURRENT | {"depths": (2, 2, 20, 2), "dims": 128, "expand": 1.0}
+    return create_backbone(VMamba, "vmamba_base_s1l20", pretrained, **args | kwargs)
+
+
+@register_model
+def vmamba_tiny_0220(pretrained: bool = False, **kwargs) -> VMamba:
+    """VMamba-T of February 2024, which still has the gate: 32.5 M parameters, 82.5 % top-1."""
+    args = GATED | {"depths": (2, 2, 4, 2), "dims": 96}
+    return create_backbone(VMamba, "vmamba_tiny_0220", pretrained, **args | kwargs)
+
+
+@register_model
+def vmamba_vanilla_tiny(pretrained: bool = False, **kwargs) -> VMamba:
+    """VMamba-T, first generation: 22.9 M parameters, 82.2 % top-1."""
+    args = VANILLA | {"depths": (2, 2, 9, 2), "dims": 96}
+    return create_backbone(VMamba, "vmamba_vanilla_tiny", pretrained, **args | kwargs)
+
+
+@register_model
+def vmamba_vanilla_small(pretrained: bool = False, **kwargs) -> VMamba:
+    """VMamba-S, first generation: 44.4 M parameters, 83.5 % top-1."""
+    args = VANILLA | {"depths": (2, 2, 27, 2), "dims": 96}
+    return create_backbone(VMamba, "vmamba_vanilla_small", pretrained, **args | kwargs)
+
+
+@register_model
+def vmamba_vanilla_base(pretrained: bool = False, **kwargs) -> VMamba:
+    """VMamba-B, first generation: 76.3 M parameters, 83.7 % top-1."""
+    args = VANILLA | {"depths": (2, 2, 27, 2), "dims": 128}
+    return create_backbone(VMamba, "vmamba_vanilla_base", pretrained, **args | kwargs)

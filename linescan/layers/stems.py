@@ -1,0 +1,88 @@
+"""Stems and downsamplings of hierarchical backbones, over channels-last maps (B, H, W, C)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["MapConv2d", "PatchStem", "ConvStem", "PatchMerging", "ConvDownsample"]
+
+
+class MapConv2d(nn.Conv2d):
+    """`nn.Conv2d` over a channels-last map (B, H, W, C) -> (B, H', W', C'); the permutations are views."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class PatchStem(nn.Module):
+    """Images (B, in_chans, H, W) -> (B, H // patch, W // patch, dim): one strided convolution, then LayerNorm.
+
+    Args:
+        in_chans: input channels.
+        dim: output channels.
+        patch_size: side of the square patches.
+    """
+
+    def __init__(self, in_chans: int, dim: int, patch_size: int = 4):
+        super().__init__()
+        self.conv = nn.Conv2d(in_chans, dim, patch_size, patch_size)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x).permute(0, 2, 3, 1))
+
+
+class ConvStem(nn.Module):
+    """Images (B, in_chans, H, W) -> (B, H / 4, W / 4, dim), sizes rounded up: two 3x3 convolutions of stride 2.
+
+    Each is followed by LayerNorm, GELU stands between them, and the first makes dim / 2 channels.
+    """
+
+    def __init__(self, in_chans: int, dim: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, 2, 1)
+        self.norm1 = nn.LayerNorm(dim // 2)
+        self.act = nn.GELU()
+        self.conv2 = MapConv2d(dim // 2, dim, 3, 2, 1)
+        self.norm2 = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.norm1(self.conv1(x).permute(0, 2, 3, 1)))
+        return self.norm2(self.conv2(x))
+
+
+class PatchMerging(nn.Module):
+    """(B, H, W, C) -> (B, H / 2, W / 2, out): LayerNorm and a Linear over each 2x2 patch, as Swin has it.
+
+    The four neighbours are concatenated in the order (0, 0), (1, 0), (0, 1), (1, 1) of (row, column). An odd side gets a
+    zero row or column at the bottom or right, before the norm.
+    """
+
+    def __init__(self, dim: int, out_dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim)
+        self.reduction = nn.Linear(4 * dim, out_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1:3]
+        x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+        x = torch.cat([x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)], -1)
+        return self.reduction(self.norm(x))
+
+
+class ConvDownsample(nn.Module):
+    """(B, H, W, C) -> (B, H / 2, W / 2, out): a convolution of stride 2, then LayerNorm.
+
+    Args:
+        dim: input channels.
+        out_dim: output channels.
+        kernel_size: 3 (padded; odd sizes are rounded up) or 2 (odd sizes are rounded down).
+    """
+
+    def __init__(self, dim: int, out_dim: int, kernel_size: int = 3):
+        super().__init__()
+        self.conv = MapConv2d(dim, out_dim, kernel_size, 2, kernel_size // 2 if kernel_size % 2 else 0)
+        self.norm = nn.LayerNorm(out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
