@@ -1,6 +1,6 @@
 """Backbones, one file a system; importing this package registers them all with timm."""
 
-from . import (  # noqa: F401
+from . import videomamba, vig, vim, vmamba  # noqa: F401
     videomamba,
     vim,
     vmamba,

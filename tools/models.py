@@ -1,0 +1,57 @@
+#!/usr/bin/env python
+"""Measures every registered model and writes docs/models.md: parameters and multiply-adds beside the published ones."""
+
+from itertools import groupby
+from pathlib import Path
+
+import timm
+import torch
+from rich.progress import track
+
+from linescan.engine.models import family, measure
+from linescan.registry import PUBLISHED, Published, list_models
+
+OUT = Path(__file__).parents[1] / "docs" / "models.md"
+
+HEAD = """# Models
+
+Written by `make models`. Parameters in millions and multiply-adds in billions: as published, and as measured here on the
+model as registered, for one input of the size given (224 px; 8 frames for video), counted by torch over matrix products,
+convolutions and scans. Papers differ in what they count: most leave scans out, or count 9 N operations a channel and token.
+A dash means that the authors give no number.
+"""
+
+COLUMNS = "| model | params, published | measured | GMACs, published | measured | top-1 | source | licence |\n"
+
+
+def row(name: str) -> str:
+    facts = PUBLISHED.get(name, Published())
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    frames = getattr(model, "num_frames", 0)
+    size = model.pretrained_cfg["input_size"]
+    params, macs = measure(model, (size[0], frames, *size[1:]) if frames else size)
+
+    def show(value, digits):
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    cells = (
+        f"`{name}`", show(facts.params, 3), f"{params / 1e6:.3f}", show(facts.gmacs, 2), f"{macs / 1e9:.2f}",
+        show(facts.top1, 1), facts.paper or "-", facts.licence or "-",
+    )  # fmt: skip
+    return "| " + " | ".join(cells) + " |\n"
+
+
+def main() -> None:
+    parts = [HEAD]
+    names = sorted(list_models(), key=lambda n: (family(n), n))
+    rows = {name: row(name) for name in track(names, "measuring")}
+    for group, members in groupby(names, family):
+        parts += [f"\n## {group}\n\n", COLUMNS, "|---" * 8 + "|\n", *(rows[n] for n in members)]
+    OUT.parent.mkdir(exist_ok=True)
+    OUT.write_text("".join(parts))
+    print(f"{len(names)} models in {OUT}")
+
+
+if __name__ == "__main__":
+    main()
