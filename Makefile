@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST ?= $(BIN)/python -m pytest -n auto --maxprocesses=8
 
-.PHONY: demo test test-core lint clean
+.PHONY: demo test test-core lint cases models clean
 
 demo: .venv/installed
 	$(BIN)/linescan demo
@@ -20,6 +20,13 @@ test-core: .venv/installed
 
 lint: .venv/installed
 	$(BIN)/ruff check .
+
+# Tables made from the code: the parity cases of all families in one file, and docs/models.md.
+cases:
+	cat tests/parity/cases/*.toml > tests/parity/cases.toml
+
+models: .venv/installed
+	$(BIN)/python tools/models.py
 
 clean:
 	rm -rf .venv build dist *.egg-info
