@@ -5,22 +5,18 @@ from importlib import import_module
 import pytest
 import torch
 import torch.nn.functional as F
-from contract import Contract, noise
+from contract import Contract, form, noise
 from golden import cases, check
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from linescan.scans import selective_scan
-from linescan.scans.recurrence import backend
 
 module = import_module("linescan.scans.selective_scan")  # its function has the same name
 
 
-s6 = module._selective_scan
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("case", cases("mixer__mamba1_s6"), ids=str)
-@pytest.mark.parametrize("name", ["reference", "chunked"])
+@pytest.mark.parametrize("name", ["reference", "chunked", "picked"])
 def test_golden(name, case, dtype):
     def run(u, dt, A, Bm, Cm, D, z, dt_bias):
         u, dt, Bm, Cm, z = (x.unsqueeze(1) for x in (u, dt, Bm, Cm, z))
@@ -28,12 +24,12 @@ def test_golden(name, case, dtype):
         y, state = selective_scan(u, dt, A, Bm, Cm, D, z, dt_bias, True, return_final_state=True)
         return y.squeeze(1), state.squeeze(1)
 
-    with backend(name):
+    with form(name):
         check(case, run, dtype)
 
 
 class TestSelectiveScan(Contract):
-    recurrence, function = s6, selective_scan
+    recurrence, function = module._selective_scan, selective_scan
     tokens = ("u", "delta", "B", "C", "z")
     options = {"delta_softplus": True}
 

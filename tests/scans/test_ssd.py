@@ -5,7 +5,7 @@ from importlib import import_module
 import pytest
 import torch
 import torch.nn.functional as F
-from contract import Contract, noise
+from contract import Contract, form, noise
 from golden import cases, check
 
 from linescan.scans.recurrence import backend
@@ -17,7 +17,7 @@ module = import_module("linescan.scans.ssd")  # its function has the same name
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("case", cases("mixer__mamba2_ssd"), ids=str)
-@pytest.mark.parametrize("name", ["reference", "chunked"])
+@pytest.mark.parametrize("name", ["reference", "chunked", "picked"])
 def test_golden(name, case, dtype):
     def run(x, dt, A, Bm, Cm, D, dt_bias, h0):
         x, dt, Bm, Cm, h0 = (t.unsqueeze(1) for t in (x, dt, Bm, Cm, h0))
@@ -25,7 +25,7 @@ def test_golden(name, case, dtype):
         y, state = ssd(x, dt, A, Bm, Cm, D, None, dt_bias, True, initial_state=h0, return_final_state=True)
         return y.squeeze(1), state.squeeze(1)
 
-    with backend(name):
+    with form(name):
         check(case, run, dtype)
 
 
