@@ -4,5 +4,6 @@ from . import (  # noqa: F401
     videomamba,
     vig,
     vim,
+    vision_rwkv,
     vmamba,
 )

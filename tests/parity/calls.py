@@ -67,3 +67,13 @@ def videomamba_text(module, inputs, manifest):
     mask = videomamba_mask(manifest)
     vis, pool = module.forward_pooled(inputs["x"], mask)
     return {"vis": vis, "pool": pool, "clip": module.forward_decoded(inputs["x"], mask)[0]}
+
+
+def vision_rwkv(module, inputs):
+    tokens, blocks = module.forward_intermediates(inputs["input"])
+    pooled = module.forward_head(tokens, pre_logits=True)
+    return {"block0": blocks[0], "feature": tokens, "pooled": pooled, "logits": module(inputs["input"])}
+
+
+def pyramid_as_f(module, inputs):
+    return {f"f{i + 1}": y for i, y in enumerate(module(inputs["input"]))}

@@ -1,0 +1,566 @@
+"""Vision-RWKV: plain backbones of RWKV mixing to both sides, with the work of attention done in linear time.
+
+Paper: "Vision-RWKV: Efficient and Scalable Visual Perception with RWKV-Like Architectures", Duan et al., ICLR 2025,
+arXiv 2403.02308. Official code: github.com/OpenGVLab/Vision-RWKV (Apache-2.0). Written from the paper and the published
+weights.
+
+Blocks of a spatial mix over tokens and a channel mix; both blend every token with its four neighbours first
+(`QuadShift`). VRWKV mixes tokens by Bi-WKV, weights that fall with distance; VRWKV6 by the matrix states of RWKV-6, run
+forward and backward. Bi-WKV is the paper's equation; the official CUDA kernel departs from it by 0.01 to 1 % (it counts
+some distances one too long). `VisionRWKVAdapter` is the form for segmentation and detection.
+"""
+
+import re
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, LayerScale, calculate_drop_path_rates, trunc_normal_
+from timm.models import generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from ..checkpoint import strip_prefix
+from ..layers.adapter import ViTAdapter
+from ..layers.pos_embed import resample_pos_embed
+from ..registry import published
+from ..scans.wkv import bi_wkv, bi_wkv6
+from .base import PlainBackbone, create_backbone, image_cfg
+
+__all__ = ["VisionRWKV", "VisionRWKVAdapter"]
+
+HEAD_DIM = 64  # channels of a head of VRWKV6
+
+
+class QuadShift(nn.Module):
+    """Each token's channels in five groups: those of its left, right, upper and lower neighbour, and its own.
+
+    Where there is no neighbour stand zeros. Tokens after those of the grid (class tokens) pass as they are.
+
+    Args:
+        num_heads: the groups are formed in each head.
+        gamma: share of the channels in each of the first four groups.
+        pixels: distance of the neighbours.
+    """
+
+    def __init__(self, num_heads: int = 1, gamma: float = 0.25, pixels: int = 1):
+        super().__init__()
+        self.num_heads, self.gamma, self.pixels = num_heads, gamma, pixels
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """x (B, H * W + classes, C), grid (H, W) -> the same shape."""
+        patches, s = grid[0] * grid[1], self.pixels
+        y = x[:, :patches].unflatten(1, grid).unflatten(-1, (self.num_heads, -1))
+        ends = [int(y.shape[-1] * self.gamma * k) for k in range(1, 5)]
+        left, right, above, below, own = y.tensor_split(ends, -1)
+        y = torch.cat(
+            [
+                F.pad(left, (0, 0, 0, 0, s, -s)),
+                F.pad(right, (0, 0, 0, 0, -s, s)),
+                F.pad(above, (0, 0, 0, 0, 0, 0, s, -s)),
+                F.pad(below, (0, 0, 0, 0, 0, 0, -s, s)),
+                own,
+            ],
+            -1,
+        )
+        y = y.flatten(3).flatten(1, 2)
+        return y if x.shape[1] == patches else torch.cat([y, x[:, patches:]], 1)
+
+
+def ramp(dim: int, power: float) -> Tensor:
+    """(h / dim) ** power for channels h = 0..dim - 1."""
+    return (torch.arange(dim, dtype=torch.float32) / dim) ** power
+
+
+def decay_ramp(dim: int, depth: float) -> Tensor:
+    """From 0 at the first channel to 1 at the last, the steeper the deeper; `depth` is 0 in the first block, 1 last."""
+    return (torch.arange(dim, dtype=torch.float32) / max(dim - 1, 1)) ** (0.7 + 1.3 * depth)
+
+
+def ripple(dim: int) -> Tensor:
+    """0, 0.5, -0.5 times two, channel by channel: what tells neighbouring channels' bonuses apart."""
+    return (torch.arange(dim) + 1) % 3 - 1.0
+
+
+class SpatialMix(nn.Module):
+    """Token mixer of VRWKV: y = W_o (sigmoid(r) * BiWKV(k, v)), with r, k, v from tokens blended with their neighbours.
+
+    Decay and bonus are divided by the number of tokens, so that weights fall alike over grids of any size.
+
+    Args:
+        dim: channels.
+        shift: the neighbours.
+        depth: place of the block from 0 to 1, for the initialisation.
+        key_norm: LayerNorm of Bi-WKV's output.
+    """
+
+    def __init__(self, dim: int, shift: QuadShift, depth: float, key_norm: bool = False):
+        super().__init__()
+        self.shift = shift
+        self.decay = nn.Parameter(-5 + 8 * decay_ramp(dim, depth)[None])  # (routes, dim), as the first below
+        self.first = nn.Parameter(torch.full((1, dim), 0.3).log() + 0.5 * ripple(dim))
+        self.mix_k = nn.Parameter(ramp(dim, 1 - depth)[None, None])
+        self.mix_v = nn.Parameter(self.mix_k.detach() + 0.3 * depth)
+        self.mix_r = nn.Parameter(ramp(dim, 0.5 * (1 - depth))[None, None])
+        self.key = nn.Linear(dim, dim, bias=False)
+        self.value = nn.Linear(dim, dim, bias=False)
+        self.receptance = nn.Linear(dim, dim, bias=False)
+        self.key_norm = nn.LayerNorm(dim) if key_norm else nn.Identity()
+        self.output = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        near = self.shift(x, grid)
+        k, v, r = (
+            layer(torch.lerp(near, x, mix.to(x.dtype)))
+            for layer, mix in ((self.key, self.mix_k), (self.value, self.mix_v), (self.receptance, self.mix_r))
+        )
+        length = x.shape[1]
+        y = bi_wkv(k[:, None], v[:, None], self.decay / length, self.first / length)[:, 0]
+        return self.output(torch.sigmoid(r) * self.key_norm(y))
+
+
+class SpatialMix6(nn.Module):
+    """Token mixer of VRWKV6: matrix states forward and backward, with decays and blends that depend on the token.
+
+    Args:
+        dim: channels, a multiple of 64.
+        shift: the neighbours.
+        depth: place of the block from 0 to 1, for the initialisation.
+        key_norm: LayerNorm of the states' readout, before the norm of the heads.
+        mix_rank: rank of the blends' dependence on the token.
+        decay_rank: rank of the decays' dependence.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        shift: QuadShift,
+        depth: float,
+        key_norm: bool = False,
+        mix_rank: int = 32,
+        decay_rank: int = 64,
+    ):
+        super().__init__()
+        self.shift = shift
+        self.num_heads = dim // HEAD_DIM
+        near = 1 - ramp(dim, 1 - depth)
+        gates = 1 - ramp(dim, 0.5 * (1 - depth))
+        self.mix_x = nn.Parameter(near[None, None].clone())
+        self.mix = nn.Parameter(torch.stack([near, near, near - 0.3 * depth, gates, gates])[:, None])  # w, k, v, r, g
+        self.mix_w1 = nn.Parameter(torch.empty(dim, 5 * mix_rank).uniform_(-1e-4, 1e-4))
+        self.mix_w2 = nn.Parameter(torch.empty(5, mix_rank, dim).uniform_(-1e-4, 1e-4))
+        self.decay = nn.Parameter(-6 + 5 * decay_ramp(dim, depth)[None, None])
+        self.decay_w1 = nn.Parameter(torch.empty(dim, decay_rank).uniform_(-1e-4, 1e-4))
+        self.decay_w2 = nn.Parameter(torch.empty(decay_rank, dim).uniform_(-1e-4, 1e-4))
+        bonus = depth * (1 - torch.arange(dim) / max(dim - 1, 1)) + 0.1 * ripple(dim)
+        self.bonus = nn.Parameter(bonus.unflatten(0, (self.num_heads, HEAD_DIM)))
+        self.receptance = nn.Linear(dim, dim, bias=False)
+        self.key = nn.Linear(dim, dim, bias=False)
+        self.value = nn.Linear(dim, dim, bias=False)
+        self.gate = nn.Linear(dim, dim, bias=False)
+        self.key_norm = nn.LayerNorm(dim) if key_norm else nn.Identity()
+        self.head_norm = nn.GroupNorm(self.num_heads, dim)
+        self.output = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        step = self.shift(x, grid) - x
+        mix = torch.tanh((x + step * self.mix_x) @ self.mix_w1).unflatten(-1, (5, -1))
+        mix = self.mix[:, None] + torch.einsum("blgr,grc->gblc", mix, self.mix_w2)
+        w, k, v, r, g = x + step * mix
+        w = self.decay + torch.tanh(w @ self.decay_w1) @ self.decay_w2
+        w = -torch.exp(w.to(torch.promote_types(w.dtype, torch.float32)))
+        r, k, v, w = (
+            t.unflatten(-1, (self.num_heads, HEAD_DIM))[:, None]
+            for t in (self.receptance(r), self.key(k), self.value(v), w)
+        )
+        y = self.key_norm(bi_wkv6(r, k, v, w, self.bonus)[:, 0].flatten(2))
+        y = self.head_norm(y.flatten(0, 1)).view_as(y)
+        return self.output(y * F.silu(self.gate(g)))
+
+
+class ChannelMix(nn.Module):
+    """The MLP of RWKV: y = sigmoid(r) * W_v relu(W_k x_k)^2, from tokens blended with their neighbours.
+
+    Args:
+        dim: channels.
+        shift: the neighbours.
+        depth: place of the block from 0 to 1, for the initialisation.
+        key_norm: LayerNorm of the hidden channels.
+    """
+
+    def __init__(self, dim: int, shift: QuadShift, depth: float, key_norm: bool = False):
+        super().__init__()
+        self.shift = shift
+        self.mix_k = nn.Parameter(ramp(dim, 1 - depth)[None, None])
+        self.mix_r = nn.Parameter(ramp(dim, 1 - depth)[None, None])
+        self.key = nn.Linear(dim, 4 * dim, bias=False)
+        self.key_norm = nn.LayerNorm(4 * dim) if key_norm else nn.Identity()
+        self.receptance = nn.Linear(dim, dim, bias=False)
+        self.value = nn.Linear(4 * dim, dim, bias=False)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        near = self.shift(x, grid)
+        k = self.key(torch.lerp(near, x, self.mix_k.to(x.dtype)))
+        r = self.receptance(torch.lerp(near, x, self.mix_r.to(x.dtype)))
+        return torch.sigmoid(r) * self.value(self.key_norm(F.relu(k).square()))
+
+
+class RWKVBlock(nn.Module):
+    """Spatial mix, then channel mix: each x + scale * mix(norm(x)), or x + scale * norm(mix(x)) with `post_norm`.
+
+    The first block normalises the stream itself before (`pre_norm`).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        shift: QuadShift,
+        spatial_mix: type,
+        depth: float,
+        post_norm: bool,
+        key_norm: bool,
+        init_values: float | None,
+        drop_path: float,
+    ):
+        super().__init__()
+        self.post_norm = post_norm
+        self.pre_norm = nn.LayerNorm(dim) if depth == 0 else nn.Identity()
+        self.norm1 = nn.LayerNorm(dim)
+        self.spatial_mix = spatial_mix(dim, shift, depth, key_norm)
+        self.ls1 = LayerScale(dim, init_values) if init_values is not None else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim)
+        self.channel_mix = ChannelMix(dim, shift, depth, key_norm)
+        self.ls2 = LayerScale(dim, init_values) if init_values is not None else nn.Identity()
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        x = self.pre_norm(x)
+        for norm, mix, scale in (
+            (self.norm1, self.spatial_mix, self.ls1),
+            (self.norm2, self.channel_mix, self.ls2),
+        ):
+            y = norm(mix(x, grid)) if self.post_norm else mix(norm(x), grid)
+            x = x + self.drop_path(scale(y))
+        return x
+
+
+class VisionRWKV(PlainBackbone):
+    """Vision-RWKV.
+
+    Args:
+        img_size: size (or height and width) that the position embedding is built for; other sizes run too. Sides that
+            `patch_size` does not divide are padded by zeros at the bottom and the right.
+        patch_size: side of the square patches.
+        in_chans: input channels.
+        num_classes: classes; 0 for none.
+        global_pool: "avg" (of the grid), or "" for the tokens as they are.
+        embed_dim: channels of the stream.
+        depth: number of blocks.
+        version: of RWKV: 4 (VRWKV) or 6 (VRWKV6, where the neighbours are of each head of 64 channels).
+        post_norm: norms after the mixes, not before.
+        key_norm: a norm of what is read of the keys, in both mixes.
+        init_values: initial value of a learned factor on each branch; None for none.
+        shift_gamma, shift_pixels: of `QuadShift`.
+        class_token: a class token as the last one; it has no position and no neighbours.
+        head_hidden: hidden channels of a classifier with tanh between; None for a single Linear.
+        drop_rate: dropout before the classifier and after the position embedding.
+        drop_path_rate: stochastic depth, from 0 at the first block to this at the last.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dim: int = 192,
+        depth: int = 12,
+        version: int = 4,
+        post_norm: bool = False,
+        key_norm: bool = False,
+        init_values: float | None = None,
+        shift_gamma: float = 0.25,
+        shift_pixels: int = 1,
+        class_token: bool = False,
+        head_hidden: int | None = None,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        super().__init__()
+        if version not in (4, 6):
+            raise ValueError(f"version is 4 or 6, not {version!r}")
+        if version == 6 and embed_dim % HEAD_DIM:
+            raise ValueError(f"version 6 has heads of {HEAD_DIM} channels: embed_dim is a multiple, not {embed_dim}")
+        self.in_chans = in_chans
+        self.num_features = self.embed_dim = embed_dim
+        self.patch_size = self.min_size = patch_size
+        self.native_grid = self.grid_of(*((img_size, img_size) if isinstance(img_size, int) else img_size))
+        self.head_hidden = head_hidden
+
+        self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.native_grid[0] * self.native_grid[1], embed_dim))
+        self.pos_drop = nn.Dropout(drop_rate)
+        self.blocks = nn.ModuleList(
+            RWKVBlock(
+                embed_dim,
+                QuadShift(embed_dim // HEAD_DIM if version == 6 else 1, shift_gamma, shift_pixels),
+                SpatialMix6 if version == 6 else SpatialMix,
+                i / max(depth - 1, 1),
+                post_norm,
+                key_norm,
+                init_values,
+                rate,
+            )
+            for i, rate in enumerate(calculate_drop_path_rates(drop_path_rate, depth))
+        )
+        self.norm = nn.LayerNorm(embed_dim)
+        self.feature_info = [
+            {"num_chs": embed_dim, "reduction": patch_size, "module": f"blocks.{i}"} for i in range(depth)
+        ]
+        self.init_head(num_classes, global_pool, drop_rate)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """The published initialisation of Linear layers; the mixes' own parameters have theirs by channel and depth."""
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                trunc_normal_(layer.weight, std=0.02)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+        if self.cls_token is not None:
+            trunc_normal_(self.cls_token, std=0.02)
+
+    # -- tokens -----------------------------------------------------------------------------------------------------
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Patches down and across for an image of this size."""
+        return -(-height // self.patch_size), -(-width // self.patch_size)
+
+    def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int], tuple]:
+        self.check_input(x, self.in_chans)
+        height, width = x.shape[-2:]
+        x = self.patch_embed(F.pad(x, (0, -width % self.patch_size, 0, -height % self.patch_size)))
+        grid = tuple(x.shape[-2:])
+        x = x.flatten(2).mT + resample_pos_embed(self.pos_embed, self.native_grid, grid)
+        if self.cls_token is not None:
+            x = torch.cat([x, self.cls_token.expand(len(x), -1, -1)], 1)
+        return self.pos_drop(x), grid, (grid,)
+
+    def patch_tokens(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        return x[:, : grid[0] * grid[1]]
+
+    # -- classifier -------------------------------------------------------------------------------------------------
+
+    def init_head(self, num_classes: int, global_pool: str, drop_rate: float) -> None:
+        super().init_head(num_classes, global_pool, drop_rate)
+        self._add_hidden()
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new, untrained classifier, its hidden layer included, for `num_classes` (0: none)."""
+        super().reset_classifier(num_classes, global_pool)
+        self._add_hidden()
+
+    def _add_hidden(self) -> None:
+        self.head_inner = nn.Identity()
+        if self.head_hidden and self.num_classes:
+            place = self.head.weight
+            self.head_inner = nn.Sequential(nn.Linear(self.num_features, self.head_hidden), nn.Tanh()).to(place)
+            self.head = nn.Linear(self.head_hidden, self.num_classes).to(place)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.head_drop(self.pool(x))
+        return x if pre_logits else self.head(self.head_inner(x))
+
+    def pool(self, x: Tensor) -> Tensor:
+        """Mean over the grid, without the class token, or all tokens as they are without `global_pool`."""
+        if not self.global_pool:
+            return x
+        return (x if self.cls_token is None else x[:, :-1]).mean(1)
+
+    # -- weights ----------------------------------------------------------------------------------------------------
+
+    def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Official keys to ours, of any of the three trainers; a position embedding of another grid is resampled."""
+        out = {}
+        for key, value in state.items():
+            for pattern, replacement in OFFICIAL_KEYS:
+                key = re.sub(pattern, replacement, key)
+            out[key] = value[None] if key.endswith((".decay", ".first")) and value.ndim == 1 else value
+        for i in range(len(self.blocks)):
+            mix = f"blocks.{i}.spatial_mix"
+            if f"{mix}.time_maa_w" in out:
+                out[f"{mix}.mix"] = torch.cat([out.pop(f"{mix}.time_maa_{name}") for name in "wkvrg"])
+        positions = out.get("pos_embed")
+        if positions is not None and positions.shape[1] != self.pos_embed.shape[1]:
+            side = int(positions.shape[1] ** 0.5)
+            out["pos_embed"] = resample_pos_embed(positions, (side, side), self.native_grid)
+        return out
+
+
+OFFICIAL_KEYS = (
+    (r"^backbone\.", ""),
+    (r"^patch_embed\.projection\.", "patch_embed."),
+    (r"^ln1\.", "norm."),
+    (r"^head\.0\.", "head_inner.0."),
+    (r"^head\.(fc|2)\.", "head."),
+    (r"^layers\.", "blocks."),
+    (r"\.ln0\.", ".pre_norm."),
+    (r"\.ln([12])\.", r".norm\1."),
+    (r"\.gamma([12])$", r".ls\1.gamma"),
+    (r"\.att\.", ".spatial_mix."),
+    (r"\.ffn\.", ".channel_mix."),
+    (r"\.spatial_(decay|first|mix_[kvr])$", r".\1"),
+    (r"\.time_maa_(x|w1|w2)$", r".mix_\1"),
+    (r"\.time_(decay|decay_w1|decay_w2)$", r".\1"),
+    (r"\.time_faaaa$", ".bonus"),
+    (r"\.ln_x\.", ".head_norm."),
+)
+
+
+class VisionRWKVAdapter(VisionRWKV):
+    """Vision-RWKV with a `ViTAdapter` for segmentation and detection: images -> four maps at strides 4, 8, 16, 32.
+
+    Args:
+        features: tokens added to the maps: after "each" part of the backbone (segmentation), or the "last" (detection).
+        deform_heads, deform_ratio, deform_points: of the adapter's attention.
+        conv_width: channels of the adapter's convolutional stem.
+        kwargs: of `VisionRWKV`; `patch_size` is 16 and `depth` a multiple of four.
+    """
+
+    def __init__(
+        self,
+        features: str = "each",
+        deform_heads: int = 6,
+        deform_ratio: float = 1.0,
+        deform_points: int = 4,
+        conv_width: int = 64,
+        in_chans: int = 3,
+        drop_path_rate: float = 0.0,
+        **kwargs,
+    ):
+        super().__init__(in_chans=in_chans, drop_path_rate=drop_path_rate, num_classes=0, **kwargs)
+        if self.patch_size != 16 or len(self.blocks) % 4 or self.cls_token is not None:
+            raise ValueError("an adapter needs patches of 16 pixels, a depth that 4 divides, and no class token")
+        self.norm = nn.Identity()
+        self.adapter = ViTAdapter(
+            self.embed_dim,
+            deform_heads,
+            deform_ratio,
+            deform_points,
+            in_chans,
+            conv_width,
+            drop_path_rate=drop_path_rate,
+            features=features,
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        tokens, grid, context = self.embed(x)
+        quarter = len(self.blocks) // 4
+
+        def part(start: int, tokens: Tensor) -> Tensor:
+            for block in self.blocks[start : start + quarter]:
+                tokens = self.run(block, tokens, *context)
+            return tokens
+
+        return self.adapter(x, tokens, grid, [partial(part, i * quarter) for i in range(4)])
+
+    def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As `VisionRWKV`, of a whole segmentor or detector too; a classification file leaves the adapter as it is."""
+        state = strip_prefix(state, "backbone.")
+        adapter = {k: v for k, v in state.items() if k.startswith(("level_embed", "spm.", "interactions.", "up."))}
+        adapter |= {k: v for k, v in state.items() if re.match(r"norm[1-4]\.", k)}
+        state = super().checkpoint_filter({k: v for k, v in state.items() if k not in adapter})
+        state |= {f"adapter.{k}": v for k, v in adapter.items()}
+        if not any(k.startswith("adapter.") for k in state):
+            own = {k: v for k, v in self.state_dict().items() if k.startswith("adapter.") or ".ls" in k}
+            state = own | {k: v for k, v in state.items() if not k.startswith(("norm.", "head"))}
+        return state
+
+
+# -- entry points ------------------------------------------------------------------------------------------------------
+
+
+def _cfg(file: str, **kwargs) -> dict:
+    return image_cfg(
+        first_conv="patch_embed",
+        license="apache-2.0",
+        paper_ids="arXiv:2403.02308",
+        hf_hub_id="OpenGVLab/Vision-RWKV",
+        hf_hub_filename=file,
+        **kwargs,
+    )
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "vrwkv_tiny.in1k": _cfg("vrwkv_t_in1k_224.pth"),
+        "vrwkv_small.in1k": _cfg("vrwkv_s_in1k_224.pth"),
+        "vrwkv_base.in1k": _cfg("vrwkv_b_in1k_224.pth"),
+        "vrwkv_large.in22k_ft_in1k": _cfg(
+            "vrwkv_l_22kto1k_384.pth", input_size=(3, 384, 384), classifier=("head", "head_inner.0")
+        ),
+        "vrwkv6_tiny.in1k": _cfg("vrwkv6_t_in1k_224.pth"),
+        "vrwkv6_small.in1k": _cfg("vrwkv6_s_in1k_224.pth"),
+        "vrwkv6_base.in1k": _cfg("vrwkv6_b_in1k_224.pth"),
+    }
+)
+
+for name, params, gmacs, top1 in (
+    ("vrwkv_tiny", 6.155, 1.2, 75.1),
+    ("vrwkv_small", 23.820, 4.6, 80.1),
+    ("vrwkv_base", 93.646, 18.2, 82.0),
+    ("vrwkv_large", 334.882, 189.5, 86.0),
+    ("vrwkv6_tiny", 7.641, 1.6, 76.6),
+    ("vrwkv6_small", 27.677, 5.6, 81.1),
+    ("vrwkv6_base", 104.898, 20.9, 82.6),
+):
+    published(name, params=params, gmacs=gmacs, top1=top1, paper="ICLR 2025, arXiv 2403.02308", licence="Apache-2.0")
+
+
+@register_model
+def vrwkv_tiny(pretrained: bool = False, **kwargs) -> VisionRWKV:
+    """VRWKV-T: 6.2 M parameters, 75.1 % top-1."""
+    return create_backbone(VisionRWKV, "vrwkv_tiny", pretrained, **kwargs)
+
+
+@register_model
+def vrwkv_small(pretrained: bool = False, **kwargs) -> VisionRWKV:
+    """VRWKV-S: 23.8 M parameters, 80.1 % top-1."""
+    kwargs = {"embed_dim": 384, "post_norm": True, "init_values": 1.0, **kwargs}
+    return create_backbone(VisionRWKV, "vrwkv_small", pretrained, **kwargs)
+
+
+@register_model
+def vrwkv_base(pretrained: bool = False, **kwargs) -> VisionRWKV:
+    """VRWKV-B: 93.6 M parameters, 82.0 % top-1."""
+    kwargs = {"embed_dim": 768, "post_norm": True, "init_values": 1e-5, **kwargs}
+    return create_backbone(VisionRWKV, "vrwkv_base", pretrained, **kwargs)
+
+
+@register_model
+def vrwkv_large(pretrained: bool = False, **kwargs) -> VisionRWKV:
+    """VRWKV-L: 334.9 M parameters, 86.0 % top-1 at 384 pixels after ImageNet-22k; positions are of 192 pixels."""
+    large = {"embed_dim": 1024, "depth": 24, "post_norm": True, "key_norm": True, "init_values": 1e-5}
+    kwargs = {"img_size": 192, "head_hidden": 3072, **large, **kwargs}
+    return create_backbone(VisionRWKV, "vrwkv_large", pretrained, **kwargs)
+
+
+@register_model
+def vrwkv6_tiny(pretrained: bool = False, **kwargs) -> VisionRWKV:
+    """VRWKV6-T: 7.6 M parameters, 76.6 % top-1."""
+    return create_backbone(VisionRWKV, "vrwkv6_tiny", pretrained, **{"version": 6, **kwargs})
+
+
+@register_model
+def vrwkv6_small(pretrained: bool = False, **kwargs) -> VisionRWKV:
+    """VRWKV6-S: 27.7 M parameters, 81.1 % top-1."""
+    kwargs = {"version": 6, "embed_dim": 384, "post_norm": True, "init_values": 1e-5, **kwargs}
+    return create_backbone(VisionRWKV, "vrwkv6_small", pretrained, **kwargs)
+
+
+@register_model
+def vrwkv6_base(pretrained: bool = False, **kwargs) -> VisionRWKV:
+    """VRWKV6-B: 104.9 M parameters, 82.6 % top-1."""
+    kwargs = {"version": 6, "embed_dim": 768, "post_norm": True, "init_values": 1e-5, **kwargs}
+    return create_backbone(VisionRWKV, "vrwkv6_base", pretrained, **kwargs)
