@@ -1,6 +1,7 @@
 """Pictures of routes. Needs matplotlib, which nothing else in `linescan.scans` does."""
 
 import math
+from os import PathLike
 from typing import TYPE_CHECKING, Sequence
 
 import numpy as np
@@ -20,7 +21,7 @@ _PANEL = 2.9  # inches along a panel's longer side
 def draw_routes(
     spec: RouteLike | Sequence[RouteLike],
     grid: Sequence[int] | str,
-    path: str | None = None,
+    path: str | PathLike | None = None,
     image: np.ndarray | None = None,
 ) -> "Figure":
     """Draws each route as a line that goes from dark to bright with time, from a circle to an arrow head.

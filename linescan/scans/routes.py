@@ -32,8 +32,7 @@ from typing import Sequence, Union
 import numpy as np
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from .curves import CURVES, Grid, hilbert_keys, zorder_keys
 
@@ -81,7 +80,7 @@ RouteLike = Union[str, "Route"]
 # -- routes -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Route:
     """An order to visit the cells of a grid. Hashable; `str(route)` is a spec from which `parse` makes an equal route.
 
@@ -97,6 +96,12 @@ class Route:
 
     def __repr__(self) -> str:
         return f"<route {self.spec}>"
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, Route) and self.spec == other.spec
+
+    def __hash__(self) -> int:
+        return hash(self.spec)
 
     def order(self, grid: Sequence[int]) -> np.ndarray:
         """Flat row-major index visited at each step, -1 for a padding step: grid (H, W) or (T, H, W) -> int32 (S,).
@@ -129,7 +134,7 @@ class Route:
         return Turned(_TURNS[name], self)
 
     def axes(self, order: str) -> "Route":
-        """This 3D route over the grid with its axes in another order, such as "wht"."""
+        """This route over a 3D grid with its axes in another order, slowest first, such as "wht"."""
         if order not in _AXES:
             raise ValueError(f"unknown axis order {order!r}; there are: {', '.join(_AXES)}")
         return self if order == "thw" else Permuted(order, self)
@@ -151,7 +156,7 @@ class Route:
         raise NotImplementedError
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Curve(Route):
     name: str
 
@@ -164,7 +169,7 @@ class Curve(Route):
         return CURVES[self.name](grid)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Reversed(Route):
     route: Route
 
@@ -190,7 +195,7 @@ class Reversed(Route):
         return self.route._order(grid)[::-1]
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Turned(Route):
     turned: tuple[bool, bool, bool]
     route: Route
@@ -213,7 +218,7 @@ class Turned(Route):
         return _over(view[..., :: -1 if upside_down else 1, :: -1 if mirrored else 1], self.route)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Permuted(Route):
     permuted: str
     route: Route
@@ -233,7 +238,7 @@ class Permuted(Route):
         return _over(view, self.route)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Window(Route):
     size: tuple[int, ...]
     inside: Route = Curve("row")
@@ -258,7 +263,7 @@ class Window(Route):
         return _take(_take(cells, self.between._order(windows), 0), self.inside._order(size), 1).ravel()
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Frames(Route):
     route: Route
     spatial_first: bool
@@ -273,7 +278,7 @@ class Frames(Route):
         return (cells if self.spatial_first else cells.T).ravel()
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class WithTokens(Route):
     route: Route
     at: tuple
@@ -290,7 +295,7 @@ class WithTokens(Route):
         return WithTokens(self.route.axes(order), self.at, self.stored)
 
     def _order(self, grid: Grid) -> np.ndarray:
-        order = torch.from_numpy(np.ascontiguousarray(self.route._order(grid)))
+        order = torch.from_numpy(self.route._order(grid).copy())
         return insert_tokens(order, self.at, self.stored, length=prod(grid)).numpy()
 
 
@@ -357,8 +362,8 @@ def window(size: int | Sequence[int], inside: RouteLike = "row", between: RouteL
     Raises:
         ValueError: a side is less than 1, or a route has class tokens.
     """
-    sides = (size,) if isinstance(size, int) else tuple(size)
-    if len(sides) not in (1, 2, 3) or not all(isinstance(n, int) and n >= 1 for n in sides):
+    sides = tuple(map(index, size)) if isinstance(size, Sequence) else (index(size),)
+    if len(sides) not in (1, 2, 3) or min(sides) < 1:
         raise ValueError(f"a window has sides of at least 1, as in w7 or window(4x2), got {_show(sides)}")
     return Window(sides, _one(inside, "window"), _one(between, "window"))
 
@@ -521,12 +526,11 @@ def inverse_table(
 
 
 def _cached(what: str, spec, grid, device) -> Tensor:
-    traced = torch.compiler.is_dynamo_compiling()
-    if traced:  # constants of a graph are made from plain Python values
+    if torch.compiler.is_dynamo_compiling():  # what goes into a graph is made from plain Python values
         spec = _text(spec)
         if not isinstance(grid, str):
             grid = tuple([torch.fx.experimental.symbolic_shapes.guard_scalar(n) for n in grid])
-    return _constant(what, spec, grid, device, traced)
+    return _constant(what, spec, grid, device)
 
 
 def _text(spec) -> str:
@@ -535,22 +539,17 @@ def _text(spec) -> str:
     return spec.spec if isinstance(spec, Route) else ", ".join([_text(part) for part in spec])
 
 
-@torch.compiler.assume_constant_result
-def _constant(what: str, spec, grid, device, traced: bool) -> Tensor:
-    """A cached real tensor, also where the caller runs with fake tensors (torch.export, shape propagation)."""
+# torch.compile puts the call into its graph and then runs it, as torch.export does, in the modes that trace the graph.
+@torch.compiler.allow_in_graph
+def _constant(what: str, spec, grid, device) -> Tensor:
+    """The cached tensor; to anything that traces, it is a constant as `torch.tensor(...)` would be."""
     make = {"table": _table, "inverse": _inverse_table}[what]
     key = parse(spec), as_grid(grid), _device(device)
-    fake = torch._guards.active_fake_mode()
-    if traced:
-        constant = make(*key)
-        torch._dynamo.mark_static(constant)  # its shape has no source that torch.compile could guard
-        return constant
-    if fake is None:
+    if not _get_current_dispatch_mode_stack():
         return make(*key)
-    with unset_fake_temporarily(), disable_proxy_modes_tracing():
+    with _disable_current_modes():  # never keep a fake tensor
         constant = make(*key)
-    # Exporters take real tensors as constants; a bare fake mode takes none.
-    return constant if fake.allow_non_fake_inputs else fake.from_tensor(constant)
+    return torch.ops.aten.lift_fresh(constant)
 
 
 def _device(device) -> torch.device:
@@ -725,7 +724,7 @@ def point_table(
             keys = zorder_keys(points, bits if depth is None else 63 // axes)
         else:
             keys = coords[..., int(kind[-1])]
-        order = keys.argsort(-1, stable=True)
+        order = keys.argsort(dim=-1, stable=True)
         orders.append(order.flip(-1) if name.startswith("-") else order)
     return torch.stack(orders, 1).int()
 
@@ -752,4 +751,4 @@ def _deep_hilbert_keys(points: Tensor, depth: Tensor) -> Tensor:
     deepest = 63 // axes
     depths = range(deepest - axes + 1, deepest + 1)
     keys = torch.stack([hilbert_keys(points, bits) for bits in depths])
-    return keys[(depth - depths[0]) % axes]
+    return keys.index_select(0, ((depth - depths[0]) % axes)[None])[0]
