@@ -244,8 +244,10 @@ class HierarchicalBackbone(Backbone):
     """
 
     def pool(self, x: Tensor) -> Tensor:
-        """Map (B, H, W, C) after the final norm -> (B, C)."""
-        return x.mean((1, 2))
+        """Map (B, H, W, C) after the final norm -> (B, C), its mean or maximum by `global_pool`; with "" as it is."""
+        if self.global_pool == "max":
+            return x.amax((1, 2))
+        return x.mean((1, 2)) if self.global_pool else x
 
     def forward_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
         """A stage's downsampling, then its blocks one by one."""

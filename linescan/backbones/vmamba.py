@@ -10,7 +10,7 @@ stem and downsampling. No position embedding, so any image size will do.
 
 import re
 from functools import partial
-from typing import Sequence
+from typing import Callable, Sequence
 
 import torch
 from timm.layers import DropPath, GluMlp, Mlp, get_act_layer, trunc_normal_
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import strip_prefix
 from ..layers.pos_embed import resample_pos_embed
-from ..layers.ss2d import CROSS, CascadeSS2D, S6Scan, SS2D, SSDScan
+from ..layers.ss2d import CROSS, SS2D, CascadeSS2D, SSDScan
 from ..layers.stems import ConvDownsample, ConvStem, PatchMerging, PatchStem
 from ..registry import published
 from .base import HierarchicalBackbone, create_backbone, image_cfg
@@ -34,7 +34,7 @@ CORES = {
     **dict.fromkeys(("v0", "v0seq", "v01", "v02", "v03", "v04", "v05", "v2", "v3"), {"routes": CROSS}),
     "v051d": {"routes": "row, row, row, row"},
     "v052d": {"routes": "row, row, -row, -row"},
-    "v052dc": {"mixer": CascadeSS2D},
+    "v052dc": {"mixer_layer": CascadeSS2D},
     "m0": {"routes": CROSS, "scan_layer": SSDScan},
 }
 OUT_NORM_TAGS = {f"_on{name}": name for name in ("none", "dwconv3", "cnorm", "softmax", "sigmoid")}
@@ -60,8 +60,8 @@ def parse_forward_type(text: str) -> dict:
             rest, options = rest.removesuffix(tag), options | option
     if rest not in CORES:
         raise ValueError(
-            f"unknown forward_type {text!r}: a core ({', '.join(CORES)}), then in this order [{'|'.join(OUT_NORM_TAGS)}]"
-            "[_nozact][_noz][_oact][_no32]"
+            f"unknown forward_type {text!r}: a core ({', '.join(CORES)}), then in this order "
+            f"[{'|'.join(OUT_NORM_TAGS)}][_nozact][_noz][_oact][_no32]"
         )
     if rest == "m0" and options.get("gate", "act") is not None:
         raise ValueError(f"forward_type {text!r}: m0 has no gate, so it is written m0_noz")
@@ -157,6 +157,8 @@ class VMamba(HierarchicalBackbone):
         act_layer: SS2D's activation, by timm's name for it.
         ssm_init: initialisation of the scans, "v0", "v1" or "v2"; see `S6Scan`.
         forward_type: routes, gate and output norm of SS2D, in the official code's words; see `parse_forward_type`.
+        routes: other routes than the forward type's (`linescan.scans.routes`): one spec for all blocks, or one a block.
+        merge: how the routes' outputs become one, see `SS2D`.
         mlp_ratio: hidden channels of the MLP as a multiple of the stage's; 0 for blocks without MLP.
         gmlp: gated MLP.
         post_norm: norms after the branches instead of before.
@@ -184,6 +186,8 @@ class VMamba(HierarchicalBackbone):
         act_layer: str = "silu",
         ssm_init: str = "v0",
         forward_type: str = "v05_noz",
+        routes: str | Sequence[str] | None = None,
+        merge: str | Callable[[int, int], nn.Module] = "sum",
         mlp_ratio: float = 4.0,
         gmlp: bool = False,
         post_norm: bool = False,
@@ -211,18 +215,30 @@ class VMamba(HierarchicalBackbone):
             self.native_grid = (height // 4, width // 4)
             self.pos_embed = nn.Parameter(torch.zeros(1, self.native_grid[0] * self.native_grid[1], self.dims[0]))
 
-        ss2d = {"act_layer": get_act_layer(act_layer), "d_conv": d_conv, "conv_bias": conv_bias}
-        ss2d |= {"expand": expand, "d_state": d_state, "dt_rank": dt_rank, "init": ssm_init, "drop_rate": proj_drop_rate}
-        ss2d |= parse_forward_type(forward_type)
-        self.mixer_layer, self.mixer_options = ss2d.pop("mixer", SS2D), ss2d
-        rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
-        numbers = iter(range(sum(depths)))
+        mixer = {
+            "expand": expand,
+            "d_state": d_state,
+            "dt_rank": dt_rank,
+            "d_conv": d_conv,
+            "conv_bias": conv_bias,
+            "act_layer": get_act_layer(act_layer),
+            "init": ssm_init,
+            "drop_rate": proj_drop_rate,
+            "merge": merge,
+            **parse_forward_type(forward_type),
+        }
+        mixer_layer = partial(mixer.pop("mixer_layer", SS2D), **mixer)
+        per_block = [routes] * sum(depths) if routes is None or isinstance(routes, str) else list(routes)
+        if len(per_block) != sum(depths):
+            raise ValueError(f"routes are given for {len(per_block)} blocks, depths has {sum(depths)}")
+        mixers = iter([mixer_layer if own is None else partial(mixer_layer, routes=own) for own in per_block])
+        rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         self.stages = nn.ModuleList(
             VMambaStage(
                 DOWNSAMPLES[downsample](self.dims[i - 1], dim) if i else nn.Identity(),
                 [
-                    VMambaBlock(dim, self.make_mixer(n, dim), mlp_ratio, gmlp, proj_drop_rate, rates[n], post_norm)
-                    for _, n in zip(range(depth), numbers)
+                    VMambaBlock(dim, next(mixers)(dim), mlp_ratio, gmlp, proj_drop_rate, next(rates), post_norm)
+                    for _ in range(depth)
                 ],
             )
             for i, (dim, depth) in enumerate(zip(self.dims, depths))
@@ -233,10 +249,6 @@ class VMamba(HierarchicalBackbone):
         ]
         self.init_head(num_classes, global_pool, drop_rate)
         self.init_weights()
-
-    def make_mixer(self, number: int, dim: int) -> nn.Module:
-        """The mixer of block `number`, counted through all stages."""
-        return self.mixer_layer(dim, **self.mixer_options)
 
     def init_weights(self) -> None:
         """The published initialisation: Linear layers truncated normal; convolutions and scans keep their own."""
@@ -258,7 +270,7 @@ class VMamba(HierarchicalBackbone):
     # -- weights ----------------------------------------------------------------------------------------------------
 
     def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The official code's keys, of any of its generations, to ours: renamed, and the scans' parameters stacked by route.
+        """The official code's keys, of any of its generations, to ours; the scans' parameters get an axis of routes.
 
         A position embedding of another grid is resampled.
         """
@@ -284,11 +296,12 @@ class VMamba(HierarchicalBackbone):
             key = re.sub(r"^layers\.(\d+)\.downsample", lambda m: f"stages.{int(m[1]) + 1}.downsample", key)
             for pattern, name in OFFICIAL_NAMES:
                 key = re.sub(pattern, name, key)
-            stacked = [k for k in (key, key.replace("ssm", "ssm.0"), key.replace("ssm", "ssm.1")) if ".ssm." in k and k in own]
-            sizes = [own[k].numel() for k in stacked]
-            if stacked and sum(sizes) == value.numel():  # routes are the slowest axis in every layout
-                out |= {k: rows.view_as(own[k]) for k, rows in zip(stacked, value.flatten().split(sizes))}
-                continue
+            if ".ssm." in key:  # routes are the slowest axis in every layout
+                parts = [k for k in (key, key.replace("ssm", "ssm.0"), key.replace("ssm", "ssm.1")) if k in own]
+                sizes = [own[k].numel() for k in parts]
+                if parts and sum(sizes) == value.numel():
+                    out |= {k: part.view_as(own[k]) for k, part in zip(parts, value.flatten().split(sizes))}
+                    continue
             if value.ndim == 4 and key in own and own[key].ndim == 2:  # a Linear kept as a 1x1 convolution
                 value = value.flatten(1)
             out[key] = value
@@ -339,7 +352,8 @@ class VMambaDense(VMamba):
         self.out_norms = nn.ModuleDict({str(i): nn.LayerNorm(self.dims[i]) for i in self.out_indices})
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        maps = self.forward_intermediates(x, self.out_indices, output_fmt="NHWC", stop_early=True, intermediates_only=True)
+        options = {"output_fmt": "NHWC", "stop_early": True, "intermediates_only": True}
+        maps = self.forward_intermediates(x, self.out_indices, **options)
         return [norm(x).permute(0, 3, 1, 2).contiguous() for norm, x in zip(self.out_norms.values(), maps)]
 
     def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,11 +1,12 @@
 """SS2D: selective scans over a map along several routes, between two projections (VMamba, arXiv 2401.10166).
 
-`S6Scan` is the core that many systems share: tokens in place, one set of S6 parameters a route, any routes. `SSDScan` is
-its counterpart with the scalar decays of Mamba-2. `SS2D` puts projections, convolution, norm and gate around either.
+`S6Scan` is the core that many systems share: tokens in place, one set of S6 parameters a route, any routes. `SSDScan`
+is its counterpart with Mamba-2's scalar decays. `SS2D` puts projections, convolution, norm and gate around either.
 """
 
 import copy
 import math
+from functools import partial
 from typing import Callable
 
 import torch
@@ -87,12 +88,12 @@ class S6Scan(nn.Module):
 
 
 class SSDScan(nn.Module):
-    """Tokens (B, L, D) through Mamba-2's recurrence (SSD, arXiv 2405.21060) along K routes: scalar decays, `n_heads` heads.
+    """Tokens (B, L, D) through Mamba-2's recurrence along K routes: a scalar decay a head (SSD, arXiv 2405.21060).
 
         dt, B, C = x_proj[k] u;    y[k] = SSD(u, softplus(dt + dt_bias[k]), -exp(A_log[k]), B, C) + D[k] u
 
     Args:
-        dim: D, channels; a head has D / n_heads of them.
+        dim: D, channels; divided evenly into heads.
         n_routes: K.
         d_state: N, state size per channel.
         dt_rank: number of heads, by the name that it has in `S6Scan`; None for ceil(dim / 16).
@@ -194,7 +195,8 @@ class SS2D(nn.Module):
             (both), "softmax" (over positions) or "sigmoid".
         out_act: GELU after `out_norm`.
         scan_layer: `S6Scan` or `SSDScan`.
-        merge: name for `linescan.scans.multi_route.create_merge`, or a module (B, K, L, D) -> (B, L, D).
+        merge: how the routes' outputs become one: a name for `linescan.scans.multi_route.create_merge`, or a function
+            from D and K to a module (B, K, L, D) -> (B, L, D).
         init: of the scan.
         drop_rate: dropout after out_proj.
     """
@@ -213,7 +215,7 @@ class SS2D(nn.Module):
         out_norm: str = "norm",
         out_act: bool = False,
         scan_layer: Callable[..., nn.Module] = S6Scan,
-        merge: str | nn.Module = "sum",
+        merge: str | Callable[[int, int], nn.Module] = "sum",
         init: str = "v0",
         drop_rate: float = 0.0,
     ):
@@ -224,10 +226,15 @@ class SS2D(nn.Module):
         self.routes = parse(routes)
         self.in_proj = nn.Linear(dim, inner if gate is None else 2 * inner, bias=False)
         self.gate = {"act": act_layer, "linear": nn.Identity, None: lambda: None}[gate]()
-        self.conv = MapConv2d(inner, inner, d_conv, padding=d_conv // 2, groups=inner, bias=conv_bias) if d_conv > 1 else None
+        self.conv = None
+        if d_conv > 1:
+            self.conv = MapConv2d(inner, inner, d_conv, padding=d_conv // 2, groups=inner, bias=conv_bias)
         self.act = act_layer()
         self.ssm = scan_layer(inner, len(self.routes), d_state, dt_rank or math.ceil(dim / 16), init)
-        self.merge = None if merge == "sum" else create_merge(merge, inner, len(self.routes)) if isinstance(merge, str) else merge
+        self.merge = None  # the scan adds up by itself
+        if merge != "sum":
+            make = partial(create_merge, merge) if isinstance(merge, str) else merge
+            self.merge = make(inner, len(self.routes))
         self.out_norm = OUT_NORMS[out_norm](inner)
         self.out_act = nn.GELU() if out_act else nn.Identity()
         self.out_proj = nn.Linear(inner, dim, bias=False)
@@ -260,8 +267,10 @@ class CascadeSS2D(SS2D):
     and fourth's. As published, the backward scan's output stays in the order of its steps when the two are added.
     """
 
-    def __init__(self, dim: int, *args, **kwargs):
-        super().__init__(dim, "row, -row", *args, **kwargs)
+    def __init__(self, dim: int, routes: str = "row, -row", **kwargs):
+        super().__init__(dim, routes, **kwargs)
+        if len(self.routes) != 2:
+            raise ValueError(f"a cascade scans every line along 2 routes, got {routes!r}")
         self.ssm = nn.ModuleList([self.ssm, copy.deepcopy(self.ssm)])
         self.ssm[1].reset_parameters()
 

@@ -54,8 +54,8 @@ class ConvStem(nn.Module):
 class PatchMerging(nn.Module):
     """(B, H, W, C) -> (B, H / 2, W / 2, out): LayerNorm and a Linear over each 2x2 patch, as Swin has it.
 
-    The four neighbours are concatenated in the order (0, 0), (1, 0), (0, 1), (1, 1) of (row, column). An odd side gets a
-    zero row or column at the bottom or right, before the norm.
+    The four neighbours are concatenated in the order (0, 0), (1, 0), (0, 1), (1, 1) of (row, column). An odd side gets
+    a zero row or column at the bottom or right, before the norm.
     """
 
     def __init__(self, dim: int, out_dim: int):
