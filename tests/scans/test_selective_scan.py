@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from contract import Contract, form, noise
 from golden import cases, check
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from linescan.scans import selective_scan
 
@@ -80,9 +81,19 @@ class TestSelectiveScan(Contract):
             self.call(inputs | {key: noise(2, 2, 9, 3, 3) for key in "BC"})
 
     def test_softplus_is_linear_above_20(self):
-        inputs = self.make() | {"delta": noise(2, 2, 7, 4, scale=0.1, offset=25.0)}
-        inputs["A"] = inputs["A"] * 1e-2
+        inputs = self.make()
+        inputs |= {"delta": torch.linspace(0, 30, inputs["delta"].numel()).double().view_as(inputs["delta"])}
+        inputs |= {"delta_bias": torch.zeros_like(inputs["delta_bias"]), "A": inputs["A"] / 100}
         self.same(self.gradients("chunked", inputs), self.gradients("reference", inputs), 1e-9)
+        large = inputs | {"delta": inputs["delta"] + 20.5}
+        for name in ("reference", "chunked"):
+            with form(name):
+                torch.testing.assert_close(self.call(large)[0], selective_scan(**large), rtol=0, atol=0)
+
+    def test_counts_flops(self):
+        with FlopCounterMode(display=False) as counter:
+            self.call(self.make(length=9), self.route("none"))
+        assert counter.get_total_flops() == 9 * (2 * 2 * 9 * 4 * 3)
 
     @pytest.mark.parametrize("name", ["reference", "chunked"])
     def test_strong_decay_is_finite(self, name):
