@@ -84,30 +84,41 @@ class Classifier:
         return self._transform(to_mode(picture, channels))
 
     @torch.no_grad()
-    def probabilities(self, pictures: Sequence[Picture]) -> Tensor:
-        """The probability of each class for each picture, (pictures, classes), float32 on the CPU.
+    def forward(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Probabilities (pictures, classes), float32 on the CPU, of pictures that `tensor` has made; one forward pass.
 
         Raises:
-            BrokenImage, InputError: see `tensor`; or the model's answer is not finite.
+            InputError: the model's answer is not finite.
+        """
+        with precision(self.device, self.dtype):
+            logits = self.model(torch.stack(list(tensors)).to(self.device)).float().cpu()
+        if not logits.isfinite().all():
+            raise InputError("the model answers NaN or infinity; its weights are damaged, or the precision too low")
+        return logits.softmax(-1)
+
+    def probabilities(self, pictures: Sequence[Picture]) -> Tensor:
+        """The probability of each class for each picture, (pictures, classes), float32 on the CPU, batch by batch.
+
+        Raises:
+            BrokenImage, InputError: see `tensor` and `forward`.
         """
         answers = [torch.empty(0, len(self.classes))]
         for at in range(0, len(pictures), self.batch):
-            images = torch.stack([self.tensor(p) for p in pictures[at : at + self.batch]]).to(self.device)
-            with precision(self.device, self.dtype):
-                logits = self.model(images).float().cpu()
-            if not logits.isfinite().all():
-                raise InputError("the model answers NaN or infinity; its weights are damaged, or the precision too low")
-            answers.append(logits.softmax(-1))
+            answers.append(self.forward([self.tensor(p) for p in pictures[at : at + self.batch]]))
         return torch.cat(answers)
+
+    def name(self, probabilities: Tensor, topk: int = 5) -> list[list[Prediction]]:
+        """The `topk` likeliest classes of each row of (pictures, classes), best first."""
+        values, indices = probabilities.topk(min(topk, len(self.classes)))
+        return [
+            [Prediction(self.classes[i], p, i) for p, i in zip(ps, ks)]
+            for ps, ks in zip(values.tolist(), indices.tolist())
+        ]
 
     def __call__(self, pictures: Picture | Sequence[Picture], topk: int = 5) -> list:
         """The `topk` likeliest classes, best first: a list of `Prediction`; for several pictures a list of lists."""
         one = not isinstance(pictures, (list, tuple))
-        values, indices = self.probabilities([pictures] if one else pictures).topk(min(topk, len(self.classes)))
-        guesses = [
-            [Prediction(self.classes[i], p, i) for p, i in zip(ps, ks)]
-            for ps, ks in zip(values.tolist(), indices.tolist())
-        ]
+        guesses = self.name(self.probabilities([pictures] if one else pictures), topk)
         return guesses[0] if one else guesses
 
 
