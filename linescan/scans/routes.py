@@ -634,7 +634,6 @@ def stored_cells(route: Route, grid: Grid) -> np.ndarray:
     return np.array(_merge_order(prod(grid), route.stored))
 
 
-@lru_cache(maxsize=1024)
 def _merge_order(length: int, places: tuple) -> tuple[int, ...]:
     """Which of `length` things and then len(places) tokens stands where, after the tokens went to their places."""
     total = length + len(places)
@@ -643,8 +642,12 @@ def _merge_order(length: int, places: tuple) -> tuple[int, ...]:
     if len(fixed) < sum(isinstance(place, int) for place in places) or any(place >= total for place in fixed):
         raise ValueError(f"class tokens need different indices below {total}, got {[*places]}")
     named = [(gaps[place], length + i) for i, place in enumerate(places) if isinstance(place, str)]
-    rest = iter(np.insert(np.arange(length), [g for g, _ in named], [t for _, t in named]).tolist())
-    return tuple(fixed[i] if i in fixed else next(rest) for i in range(total))
+    order = list(range(length))
+    for gap, token in sorted(named, reverse=True):  # from the back, so that gaps in front stay where they are
+        order.insert(gap, token)
+    for place in sorted(fixed):
+        order.insert(place, fixed[place])
+    return tuple(order)
 
 
 def insert_tokens(
@@ -671,8 +674,8 @@ def insert_tokens(
     at, stored = _token_places(at, stored)
     steps = table.shape[-1]
     length = steps if length is None else length
-    storage = np.argsort(_merge_order(length, stored))  # where each token is now, the class tokens last
-    storage = torch.tensor(storage.tolist(), dtype=table.dtype, device=table.device)
+    # Where each token is stored now, the class tokens last.
+    storage = torch.tensor(_merge_order(length, stored), device=table.device).argsort().to(table.dtype)
     token = torch.where(table < PADDING, -2 - table, table)
     moved = storage[token.clamp_min(0).long()]
     moved = torch.where(table < PADDING, -2 - moved, torch.where(table == PADDING, table, moved))
@@ -700,7 +703,7 @@ def point_table(
             Point Transformer V3 and PointMamba name them; "axis0", "axis1", "axis2" sort by one coordinate.
         bits: 2**bits cells along the longest side of each sample's bounding box; cells are squares or cubes.
         cell: PointMamba's rule instead: cells have this side, are numbered from each sample's lowest, and the curve is
-            as deep as the largest number in the batch needs (at most 19 bits in 3D, 30 in 2D).
+            as deep as the largest number in the batch needs (at most 21 bits in 3D, 31 in 2D).
 
     Raises:
         ValueError: the shape is wrong, or a curve is unknown (the message lists what exists).
@@ -743,12 +746,12 @@ def _cells(coords: Tensor, bits: int, cell: float | None) -> tuple[Tensor, Tenso
 
 
 def _deep_hilbert_keys(points: Tensor, depth: Tensor) -> Tensor:
-    """Keys in the order of a curve with `depth` bits, which is a tensor: nothing waits for the device.
+    """`hilbert_keys(points, depth)` for a depth that is a tensor: nothing waits for the device.
 
-    An order repeats when the curve gets one bit deeper for each axis, so as many depths cover all.
+    A level of Skilling's curve at which all bits are zero only rolls the axes by one, so the deepest curve over axes
+    rolled back gives the same keys.
     """
     axes = points.shape[-1]
     deepest = 63 // axes
-    depths = range(deepest - axes + 1, deepest + 1)
-    keys = torch.stack([hilbert_keys(points, bits) for bits in depths])
-    return keys.index_select(0, ((depth - depths[0]) % axes)[None])[0]
+    axis = (torch.arange(axes, device=points.device) + deepest - depth) % axes
+    return hilbert_keys(points.index_select(-1, axis), deepest)
