@@ -12,6 +12,8 @@
 Bidirectional forms are two routes, a row order and its reverse, over the same q, k, v with one set of gates a route.
 """
 
+from typing import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -52,12 +54,74 @@ def split(*tokens: Tensor) -> list[Tensor]:
     length = tokens[0].shape[2]
     size = min(CHUNK, 1 << (length - 1).bit_length())
     padding = -length % size
-    return [F.pad(x.transpose(2, 3), (0, 0, 0, padding)).contiguous().unflatten(3, (-1, size)) for x in tokens]
+    tokens = [x.transpose(2, 3) for x in tokens]
+    tokens = [F.pad(x, (0, 0, 0, padding)) if padding else x for x in tokens]
+    return [x.contiguous().unflatten(3, (-1, size)) for x in tokens]
 
 
 def join(chunks: Tensor, length: int) -> Tensor:
     """(B, K, H, N, C, d) back to (B, K, T, H, d)."""
     return chunks.flatten(3, 4)[:, :, :, :length].transpose(2, 3)
+
+
+def _halves(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """(..., C, d) as left and right halves of blocks of two `size` tokens: views (..., blocks, size, d)."""
+    return x.unflatten(-2, (-1, 2, size)).unbind(-3)
+
+
+def _corners(scores: Tensor, size: int) -> Tensor:
+    """Where right halves meet left ones: the view (..., blocks, size, size) of scores (..., C, C)."""
+    tiles = scores.unflatten(-2, (-1, 2, size)).unflatten(-1, (-1, 2, size))
+    return tiles.select(-5, 1).select(-2, 0).diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+
+
+def _boundaries(before: Tensor, after: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """For halves of 1, 2, 4... tokens: the size, the decay from the boundary to each token of the right half, and from
+    each token of the left half to the boundary.
+
+    `before` comes in as the gates, `after` as zeros; in place, they grow into the sums that `decayed_scores` returns.
+    """
+    size = 1
+    while size < before.shape[-2]:
+        (before_left, before_right), (after_left, _) = _halves(before, size), _halves(after, size)
+        yield size, before_right.exp(), after_left.exp()
+        after_left += before_right[..., -1:, :]
+        before_right += before_left[..., -1:, :]
+        size *= 2
+
+
+class _DecayedScores(torch.autograd.Function):
+    @staticmethod
+    def forward(q, k, g):
+        leading = torch.broadcast_shapes(q.shape[:-1], k.shape[:-1], g.shape[:-1])
+        scores = q.new_zeros(*leading, q.shape[-2])
+        scores.diagonal(dim1=-2, dim2=-1).copy_((q * k).sum(-1))
+        before, after = g.clone(), torch.zeros_like(g)
+        for size, arriving, leaving in _boundaries(before, after):
+            right, left = _halves(q, size)[1] * arriving, _halves(k, size)[0] * leaving
+            _corners(scores, size).copy_(right @ left.mT)
+        return scores, before, after
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad, grad_before, grad_after):
+        q, k, g = ctx.saved_tensors
+        of_q, of_k = torch.zeros_like(q), torch.zeros_like(k)
+        for size, arriving, leaving in _boundaries(g.clone(), torch.zeros_like(g)):
+            q_right, k_left, corner = _halves(q, size)[1], _halves(k, size)[0], _corners(grad, size)
+            right, left = corner @ (k_left * leaving) * arriving, corner.mT @ (q_right * arriving) * leaving
+            _halves(of_q, size)[1].add_(right.sum_to_size(q_right.shape))
+            _halves(of_k, size)[0].add_(left.sum_to_size(k_left.shape))
+        # A score has a factor exp(b_i - b_j), b the running sum of the gates: so b's gradient is q dq - k dk, and a
+        # gate's is the sum of b's from there on. The diagonal, without a gate, comes in after it: in b's gradient it
+        # would leave the rounding errors of two equal terms.
+        of_b = (q * of_q).sum_to_size(g.shape) - (k * of_k).sum_to_size(g.shape) + grad_before
+        of_g = of_b.flip(-2).cumsum(-2).flip(-2) + F.pad(grad_after[..., :-1, :], (0, 0, 1, 0)).cumsum(-2)
+        own = grad.diagonal(dim1=-2, dim2=-1)[..., None]
+        return of_q + (own * k).sum_to_size(q.shape), of_k + (own * q).sum_to_size(k.shape), of_g
 
 
 def decayed_scores(q: Tensor, k: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,27 +135,14 @@ def decayed_scores(q: Tensor, k: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Ten
     positive and none comes from a difference of long sums.
 
     Args:
-        q, k: (..., C, d), C a power of two.
+        q, k: (..., C, d), C a power of two; leading axes broadcast.
         g: (..., C, d) or (..., C, 1), log decays <= 0.
 
     Returns:
         scores (..., C, C); the gates summed from the chunk's start up to and with i, and from after i to the chunk's
-        end, both shaped like g.
+        end, both shaped like g. Differentiable once.
     """
-    chunk, size = q.shape[-2], 1
-    scores = (q * k).sum(-1)[..., None, None]
-    before, after = g, torch.zeros_like(g)
-    while size < chunk:
-        (_, q_right), (k_left, _), (before_left, before_right), (after_left, after_right) = (
-            x.unflatten(-2, (-1, 2, size)).unbind(-3) for x in (q, k, before, after)
-        )
-        left, right = scores.unflatten(-3, (-1, 2)).unbind(-3)
-        across = (q_right * before_right.exp()) @ (k_left * after_left.exp()).mT
-        scores = torch.cat((torch.cat((left, torch.zeros_like(left)), -1), torch.cat((across, right), -1)), -2)
-        after = torch.cat((after_left + before_right[..., -1:, :], after_right), -2).flatten(-3, -2)
-        before = torch.cat((before_left, before_right + before_left[..., -1:, :]), -2).flatten(-3, -2)
-        size *= 2
-    return scores.squeeze(-3), before, after
+    return _DecayedScores.apply(q, k, g)
 
 
 def running(decay: Tensor, added: Tensor, state: Tensor, dim: int) -> Tensor:
