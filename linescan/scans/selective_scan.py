@@ -127,8 +127,8 @@ def _selective_scan(
 
 
 # The chunked form. Everything over N and D is done for a chunk of steps at once, in buffers that fit a CPU's cache;
-# only h_t = a_t h_{t-1} + x_t B_t runs step by step, one in-place operation a step. Inside, time comes first and channels
-# last:
+# only h_t = a_t h_{t-1} + x_t B_t runs step by step, one in-place operation a step. Inside, time comes first and
+# channels last:
 #     step, x, u, y (T, B, K, G, 1, D/G)    B, C (T, B, K, G, N, 1)    A (K, G, N, D/G)    state (B, K, G, N, D/G)
 
 _BUFFER = {"cpu": 2**18, "cuda": 2**25}  # numbers in a buffer
