@@ -82,7 +82,7 @@ def test_other_routes_for_all_blocks_or_for_each():
     x = image(32, 32)
     cross, curves = filled(1), filled(1, routes="hilbert, -hilbert, zorder, -zorder")
     tokens = torch.randn(1, 8, 8, 16)
-    assert (cross.stages[0](tokens) - curves.stages[0](tokens)).abs().max() > 1e-2
+    assert (cross.stages[0](tokens) - curves.stages[0](tokens)).abs().max() > 1e-3
     model = build(routes=["row", "col, -col", "w2, -w2, snake"])
     assert [len(b.mixer.ssm.D) for s in model.stages for b in s.blocks] == [1, 2, 3]
     assert model(x).isfinite().all()
