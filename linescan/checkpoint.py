@@ -6,17 +6,18 @@ unpickler of `torch.load(weights_only=True)`. Training files often carry small o
 """
 
 import argparse
+import re
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Mapping
+from typing import Callable, Mapping, Sequence
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CheckpointError", "read_state_dict", "load_checkpoint", "strip_prefix"]
+__all__ = ["CheckpointError", "read_state_dict", "load_checkpoint", "rename", "strip_prefix"]
 
 # Where published files keep their weights, in order of preference; the plain weights come before an average of them,
 # as the authors' own evaluation has it.
@@ -125,6 +126,16 @@ def strip_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Only the entries whose key starts with `prefix`, without it; all of `state` if there are none."""
     inner = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
     return inner or dict(state)
+
+
+def rename(state: Mapping[str, Tensor], rules: Sequence[tuple[str, str | Callable]]) -> dict[str, Tensor]:
+    """The same tensors under other keys: every rule (pattern, replacement), as of `re.sub`, in turn."""
+    out = {}
+    for key, value in state.items():
+        for pattern, replacement in rules:
+            key = re.sub(pattern, replacement, key)
+        out[key] = value
+    return out
 
 
 def _adapt_to_task(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

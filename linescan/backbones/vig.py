@@ -7,20 +7,19 @@ Pre-norm blocks of a `BiGLA` mixer and a gated MLP: over one grid with learned p
 without (ViG-H). `HierViGDense` is ViG-H as a backbone for segmentation and detection.
 """
 
-import re
 from functools import partial
 from typing import Callable, Sequence
 
 import torch
-from timm.layers import DropPath, GluMlp, LayerNorm2d, LayerScale, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, GluMlp, LayerScale, Mlp, calculate_drop_path_rates, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
-from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
-from ..checkpoint import strip_prefix
+from ..checkpoint import rename, strip_prefix
 from ..layers.gla import BiGLA
 from ..layers.norm import RMSNorm
 from ..layers.pos_embed import resample_pos_embed
+from ..layers.stems import ConvDownsample, ConvStem, PatchMerging
 from ..registry import published
 from .base import HierarchicalBackbone, PlainBackbone, create_backbone, image_cfg
 
@@ -66,22 +65,6 @@ class TokenBlock(ViGBlock):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         return super().forward(x.unflatten(1, grid)).flatten(1, 2)
-
-
-class ConvStem(nn.Sequential):
-    """Two strided convolutions, each followed by a LayerNorm, with an activation between: images -> (B, H, W, dim)."""
-
-    def __init__(self, in_chans: int, dim: int, kernel_size: int, stride: int, act: nn.Module):
-        super().__init__(
-            nn.Conv2d(in_chans, dim // 2, kernel_size, stride, padding=1),
-            LayerNorm2d(dim // 2, eps=1e-5),
-            act,
-            nn.Conv2d(dim // 2, dim, 3, 2, padding=1),
-            LayerNorm2d(dim, eps=1e-5),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).permute(0, 2, 3, 1)
 
 
 # -- ViG ---------------------------------------------------------------------------------------------------------------
@@ -135,7 +118,7 @@ class ViG(PlainBackbone):
         self.scan = scan
         self.native_grid = self.grid_of(*((img_size, img_size) if isinstance(img_size, int) else img_size))
 
-        self.patch_embed = ConvStem(in_chans, embed_dim, 9, 8, nn.SiLU())
+        self.patch_embed = ConvStem(in_chans, embed_dim, kernel_size=9, stride=8, act_layer=nn.SiLU)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.native_grid[0] * self.native_grid[1], embed_dim))
         self.pos_drop = nn.Dropout(drop_rate)
         norm_layer = partial(RMSNorm, eps=1e-6)
@@ -209,18 +192,6 @@ class ViG(PlainBackbone):
 # -- ViG-H -------------------------------------------------------------------------------------------------------------
 
 
-class Downsample(nn.Module):
-    """3x3 convolution of stride 2 and a LayerNorm: (B, H, W, dim) -> (B, ceil(H / 2), ceil(W / 2), out_dim)."""
-
-    def __init__(self, dim: int, out_dim: int):
-        super().__init__()
-        self.conv = nn.Conv2d(dim, out_dim, 3, 2, padding=1)
-        self.norm = nn.LayerNorm(out_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-
-
 class ViGStage(nn.Module):
     """Downsampling, then blocks of one width."""
 
@@ -241,7 +212,7 @@ class HierViG(HierarchicalBackbone):
         depths: blocks of the stages.
         num_heads: heads of the mixers of the stages.
         gated_mlp: gated MLP of 8/3 the channels; otherwise a plain one of four times with GELU.
-        downsample: "conv" (`Downsample`), or "merge" for Swin's patch merging.
+        downsample: "conv" (`ConvDownsample`), or "merge" (`PatchMerging`).
         conv_act, conv_bias, out_act: of the mixer (`BiGLA`).
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth, from 0 at the first block to this at the last.
@@ -271,10 +242,10 @@ class HierViG(HierarchicalBackbone):
             raise ValueError(f"dims, depths and num_heads are for the same stages, got {dims}, {depths}, {num_heads}")
         if downsample not in ("conv", "merge"):
             raise ValueError(f"downsample is 'conv' or 'merge', not {downsample!r}")
-        reduce = Downsample if downsample == "conv" else PatchMerging
+        reduce = ConvDownsample if downsample == "conv" else PatchMerging
         self.in_chans = in_chans
         self.num_features = dims[-1]
-        self.patch_embed = ConvStem(in_chans, dims[0], 3, 2, nn.GELU())
+        self.patch_embed = ConvStem(in_chans, dims[0])
         rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         self.stages = nn.ModuleList(
             ViGStage(
@@ -355,17 +326,6 @@ class HierViGDense(HierViG):
 
 # -- official keys -----------------------------------------------------------------------------------------------------
 
-
-def rename(state: dict[str, Tensor], rules: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
-    """The same tensors under keys to which the (pattern, replacement) rules are applied in turn."""
-    out = {}
-    for key, value in state.items():
-        for pattern, replacement in rules:
-            key = re.sub(pattern, replacement, key)
-        out[key] = value
-    return out
-
-
 MIXER_KEYS = [
     (r"\.mixer\.in_proj\.0\.", ".mixer.conv."),
     (r"\.mixer\.qkv_proj\.", ".mixer.qkv."),
@@ -376,7 +336,10 @@ MIXER_KEYS = [
     (r"\.mixer\.o_proj\.", ".mixer.proj."),
 ]
 PLAIN_KEYS = [
-    (r"^patch_embed\.proj\.", "patch_embed."),
+    (r"^patch_embed\.proj\.0\.", "patch_embed.conv1."),
+    (r"^patch_embed\.proj\.1\.", "patch_embed.norm1."),
+    (r"^patch_embed\.proj\.3\.", "patch_embed.conv2."),
+    (r"^patch_embed\.proj\.4\.", "patch_embed.norm2."),
     (r"\.attn_norm\.", ".norm1."),
     (r"\.mlp_norm\.", ".norm2."),
     (r"\.gate_proj\.", ".fc1."),
@@ -386,7 +349,10 @@ PLAIN_KEYS = [
     *MIXER_KEYS,
 ]
 HIERARCHICAL_KEYS = [
-    (r"^patch_embed\.([257])\.", lambda m: f"patch_embed.{(int(m[1]) + 1) // 2}."),
+    (r"^patch_embed\.0\.", "patch_embed.conv1."),
+    (r"^patch_embed\.2\.", "patch_embed.norm1."),
+    (r"^patch_embed\.5\.", "patch_embed.conv2."),
+    (r"^patch_embed\.7\.", "patch_embed.norm2."),
     (r"^layers\.(\d+)\.downsample\.", lambda m: f"stages.{int(m[1]) + 1}.downsample."),
     (r"\.downsample\.1\.", ".downsample.conv."),
     (r"\.downsample\.3\.", ".downsample.norm."),
@@ -404,7 +370,7 @@ HIERARCHICAL_KEYS = [
 def _cfg(**kwargs) -> dict:
     # The authors name a folder for all six files, not the files.
     return image_cfg(
-        first_conv="patch_embed.0", license="mit", paper_ids="arXiv:2405.18425", hf_hub_id="hustvl/ViG", **kwargs
+        first_conv="patch_embed.conv1", license="mit", paper_ids="arXiv:2405.18425", hf_hub_id="hustvl/ViG", **kwargs
     )
 
 

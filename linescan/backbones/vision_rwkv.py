@@ -19,7 +19,7 @@ from timm.layers import DropPath, LayerScale, calculate_drop_path_rates, trunc_n
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from ..checkpoint import strip_prefix
+from ..checkpoint import rename, strip_prefix
 from ..layers.adapter import ViTAdapter
 from ..layers.pos_embed import resample_pos_embed
 from ..registry import published
@@ -382,11 +382,10 @@ class VisionRWKV(PlainBackbone):
 
     def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Official keys to ours, of any of the three trainers; a position embedding of another grid is resampled."""
-        out = {}
-        for key, value in state.items():
-            for pattern, replacement in OFFICIAL_KEYS:
-                key = re.sub(pattern, replacement, key)
-            out[key] = value[None] if key.endswith((".decay", ".first")) and value.ndim == 1 else value
+        out = rename(state, OFFICIAL_KEYS)
+        for key, value in out.items():
+            if key.endswith((".decay", ".first")) and value.ndim == 1:
+                out[key] = value[None]
         for i in range(len(self.blocks)):
             mix = f"blocks.{i}.spatial_mix"
             if f"{mix}.time_maa_w" in out:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..scans import routes
 from ..scans.gla import gla
 from .norm import RMSNorm
+from .stems import MapConv2d
 
 __all__ = ["BiGLA"]
 
@@ -59,7 +60,7 @@ class BiGLA(nn.Module):
         self.split = key_dim, key_dim, dim
         self.scale = scale * (key_dim // num_heads) ** -0.5
         self.gate_normalizer = gate_normalizer
-        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=conv_bias)
+        self.conv = MapConv2d(dim, dim, 3, padding=1, groups=dim, bias=conv_bias)
         self.conv_act = nn.SiLU() if conv_act else nn.Identity()
         self.qkv = nn.Linear(dim, sum(self.split), bias=False)
         self.forget = nn.Sequential(nn.Linear(dim, gate_rank, bias=False), nn.Linear(gate_rank, 2 * key_dim))
@@ -79,7 +80,7 @@ class BiGLA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         grid = x.shape[1:3]
-        local = self.conv_act(self.conv(x.permute(0, 3, 1, 2))).flatten(2).transpose(1, 2)  # (B, L, dim)
+        local = self.conv_act(self.conv(x)).flatten(1, 2)
         q, k, v = (t.unflatten(-1, (self.num_heads, -1))[:, None] for t in self.qkv(local).split(self.split, -1))
         forget = self.forget(local)
         forget = F.logsigmoid(forget.to(torch.promote_types(forget.dtype, torch.float32))) / self.gate_normalizer

@@ -35,14 +35,20 @@ class PatchStem(nn.Module):
 class ConvStem(nn.Module):
     """Images (B, in_chans, H, W) -> (B, H / 4, W / 4, dim), sizes rounded up: two 3x3 convolutions of stride 2.
 
-    Each is followed by LayerNorm, GELU stands between them, and the first makes dim / 2 channels.
+    Each is followed by LayerNorm, an activation stands between them, and the first makes dim / 2 channels.
+
+    Args:
+        in_chans: input channels.
+        dim: output channels.
+        kernel_size, stride: of the first convolution, which is padded by 1.
+        act_layer: the activation.
     """
 
-    def __init__(self, in_chans: int, dim: int):
+    def __init__(self, in_chans: int, dim: int, kernel_size: int = 3, stride: int = 2, act_layer: type = nn.GELU):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, 2, 1)
+        self.conv1 = nn.Conv2d(in_chans, dim // 2, kernel_size, stride, 1)
         self.norm1 = nn.LayerNorm(dim // 2)
-        self.act = nn.GELU()
+        self.act = act_layer()
         self.conv2 = MapConv2d(dim // 2, dim, 3, 2, 1)
         self.norm2 = nn.LayerNorm(dim)
 

@@ -30,7 +30,7 @@ def seeded(cls, *args, **kwargs):
 def test_the_mixer_is_the_pairwise_sum_of_the_paper():
     mixer = seeded(BiGLA, 16, 2, conv_act=True, out_act=True).double()
     x = torch.randn(2, 3, 5, 16, dtype=torch.float64)
-    local = F.silu(mixer.conv(x.permute(0, 3, 1, 2))).flatten(2).mT
+    local = F.silu(mixer.conv(x)).flatten(1, 2)
     q, k, v = (t.unflatten(-1, (2, -1)) for t in mixer.qkv(local).split((8, 8, 16), -1))
     ahead, back = (F.logsigmoid(mixer.forget(local)) / 16).unflatten(-1, (2, 2, 4)).unbind(2)
     through, before = ahead.cumsum(1), back.cumsum(1) - back
