@@ -1,0 +1,83 @@
+"""What several test folders share: the `linescan` command as a user runs it, and small sets of pictures."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+# One thread: sums in the same order everywhere, and tests that share the cores fairly.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "COLUMNS": "200", "NO_COLOR": "1"}
+
+# A transformer of timm: the engine must not care which model it drives, and this one is quick.
+SMALL = ("--model", "vit_tiny_patch16_224") + tuple(
+    part
+    for arg in ("img_size=16", "patch_size=8", "depth=1", "embed_dim=24", "num_heads=2")
+    for part in ("--model-arg", arg)
+)
+
+
+def command(*args, module="linescan") -> list[str]:
+    """The arguments that start `linescan ARGS`."""
+    return [sys.executable, "-m", *module.split(), *map(str, args)]
+
+
+@pytest.fixture
+def linescan_command(tmp_path):
+    """Runs the command in a process of its own, in an empty folder; returns what subprocess.run does."""
+
+    def run(*args, **options) -> subprocess.CompletedProcess:
+        options = {"cwd": tmp_path, "env": ENVIRONMENT, "timeout": 300, **options}
+        return subprocess.run(command(*args), capture_output=True, text=True, **options)
+
+    return run
+
+
+@pytest.fixture
+def linescan_here(monkeypatch, capsys):
+    """Runs the command in this process, which spares the imports; returns (exit status, stdout, stderr)."""
+    from linescan import cli
+
+    def run(*args) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["linescan", *map(str, args)])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        return exit.value.code, *capsys.readouterr()
+
+    return run
+
+
+def write_pictures(root: Path, classes=("circle", "square", "stripe"), each=8, size=20, seed=0) -> Path:
+    """ROOT/CLASS/N.png: noise around a colour of the class's own."""
+    random = np.random.default_rng(seed)
+    for label, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        colour = np.eye(3)[label % 3] * 180 + 30
+        for i in range(each):
+            pixels = (colour + random.normal(0, 30, (size, size, 3))).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """A folder of three classes with eight pictures each."""
+    return write_pictures(tmp_path / "pictures")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """The folder of a finished run: a small model that has seen the digits for an epoch."""
+    from linescan.engine import Recipe, train
+
+    args = dict(img_size=16, patch_size=8, depth=1, embed_dim=24, num_heads=2)
+    out = tmp_path_factory.mktemp("runs") / "digits"
+    train(
+        Recipe("digits", model="vit_tiny_patch16_224", model_args=args, epochs=1, lr=3e-3, warmup=0), out, device="cpu"
+    )
+    return out
