@@ -1,8 +1,48 @@
-"""Scans: routes over grids and points, and the linear recurrences that read through them. Needs torch alone."""
+"""Scans: routes over grids and points, and the linear recurrences that read through them. Needs torch alone.
 
-from . import routes
+    routes          orders over grids and points, by name
+    MultiRoute      any recurrence along any routes, and a merge of their outputs
+    backend         forces one implementation; recurrences() lists them all
+"""
+
+from . import kernels, routes
 from .causal_conv import causal_conv1d
+from .delta import delta_rule, dplr, gated_delta_rule, kda, rwkv7
+from .gla import gla, hgrn2, retention, simple_gla
+from .hgrn import hgrn
+from .linear_attention import global_linear_attention, linear_attention
+from .log_linear import log_linear_attention
+from .multi_route import MultiRoute, create_merge
 from .recurrence import backend, recurrences
 from .selective_scan import selective_scan
+from .ssd import ssd
+from .wkv import bi_wkv, bi_wkv6, wkv4, wkv6
 
-__all__ = ["backend", "causal_conv1d", "recurrences", "routes", "selective_scan"]
+__all__ = [
+    "MultiRoute",
+    "backend",
+    "bi_wkv",
+    "bi_wkv6",
+    "causal_conv1d",
+    "create_merge",
+    "delta_rule",
+    "dplr",
+    "gated_delta_rule",
+    "gla",
+    "global_linear_attention",
+    "hgrn",
+    "hgrn2",
+    "kda",
+    "kernels",
+    "linear_attention",
+    "log_linear_attention",
+    "recurrences",
+    "retention",
+    "routes",
+    "rwkv7",
+    "selective_scan",
+    "simple_gla",
+    "ssd",
+    "wkv4",
+    "wkv6",
+]
