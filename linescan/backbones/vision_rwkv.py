@@ -48,16 +48,17 @@ class QuadShift(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """x (B, H * W + classes, C), grid (H, W) -> the same shape."""
-        patches, s = grid[0] * grid[1], self.pixels
+        patches = grid[0] * grid[1]
+        down, across = (min(self.pixels, size) for size in grid)
         y = x[:, :patches].unflatten(1, grid).unflatten(-1, (self.num_heads, -1))
         ends = [int(y.shape[-1] * self.gamma * k) for k in range(1, 5)]
         left, right, above, below, own = y.tensor_split(ends, -1)
         y = torch.cat(
             [
-                F.pad(left, (0, 0, 0, 0, s, -s)),
-                F.pad(right, (0, 0, 0, 0, -s, s)),
-                F.pad(above, (0, 0, 0, 0, 0, 0, s, -s)),
-                F.pad(below, (0, 0, 0, 0, 0, 0, -s, s)),
+                F.pad(left, (0, 0, 0, 0, across, -across)),
+                F.pad(right, (0, 0, 0, 0, -across, across)),
+                F.pad(above, (0, 0, 0, 0, 0, 0, down, -down)),
+                F.pad(below, (0, 0, 0, 0, 0, 0, -down, down)),
                 own,
             ],
             -1,
