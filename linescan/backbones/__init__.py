@@ -1,6 +1,7 @@
 """Backbones, one file a system; importing this package registers them all with timm."""
 
 from . import (  # noqa: F401
+    localmamba,
     scannet,
     videomamba,
     vig,

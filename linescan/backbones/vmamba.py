@@ -170,6 +170,8 @@ class VMamba(HierarchicalBackbone):
         drop_path_rate: stochastic depth, from 0 at the first block to this at the last.
     """
 
+    mixer_layer = SS2D
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
@@ -227,7 +229,7 @@ class VMamba(HierarchicalBackbone):
             "merge": merge,
             **parse_forward_type(forward_type),
         }
-        mixer_layer = partial(mixer.pop("mixer_layer", SS2D), **mixer)
+        mixer_layer = partial(mixer.pop("mixer_layer", self.mixer_layer), **mixer)
         per_block = [routes] * sum(depths) if routes is None or isinstance(routes, str) else list(routes)
         if len(per_block) != sum(depths):
             raise ValueError(f"routes are given for {len(per_block)} blocks, depths has {sum(depths)}")

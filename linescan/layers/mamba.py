@@ -4,6 +4,7 @@ Gu and Dao, arXiv 2312.00752; scanned forward and backward as in Vim (arXiv 2401
 """
 
 import math
+from functools import partial
 from typing import Callable
 
 import torch
@@ -12,10 +13,12 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from ..scans import causal_conv1d, selective_scan
+from ..scans.multi_route import create_merge
+from ..scans.routes import pad_slots
 from .norm import RMSNorm
 from .pos_embed import rotate_pairs
 
-__all__ = ["MambaBlock", "MambaMixer", "init_dt_bias", "project_routes", "stack_directions"]
+__all__ = ["MambaBlock", "MambaMixer", "init_dt_bias", "project_routes", "stack_directions", "take_places"]
 
 
 def init_dt_bias(shape: tuple[int, ...], dt_min: float = 1e-3, dt_max: float = 1e-1, floor: float = 1e-4) -> Tensor:
@@ -32,7 +35,7 @@ class MambaMixer(nn.Module):
 
     Args:
         dim: channels of the stream.
-        n_routes: K, routes scanned; their outputs are added.
+        n_routes: K, routes scanned.
         d_state: N, state size per channel.
         d_conv: taps of the causal convolution.
         expand: inner channels as a multiple of `dim`.
@@ -41,6 +44,8 @@ class MambaMixer(nn.Module):
             alone ("v1" of Vim).
         scale: factor on the merged output, before out_proj.
         init_layer_scale: initial value of a learned factor per output channel; None for none.
+        merge: how the routes' outputs become one: a name for `linescan.scans.multi_route.create_merge`, or a function
+            from the inner channels and K to a module (B, K, L, D) -> (B, L, D).
     """
 
     def __init__(
@@ -54,6 +59,7 @@ class MambaMixer(nn.Module):
         shared_inputs: bool = False,
         scale: float = 1.0,
         init_layer_scale: float | None = None,
+        merge: str | Callable[[int, int], nn.Module] = "sum",
     ):
         super().__init__()
         inner = int(expand * dim)
@@ -71,6 +77,9 @@ class MambaMixer(nn.Module):
         self.D = nn.Parameter(torch.ones(sets, inner))
         self.out_proj = nn.Linear(inner, dim, bias=False)
         self.gamma = nn.Parameter(torch.full((dim,), init_layer_scale)) if init_layer_scale is not None else None
+        self.merge = None  # the scan adds up by itself
+        if merge != "sum":
+            self.merge = (partial(create_merge, merge) if isinstance(merge, str) else merge)(inner, n_routes)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -89,9 +98,17 @@ class MambaMixer(nn.Module):
         """Biases and D: one value a channel, stacked over routes, so that their rank does not tell."""
         return {"conv_bias", "dt_bias", "D"}
 
-    def forward(self, x: Tensor, route: Tensor) -> Tensor:
-        """x (B, L, dim), route (K, S) over the L tokens -> (B, L, dim)."""
-        u, z = self.in_proj(x)[:, None].chunk(2, -1)
+    def forward(self, x: Tensor, route: Tensor, place: Tensor | None = None) -> Tensor:
+        """x (B, L, dim), route (K, S) over the L tokens -> (B, L, dim).
+
+        `place` (K, L), for systems that put outputs elsewhere than they read: the token whose output each place takes.
+        """
+        length, slots = x.shape[1], 0
+        x = self.in_proj(x)
+        if route.shape[-1] > length:  # padding is no longer zero after the convolution, so it needs tokens of its own
+            route, slots = pad_slots(route, length)
+            x = F.pad(x, (0, 0, 0, slots))
+        u, z = x[:, None].chunk(2, -1)
         sets, routes = self.conv_weight.shape[0], self.A_log.shape[0]
         u = causal_conv1d(u, self.conv_weight, self.conv_bias, activation="silu", route=route[:sets])
         dt, B, C = project_routes(u, self.x_proj).split(self.split, -1)
@@ -106,8 +123,11 @@ class MambaMixer(nn.Module):
             self.dt_bias.expand(routes, -1),
             delta_softplus=True,
             route=route,
-            merge="sum",
+            merge="sum" if self.merge is None else None,
         )
+        y = y[..., :length, :] if slots else y
+        if self.merge is not None:
+            y = self.merge(y if place is None else take_places(y, place))
         y = self.out_proj(y * self.scale if self.scale != 1.0 else y)
         return y if self.gamma is None else y * self.gamma
 
@@ -117,6 +137,11 @@ def project_routes(x: Tensor, weight: Tensor) -> Tensor:
     if x.shape[1] == 1:  # one linear map for all routes, from tokens that they share
         return F.linear(x[:, 0], weight.flatten(0, 1)).unflatten(-1, weight.shape[:2]).movedim(2, 1)
     return F.linear(x, weight[0]) if weight.shape[0] == 1 else torch.matmul(x, weight.mT)
+
+
+def take_places(y: Tensor, place: Tensor) -> Tensor:
+    """Exchanges tokens within each route: y (B, K, L, C), place (K, L) -> y[:, k, place[k, i]] at place i of route k."""
+    return y[:, torch.arange(len(place), device=y.device)[:, None], place]
 
 
 class MambaBlock(nn.Module):
