@@ -421,6 +421,14 @@ OFFICIAL_KEYS = (
 class VisionRWKVAdapter(VisionRWKV):
     """Vision-RWKV with a `ViTAdapter` for segmentation and detection: images -> four maps at strides 4, 8, 16, 32.
 
+    The published UperNet (`features="each"`) and Mask R-CNN ("last") files have:
+
+        tiny    embed_dim=192, init_values=1.0
+        small   embed_dim=384, post_norm=True, init_values=1e-5
+        base    embed_dim=768, post_norm=True, init_values=1e-5, deform_heads=12, deform_ratio=0.5
+        large   embed_dim=1024, depth=24, post_norm=True, key_norm=True, init_values=1e-5, deform_heads=16,
+                deform_ratio=0.5
+
     Args:
         features: tokens added to the maps: after "each" part of the backbone (segmentation), or the "last" (detection).
         deform_heads, deform_ratio, deform_points: of the adapter's attention.
