@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..causal_conv import _causal_conv1d
-from ..recurrence import Recurrence, visited
+from ..recurrence import Recurrence
 from ..selective_scan import _selective_scan
 
 LIBRARY = Path(__file__).with_name("_cpu.so")
@@ -128,7 +128,7 @@ def _finish(grads, inputs) -> list[Tensor]:
 
 def _scan_inputs(args):
     u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, route, merge = args
-    batch, routes, length = visited([x for x in (u, delta, B, C, z) if x is not None], route)
+    batch, routes, length = _selective_scan._visited(args[:-2], route)
     tokens = [_rows(x) for x in (u, delta, B, C, z)]
     u, delta, B, C, z = tokens
     table = None if route is None else route if route.dtype == torch.int64 else route.int()
@@ -170,7 +170,7 @@ def _scan_backward(grad_output, grad_state, *args):
 
 def _conv_inputs(args):
     x, weight, bias, silu, initial_state, route, merge = args
-    shape = visited([x], route) if route is not None or x.shape[1] > 1 else (len(x), len(weight), x.shape[2])
+    shape = _causal_conv1d._visited(args[:-2], route)
     table = None if route is None else (route if route.dtype == torch.int64 else route.int()).contiguous()
     return (_rows(x), *map(_parameter, (weight, bias, initial_state)), table, shape[1], silu, merge), shape
 

@@ -8,6 +8,11 @@
 #include <type_traits>
 #include <utility>
 
+#if defined(__x86_64__)
+#define LINESCAN_X86 1
+#include <immintrin.h>
+#endif
+
 namespace linescan {
 
 enum class Dtype : int { float32, bfloat16, float16 };
@@ -86,6 +91,7 @@ struct Scan {
   Target y;
   Parameter state;
   // backward
+  int64_t segment = 0;  // tokens whose states are kept at a time
   View dy;
   Parameter dstate, dinitial;
   Target du, ddelta, dz;
@@ -122,8 +128,7 @@ struct Kernels {
   void (*unary)(Unary, const float* x, float* y, int64_t n);
 };
 
-#if defined(__x86_64__) || defined(__i386__)
-#define LINESCAN_X86 1
+#if defined(LINESCAN_X86)
 extern const Kernels avx512_kernels, avx2_kernels;
 #endif
 extern const Kernels baseline_kernels;

@@ -176,6 +176,15 @@ void selective_scan(Value* stack, uint64_t, uint64_t) {
            [&](int64_t begin, int64_t end) { current->scan_forward(s, begin, end); });
 }
 
+// Backward: the states of a segment of time are kept, for blocks so narrow that one segment is enough, if possible.
+void segment(Scan& s) {
+  const int64_t cache = 640 << 10, bytes = 4 * (s.N + 8);  // of a channel at a token
+  const bool narrow = s.B * s.D < 1024 || (s.S * 64 * bytes > cache && s.S * 32 * bytes <= cache);
+  s.blocks.width = lesser(narrow ? 32 : 64, s.D / s.G);
+  const int64_t fits = cache / (s.blocks.width * bytes);
+  s.segment = lesser((fits < 16 ? 16 : fits) / 8 * 8, (s.S + 7) / 8 * 8);
+}
+
 // dB or dC (B, K or 1, L, G, N) from the partial sums in time order; blocks and routes are added in their order.
 void sum_taps(const Scan& s, int side, const Tensor& out) {
   const int64_t routes_out = out.size(1), blocks = s.blocks.count(), per_group = s.blocks.per_group(), N = s.N;
@@ -215,7 +224,7 @@ void selective_scan_backward(Value* stack, uint64_t, uint64_t) {
   s.dy = view(dy, s.merge), s.dstate = state(dstate), s.dinitial = state(dinitial);
   s.du = gradient(du, inputs.table, s.K), s.ddelta = gradient(ddelta, inputs.table, s.K);
   s.dz = gradient(dz, inputs.table, s.K);
-  s.blocks.width = lesser(s.B * s.D >= 1024 ? 64 : 32, s.D / s.G);
+  segment(s);
   const int64_t blocks = s.blocks.count(), units = s.B * blocks;
   const std::unique_ptr<float[]> taps(new float[s.B * s.K * blocks * 2 * s.S * s.N]);
   const std::unique_ptr<float[]> of_A(new float[s.B * s.K * s.D * s.N]), of_channel(new float[s.B * s.K * 2 * s.D]);

@@ -15,38 +15,75 @@ LINESCAN_INLINE V load(const float* p) {
 LINESCAN_INLINE void store(float* p, V v) { __builtin_memcpy(p, &v, sizeof v); }
 LINESCAN_INLINE V splat(float x) { return x - V{}; }
 
-// The compiler turns these two forms into one instruction; a NaN in x stays.
-LINESCAN_INLINE V at_least(V x, V low) { return x < low ? low : x; }
-LINESCAN_INLINE V at_most(V x, V high) { return x > high ? high : x; }
+// max(low, x) and min(high, x) where a NaN in x stays.
+LINESCAN_INLINE V at_least(V x, V low) {
+#if LINESCAN_WIDTH == 16
+  return _mm512_max_ps(low, x);
+#elif LINESCAN_WIDTH == 8
+  return _mm256_max_ps(low, x);
+#elif defined(LINESCAN_X86)
+  return _mm_max_ps(low, x);
+#else
+  return x < low ? low : x;
+#endif
+}
+LINESCAN_INLINE V at_most(V x, V high) {
+#if LINESCAN_WIDTH == 16
+  return _mm512_min_ps(high, x);
+#elif LINESCAN_WIDTH == 8
+  return _mm256_min_ps(high, x);
+#elif defined(LINESCAN_X86)
+  return _mm_min_ps(high, x);
+#else
+  return x > high ? high : x;
+#endif
+}
 
-// 2^(n + r) for r in [-1/2, 1/2] and an integer n that was rounded by adding `magic`, which leaves it in the low bits.
-// The polynomial is the relative minimax fit with constant term 1: at most 1 unit in the last place off.
-constexpr float MAGIC = 0x1.8p23f, LOG2E = 0x1.715476p0f, LN2 = 0x1.62e430p-1f;
+// Powers of two. `sum` is x + MAGIC: the addition rounds x to a multiple n of 1 / STEPS and leaves n in the low bits.
+// The rest r is small enough for a polynomial (the relative minimax fit with constant term 1), the power of n is an
+// exponent and, with 16 lanes, one of 16 numbers in a register. At most 1 unit in the last place off.
+constexpr float LOG2E = 0x1.715476p0f, LN2 = 0x1.62e430p-1f;
 
-LINESCAN_INLINE V power_of_two(V n, V r) {
+#if LINESCAN_WIDTH == 16
+constexpr float MAGIC = 0x1.8p19f, LOWEST = -150.0f, HIGHEST = 130.0f;
+
+LINESCAN_INLINE V power_of_two(V sum, V r) {
+  const V sixteenths = {0x1.000000p+0f, 0x1.0b5586p+0f, 0x1.172b84p+0f, 0x1.2387a6p+0f,
+                        0x1.306fe0p+0f, 0x1.3dea64p+0f, 0x1.4bfdaep+0f, 0x1.5ab07ep+0f,
+                        0x1.6a09e6p+0f, 0x1.7a1148p+0f, 0x1.8ace54p+0f, 0x1.9c4918p+0f,
+                        0x1.ae89fap+0f, 0x1.c199bep+0f, 0x1.d5818ep+0f, 0x1.ea4afap+0f};
+  const V power = _mm512_permutexvar_ps((__m512i)sum, sixteenths);
+  V p = r * 0x1.c6ac6ap-5f + 0x1.ebfff4p-3f;
+  p = p * r + 0x1.62e430p-1f;
+  return _mm512_scalef_ps(p * (r * power) + power, sum - MAGIC);
+}
+#else
+constexpr float MAGIC = 0x1.8p23f, LOWEST = -126.0f, HIGHEST = 0x1.fffffep6f;
+
+LINESCAN_INLINE V power_of_two(V sum, V r) {
   V p = r * 0x1.41fbbcp-13f + 0x1.5f3e54p-10f;
   p = p * r + 0x1.3b2d4cp-7f;
   p = p * r + 0x1.c6aee8p-5f;
   p = p * r + 0x1.ebfbdcp-3f;
   p = p * r + 0x1.62e430p-1f;
   p = p * r + 1.0f;
-  return (V)((I)p + ((I)n << 23));
+  return (V)((I)p + ((I)sum << 23));
 }
+#endif
 
-// 2^x, within [2^-126, 2^128).
 LINESCAN_INLINE V exp2(V x) {
-  x = at_most(at_least(x, splat(-126.0f)), splat(0x1.fffffep6f));
-  const V n = x + MAGIC;
-  return power_of_two(n, x - (n - MAGIC));
+  x = at_least(x, splat(LOWEST));
+  if (W < 16) x = at_most(x, splat(HIGHEST));  // an exponent that is added wraps around, one that scales does not
+  const V sum = x + MAGIC;
+  return power_of_two(sum, x - (sum - MAGIC));
 }
 
-// e^x, within the range of normal numbers. ln 2 is subtracted in two parts; the first has so few bits that its product
-// with n is exact, so that large |x| lose nothing.
+// n log(2) is subtracted in two parts; the first has so few bits that its product with n is exact.
 LINESCAN_INLINE V exp(V x) {
-  x = at_most(at_least(x, splat(-87.3f)), splat(88.72f));
-  const V n = x * LOG2E + MAGIC, whole = n - MAGIC;
-  const V r = x - whole * 0x1.62e4p-1f - whole * 0x1.7f7d1cp-20f;
-  return power_of_two(n, r * LOG2E);
+  x = at_most(at_least(x, splat(LOWEST * LN2)), splat(HIGHEST * LN2));
+  const V sum = x * LOG2E + MAGIC, n = sum - MAGIC;
+  const V r = x - n * 0x1.62e4p-1f - n * 0x1.7f7d1cp-20f;
+  return power_of_two(sum, r * LOG2E);
 }
 
 LINESCAN_INLINE V absolute(V x) { return (V)((I)x & 0x7fffffff); }
@@ -139,58 +176,79 @@ LINESCAN_INLINE uint16_t to_float16(float f) {
   return uint16_t(result | sign);
 }
 
-// Rows of `width` channels into out[row * stride], filled up with zeros; a row with a negative token is zero.
-static void gather(const View& x, int64_t b, int64_t k, int64_t g, int64_t channel, const int64_t* token, int64_t rows,
-                   int64_t width, int64_t stride, float* __restrict out) {
-  const char* base = x.at(b, k, g, channel);
-  for (int64_t t = 0; t < rows; ++t) {
-    float* __restrict row = out + t * stride;
-    for (int64_t c = width; c < stride; ++c) row[c] = 0.0f;
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+LINESCAN_INLINE float widen(float x) { return x; }
+LINESCAN_INLINE float widen(BFloat16 x) { return from_bfloat16(x.bits); }
+LINESCAN_INLINE float widen(Float16 x) { return from_float16(x.bits); }
+LINESCAN_INLINE void narrow(float x, float& y) { y = x; }
+LINESCAN_INLINE void narrow(float x, BFloat16& y) { y.bits = to_bfloat16(x); }
+LINESCAN_INLINE void narrow(float x, Float16& y) { y.bits = to_float16(x); }
+
+template <class T>
+__attribute__((noinline)) static void gather_rows(const T* base, int64_t pitch, const int64_t* token, int64_t rows,
+                                                  int64_t width, int64_t stride, float* __restrict out) {
+  const int64_t whole = width / W * W;
+  for (int64_t t = 0; t < rows; ++t, out += stride) {
     if (token[t] < 0) {
-      for (int64_t c = 0; c < width; ++c) row[c] = 0.0f;
-    } else if (x.dtype == Dtype::float32) {
-      const float* __restrict p = reinterpret_cast<const float*>(base) + token[t] * x.token;
-      for (int64_t c = 0; c < width; ++c) row[c] = p[c];
-    } else {
-      const uint16_t* __restrict p = reinterpret_cast<const uint16_t*>(base) + token[t] * x.token;
-      if (x.dtype == Dtype::bfloat16) {
-        for (int64_t c = 0; c < width; ++c) row[c] = from_bfloat16(p[c]);
-      } else {
-        for (int64_t c = 0; c < width; ++c) row[c] = from_float16(p[c]);
-      }
+      for (int64_t c = 0; c < stride; ++c) out[c] = 0.0f;
+      continue;
     }
+    const T* row = base + token[t] * pitch;
+    for (int64_t c = 0; c < whole; c += W)
+      for (int i = 0; i < W; ++i) out[c + i] = widen(row[c + i]);
+    for (int64_t c = whole; c < stride; ++c) out[c] = c < width ? widen(row[c]) : 0.0f;
   }
 }
 
-// The way back; rows with a negative token are dropped.
+// Rows of `width` channels into out[row * stride], filled up with zeros; a row with a negative token is zero.
+static void gather(const View& x, int64_t b, int64_t k, int64_t g, int64_t channel, const int64_t* token, int64_t rows,
+                   int64_t width, int64_t stride, float* out) {
+  const char* base = x.at(b, k, g, channel);
+  if (x.dtype == Dtype::float32)
+    gather_rows(reinterpret_cast<const float*>(base), x.token, token, rows, width, stride, out);
+  else if (x.dtype == Dtype::bfloat16)
+    gather_rows(reinterpret_cast<const BFloat16*>(base), x.token, token, rows, width, stride, out);
+  else
+    gather_rows(reinterpret_cast<const Float16*>(base), x.token, token, rows, width, stride, out);
+}
+
+template <bool ADD, class T>
+__attribute__((noinline)) static void scatter_rows(T* base, int64_t pitch, const int64_t* token, int64_t rows,
+                                                   int64_t width, int64_t stride, const float* __restrict in) {
+  const int64_t whole = width / W * W;
+  for (int64_t t = 0; t < rows; ++t, in += stride) {
+    if (token[t] < 0) continue;
+    T* row = base + token[t] * pitch;
+    for (int64_t c = 0; c < whole; c += W)
+      for (int i = 0; i < W; ++i) narrow(ADD ? widen(row[c + i]) + in[c + i] : in[c + i], row[c + i]);
+    for (int64_t c = whole; c < width; ++c) narrow(ADD ? widen(row[c]) + in[c] : in[c], row[c]);
+  }
+}
+
+// The way back; rows with a negative token are dropped. Only float32 rows are added to.
 static void scatter(const Target& target, int64_t b, int64_t k, int64_t channel, const int64_t* token, int64_t rows,
-                    int64_t width, int64_t stride, const float* __restrict in) {
+                    int64_t width, int64_t stride, const float* in) {
   const View& y = target.view;
   char* base = y.at(b, k, 0, channel);
-  for (int64_t t = 0; t < rows; ++t) {
-    const float* __restrict row = in + t * stride;
-    if (token[t] < 0) continue;
-    if (y.dtype == Dtype::float32) {
-      float* __restrict p = reinterpret_cast<float*>(base) + token[t] * y.token;
-      if (target.add) {
-        for (int64_t c = 0; c < width; ++c) p[c] += row[c];
-      } else {
-        for (int64_t c = 0; c < width; ++c) p[c] = row[c];
-      }
-    } else {
-      uint16_t* __restrict p = reinterpret_cast<uint16_t*>(base) + token[t] * y.token;
-      if (y.dtype == Dtype::bfloat16) {
-        for (int64_t c = 0; c < width; ++c) p[c] = to_bfloat16(row[c]);
-      } else {
-        for (int64_t c = 0; c < width; ++c) p[c] = to_float16(row[c]);
-      }
-    }
-  }
+  if (target.add)
+    scatter_rows<true>(reinterpret_cast<float*>(base), y.token, token, rows, width, stride, in);
+  else if (y.dtype == Dtype::float32)
+    scatter_rows<false>(reinterpret_cast<float*>(base), y.token, token, rows, width, stride, in);
+  else if (y.dtype == Dtype::bfloat16)
+    scatter_rows<false>(reinterpret_cast<BFloat16*>(base), y.token, token, rows, width, stride, in);
+  else
+    scatter_rows<false>(reinterpret_cast<Float16*>(base), y.token, token, rows, width, stride, in);
 }
 
 // (channels, n) of a parameter or state to vectors over channels, out[(c / W * n + i) * W + c % W], and back.
 static void to_lanes(const float* x, int64_t channels, int64_t n, float scale, float* out) {
-  for (int64_t i = 0; i < n * W; ++i) out[channels / W * n * W + i] = 0.0f;
+  if (channels % W)
+    for (int64_t i = 0; i < n * W; ++i) out[channels / W * n * W + i] = 0.0f;
   for (int64_t c = 0; c < channels; ++c)
     for (int64_t i = 0; i < n; ++i) out[(c / W * n + i) * W + c % W] = x[c * n + i] * scale;
 }
