@@ -57,8 +57,8 @@ def _table(text: str) -> list[list[str]]:
 WITHOUT_SEARCH = _table("h hF 2 2F")[0]
 LOCAL_VIM = _table(
     "h vF 7 7F | hF 2F 7 7F | h hF v 7 | h hF v vF | h hF v vF | h hF v vF | hF v vF 7 | hF v vF 2F | h hF v vF |"
-    "h hF v vF | h v vF 2 | h v vF 2F | h hF vF 7 | hF v vF 2 | h hF v vF | h v 2 2F | v vF 2 7 | h hF v 2 | h hF 2F 7 |"
-    "v vF 2 2F"
+    "h hF v vF | h v vF 2 | h v vF 2F | h hF vF 7 | hF v vF 2 | h hF v vF | h v 2 2F | v vF 2 7 | h hF v 2 |"
+    "h hF 2F 7 | v vF 2 2F"
 )
 LOCAL_VMAMBA_TINY = _table(
     "h hF 7 7F | hF vF 2 2F | hF vF 2F 7 | hF v vF 2 | h hF vF 2F | hF vF 2 2F | h 2F 7 7F | h hF v vF | h vF 7 7F |"

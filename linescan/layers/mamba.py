@@ -140,7 +140,7 @@ def project_routes(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def take_places(y: Tensor, place: Tensor) -> Tensor:
-    """Exchanges tokens within each route: y (B, K, L, C), place (K, L) -> y[:, k, place[k, i]] at place i of route k."""
+    """Exchanges tokens within each route: y (B, K, L, C), place (K, L) -> y[:, k, place[k, i]] at place i."""
     return y[:, torch.arange(len(place), device=y.device)[:, None], place]
 
 
