@@ -57,9 +57,10 @@ void instruction_set(Value* stack, uint64_t, uint64_t) {
 // -- tensors as the kernels see them ------------------------------------------------------------------------------------
 
 Dtype dtype(const Tensor& x) {
+  if (x.dtype() == stable::torch().aoti_torch_dtype_float32()) return Dtype::float32;
   if (x.dtype() == stable::torch().aoti_torch_dtype_bfloat16()) return Dtype::bfloat16;
   if (x.dtype() == stable::torch().aoti_torch_dtype_float16()) return Dtype::float16;
-  return Dtype::float32;
+  throw std::runtime_error("linescan: the CPU kernels take float32, bfloat16 and float16 tokens");
 }
 
 // (B, K or 1, L, ..., channels), or (B, L, channels) when `merged`.
@@ -182,7 +183,7 @@ void segment(Scan& s) {
   const bool narrow = s.B * s.D < 1024 || (s.S * 64 * bytes > cache && s.S * 32 * bytes <= cache);
   s.blocks.width = lesser(narrow ? 32 : 64, s.D / s.G);
   const int64_t fits = cache / (s.blocks.width * bytes);
-  s.segment = lesser((fits < 16 ? 16 : fits) / 8 * 8, (s.S + 7) / 8 * 8);
+  s.segment = lesser((fits < 16 ? 16 : fits) / 16 * 16, (s.S + 15) / 16 * 16);
 }
 
 // dB or dC (B, K or 1, L, G, N) from the partial sums in time order; blocks and routes are added in their order.

@@ -4,7 +4,7 @@
 // are gathered along the route as float32, whatever their dtype and order, so that the loops below know neither; the
 // states of W channels are vectors in registers, TILE of them at a time.
 
-constexpr int FORWARD_T = 32, REVERSE_T = 8;
+constexpr int FORWARD_T = 32, REVERSE_T = 16;
 constexpr int TILE = W == 16 ? 16 : 8, REVERSE_TILE = W == 16 ? 8 : 4;  // 32 vector registers, or 16
 
 // Calls f(integral_constant<int, n>, first state) until all N states are covered.
@@ -42,9 +42,9 @@ __attribute__((noinline)) static void advance(int64_t count, int64_t stride, int
 }
 
 // Back through `count` tokens, from states[0], the one before the first token, to states[count].
-// grad: gradient of the state after the last token, then of the one before the first. dB and dC keep the lanes apart;
-// they, ddelta (over ln 2) and dx are added to.
-template <int TILE_N>
+// grad: gradient of the state after the last token, then of the one before the first. ddelta (over ln 2) and dx are added
+// to; so are dB and dC, which keep the lanes apart, but for the FIRST channels.
+template <int TILE_N, bool FIRST>
 __attribute__((noinline)) static void reverse(int64_t count, int64_t stride, int64_t N, const float* __restrict delta,
                                               const float* __restrict x, const float* __restrict dy,
                                               const float* __restrict A, const float* __restrict B,
@@ -61,8 +61,9 @@ __attribute__((noinline)) static void reverse(int64_t count, int64_t stride, int
       const int64_t at = (t * N + n) * W;
       const V rate = load(A + n * W);
       g[n] += out * C[t * N + n];
-      store(dC + at, load(dC + at) + out * load(states + at + N * W));
-      store(dB + at, load(dB + at) + input * g[n]);
+      const V of_C = out * load(states + at + N * W), of_B = input * g[n];
+      store(dC + at, FIRST ? of_C : load(dC + at) + of_C);
+      store(dB + at, FIRST ? of_B : load(dB + at) + of_B);
       dinput += g[n] * B[t * N + n];
       g[n] *= exp2(step * rate);
       const V slope = g[n] * load(states + at);  // gradient of delta A
@@ -205,6 +206,7 @@ static void scan_backward(const Scan& s, int64_t begin, int64_t end) {
   float *starts = arena.take(segments * lanes), *states = arena.take((length + 1) * lanes);
   float *B = arena.take(length * N), *C = arena.take(length * N), *sums = arena.take(taps);
   float *dB = arena.take(taps * W), *dC = arena.take(taps * W);
+  zero(dB, taps * W), zero(dC, taps * W);
   int64_t* reads = reinterpret_cast<int64_t*>(arena.take(2 * length));
   int64_t* writes = reinterpret_cast<int64_t*>(arena.take(2 * length));
 
@@ -269,14 +271,14 @@ static void scan_backward(const Scan& s, int64_t begin, int64_t end) {
         zero(ddelta, count * stride), zero(dx, count * stride);
         for (int64_t t = (count - 1) / T * T; t >= 0; t -= T) {
           const int64_t few = count - t < T ? count - t : T;
-          zero(dB, taps * W), zero(dC, taps * W);
           for (int64_t v = 0; v < vectors; ++v) {
             const int64_t row = t * stride + v * W;
             tiles<REVERSE_TILE>(N, [&](auto n, int64_t first) {
               const int64_t at = (v * N + first) * W, here = first * W, tap = t * N + first;
-              reverse<n()>(few, stride, N, delta + row, x + row, dy + row, A + at, B + tap, C + tap,
-                           states + (v * (length + 1) + t) * N * W + here, g + at, dA + at, dB + here, dC + here,
-                           ddelta + row, dx + row);
+              const auto back = v == 0 ? reverse<n(), true> : reverse<n(), false>;
+              back(few, stride, N, delta + row, x + row, dy + row, A + at, B + tap, C + tap,
+                   states + (v * (length + 1) + t) * N * W + here, g + at, dA + at, dB + here, dC + here, ddelta + row,
+                   dx + row);
             });
           }
           for (int side = 0; side < 2; ++side) {

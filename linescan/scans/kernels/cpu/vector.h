@@ -189,6 +189,8 @@ LINESCAN_INLINE void narrow(float x, float& y) { y = x; }
 LINESCAN_INLINE void narrow(float x, BFloat16& y) { y.bits = to_bfloat16(x); }
 LINESCAN_INLINE void narrow(float x, Float16& y) { y.bits = to_float16(x); }
 
+constexpr int AHEAD = 16;  // rows that are on their way from memory
+
 template <class T>
 __attribute__((noinline)) static void gather_rows(const T* base, int64_t pitch, const int64_t* token, int64_t rows,
                                                   int64_t width, int64_t stride, float* __restrict out) {
@@ -199,6 +201,10 @@ __attribute__((noinline)) static void gather_rows(const T* base, int64_t pitch, 
       continue;
     }
     const T* row = base + token[t] * pitch;
+    if (t + AHEAD < rows && token[t + AHEAD] >= 0) {
+      const char* later = reinterpret_cast<const char*>(base + token[t + AHEAD] * pitch);
+      for (int64_t i = 0; i < width * int64_t(sizeof(T)); i += 64) __builtin_prefetch(later + i);
+    }
     for (int64_t c = 0; c < whole; c += W)
       for (int i = 0; i < W; ++i) out[c + i] = widen(row[c + i]);
     for (int64_t c = whole; c < stride; ++c) out[c] = c < width ? widen(row[c]) : 0.0f;
@@ -217,6 +223,19 @@ static void gather(const View& x, int64_t b, int64_t k, int64_t g, int64_t chann
     gather_rows(reinterpret_cast<const Float16*>(base), x.token, token, rows, width, stride, out);
 }
 
+// W numbers at once, where the compiler does not find the instruction for itself.
+template <class T>
+LINESCAN_INLINE void narrow_vector(const float* x, T* y) {
+#if LINESCAN_WIDTH == 16
+  if constexpr (std::is_same_v<T, Float16>)
+    return _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), _mm512_cvtps_ph(load(x), 0));
+#elif LINESCAN_WIDTH == 8
+  if constexpr (std::is_same_v<T, Float16>)
+    return _mm_storeu_si128(reinterpret_cast<__m128i*>(y), _mm256_cvtps_ph(load(x), 0));
+#endif
+  for (int i = 0; i < W; ++i) narrow(x[i], y[i]);
+}
+
 template <bool ADD, class T>
 __attribute__((noinline)) static void scatter_rows(T* base, int64_t pitch, const int64_t* token, int64_t rows,
                                                    int64_t width, int64_t stride, const float* __restrict in) {
@@ -224,9 +243,12 @@ __attribute__((noinline)) static void scatter_rows(T* base, int64_t pitch, const
   for (int64_t t = 0; t < rows; ++t, in += stride) {
     if (token[t] < 0) continue;
     T* row = base + token[t] * pitch;
-    for (int64_t c = 0; c < whole; c += W)
-      for (int i = 0; i < W; ++i) narrow(ADD ? widen(row[c + i]) + in[c + i] : in[c + i], row[c + i]);
-    for (int64_t c = whole; c < width; ++c) narrow(ADD ? widen(row[c]) + in[c] : in[c], row[c]);
+    if constexpr (ADD) {
+      for (int64_t c = 0; c < width; ++c) row[c] += in[c];
+    } else {
+      for (int64_t c = 0; c < whole; c += W) narrow_vector(in + c, row + c);
+      for (int64_t c = whole; c < width; ++c) narrow(in[c], row[c]);
+    }
   }
 }
 
