@@ -165,7 +165,7 @@ class _OverPositions(nn.Module):
     """Softmax over all positions of a map (B, H, W, C), a channel at a time."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.flatten(1, 2).softmax(1).view_as(x)
+        return x.flatten(1, 2).softmax(1).unflatten(1, x.shape[1:3])
 
 
 OUT_NORMS: dict[str | None, Callable[[int], nn.Module]] = {
