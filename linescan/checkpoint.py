@@ -20,7 +20,7 @@ from torch import Tensor, nn
 __all__ = ["CheckpointError", "read_state_dict", "load_checkpoint", "rename", "strip_prefix"]
 
 # Where published files keep their weights, in order of preference; the plain weights come before an average of them,
-# as the authors' own evaluation has it.
+# as most authors' own evaluation has it. Where they evaluate the average, the model's `checkpoint_nesting` says so.
 NESTING = (
     "state_dict", "model", "module", "model_state", "model_state_dict", "base_model", "net", "params",
     "state_dict_ema", "model_ema", "ema_model", "ema", "params_ema",
@@ -98,11 +98,12 @@ def _is_state(value: object) -> bool:
     return isinstance(value, Mapping) and any(isinstance(v, Tensor) for v in value.values())
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+def read_state_dict(path: str | Path, prefer: Sequence[str] = ()) -> dict[str, Tensor]:
     """The weights in a checkpoint file, with the nesting of common training programs undone.
 
     Args:
         path: a safetensors or PyTorch file. Wrapper prefixes (`module.`, `_orig_mod.`) are removed from the keys.
+        prefer: entries to take the weights from, where the file has them, before any other ("state_dict_ema").
 
     Raises:
         CheckpointError: the file is missing, damaged, holds no weights, or holds objects that would run code.
@@ -110,7 +111,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     content = _read(path)
     while not _is_state(content):
-        inner = next((content[k] for k in NESTING if isinstance(content, Mapping) and k in content), None)
+        inner = next((content[k] for k in (*prefer, *NESTING) if isinstance(content, Mapping) and k in content), None)
         if inner is None:
             found = ", ".join(map(str, list(content)[:5])) if isinstance(content, Mapping) else type(content).__name__
             raise CheckpointError(f"{path} holds no weights (found: {found or 'nothing'})")
@@ -165,7 +166,8 @@ def _adapt_to_task(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tens
 def load_checkpoint(model: nn.Module, path: str | Path, *, adapt: bool = False) -> nn.Module:
     """Loads a published or own checkpoint into `model`, strictly.
 
-    The model's `checkpoint_filter(state)` maps the original file's keys and layouts to ours.
+    The model's `checkpoint_filter(state)` maps the original file's keys and layouts to ours; its `checkpoint_nesting`
+    names the entries that its authors take the weights from, where that is not the usual one.
 
     Args:
         model: any linescan model (or any module; without a filter the keys must agree as they are).
@@ -179,7 +181,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, adapt: bool = False) 
     Raises:
         CheckpointError: the file cannot be read, or a key is missing, left over, or of another shape.
     """
-    state = read_state_dict(path)
+    state = read_state_dict(path, getattr(model, "checkpoint_nesting", ()))
     if hasattr(model, "checkpoint_filter"):
         try:
             state = model.checkpoint_filter(state)

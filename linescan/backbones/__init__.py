@@ -3,6 +3,7 @@
 from . import (  # noqa: F401
     localmamba,
     scannet,
+    segman,
     videomamba,
     vig,
     vim,

@@ -67,7 +67,8 @@ class Backbone(nn.Module):
 
     default_out_indices: Sequence[int] = (0, 1, 2, 3)
     head_name = "head"
-    min_size = 1  # smallest height and width that the stem can read
+    min_size = 1  # smallest height and width that the model can read
+    checkpoint_nesting: Sequence[str] = ()  # entries of a published file that come before those of `read_state_dict`
 
     def init_head(self, num_classes: int, global_pool: str, drop_rate: float) -> None:
         """Sets the classifier: dropout and a Linear from the pooled features; `num_classes=0` for none."""

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["grid_rope", "resample_pos_embed", "rotate_pairs", "sinusoid_table"]
+__all__ = ["axial_rope", "grid_rope", "resample_pos_embed", "rotate_pairs", "sinusoid_table"]
 
 
 def resample_pos_embed(
@@ -53,12 +53,22 @@ def grid_rope(grid: tuple[int, int], dim: int, native: int = 14, theta: float = 
     theta^(-2k / (dim / 2)) serves two neighbouring channels. Coordinates are scaled to a `native`-sized grid.
     """
     freqs = 1.0 / theta ** (torch.arange(0, dim // 2, 2, dtype=torch.float32) / (dim // 2))
-    angles = [torch.outer(torch.arange(n, dtype=torch.float32) / n * native, freqs) for n in grid]
-    rows, cols = (a.repeat_interleave(2, -1) for a in angles)
-    table = torch.cat([rows[:, None].expand(-1, grid[1], -1), cols[None].expand(grid[0], -1, -1)], -1).reshape(
-        grid[0] * grid[1], dim
-    )
-    return table.cos(), table.sin()
+    cos, sin = axial_rope(*(torch.arange(n, dtype=torch.float32) / n * native for n in grid), freqs)
+    return cos.flatten(0, 1), sin.flatten(0, 1)
+
+
+def axial_rope(rows: Tensor, columns: Tensor, freqs: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary tables (H, W, 4 F) of a map, cosines and sines: the first half turns with the row, the second the column.
+
+    Args:
+        rows, columns: coordinates, (H,) and (W,).
+        freqs: (F,); each serves two neighbouring channels, of either half.
+    """
+    size = len(rows), len(columns), -1
+    angles = [torch.outer(x, freqs).repeat_interleave(2, -1) for x in (rows, columns)]
+    (row_cos, row_sin), (col_cos, col_sin) = ((a.cos(), a.sin()) for a in angles)
+    cos = torch.cat([row_cos[:, None].expand(size), col_cos[None].expand(size)], -1)
+    return cos, torch.cat([row_sin[:, None].expand(size), col_sin[None].expand(size)], -1)
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -4,11 +4,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["MapConv2d", "PatchStem", "ConvStem", "PatchMerging", "ConvDownsample"]
+__all__ = ["MapConv2d", "MapBatchNorm2d", "PatchStem", "ConvStem", "PatchMerging", "ConvDownsample"]
 
 
 class MapConv2d(nn.Conv2d):
     """`nn.Conv2d` over a channels-last map (B, H, W, C) -> (B, H', W', C'); the permutations are views."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class MapBatchNorm2d(nn.BatchNorm2d):
+    """`nn.BatchNorm2d` over a channels-last map (B, H, W, C)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

@@ -77,3 +77,9 @@ def vision_rwkv(module, inputs):
 
 def pyramid_as_f(module, inputs):
     return {f"f{i + 1}": y for i, y in enumerate(module(inputs["input"]))}
+
+
+def segman(module, inputs):
+    x = inputs["input"]
+    maps = module.forward_features(x)
+    return {f"stage{i + 1}": y for i, y in enumerate(maps)} | {"logits_8": module.decode_head(maps), "logits": module(x)}

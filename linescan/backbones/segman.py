@@ -1,0 +1,518 @@
+"""SegMAN Encoder: neighbourhood attention that feeds a four-direction scan, in every block of a four-stage backbone.
+
+Paper: "SegMAN: Omni-scale Context Modeling with State Space Models and Local Attention for Semantic Segmentation", Fu,
+Lou and Yu, CVPR 2025, arXiv 2412.11890. Official code: github.com/yunxiangfu2001/SegMAN (Apache-2.0). Written from the
+paper and the published weights.
+
+The local half of a block is neighbourhood attention with rotary positions and a relative bias; the global half scans
+its output along rows and columns, or, in the last stage, lets the same queries and keys attend to all of it. Any image
+size will do in which the windows fit: 193 pixels a side for the published models. The decoder is in
+`linescan.heads.segman`.
+"""
+
+import math
+from functools import partial
+from typing import Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, trunc_normal_
+from timm.models import generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from ..checkpoint import rename, strip_prefix
+from ..layers.neighborhood import neighborhood_attention
+from ..layers.pos_embed import axial_rope, rotate_pairs
+from ..layers.ss2d import CROSS, S6Scan
+from ..layers.stems import MapBatchNorm2d, MapConv2d
+from ..registry import published
+from ..scans.routes import parse, table
+from .base import HierarchicalBackbone, create_backbone, image_cfg
+
+__all__ = ["SegMANEncoder", "SegMANDense", "SegMANBlock", "MapScan", "VARIANTS"]
+
+LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+
+
+def depthwise(dim: int, kernel_size: int) -> MapConv2d:
+    """A depthwise convolution over a map, which keeps its size."""
+    return MapConv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+
+
+# -- blocks ----------------------------------------------------------------------------------------------------------
+
+
+class MapScan(S6Scan):
+    """A map (B, H, W, dim) through S6 with one state a channel, along routes whose outputs are added.
+
+    Args:
+        dim: channels in and out.
+        ratio: scanned channels as a multiple of `dim`; if not 1, between two Linear layers.
+        routes: spec of the routes (`linescan.scans.routes.parse`).
+    """
+
+    def __init__(self, dim: int, ratio: float = 1.0, routes: str = CROSS):
+        parsed = parse(routes)
+        inner = int(ratio * dim)
+        super().__init__(inner, len(parsed), d_state=1, dt_rank=math.ceil(dim / 16))
+        self.routes = parsed
+        self.in_proj = nn.Linear(dim, inner) if ratio != 1 else nn.Identity()
+        self.out_proj = nn.Linear(inner, dim) if ratio != 1 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = x.shape[1:3]
+        y = super().forward(self.in_proj(x).flatten(1, 2), table(self.routes, grid, x.device))
+        return self.out_proj(y).unflatten(1, grid)
+
+
+class LocalMixer(nn.Module):
+    """proj(context(o, q, k) + lepe): neighbourhood attention o, what a subclass makes of it, local positions of v.
+
+    Args:
+        dim: channels.
+        num_heads: heads, of channels divisible by 4 each.
+        window: side of the neighbourhoods.
+        use_rpb: learn a bias for every relative position.
+    """
+
+    def __init__(self, dim: int, num_heads: int, window: int, use_rpb: bool = True):
+        super().__init__()
+        self.num_heads = num_heads
+        self.window = window
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.lepe = depthwise(dim, 5)
+        self.proj = nn.Linear(dim, dim)
+        self.local_bias = nn.Parameter(torch.zeros(num_heads, 2 * window - 1, 2 * window - 1)) if use_rpb else None
+
+    def context(self, o: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """Attention output, turned queries (scaled) and keys, all (B, H, W, heads, d) -> (B, H, W, dim)."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Map (B, H, W, dim), rotary tables (H, W, d) -> (B, H, W, dim)."""
+        q, k, v = self.qkv(x).chunk(3, -1)
+        lepe = self.lepe(v)
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in (q, k, v))
+        q, k = (rotate_pairs(x, cos.unsqueeze(2), sin.unsqueeze(2)).to(v.dtype) for x in (q, k))
+        q = q * q.shape[-1] ** -0.5
+        o = neighborhood_attention(q, k, v, self.window, bias=self.local_bias)
+        return self.proj(self.context(o, q, k) + lepe)
+
+
+class ScanMixer(LocalMixer):
+    """Stages 1 to 3: x = o + norm(scan(silu(BN(conv(o))))), o the output of neighbourhood attention.
+
+    Args:
+        dim, num_heads, window, use_rpb: as for `LocalMixer`.
+        ssm_ratio: scanned channels as a multiple of `dim`.
+        routes: of the scan.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window: int,
+        use_rpb: bool = True,
+        ssm_ratio: float = 1.0,
+        routes: str = CROSS,
+    ):
+        super().__init__(dim, num_heads, window, use_rpb)
+        self.conv = depthwise(dim, 3)
+        self.conv_norm = MapBatchNorm2d(dim)
+        self.ssm = MapScan(dim, ssm_ratio, routes)
+        self.norm = LayerNorm(dim)
+
+    def context(self, o: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        o = o.flatten(-2)
+        return o + self.norm(self.ssm(F.silu(self.conv_norm(self.conv(o)))))
+
+
+class AttentionMixer(LocalMixer):
+    """Stage 4: the same queries and keys attend to the outputs of neighbourhood attention at all positions.
+
+    Args:
+        dim, num_heads, window, use_rpb: as for `LocalMixer`.
+        tokens: positions in a map of the native size. The bias between any two of them is resized for other maps as
+            the authors do it: the table of all pairs as if it were a picture.
+    """
+
+    def __init__(self, dim: int, num_heads: int, window: int, use_rpb: bool = True, tokens: int = 49):
+        super().__init__(dim, num_heads, window, use_rpb)
+        self.global_bias = nn.Parameter(torch.zeros(num_heads, tokens, tokens)) if use_rpb else None
+
+    def context(self, o: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        grid = o.shape[1:3]
+        q, k, o = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, o))
+        bias = self.global_bias
+        if bias is not None:
+            bias = resize_bias(bias, q.shape[2])[None].to(q.dtype)
+        x = F.scaled_dot_product_attention(q, k, o, attn_mask=bias, scale=1.0)
+        return x.transpose(1, 2).flatten(2).unflatten(1, grid)
+
+
+def resize_bias(bias: Tensor, tokens: int) -> Tensor:
+    """A bias between all pairs (heads, L, L), resized as a picture to (heads, tokens, tokens), at least in float32."""
+    if bias.shape[-1] == tokens:
+        return bias
+    picture = bias[None].to(torch.promote_types(bias.dtype, torch.float32))
+    return F.interpolate(picture, (tokens, tokens), mode="bicubic", align_corners=False)[0].to(bias.dtype)
+
+
+class ConvMlp(nn.Module):
+    """fc2(y + conv(y)), y = GELU(fc1(x)), the convolution 3x3 depthwise; over maps (B, H, W, dim)."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.dwconv = depthwise(hidden, 3)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.fc1(x))
+        return self.fc2(x + self.dwconv(x))
+
+
+class SegMANBlock(nn.Module):
+    """x += cpe1(x); x += mixer(norm1(x)); x += cpe2(x); x += mlp(norm2(x)); over maps (B, H, W, dim).
+
+    Args:
+        dim: channels.
+        mixer: the token mixer, a module over maps and the block's further inputs.
+        mlp_hidden: hidden channels of the MLP.
+        init_layer_scale: first value of a learned factor (beside an offset) a channel, on both branches; 0 for none.
+        drop_path: rate of stochastic depth, for both branches.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mixer: nn.Module,
+        mlp_hidden: int,
+        init_layer_scale: float = 0.0,
+        drop_path: float = 0.0,
+    ):
+        super().__init__()
+        self.cpe1 = depthwise(dim, 3)
+        self.norm1 = LayerNorm(dim)
+        self.mixer = mixer
+        self.cpe2 = depthwise(dim, 3)
+        self.norm2 = LayerNorm(dim)
+        self.mlp = ConvMlp(dim, mlp_hidden)
+        self.layer_scale1 = depthwise(dim, 1) if init_layer_scale else nn.Identity()
+        self.layer_scale2 = depthwise(dim, 1) if init_layer_scale else nn.Identity()
+        self.drop_path = DropPath(drop_path)
+        self.apply(init_weights)
+        if init_layer_scale:
+            for layer in (self.layer_scale1, self.layer_scale2):
+                nn.init.constant_(layer.weight, init_layer_scale)
+
+    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
+        x = x + self.cpe1(x)
+        x = x + self.drop_path(self.layer_scale1(self.mixer(self.norm1(x), *context)))
+        x = x + self.cpe2(x)
+        return x + self.drop_path(self.layer_scale2(self.mlp(self.norm2(x))))
+
+
+def init_weights(module: nn.Module) -> None:
+    """The published initialisation: Linear layers and convolutions truncated normal; scans and norms keep their own."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+# -- model -----------------------------------------------------------------------------------------------------------
+
+
+class ConvStem(nn.Sequential):
+    """Images (B, in_chans, H, W) -> (B, H / 4, W / 4, dim), sizes rounded up: four 3x3 convolutions, GELU between."""
+
+    def __init__(self, in_chans: int, dim: int):
+        widths, layers = (in_chans, dim // 2, dim // 2, dim, dim), []
+        for source, target, stride in zip(widths, widths[1:], (2, 1, 2, 1)):
+            layers += [nn.Conv2d(source, target, 3, stride, 1, bias=False), nn.BatchNorm2d(target), nn.GELU()]
+        super().__init__(*layers[:-1])  # linear at the end
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).permute(0, 2, 3, 1)
+
+
+class SegMANStage(nn.Module):
+    """A downsampling and the blocks after it."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]):
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.ModuleList(blocks)
+
+
+class SegMANEncoder(HierarchicalBackbone):
+    """SegMAN Encoder.
+
+    Args:
+        img_size: size (or height and width) that the last stage's bias is built for; other sizes resize it.
+        in_chans: input channels.
+        num_classes: classes; 0 for none.
+        global_pool: "avg", "max", or "" for the map as it is.
+        depths, dims, num_heads: blocks, channels and attention heads of each stage.
+        windows: odd sides of the neighbourhoods in each stage.
+        mlp_ratios: hidden channels of the MLPs as a multiple of the stage's.
+        init_layer_scale: first value of the factors on the branches, 0 for none; one for all stages or one a stage.
+        projection: channels between the last map and the classifier (Linear, BatchNorm, SiLU, before the pooling);
+            0 for none, as in the files of the segmentation models.
+        use_rpb: learn relative biases, and absolute ones in the last stage.
+        ssm_ratio: scanned channels as a multiple of the stage's.
+        routes: of the scans (`linescan.scans.routes`).
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth, from 0 at the first block to this at the last.
+    """
+
+    checkpoint_nesting = ("state_dict_ema",)  # the weights that the authors evaluate and start from
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        depths: Sequence[int] = (2, 2, 4, 2),
+        dims: Sequence[int] = (32, 64, 144, 192),
+        num_heads: Sequence[int] = (1, 2, 4, 8),
+        windows: Sequence[int] = (11, 9, 9, 7),
+        mlp_ratios: Sequence[float] = (4, 4, 3, 3),
+        init_layer_scale: float | Sequence[float] = 0.0,
+        projection: int = 1024,
+        use_rpb: bool = True,
+        ssm_ratio: float = 1.0,
+        routes: str = CROSS,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        super().__init__()
+        count = len(depths)
+        scales = init_layer_scale if isinstance(init_layer_scale, Sequence) else [init_layer_scale] * count
+        for name, values in (
+            ("dims", dims),
+            ("num_heads", num_heads),
+            ("windows", windows),
+            ("mlp_ratios", mlp_ratios),
+            ("init_layer_scale", scales),
+        ):
+            if len(values) != count:
+                raise ValueError(f"{name} gives {len(values)} stages, depths {count}")
+        for dim, heads in zip(dims, num_heads):
+            if dim % (4 * heads):
+                raise ValueError(f"{dim} channels do not divide into {heads} heads of a multiple of 4 channels")
+        for window in windows:
+            if window < 1 or window % 2 == 0:
+                raise ValueError(f"windows are odd, got {window}")
+        self.in_chans = in_chans
+        self.dims = list(dims)
+        strides = [4 * 2**i for i in range(count)]
+        self.min_size = max(stride * (window - 1) + 1 for stride, window in zip(strides, windows))  # sizes round up
+        size = (img_size, img_size) if isinstance(img_size, int) else img_size
+        tokens = math.prod(math.ceil(n / strides[-1]) for n in size)
+
+        rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
+        self.patch_embed = ConvStem(in_chans, dims[0])
+        self.stages = nn.ModuleList()
+        for i, dim in enumerate(dims):
+            if i < count - 1:
+                mixer = partial(ScanMixer, ssm_ratio=ssm_ratio, routes=routes)
+            else:
+                mixer = partial(AttentionMixer, tokens=tokens)
+            blocks = [
+                SegMANBlock(
+                    dim,
+                    mixer(dim, num_heads[i], windows[i], use_rpb),
+                    int(mlp_ratios[i] * dim),
+                    scales[i],
+                    next(rates),
+                )
+                for _ in range(depths[i])
+            ]
+            downsample = nn.Identity()
+            if i:
+                conv = MapConv2d(dims[i - 1], dim, 3, 2, 1, bias=False)
+                downsample = nn.Sequential(conv, MapBatchNorm2d(dim))
+            self.stages.append(SegMANStage(downsample, blocks))
+        self.num_features = projection or dims[-1]
+        self.norm = nn.Identity()
+        if projection:
+            self.norm = nn.Sequential(nn.Linear(dims[-1], projection), MapBatchNorm2d(projection), nn.SiLU())
+        self.feature_info = [
+            {"num_chs": dim, "reduction": stride, "module": f"stages.{i}"}
+            for i, (dim, stride) in enumerate(zip(dims, strides))
+        ]
+        self.init_head(num_classes, global_pool, drop_rate)
+        for part in (self.patch_embed, *(stage.downsample for stage in self.stages), self.norm, self.head):
+            part.apply(init_weights)
+
+    def forward_stage(self, stage: SegMANStage, x: Tensor) -> Tensor:
+        """A stage's downsampling, then its blocks; all of a stage turn their queries and keys by the same tables."""
+        x = stage.downsample(x)
+        mixer = stage.blocks[0].mixer
+        rope = pixel_rope(x, x.shape[-1] // mixer.num_heads)
+        for block in stage.blocks:
+            x = self.run(block, x, *rope)
+        return x
+
+    # -- weights ----------------------------------------------------------------------------------------------------
+
+    def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The official code's keys to ours, for files of the encoder and of the segmentation models.
+
+        A bias of the last stage for another size is resized; a model without projection leaves the file's, and its
+        classifier.
+        """
+        state = strip_prefix(state, "backbone.")
+        if any(key.startswith("layers.") for key in state):
+            state = {k: v for k, v in state.items() if not k.endswith(".rope.angle")}  # computed
+            state = from_official(state, self)
+        for key, own in self.state_dict().items():
+            if key.endswith(".global_bias") and key in state:
+                state[key] = resize_bias(state[key], own.shape[-1])
+        if isinstance(self.norm, nn.Identity):
+            state = {k: v for k, v in state.items() if not k.startswith(("norm.", "head."))}
+        return state
+
+
+def pixel_rope(x: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Rotary tables (H, W, head_dim) of a map (B, H, W, C) by raw pixel indices; at least float32.
+
+    The frequencies fall geometrically from 1 to 1 / 10000, both included.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    freqs = 1.0 / 10000 ** torch.linspace(0, 1, head_dim // 4, dtype=torch.float32, device=x.device)
+    positions = (torch.arange(n, dtype=dtype, device=x.device) for n in x.shape[1:3])
+    return axial_rope(*positions, freqs.to(dtype))
+
+
+OFFICIAL_NAMES = (
+    (r"^layers\.(\d+)\.(?=\d)", lambda m: f"stages.{int(m[1]) // 2 + 1}.downsample."),
+    (r"^layers\.(\d+)\.", lambda m: f"stages.{int(m[1]) // 2}."),
+    (r"\.token_mixer\.", ".mixer."),
+    (r"\.dwconv\.0\.", ".conv."),
+    (r"\.dwconv\.1\.", ".conv_norm."),
+    (r"\.rpb\.0$", ".local_bias"),
+    (r"\.rpb\.1$", ".global_bias"),
+    (r"\.ssm\.proj\.", ".ssm.in_proj."),
+    (r"\.ssm\.yproj\.", ".ssm.out_proj."),
+    (r"\.x_proj_weight$", ".x_proj"),
+    (r"\.dt_projs_weight$", ".dt_proj"),
+    (r"\.dt_projs_bias$", ".dt_bias"),
+    (r"\.A_logs$", ".A_log"),
+    (r"\.Ds$", ".D"),
+    (r"^classifier\.([01])\.", r"norm.\1."),
+    (r"^classifier\.4\.", "head."),
+)
+
+
+def from_official(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The official keys to ours; scans' tensors get an axis of routes, 1x1 convolutions become matrices."""
+    own = model.state_dict()
+    state = rename(state, OFFICIAL_NAMES)
+    for key in state.keys() & own.keys():
+        value, shape = state[key], own[key].shape
+        stacked = key.rpartition(".")[2] in ("x_proj", "A_log", "D")  # routes are the slowest axis
+        matrix = value.ndim == 4 and len(shape) == 2
+        if (stacked or matrix) and value.numel() == shape.numel():
+            state[key] = value.reshape(shape)
+    return state
+
+
+class SegMANDense(SegMANEncoder):
+    """SegMAN Encoder for segmentation and detection: images -> a list of maps (B, C, H, W), as they are.
+
+    Args:
+        out_indices: stages whose maps are taken.
+        kwargs: of `SegMANEncoder`.
+    """
+
+    def __init__(self, out_indices: Sequence[int] = (0, 1, 2, 3), **kwargs):
+        super().__init__(**{**kwargs, "num_classes": 0, "projection": 0})
+        self.out_indices = sorted(i % len(self.stages) for i in out_indices)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return self.forward_intermediates(x, self.out_indices, stop_early=True, intermediates_only=True)
+
+
+# -- entry points ----------------------------------------------------------------------------------------------------
+
+
+def _cfg(crop_pct: float = 0.9) -> dict:
+    return image_cfg(
+        origin_url="https://drive.google.com/drive/folders/1QYU7nhpe0ddH7bPxI7VH4drc__07uEHs",
+        crop_pct=crop_pct,
+        first_conv="patch_embed.0",
+        license="apache-2.0",
+        paper_ids="arXiv:2412.11890",
+    )
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "segman_tiny.in1k": _cfg(),
+        "segman_small.in1k": _cfg(),
+        "segman_base.in1k": _cfg(0.95),
+        "segman_large.in1k": _cfg(0.95),
+    }
+)
+
+for name, params, top1 in (
+    ("segman_tiny", 3.506, 76.2),
+    ("segman_small", 25.508, 84.0),
+    ("segman_base", 45.021, 85.1),
+    ("segman_large", 80.985, 85.5),
+):
+    published(name, params=params, top1=top1, paper="CVPR 2025, arXiv 2412.11890", licence="Apache-2.0")
+
+
+VARIANTS = {
+    "segman_tiny": {
+        "depths": (2, 2, 4, 2), "dims": (32, 64, 144, 192), "num_heads": (1, 2, 4, 8), "windows": (11, 9, 9, 7),
+        "mlp_ratios": (4, 4, 3, 3),
+    },
+    "segman_small": {
+        "depths": (2, 2, 10, 4), "dims": (64, 144, 288, 512), "num_heads": (2, 4, 8, 16), "windows": (11, 9, 7, 7),
+        "mlp_ratios": (4, 4, 3.4, 3.4),
+    },
+    "segman_base": {
+        "depths": (4, 4, 18, 4), "dims": (96, 160, 364, 560), "num_heads": (4, 8, 13, 20), "windows": (11, 9, 7, 7),
+        "mlp_ratios": (4, 4, 3, 3), "init_layer_scale": 1e-6,
+    },
+    "segman_large": {
+        "depths": (4, 4, 28, 4), "dims": (96, 192, 432, 640), "num_heads": (4, 8, 12, 20), "windows": (11, 9, 7, 7),
+        "mlp_ratios": (4, 4, 3, 3), "init_layer_scale": 1e-6,
+    },
+}  # fmt: skip
+
+
+def _create(name: str, pretrained: bool, **kwargs) -> SegMANEncoder:
+    return create_backbone(SegMANEncoder, name, pretrained, **VARIANTS[name] | kwargs)
+
+
+@register_model
+def segman_tiny(pretrained: bool = False, **kwargs) -> SegMANEncoder:
+    """SegMAN-T encoder: 3.5 M parameters, 76.2 % top-1."""
+    return _create("segman_tiny", pretrained, **kwargs)
+
+
+@register_model
+def segman_small(pretrained: bool = False, **kwargs) -> SegMANEncoder:
+    """SegMAN-S encoder: 25.5 M parameters, 84.0 % top-1."""
+    return _create("segman_small", pretrained, **kwargs)
+
+
+@register_model
+def segman_base(pretrained: bool = False, **kwargs) -> SegMANEncoder:
+    """SegMAN-B encoder: 45.0 M parameters, 85.1 % top-1."""
+    return _create("segman_base", pretrained, **kwargs)
+
+
+@register_model
+def segman_large(pretrained: bool = False, **kwargs) -> SegMANEncoder:
+    """SegMAN-L encoder: 81.0 M parameters, 85.5 % top-1."""
+    return _create("segman_large", pretrained, **kwargs)

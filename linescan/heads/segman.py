@@ -1,0 +1,199 @@
+"""SegMAN: the decoder that scans three resolutions of the fused features at once (MMSCopE), and the whole model.
+
+Paper: Fu, Lou and Yu, CVPR 2025, arXiv 2412.11890; see `linescan.backbones.segman`. Nothing here needs OpenMMLab: for
+mmseg's configs the same decoder is a decode head in `linescan.heads.segman_mm`.
+"""
+
+from collections import OrderedDict
+from typing import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..backbones.segman import VARIANTS, MapScan, SegMANBlock, SegMANDense, from_official
+from ..layers.ss2d import CROSS
+
+__all__ = ["MMSCopE", "SegMANDecoder", "SegMAN", "create_segman"]
+
+
+def conv_module(in_chans: int, out_chans: int, kernel_size: int = 1, stride: int = 1, padding: int = 0) -> nn.Module:
+    """Convolution without bias, BatchNorm, ReLU, under mmcv's names for them and with its initialisation."""
+    conv = nn.Conv2d(in_chans, out_chans, kernel_size, stride, padding, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out_chans), activate=nn.ReLU()))
+
+
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear, align_corners=False."""
+    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
+
+
+class Projection(nn.Module):
+    """Each position of a map through one Linear layer, named as published."""
+
+    def __init__(self, in_chans: int, out_chans: int):
+        super().__init__()
+        self.proj = nn.Linear(in_chans, out_chans)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class MMSCopE:
+    """What SegMAN's decoder and its head for mmseg share: the fusion of the encoder's maps, on top of an nn.Module.
+
+    Everything happens at stride 8. The fused map x is seen at strides 8, 16 and 32, all folded to stride 32 without
+    losing a pixel (pixel_unshuffle), and one block scans the three together.
+    """
+
+    def init_fusion(self, in_channels: Sequence[int], channels: int, feat_proj_dim: int, routes: str = CROSS) -> None:
+        """Makes the layers; arguments as for `SegMANDecoder`."""
+        e, f = channels, feat_proj_dim
+        self.conv_downsample_2 = conv_module(e, 2 * e, 3, 2, 1)
+        self.conv_downsample_4 = conv_module(e, 4 * e, 5, 4, 1)
+        self.linear_c4, self.linear_c3, self.linear_c2 = (Projection(c, f) for c in reversed(in_channels[1:]))
+        self.linear_fuse = conv_module(3 * f, e)
+        self.reduce_channels = nn.ModuleList(conv_module(n * e, e) for n in (4, 8, 16))
+        self.vssm = SegMANBlock(3 * e, MapScan(3 * e, routes=routes), 4 * 3 * e)
+        self.short_path = conv_module(e, e)
+        self.image_pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), conv_module(e, e))
+        self.proj_out = conv_module(3 * e, f)
+        self.cat = conv_module(5 * e + 3 * f, e)
+
+    def fuse(self, maps: Sequence[Tensor]) -> Tensor:
+        """Maps (B, C, H / s, W / s) of strides s = 4, 8, 16, 32 -> (B, channels, H / 8, W / 8); the first is not used.
+
+        Raises:
+            ValueError: not four maps, or the sides of the image are no multiples of 32.
+        """
+        name = type(self).__name__
+        if len(maps) != 4:
+            raise ValueError(f"{name} expects four maps, of strides 4, 8, 16 and 32, got {len(maps)}")
+        size = maps[1].shape[-2:]
+        if size[0] % 4 or size[1] % 4:
+            raise ValueError(
+                f"{name} needs images whose height and width are multiples of 32, got maps of stride 8 of "
+                f"{size[0]}x{size[1]} positions"
+            )
+        c2, c3, c4 = self.linear_c2(maps[1]), self.linear_c3(maps[2]), self.linear_c4(maps[3])
+        c3, c4 = resize(c3, size), resize(c4, size)
+        x = self.linear_fuse(torch.cat([c4, c3, c2], 1))
+
+        scales = self.conv_downsample_4(x), F.pixel_unshuffle(self.conv_downsample_2(x), 2), F.pixel_unshuffle(x, 4)
+        by_4, by_2, full = (reduce(scale) for reduce, scale in zip(self.reduce_channels, scales))
+        m = self.vssm(torch.cat([full, by_2, by_4], 1).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        m = resize(m, size)
+        p = self.proj_out(m)
+        pooled = self.image_pool(x).expand(-1, -1, *size)
+        return self.cat(torch.cat([self.short_path(x), pooled, m, c2 + p, c3 + p, c4 + p], 1))
+
+    def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The official code's keys to ours."""
+        return from_official(state, self)
+
+
+class SegMANDecoder(MMSCopE, nn.Module):
+    """SegMAN's decoder: four maps of an encoder -> logits (B, num_classes, H / 8, W / 8).
+
+    Args:
+        in_channels: channels of the maps of strides 4, 8, 16 and 32.
+        channels: e, of the fused map.
+        feat_proj_dim: f, that each map is projected to.
+        num_classes: classes.
+        dropout_ratio: of whole channels before the classifier.
+        routes: of the scan (`linescan.scans.routes`).
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        channels: int,
+        feat_proj_dim: int,
+        num_classes: int = 150,
+        dropout_ratio: float = 0.1,
+        routes: str = CROSS,
+    ):
+        super().__init__()
+        self.init_fusion(in_channels, channels, feat_proj_dim, routes)
+        self.dropout = nn.Dropout2d(dropout_ratio)
+        self.conv_seg = nn.Conv2d(channels, num_classes, 1)
+        nn.init.normal_(self.conv_seg.weight, std=0.01)
+        nn.init.zeros_(self.conv_seg.bias)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        return self.conv_seg(self.dropout(self.fuse(maps)))
+
+
+class SegMAN(nn.Module):
+    """The segmentation model: encoder and decoder. Published mmcv files load with `linescan.load_checkpoint`.
+
+    `forward` takes images whose sides are multiples of 32 and gives logits of their size; losses are usually taken on
+    these, too.
+
+    Args:
+        backbone: arguments of the encoder, a `SegMANDense`.
+        channels, feat_proj_dim, num_classes, dropout_ratio, routes: of `SegMANDecoder`.
+    """
+
+    def __init__(
+        self,
+        backbone: dict,
+        channels: int,
+        feat_proj_dim: int,
+        num_classes: int = 150,
+        dropout_ratio: float = 0.1,
+        routes: str = CROSS,
+    ):
+        super().__init__()
+        self.backbone = SegMANDense(**backbone)
+        widths = self.backbone.dims
+        self.decode_head = SegMANDecoder(widths, channels, feat_proj_dim, num_classes, dropout_ratio, routes)
+
+    def forward_features(self, x: Tensor) -> list[Tensor]:
+        """Images (B, in_chans, H, W) -> the encoder's maps (B, C, H / s, W / s), strides s = 4, 8, 16, 32."""
+        height, width = x.shape[-2:]
+        if height % 32 or width % 32:
+            raise ValueError(f"SegMAN needs images whose height and width are multiples of 32, got {height}x{width}")
+        return self.backbone(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) -> logits (B, num_classes, H, W)."""
+        return resize(self.decode_head(self.forward_features(x)), x.shape[-2:])
+
+    def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Official keys, `backbone.` and `decode_head.`, to ours."""
+        out = dict(state)
+        for name, part in self.named_children():
+            inner = {key: out.pop(key) for key in list(out) if key.startswith(f"{name}.")}
+            inner = part.checkpoint_filter({key[len(name) + 1 :]: value for key, value in inner.items()})
+            out |= {f"{name}.{key}": value for key, value in inner.items()}
+        return out
+
+
+DECODERS = {  # by encoder: e and f as published for ADE20K
+    "segman_tiny": {"channels": 128, "feat_proj_dim": 192},
+    "segman_small": {"channels": 144, "feat_proj_dim": 288},
+    "segman_base": {"channels": 180, "feat_proj_dim": 320},
+    "segman_large": {"channels": 224, "feat_proj_dim": 432},
+}
+
+
+def create_segman(name: str, num_classes: int = 150, backbone: dict | None = None, **kwargs) -> SegMAN:
+    """A published segmentation model, without weights: `create_segman("segman_tiny")` for ADE20K's 150 classes.
+
+    `linescan.load_checkpoint(model, PATH)` loads a segmentation file, `load_checkpoint(model.backbone, PATH)` the
+    encoder from a classification file, to start a training from.
+
+    Args:
+        name: "segman_tiny", "segman_small", "segman_base" or "segman_large".
+        num_classes: classes. (The published Cityscapes file of the tiny model has 150, too.)
+        backbone: further arguments of the encoder, such as `drop_path_rate`.
+        kwargs: other arguments of `SegMAN`; the published Cityscapes file of the small model has `channels=152`.
+
+    Raises:
+        ValueError: no such model.
+    """
+    if name not in DECODERS:
+        raise ValueError(f"no segmentation model {name!r}; there are: {', '.join(DECODERS)}")
+    return SegMAN(VARIANTS[name] | (backbone or {}), num_classes=num_classes, **DECODERS[name] | kwargs)
