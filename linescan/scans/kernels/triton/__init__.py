@@ -1,0 +1,71 @@
+"""Triton kernels of the scans, as implementations named "triton". They serve CUDA tensors where Triton is installed.
+
+Triton is optional and slow to import, so nothing here imports it until a call needs it. With TRITON_INTERPRET=1 in the
+environment the kernels run in Triton's interpreter, on CPU tensors: very slow, and how they are tested without a GPU.
+"""
+
+import os
+from functools import cache
+from importlib import import_module, metadata
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from ...causal_conv import _causal_conv1d
+from ...recurrence import Recurrence
+from ...selective_scan import _selective_scan
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@cache
+def _installed() -> bool:
+    return find_spec("triton") is not None
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "") in ("1", "true", "on")
+
+
+def info() -> str:
+    """Which kernels serve CUDA devices, or what to do about missing ones."""
+    if not _installed():
+        return "chunked torch; Triton is not installed: pip install triton (Linux) or triton-windows"
+    return f"Triton {metadata.version('triton')}" if find_spec("triton") else ""
+
+
+def _fits(*args) -> bool:
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    devices = ("cuda", "cpu") if _interpreting() else ("cuda",)
+    return all(
+        x.device.type in devices and x.numel() > 0 and (x.dtype in _DTYPES or not x.is_floating_point())
+        for x in tensors
+    )
+
+
+def _register(op: Recurrence, module: str, fits=lambda *args: True) -> None:
+    """Registers `forward` and `backward` of a module beside this one, imported by the first call."""
+
+    def run(function: str, inputs: int):
+        def implementation(*args):
+            call = args[inputs:]
+            if not _installed():
+                raise RuntimeError(f"{op.name}: {info()}")
+            if not (_fits(*call) and fits(*call)):
+                got = sorted({f"{str(x.dtype)[6:]} on {x.device.type}" for x in call if isinstance(x, Tensor)})
+                raise ValueError(
+                    f"{op.name}: the triton kernel takes non-empty float32, bfloat16 or float16 tensors on a CUDA "
+                    f"device and at most 64 states a channel, got {', '.join(got)}"
+                )
+            return getattr(import_module(f"{__name__}.{module}"), function)(*args)
+
+        return implementation
+
+    op.register(
+        "triton", run("forward", 0), run("backward", 2), lambda *call: _fits(*call) and fits(*call) and _installed()
+    )
+
+
+_register(_selective_scan, "selective_scan", lambda u, delta, A, *_: A.shape[-1] <= 64)
+_register(_causal_conv1d, "causal_conv", lambda x, weight, *_: weight.shape[-1] <= 16)

@@ -1,0 +1,186 @@
+"""What the Triton kernels share: tiles, rows read through a route, launching, and where gradients go.
+
+Only the kernels' modules import this one, and only when a call needs them: `import linescan` must not import triton.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+__all__ = ["Rows", "TokenGradient", "launch", "lanes", "load_row", "processors", "rows", "split", "store_row", "visit"]
+
+
+class Rows(NamedTuple):
+    """A token tensor (B, K or 1, L, [G,] C) as a kernel reads it: a pointer, and strides in elements.
+
+    The stride of an axis that is shared (one route for all K) is 0. Channels stand next to each other.
+    """
+
+    data: Tensor
+    batch: int
+    route: int
+    token: int
+    group: int
+
+
+def rows(x: Tensor | None) -> Rows | None:
+    """`x` (B, K or 1, L, C) or (B, K or 1, L, G, C), any strides but for the last axis, which is copied if it must be."""
+    if x is None:
+        return None
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        x = x.contiguous()
+    batch, route, token, *group = x.stride()[:-1]
+    return Rows(x, batch, route if x.shape[1] > 1 else 0, token, *group or (0,))
+
+
+def launch(kernel, programs: int, *args, **constants) -> None:
+    """Runs `programs` programs of one warp each.
+
+    One warp: no barrier is ever needed for a tile's sums, and small programs pack a multiprocessor evenly. An SM of
+    Hopper holds up to 32 of them, which is what hides the latency of memory.
+    """
+    kernel[(programs,)](*args, **constants, num_warps=1)
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def split(programs: int, steps: int, multiple: int, device: torch.device) -> tuple[int, int]:
+    """(chunks, steps in each, a multiple of `multiple`): how to cut time so that the programs fill the device.
+
+    A cut scan reads its inputs twice, so time stays whole from four warps a multiprocessor on. Below, chunks are as
+    many as make eight, but not shorter than 64 steps, where the carried states would cost as much as the tokens.
+    """
+    sms = processors(device)
+    wanted = 1 if programs >= 4 * sms else min(-(-8 * sms // programs), max(1, steps // 64))
+    size = -(-steps // (wanted * multiple)) * multiple
+    return -(-steps // size), size
+
+
+# -- in kernels -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def lanes(R: tl.constexpr, L: tl.constexpr):
+    """Indices 0..R*L-1 as (R, L): neighbours lie in neighbouring lanes of the warp, R of them in each thread's registers.
+
+    Triton spreads a tile over threads from the last axis on. Tiles made of such pairs, with the L's together a warp,
+    say in their shape alone which thread holds what: sums over R cost additions, sums over L a few shuffles.
+    """
+    return tl.arange(0, R)[:, None] * L + tl.arange(0, L)[None, :]
+
+
+@triton.jit
+def visit(route, t, steps):
+    """(token read at step t, whether there is one, whether its output is kept, whether t is a step at all)."""
+    inside = t < steps
+    if route is None:
+        return tl.cast(t, tl.int64), inside, inside, inside
+    entry = tl.load(route + t, mask=inside, other=-1)
+    token = tl.maximum(tl.where(entry < 0, -2 - entry, entry), 0)
+    return token.to(tl.int64), entry != -1, entry >= 0, inside
+
+
+@triton.jit
+def load_row(x, b, k, g, token, real, index, mask):
+    """Channels `index` of a token in float32, zeros for padding. b, k, g and token are 64 bits wide."""
+    row = x.data + b * x.batch + k * x.route + g * x.group + token * x.token
+    return tl.load(row + index, mask=mask & real, other=0).to(tl.float32)
+
+
+@triton.jit
+def store_row(x, b, k, g, token, real, index, mask, value):
+    row = x.data + b * x.batch + k * x.route + g * x.group + token * x.token
+    tl.store(row + index, value.to(x.data.dtype.element_ty), mask=mask & real)
+
+
+# -- where gradients of token inputs go -------------------------------------------------------------------------------
+
+_permutations: dict[tuple, tuple[StorageWeakRef, int, bool]] = {}
+
+
+def is_permutation(route: Tensor, length: int) -> bool:
+    """Whether every route reads and writes every token exactly once.
+
+    The answer must come from the device, once a table: it is remembered for as long as the table's memory lives. While
+    a CUDA graph is recorded nothing may come from the device, and a table not seen before counts as "no".
+    """
+    if route.shape[-1] != length:
+        return False
+    key = (route.untyped_storage()._cdata, route.storage_offset(), route.shape, route.stride(), route.dtype)
+    version = 0 if route.is_inference() else route._version
+    known = _permutations.get(key)
+    if known is not None and not known[0].expired() and known[1] == version:
+        return known[2]
+    if route.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    seen = torch.zeros(route.shape, dtype=torch.bool, device=route.device)
+    seen.scatter_(-1, route.long().clamp_min(0), True)  # as many places as steps: all seen, and none twice
+    answer = bool(((route >= 0) & seen).all())
+    if len(_permutations) > 512:
+        for old in [old for old, (storage, *_) in _permutations.items() if storage.expired()]:
+            del _permutations[old]
+    _permutations[key] = StorageWeakRef(route.untyped_storage()), version, answer
+    return answer
+
+
+class TokenGradient:
+    """The gradient of a token input (B, K or 1, L, ...), which K routes and several programs give shares of.
+
+    Every program writes its own share and the shares are added up in a fixed order, so no atomics and the same bits in
+    every run. A route that is a permutation writes a token once, so its share goes straight to the token's place;
+    for any other table shares are kept by step and gathered at the end.
+
+    Args:
+        x: the input.
+        routes: K.
+        route: the table.
+        partials: programs that each hold a share of all channels' sum (for B and C).
+    """
+
+    def __init__(self, x: Tensor, routes: int, route: Tensor | None, partials: int = 1):
+        self.like, self.route = x, route
+        self.by_step = route is not None and not is_permutation(route, x.shape[2])
+        places = route.shape[-1] if self.by_step else x.shape[2]
+        whole = partials == 1 and x.shape[1] == routes and not self.by_step
+        shape = (x.shape[0], routes, places, *x.shape[3:])
+        self.shares = torch.empty(
+            (partials, *shape), dtype=x.dtype if whole else torch.float32, device=x.device
+        )
+
+    @property
+    def rows(self) -> Rows:
+        """Where the first program writes; `stride` further, the second."""
+        return rows(self.shares[0])
+
+    @property
+    def stride(self) -> int:
+        return self.shares.stride(0)
+
+    def finish(self) -> Tensor:
+        """The sum of all shares, in the input's shape and dtype."""
+        grad = self.shares[0] if len(self.shares) == 1 else self.shares.sum(0)
+        if self.by_step:
+            grad = self._gather(grad)
+        if self.like.shape[1] < grad.shape[1]:
+            grad = grad.sum(1, keepdim=True)
+        return grad.to(self.like.dtype)
+
+    def _gather(self, grad: Tensor) -> Tensor:
+        batch, routes, _, *rest = grad.shape
+        length = self.like.shape[2]
+        table = self.route.long().expand(batch, -1, -1) if self.route.ndim == 2 else self.route.long()
+        table = table.expand(batch, routes, -1)
+        row = torch.arange(batch * routes, device=grad.device).view(batch, routes, 1) * length
+        token = row + torch.where(table < 0, -2 - table, table)
+        token = torch.where(table == -1, batch * routes * length, token).flatten()  # one more row takes the padding
+        grad = grad.masked_fill((table == -1).reshape(*table.shape, *[1] * len(rest)), 0)
+        out = grad.new_zeros(batch * routes * length + 1, *rest)
+        out.index_put_((token,), grad.flatten(0, 2), accumulate=True)  # sorts on a GPU: no atomics
+        return out[:-1].view(batch, routes, length, *rest)

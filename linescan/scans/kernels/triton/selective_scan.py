@@ -1,0 +1,558 @@
+"""The selective scan in Triton: serial in time, parallel over samples, routes and channels.
+
+A program is one warp. It owns a block of channels of one route of one sample, keeps their N states in registers as
+float32, and walks through time T steps at a time: the rows of T steps are asked for at once (that many loads in flight
+hide the latency of memory), then stepped through. So each of u, delta and z is read once and y written once, whatever
+the route; B and C are read once for a block of channels rather than once a channel.
+
+Every exponential goes through the special function units, 16 a cycle of a multiprocessor. With 16 states a
+token-channel thus takes at least a cycle (on an H200, about 1.3 TB/s of bf16 tokens), and with one state the memory is the limit. What the kernels
+do beside that is therefore kept off the arithmetic: A comes multiplied by log2(e), and states and parameters stand
+with the channels last, so that lanes read neighbours.
+
+Where there are too few programs to fill the device, time is cut into chunks (`split`): every chunk is first scanned
+from zero, for its last state and its summed step sizes; as a decay over steps is exp(A * their sum), a second, small
+kernel makes from these the state that each chunk starts in; then all chunks run at once.
+
+The backward keeps the states at every T-th step, remakes those between in registers, and walks back. Sums over
+channels (of B, C) are made within a program, stored, and added up in a fixed order: no atomics, the same bits always.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...selective_scan import _selective_scan
+from .common import TokenGradient, is_permutation, lanes, launch, load_row, rows, split, store_row, visit
+
+__all__ = ["MAX_STATES", "backward", "forward"]
+
+MAX_STATES = 64
+LOG2E = math.log2(math.e)
+LN2 = tl.constexpr(math.log(2))
+
+
+# -- pieces -----------------------------------------------------------------------------------------------------------
+# A tile of states has axes (n in registers, channel in registers, n over lanes, channel over lanes), see `lanes`.
+
+
+@triton.jit
+def _by_channel(x):
+    return x[None, :, None, :]
+
+
+@triton.jit
+def _by_state(x):
+    return x[:, None, :, None]
+
+
+@triton.jit
+def _sum_states(x):
+    return tl.sum(tl.sum(x, 0), 1)
+
+
+@triton.jit
+def _sum_channels(x):
+    return tl.sum(tl.sum(x, 1), 2)
+
+
+@triton.jit
+def _softplus(x):
+    """log(1 + exp(x)) to float32's accuracy: log1p(e) = 2 artanh(e / (2 + e)), a short series as e <= 1."""
+    e = tl.exp(-tl.abs(x))
+    s = e / (2 + e)
+    q = s * s
+    p = 1 / 15 + q * (1 / 17)
+    p = 1 / 13 + q * p
+    p = 1 / 11 + q * p
+    p = 1 / 9 + q * p
+    p = 1 / 7 + q * p
+    p = 1 / 5 + q * p
+    p = 1 / 3 + q * p
+    return tl.maximum(x, 0) + 2 * s * (1 + q * p)
+
+
+@triton.jit
+def _step_size(raw, inside, SOFTPLUS: tl.constexpr):
+    """Past the last step the size is 0, which leaves the state as it is; padding takes a step like any token."""
+    step = _softplus(raw) if SOFTPLUS else raw
+    return tl.where(inside, step, 0)
+
+
+@triton.jit
+def _where(block, blocks, width, DR: tl.constexpr, DL: tl.constexpr):
+    """(group, channels, which of them exist) of the block-th block of channels."""
+    group = block // blocks
+    within = (block % blocks) * (DR * DL) + lanes(DR, DL)
+    return group.to(tl.int64), group * width + within, within < width
+
+
+# -- kernels ----------------------------------------------------------------------------------------------------------
+# Arguments that many share:
+#     u, delta, B, C, z       Rows of the token inputs; z may be None
+#     A (K, N, D) times log2(e); D, bias (K, D) or None
+#     route                   the table's pointer or None, and the stride of its batch axis
+#     start, end              (B, K, chunks, N, D) states before and after a chunk
+#     saved                   (B, K, ceil(S / T), N, D) states before every T-th step
+#     sums                    (B, K, chunks, D) sums of a chunk's step sizes
+#     S steps, K routes, D channels in groups of `width`, a group in `blocks` blocks; `chunks` chunks of `size` steps
+
+
+@triton.jit
+def _scan(
+    u, delta, B, C, z, A, D, bias, route, route_batch, start, end, saved, sums, y, total,
+    S, routes, channels, groups, width, blocks, chunks, size,
+    N: tl.constexpr, SOFTPLUS: tl.constexpr, MERGE: tl.constexpr, ADD: tl.constexpr,
+    T: tl.constexpr, NR: tl.constexpr, NL: tl.constexpr, DR: tl.constexpr, DL: tl.constexpr,
+):  # fmt: skip
+    """Forward. Writes those of y, end, saved and sums that are not None.
+
+    With MERGE a program walks all routes and adds them up in `total` (float32, B, 1, L, D); the last one writes y. ADD:
+    already the first adds, to the zeros in `total`, as not every route may write every token.
+    """
+    pid = tl.program_id(0)
+    block = pid % (blocks * groups)
+    pid = pid // (blocks * groups)
+    chunk = pid % chunks
+    pid = pid // chunks
+    if MERGE:
+        b = pid.to(tl.int64)
+        first = 0
+        last = routes
+    else:
+        b = (pid // routes).to(tl.int64)
+        first = pid % routes
+        last = first + 1
+    g, d, real_d = _where(block, blocks, width, DR, DL)
+    n = lanes(NR, NL)
+    real_n = n < N
+    tile = _by_state(n) * channels + _by_channel(d)
+    real = _by_state(real_n) & _by_channel(real_d)
+
+    for route_index in range(first, last):
+        k = tl.cast(route_index, tl.int64)
+        row = b * routes + k
+        a = tl.load(A + k * N * channels + tile, mask=real, other=0)
+        h = tl.zeros_like(a)
+        if start is not None:
+            h = tl.load(start + (row * chunks + chunk) * N * channels + tile, mask=real, other=0)
+        shift = tl.zeros([DR, DL], tl.float32)
+        if bias is not None:
+            shift = tl.load(bias + k * channels + d, mask=real_d, other=0)
+        if y is not None and D is not None:
+            skip = tl.load(D + k * channels + d, mask=real_d, other=0)
+        table = None if route is None else route + b * route_batch + k * S
+        elapsed = tl.zeros([DR, DL], tl.float32)
+
+        for t in range(chunk * size, tl.minimum(S, (chunk + 1) * size), T):
+            if saved is not None:
+                tl.store(saved + (row * tl.cdiv(S, T) + t // T) * N * channels + tile, h, mask=real)
+            # All loads of T steps first: none waits for another, nor for a store.
+            tokens = ()
+            kept = ()
+            steps = ()
+            inputs = ()
+            Bs = ()
+            Cs = ()
+            zs = ()
+            before = ()
+            for i in tl.static_range(T):
+                token, read, keep, inside = visit(table, t + i, S)
+                tokens = tokens + (token,)
+                kept = kept + (keep,)
+                raw = load_row(delta, b, k, 0, token, read, d, real_d) + shift
+                steps = steps + (_step_size(raw, inside, SOFTPLUS),)
+                inputs = inputs + (load_row(u, b, k, 0, token, read, d, real_d),)
+                Bs = Bs + (load_row(B, b, k, g, token, read, n, real_n),)
+                if y is not None:
+                    Cs = Cs + (load_row(C, b, k, g, token, read, n, real_n),)
+                    if z is not None:
+                        zs = zs + (load_row(z, b, k, 0, token, read, d, real_d),)
+                    if MERGE:
+                        before = before + (load_row(total, b, 0, 0, token, keep & (ADD | (k > 0)), d, real_d),)
+            outputs = ()
+            for i in tl.static_range(T):
+                step = steps[i]
+                x = step * inputs[i]
+                h = tl.exp2(a * _by_channel(step)) * h + _by_channel(x) * _by_state(Bs[i])
+                if sums is not None:
+                    elapsed += step
+                if y is not None:
+                    out = _sum_states(h * _by_state(Cs[i]))
+                    if D is not None:
+                        out += skip * inputs[i]
+                    if z is not None:
+                        out *= zs[i] * tl.sigmoid(zs[i])
+                    if MERGE:
+                        out += before[i]
+                    outputs = outputs + (out,)
+            if y is not None:
+                for i in tl.static_range(T):
+                    if MERGE:
+                        more = k < routes - 1
+                        store_row(total, b, 0, 0, tokens[i], kept[i] & more, d, real_d, outputs[i])
+                        store_row(y, b, 0, 0, tokens[i], kept[i] & (k == routes - 1), d, real_d, outputs[i])
+                    else:
+                        store_row(y, b, k, 0, tokens[i], kept[i], d, real_d, outputs[i])
+
+        if end is not None:
+            tl.store(end + (row * chunks + chunk) * N * channels + tile, h, mask=real)
+        if sums is not None:
+            tl.store(sums + (row * chunks + chunk) * channels + d, elapsed, mask=real_d)
+        if MERGE:
+            tl.debug_barrier()  # what this route wrote to `total`, the next one reads, perhaps in another thread
+
+
+@triton.jit
+def _carry(
+    states, sums, A, edge, out, routes, channels, blocks, chunks, N: tl.constexpr, REVERSE: tl.constexpr,
+    NR: tl.constexpr, NL: tl.constexpr, DR: tl.constexpr, DL: tl.constexpr,
+):  # fmt: skip
+    """Joins chunks: `states` (B, K, chunks, N, D) comes with what each adds, and goes with what enters each.
+
+    In time order, or from the last chunk to the first (for gradients). edge: (B, K, N, D), what enters the first, None
+    for zeros; out: likewise what leaves the last, or None.
+    """
+    pid = tl.program_id(0)
+    row = (pid // blocks).to(tl.int64)
+    k = row % routes
+    d = (pid % blocks) * (DR * DL) + lanes(DR, DL)
+    n = lanes(NR, NL)
+    tile = _by_state(n) * channels + _by_channel(d)
+    real = _by_state(n < N) & _by_channel(d < channels)
+    a = tl.load(A + k * N * channels + tile, mask=real, other=0)
+    h = tl.zeros_like(a)
+    if edge is not None:
+        h = tl.load(edge + row * N * channels + tile, mask=real, other=0)
+    for i in range(chunks):
+        at = row * chunks + (chunks - 1 - i if REVERSE else i)
+        added = tl.load(states + at * N * channels + tile, mask=real, other=0)
+        elapsed = tl.load(sums + at * channels + d, mask=d < channels, other=0)
+        tl.store(states + at * N * channels + tile, h, mask=real)
+        h = tl.exp2(a * _by_channel(elapsed)) * h + added
+    if out is not None:
+        tl.store(out + row * N * channels + tile, h, mask=real)
+
+
+@triton.jit
+def _adjoint(
+    grad, delta, C, z, A, bias, route, route_batch, left,
+    S, routes, channels, groups, width, blocks, chunks, size,
+    N: tl.constexpr, SOFTPLUS: tl.constexpr,
+    T: tl.constexpr, NR: tl.constexpr, NL: tl.constexpr, DR: tl.constexpr, DL: tl.constexpr,
+):  # fmt: skip
+    """left (B, K, chunks, N, D): gradient of the state before a chunk, from the chunk's own outputs."""
+    pid = tl.program_id(0)
+    block = pid % (blocks * groups)
+    pid = pid // (blocks * groups)
+    chunk = pid % chunks
+    row = (pid // chunks).to(tl.int64)
+    b = row // routes
+    k = row % routes
+    g, d, real_d = _where(block, blocks, width, DR, DL)
+    n = lanes(NR, NL)
+    real_n = n < N
+    tile = _by_state(n) * channels + _by_channel(d)
+    real = _by_state(real_n) & _by_channel(real_d)
+    a = tl.load(A + k * N * channels + tile, mask=real, other=0)
+    shift = tl.zeros([DR, DL], tl.float32)
+    if bias is not None:
+        shift = tl.load(bias + k * channels + d, mask=real_d, other=0)
+    table = None if route is None else route + b * route_batch + k * S
+    h = tl.zeros_like(a)
+    begin = chunk * size
+    count = tl.cdiv(tl.minimum(S, begin + size) - begin, T)
+    for j in range(count):
+        t = begin + (count - 1 - j) * T
+        steps = ()
+        grads = ()
+        Cs = ()
+        for i in tl.static_range(T):
+            token, read, keep, inside = visit(table, t + i, S)
+            raw = load_row(delta, b, k, 0, token, read, d, real_d) + shift
+            steps = steps + (_step_size(raw, inside, SOFTPLUS),)
+            dy = load_row(grad, b, k, 0, token, keep, d, real_d)
+            if z is not None:
+                gate = load_row(z, b, k, 0, token, read, d, real_d)
+                dy *= gate * tl.sigmoid(gate)
+            grads = grads + (dy,)
+            Cs = Cs + (load_row(C, b, k, g, token, read, n, real_n),)
+        for i in tl.static_range(T):
+            h += _by_channel(grads[T - 1 - i]) * _by_state(Cs[T - 1 - i])
+            h *= tl.exp2(a * _by_channel(steps[T - 1 - i]))
+    tl.store(left + (row * chunks + chunk) * N * channels + tile, h, mask=real)
+
+
+@triton.jit
+def _retreat(
+    grad, u, delta, B, C, z, A, D, bias, route, route_batch, saved, right,
+    du, ddelta, dB, dC, dz, share, dA, dD, dbias, dstart,
+    S, routes, channels, groups, width, blocks, chunks, size,
+    N: tl.constexpr, SOFTPLUS: tl.constexpr, BY_STEP: tl.constexpr,
+    T: tl.constexpr, NR: tl.constexpr, NL: tl.constexpr, DR: tl.constexpr, DL: tl.constexpr,
+):  # fmt: skip
+    """Backward, from `saved` and from the gradient `right` (B, K, chunks, N, D) of the states after each chunk, or None.
+
+    dB and dC: Rows of the first block's share, `share` elements to the next block's. dA (B, chunks, K, N, D), dD and
+    dbias (B, chunks, K, D), dstart (B, K, N, D). BY_STEP: rows of the gradients count steps, not tokens.
+    """
+    pid = tl.program_id(0)
+    block = pid % (blocks * groups)
+    pid = pid // (blocks * groups)
+    chunk = pid % chunks
+    row = (pid // chunks).to(tl.int64)
+    b = row // routes
+    k = row % routes
+    g, d, real_d = _where(block, blocks, width, DR, DL)
+    n = lanes(NR, NL)
+    real_n = n < N
+    tile = _by_state(n) * channels + _by_channel(d)
+    real = _by_state(real_n) & _by_channel(real_d)
+    channel_share = n + (block % blocks).to(tl.int64) * share
+
+    a = tl.load(A + k * N * channels + tile, mask=real, other=0)
+    slope_a = tl.zeros_like(a)
+    slope_skip = tl.zeros([DR, DL], tl.float32)
+    slope_bias = tl.zeros([DR, DL], tl.float32)
+    shift = tl.zeros([DR, DL], tl.float32)
+    skip = tl.zeros([DR, DL], tl.float32)
+    if bias is not None:
+        shift = tl.load(bias + k * channels + d, mask=real_d, other=0)
+    if D is not None:
+        skip = tl.load(D + k * channels + d, mask=real_d, other=0)
+    table = None if route is None else route + b * route_batch + k * S
+    adjoint = tl.zeros_like(a)  # gradient of the state after a step, from all later ones
+    if right is not None:
+        adjoint = tl.load(right + (row * chunks + chunk) * N * channels + tile, mask=real, other=0)
+    begin = chunk * size
+    count = tl.cdiv(tl.minimum(S, begin + size) - begin, T)
+    for j in range(count):
+        t = begin + (count - 1 - j) * T
+        h = tl.load(saved + (row * tl.cdiv(S, T) + t // T) * N * channels + tile, mask=real, other=0)
+        states = (h,)
+        for i in tl.static_range(T):
+            token, read, keep, inside = visit(table, t + i, S)
+            step = _step_size(load_row(delta, b, k, 0, token, read, d, real_d) + shift, inside, SOFTPLUS)
+            x = step * load_row(u, b, k, 0, token, read, d, real_d)
+            h = tl.exp2(a * _by_channel(step)) * h + _by_channel(x) * _by_state(
+                load_row(B, b, k, g, token, read, n, real_n)
+            )
+            states = states + (h,)
+        # Rows are read again (from the first-level cache), as T steps of them and of states would not fit in registers.
+        for i in tl.static_range(T):
+            at = t + T - 1 - i
+            token, read, keep, inside = visit(table, at, S)
+            raw = load_row(delta, b, k, 0, token, read, d, real_d) + shift
+            step = _step_size(raw, inside, SOFTPLUS)
+            value = load_row(u, b, k, 0, token, read, d, real_d)
+            B_t = _by_state(load_row(B, b, k, g, token, read, n, real_n))
+            C_t = _by_state(load_row(C, b, k, g, token, read, n, real_n))
+            dy = load_row(grad, b, k, 0, token, keep, d, real_d)
+            place = tl.cast(at, tl.int64) if BY_STEP else token
+            after = states[T - i]
+            if z is not None:
+                gate = load_row(z, b, k, 0, token, read, d, real_d)
+                open = tl.sigmoid(gate)
+                out = _sum_states(after * C_t) + skip * value
+                slope = dy * out * open * (1 + gate * (1 - open))
+                store_row(dz, b, k, 0, place, read, d, real_d, slope)
+                dy *= gate * open
+            adjoint += _by_channel(dy) * C_t
+            x = step * value
+            slope = _sum_channels(_by_channel(dy) * after)
+            store_row(dC, b, k, g, place, read, channel_share, real_n, slope)
+            slope = _sum_channels(_by_channel(x) * adjoint)
+            store_row(dB, b, k, g, place, read, channel_share, real_n, slope)
+            dx = _sum_states(adjoint * B_t)
+            store_row(du, b, k, 0, place, read, d, real_d, step * dx + skip * dy)
+            adjoint *= tl.exp2(a * _by_channel(step))
+            exponent = adjoint * states[T - 1 - i]  # gradient of step * A
+            slope_a += exponent * _by_channel(step)
+            dstep = _sum_states(exponent * a) * LN2 + value * dx
+            if SOFTPLUS:
+                dstep *= tl.sigmoid(raw)
+            dstep = tl.where(inside, dstep, 0)
+            store_row(ddelta, b, k, 0, place, read, d, real_d, dstep)
+            slope_bias += dstep
+            slope_skip += dy * value
+
+    at = (b * chunks + chunk) * routes + k
+    tl.store(dA + at * N * channels + tile, slope_a, mask=real)
+    if D is not None:
+        tl.store(dD + at * channels + d, slope_skip, mask=real_d)
+    if bias is not None:
+        tl.store(dbias + at * channels + d, slope_bias, mask=real_d)
+    if dstart is not None:
+        tl.store(dstart + row * N * channels + tile, adjoint, mask=real & (chunk == 0))
+
+
+# -- launching --------------------------------------------------------------------------------------------------------
+
+
+class _Call:
+    """A call's inputs as the kernels take them."""
+
+    def __init__(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, route, merge):
+        self.batch, self.routes, self.length = _selective_scan._visited(
+            (u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state), route
+        )
+        self.device, self.dtype = u.device, u.dtype
+        self.channels, self.states = A.shape[1:]
+        self.groups = B.shape[-2]
+        self.width = self.channels // self.groups
+        self.steps = self.length if route is None else route.shape[-1]
+        self.route = None if route is None else route.contiguous()
+        self.u, self.delta, self.B, self.C, self.z = map(rows, (u, delta, B, C, z))
+        self.A = (A.float() * LOG2E).mT.contiguous()
+        self.D, self.bias = (None if x is None else x.float().contiguous() for x in (D, delta_bias))
+        self.initial = None if initial_state is None else initial_state.float().mT.contiguous()
+        self.softplus = delta_softplus
+        self.table = self.route, 0 if route is None or route.ndim == 2 else self.routes * self.steps
+
+    def new(self, *shape: int, dtype=torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def new_states(self, chunks: int) -> Tensor:
+        return self.new(self.batch, self.routes, chunks, self.states, self.channels)
+
+    def plan(self, tile: dict[str, int], routes: int) -> "_Plan":
+        return _Plan(self, tile, routes)
+
+
+class _Plan:
+    """How programs share a call out: tiles of channels, chunks of time."""
+
+    def __init__(self, call: _Call, tile: dict[str, int], routes: int):
+        self.call, self.tile = call, tile
+        self.blocks = -(-call.width // (tile["DR"] * tile["DL"]))
+        across = call.batch * routes * call.groups * self.blocks
+        self.chunks, self.size = split(across, call.steps, tile["T"], call.device)
+        self.programs = across * self.chunks
+        self.sizes = (
+            call.steps, call.routes, call.channels, call.groups, call.width, self.blocks, self.chunks, self.size,
+        )  # fmt: skip
+
+    def scan(self, start=None, end=None, saved=None, sums=None, y=None, total=None, merge=False, add=False):
+        c = self.call
+        launch(
+            _scan, self.programs, c.u, c.delta, c.B, c.C, c.z, c.A, c.D, c.bias, *c.table,
+            start, end, saved, sums, rows(y), rows(total), *self.sizes,
+            N=c.states, SOFTPLUS=c.softplus, MERGE=merge, ADD=add, **self.tile,
+        )  # fmt: skip
+
+    def carry(self, states, sums, edge, out, reverse=False):
+        c = self.call
+        tile = {key: value for key, value in self.tile.items() if key != "T"}
+        blocks = -(-c.channels // (tile["DR"] * tile["DL"]))
+        launch(
+            _carry, c.batch * c.routes * blocks, states, sums, c.A, edge, out, c.routes, c.channels, blocks, self.chunks,
+            N=c.states, REVERSE=reverse, **tile,
+        )  # fmt: skip
+
+    def starts(self, final=None) -> tuple[Tensor | None, Tensor | None]:
+        """The states that the chunks start in, and the sums of their steps; fills `final`, the state after the last."""
+        c = self.call
+        if self.chunks == 1:
+            return c.initial, None
+        states, sums = c.new_states(self.chunks), c.new(c.batch, c.routes, self.chunks, c.channels)
+        self.scan(end=states, sums=sums)
+        self.carry(states, sums, c.initial, final)
+        return states, sums
+
+
+def _power(n: int) -> int:
+    return triton.next_power_of_2(n)
+
+
+def forward_tile(states: int) -> dict[str, int]:
+    """All states of a channel in one thread, so that their sum y is additions alone; T so that loads fill the wait."""
+    n = _power(states)
+    return {"T": 16 if n <= 4 else 8, "NR": n, "NL": 1, "DR": 1, "DL": 32}
+
+
+def backward_tile(states: int) -> dict[str, int]:
+    """Sums run over channels (for B and C) as well as over states, so both are spread over lanes.
+
+    A thread holds 16 states at most: T + 1 tiles must fit in its registers.
+    """
+    n = _power(states)
+    over_lanes = 4 if n >= 16 else 1
+    per_thread = n // over_lanes
+    channel_lanes = 32 // over_lanes
+    return {"T": 8, "NR": per_thread, "NL": over_lanes, "DR": max(1, min(16 // per_thread, 32 // channel_lanes)),
+            "DL": channel_lanes}  # fmt: skip
+
+
+def forward(*args) -> tuple[Tensor, Tensor]:
+    """`_selective_scan` in grid order, see `Implementation.forward`."""
+    *_, route, merge = args
+    call = _Call(*args)
+    tile = forward_tile(call.states)
+    every = route is None or is_permutation(call.route, call.length)  # all tokens are written, once a route
+    new = call.new if every else lambda *shape, dtype=torch.float32: call.new(*shape, dtype=dtype).zero_()
+    final = call.new_states(1)
+    merge = merge and call.routes > 1
+    if merge:
+        plan = call.plan(tile, routes=1)
+        if plan.chunks == 1:  # enough programs without the routes: each walks all of them and adds up
+            total = new(call.batch, 1, call.length, call.channels)
+            y = call.new(*total.shape, dtype=call.dtype) if every else total
+            plan.scan(call.initial, final, y=y, total=total, merge=True, add=not every)
+            return y[:, 0].to(call.dtype), final[:, :, 0].mT
+    plan = call.plan(tile, call.routes)
+    y = new(call.batch, call.routes, call.length, call.channels, dtype=torch.float32 if merge else call.dtype)
+    start, _ = plan.starts(final)
+    plan.scan(start, final if plan.chunks == 1 else None, y=y)
+    if args[-1]:
+        y = y.sum(1).to(call.dtype) if merge else y[:, 0]
+    return y, final[:, :, 0].mT
+
+
+def backward(grad_output: Tensor, grad_state: Tensor | None, *args) -> list[Tensor]:
+    """Its gradients, see `Implementation.backward`."""
+    u, delta, A, B, C, D, z, delta_bias, _, initial_state, route, merge = args
+    call = _Call(*args)
+    plan = call.plan(backward_tile(call.states), call.routes)
+    start, sums = plan.starts()
+    saved = call.new_states(-(-call.steps // plan.tile["T"]))
+    plan.scan(start, saved=saved)
+    grad = rows(grad_output.unsqueeze(1) if merge else grad_output)
+    right = None if grad_state is None else grad_state.float().mT.contiguous()
+    if plan.chunks > 1:
+        edge, right = right, call.new_states(plan.chunks)
+        launch(
+            _adjoint, plan.programs, grad, call.delta, call.C, call.z, call.A, call.bias, *call.table, right,
+            *plan.sizes, N=call.states, SOFTPLUS=call.softplus, **plan.tile,
+        )  # fmt: skip
+        plan.carry(right, sums, edge, None, reverse=True)
+
+    tokens = {"u": u, "delta": delta, "B": B, "C": C, "z": z}
+    shares = {"B": plan.blocks, "C": plan.blocks}
+    to = {
+        key: TokenGradient(x, call.routes, call.route, shares.get(key, 1)) for key, x in tokens.items() if x is not None
+    }
+    dA = call.new(call.batch, plan.chunks, call.routes, call.states, call.channels)
+    dD, dbias = (
+        None if x is None else call.new(call.batch, plan.chunks, call.routes, call.channels) for x in (D, delta_bias)
+    )
+    dstart = None if initial_state is None else call.new(call.batch, call.routes, call.states, call.channels)
+    launch(
+        _retreat, plan.programs, grad, call.u, call.delta, call.B, call.C, call.z, call.A, call.D, call.bias,
+        *call.table, saved, right, *(to[key].rows if key in to else None for key in ("u", "delta", "B", "C", "z")),
+        to["B"].stride, dA, dD, dbias, dstart, *plan.sizes,
+        N=call.states, SOFTPLUS=call.softplus, BY_STEP=to["u"].by_step, **plan.tile,
+    )  # fmt: skip
+    over = (0, 1)
+    parameters = {
+        "A": (A, dA.sum(over).mT),
+        "D": (D, None if D is None else dD.sum(over)),
+        "bias": (delta_bias, None if delta_bias is None else dbias.sum(over)),
+        "start": (initial_state, None if initial_state is None else dstart.mT),
+    }
+    grads = {key: g.finish() for key, g in to.items()}
+    grads |= {key: g.to(x.dtype) for key, (x, g) in parameters.items() if x is not None}
+    order = ("u", "delta", "A", "B", "C", "D", "z", "bias", "start")
+    return [grads[key] for key in order if key in grads]
