@@ -41,9 +41,9 @@ def _load() -> str | None:
     try:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
-        return f"{LIBRARY} does not load: {error.__cause__ or error}; run `pip install` of linescan again"
+        return f"not loadable ({error.__cause__ or error}); run `pip install` of linescan again"
     if not hasattr(torch.ops.linescan_cpu, "selective_scan"):
-        return f"needs torch >= 2.10, this is {torch.__version__}"
+        return f"made for torch >= 2.10, this is {torch.__version__}"
     if setting:
         instruction_set(setting)
     return None
@@ -55,41 +55,42 @@ def instruction_set(most: str = "") -> str:
     return next(name for name, count in LANES.items() if count == lanes)
 
 
+def missing() -> str | None:
+    """Why the kernels cannot serve and what to do about it; None if they can."""
+    return _missing
+
+
 def info() -> str:
-    """Which kernels serve the CPU, or why none do and what to do about it."""
-    return f"C++, {instruction_set()}" if _missing is None else f"chunked torch; kernels {_missing}"
+    """The kernels' state in a line."""
+    return f"C++, {instruction_set()}" if _missing is None else f"chunked torch serves; the kernels are {_missing}"
 
 
 # -- what all operators share -----------------------------------------------------------------------------------------
 
 
-def _fits(*args) -> bool:
-    tensors = [x for x in args if isinstance(x, Tensor)]
-    return all(
-        x.device.type == "cpu" and x.numel() > 0 and (x.dtype in _DTYPES or not x.is_floating_point()) for x in tensors
-    )
-
-
 def _supports(*args) -> bool:
+    """Whether the kernel serves a call; says once if it would, were it there."""
     global _said
-    if not _fits(*args):
-        return False
+    for x in args:
+        if isinstance(x, Tensor):
+            if x.device.type != "cpu" or not (x.dtype in _DTYPES or not x.dtype.is_floating_point) or not x.numel():
+                return False
     if _missing is not None and not _said:
         _said = True
         _log.warning("linescan: the CPU kernels are %s. The slower torch form serves instead.", _missing)
     return _missing is None
 
 
-def _check(op: Recurrence, args) -> None:
-    """For calls that force the kernel by name."""
+def _check(op: Recurrence, *tensors: Tensor | None) -> None:
+    """For calls that force the kernel by name; `tensors` are the token inputs."""
     if _missing is not None:
         raise RuntimeError(f"{op.name}: the CPU kernels are {_missing}")
-    if not _fits(*args):
-        got = sorted({f"{str(x.dtype)[6:]} on {x.device.type}" for x in args if isinstance(x, Tensor)})
-        raise ValueError(
-            f"{op.name}: the cpu kernel takes non-empty float32, bfloat16 or float16 tensors on the CPU, "
-            f"got {', '.join(got)}"
-        )
+    for x in tensors:
+        if x is not None and (x.dtype not in _DTYPES or x.device.type != "cpu" or x.numel() == 0):
+            raise ValueError(
+                f"{op.name}: the cpu kernel takes non-empty float32, bfloat16 or float16 tensors on the CPU, "
+                f"got {str(x.dtype)[6:]} {tuple(x.shape)} on {x.device}"
+            )
 
 
 def _rows(x: Tensor | None) -> Tensor | None:
@@ -98,7 +99,11 @@ def _rows(x: Tensor | None) -> Tensor | None:
 
 
 def _parameter(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.float().contiguous()
+    return x if x is None else x.float().contiguous()
+
+
+def _table(route: Tensor | None) -> Tensor | None:
+    return route if route is None else (route if route.dtype is torch.int64 else route.int()).contiguous()
 
 
 def _output(x: Tensor, batch: int, routes: int, length: int, route: Tensor | None, merge: bool) -> Tensor:
@@ -128,41 +133,33 @@ def _finish(grads, inputs) -> list[Tensor]:
 
 def _scan_inputs(args):
     u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, route, merge = args
-    batch, routes, length = _selective_scan._visited(args[:-2], route)
-    tokens = [_rows(x) for x in (u, delta, B, C, z)]
-    u, delta, B, C, z = tokens
-    table = None if route is None else route if route.dtype == torch.int64 else route.int()
-    table = None if table is None else table.contiguous()
-    parameters = [_parameter(x) for x in (A, D, delta_bias, initial_state)]
-    A, D, delta_bias, initial_state = parameters
-    call = (u, delta, A, B, C, D, z, delta_bias, initial_state, table, routes, delta_softplus, merge)
-    return call, (batch, routes, length)
+    _check(_selective_scan, u, delta, B, C, z)
+    shape = _selective_scan._visited(args[:-2], route)
+    u, delta, B, C, z = map(_rows, (u, delta, B, C, z))
+    A, D, delta_bias, initial_state = map(_parameter, (A, D, delta_bias, initial_state))
+    table, routes = _table(route), shape[1]
+    return (u, delta, A, B, C, D, z, delta_bias, initial_state, table, routes, delta_softplus, merge), shape
 
 
 def _scan_forward(*args):
-    _check(_selective_scan, args)
     u, A, route, merge = args[0], args[2], args[-2], args[-1]
     call, (batch, routes, length) = _scan_inputs(args)
     y = _output(u, batch, routes, length, route, merge)
     state = torch.empty(batch, routes, *A.shape[1:])
-    torch.ops.linescan_cpu.selective_scan(*call, y, state)
+    torch.ops.linescan_cpu.selective_scan.default(*call, y, state)
     return y.to(u.dtype), state
 
 
 def _scan_backward(grad_output, grad_state, *args):
-    _check(_selective_scan, args)
     u, delta, A, B, C, D, z, delta_bias, _, initial_state, route, _ = args
     call, (_, routes, _) = _scan_inputs(args)
     du, ddelta = _gradient(u, routes, route), _gradient(delta, routes, route)
     dB, dC = torch.zeros(B.shape), torch.zeros(C.shape)
     dz = None if z is None else _gradient(z, routes, route)
     dA, dD, dbias, dinitial = _like(A), _like(D), _like(delta_bias), _like(initial_state)
-    torch.ops.linescan_cpu.selective_scan_backward(
-        *call, _rows(grad_output), _parameter(grad_state), du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial
-    )
-    return _finish(
-        (du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial), (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    )
+    grads = (du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial)
+    torch.ops.linescan_cpu.selective_scan_backward.default(*call, _rows(grad_output), _parameter(grad_state), *grads)
+    return _finish(grads, (u, delta, A, B, C, D, z, delta_bias, initial_state))
 
 
 # -- causal convolution -----------------------------------------------------------------------------------------------
@@ -170,27 +167,26 @@ def _scan_backward(grad_output, grad_state, *args):
 
 def _conv_inputs(args):
     x, weight, bias, silu, initial_state, route, merge = args
+    _check(_causal_conv1d, x)
     shape = _causal_conv1d._visited(args[:-2], route)
-    table = None if route is None else (route if route.dtype == torch.int64 else route.int()).contiguous()
-    return (_rows(x), *map(_parameter, (weight, bias, initial_state)), table, shape[1], silu, merge), shape
+    weight, bias, initial_state = map(_parameter, (weight, bias, initial_state))
+    return (_rows(x), weight, bias, initial_state, _table(route), shape[1], silu, merge), shape
 
 
 def _conv_forward(*args):
-    _check(_causal_conv1d, args)
     x, weight, *_, route, merge = args
     call, (batch, routes, length) = _conv_inputs(args)
     y = _output(x, batch, routes, length, route, merge)
     state = torch.empty(batch, routes, x.shape[-1], weight.shape[-1] - 1)
-    torch.ops.linescan_cpu.causal_conv1d(*call, y, state)
+    torch.ops.linescan_cpu.causal_conv1d.default(*call, y, state)
     return y.to(x.dtype), state
 
 
 def _conv_backward(grad_output, grad_state, *args):
-    _check(_causal_conv1d, args)
     x, weight, bias, _, initial_state, route, _ = args
     call, (_, routes, _) = _conv_inputs(args)
     grads = (_gradient(x, routes, route), _like(weight), _like(bias), _like(initial_state))
-    torch.ops.linescan_cpu.causal_conv1d_backward(*call, _rows(grad_output), _parameter(grad_state), *grads)
+    torch.ops.linescan_cpu.causal_conv1d_backward.default(*call, _rows(grad_output), _parameter(grad_state), *grads)
     return _finish(grads, (x, weight, bias, initial_state))
 
 

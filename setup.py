@@ -1,0 +1,66 @@
+"""Compiles the CPU kernels. Everything else about the package stands in pyproject.toml.
+
+The kernels need a C++17 compiler (g++ or clang++), and nothing of torch or Python: they find libtorch's stable C
+interface when they are loaded. One library therefore serves every Python and every torch >= 2.10, and an isolated build
+does not have to download torch. Where they do not compile, the package is installed without them.
+"""
+
+import sys
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+FOLDER = "linescan/scans/kernels/cpu"
+
+
+class BuildKernels(build_ext):
+    """A plain shared library: no module to import, no version of Python in its name."""
+
+    def get_ext_filename(self, fullname):
+        return f"{fullname.replace('.', '/')}.so"
+
+    def get_export_symbols(self, ext):
+        return []
+
+    def build_extension(self, ext):
+        try:
+            super().build_extension(ext)
+        except Exception as error:
+            self.warn(f"the CPU kernels do not compile, the slower torch form will serve: {error}")
+            raise
+
+
+class PlatformWheel(bdist_wheel):
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
+kernels = Extension(
+    "linescan.scans.kernels._cpu",
+    sources=[f"{FOLDER}/{name}.cpp" for name in ("ops", "avx512", "avx2", "baseline")],
+    depends=[
+        f"{FOLDER}/{name}.h"
+        for name in ("kernels", "instruction_set", "vector", "selective_scan", "causal_conv", "stable")
+    ],
+    language="c++",
+    # No trapping: comparisons may become minima and maxima. -Wno-psabi: no vector crosses a library's border.
+    extra_compile_args=[
+        "-O3",
+        "-g0",
+        "-std=c++17",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-fvisibility=hidden",
+        "-Wno-psabi",
+    ],
+    extra_link_args=["-s"] if sys.platform == "linux" else [],
+    libraries=["dl"] if sys.platform == "linux" else [],
+    optional=True,
+)
+
+setup(
+    # The vectors are an extension of GCC and clang; with another compiler the torch form serves.
+    ext_modules=[] if sys.platform == "win32" else [kernels],
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
+)

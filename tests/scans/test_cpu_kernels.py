@@ -1,0 +1,281 @@
+"""The C++ kernels against the sequential float64 definitions, on every instruction set that this machine has."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from linescan.scans import backend, causal_conv1d, selective_scan
+from linescan.scans.kernels import backend_info, cpu
+
+compiled = pytest.mark.skipif(cpu.missing() is not None, reason=f"CPU kernels {cpu.missing()}")
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
+
+
+@pytest.fixture(params=list(cpu.LANES))
+def instructions(request):
+    """Runs a test with the instruction set capped at each level."""
+    before = cpu.instruction_set()
+    if cpu.instruction_set(request.param) != request.param:
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    cpu.instruction_set(before)
+
+
+def orders(routes, length, kind, batch=2):
+    """Route tables: permutations, with padding and repeats, or one for every sample."""
+    generator = torch.Generator().manual_seed(length)
+    shape = (batch, routes) if kind == "per sample" else (routes,)
+    table = torch.rand(*shape, length, generator=generator).argsort(-1)
+    if kind == "padded":
+        table[..., 1 : length // 3] = -1  # tokens that no step writes, steps that read nothing
+        again = torch.randint(0, length, (*shape, 3), generator=generator)
+        table = torch.cat((-2 - again, table, torch.full((*shape, 2), -1)), -1)
+    return None if kind == "none" else table
+
+
+def scan_inputs(batch, routes, length, channels, groups, state, extras=True, shared=True):
+    """Float64 inputs; `shared`: one u, z and C for all routes."""
+    generator = torch.Generator().manual_seed(channels + state)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    own = 1 if shared else routes
+    inputs = dict(
+        u=normal(batch, own, length, channels),
+        delta=normal(batch, routes, length, channels),
+        A=-4 * torch.rand(routes, channels, state, generator=generator, dtype=torch.float64),
+        B=normal(batch, routes, length, groups, state),
+        C=normal(batch, own, length, groups, state),
+    )
+    if extras:
+        inputs |= dict(
+            D=normal(routes, channels),
+            z=normal(batch, own, length, channels),
+            delta_bias=normal(routes, channels) - 1,
+            initial_state=normal(batch, routes, channels, state),
+        )
+    return inputs
+
+
+def conv_inputs(batch, routes, length, channels, width, extras=True, shared=True):
+    generator = torch.Generator().manual_seed(channels + width)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    inputs = dict(x=normal(batch, 1 if shared else routes, length, channels), weight=normal(routes, channels, width))
+    if extras:
+        inputs |= dict(bias=normal(routes, channels), initial_state=normal(batch, routes, channels, width - 1))
+    return inputs
+
+
+def results(function, inputs, name, **options):
+    """Output, final state and all gradients, with the implementation `name`."""
+    leaves = {key: x.detach().requires_grad_() for key, x in inputs.items()}
+    with backend(name):
+        output, state = function(**leaves, **options, return_final_state=True)
+        generator = torch.Generator().manual_seed(0)
+        weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in (output, state)]
+        grads = torch.autograd.grad([output, state], list(leaves.values()), weights)
+    return dict(zip(("output", "state", *leaves), (output, state, *grads)))
+
+
+def assert_agrees(function, inputs, dtype=torch.float32, **options):
+    tokens = ("u", "delta", "B", "C", "z", "x")
+    rounded = {key: x.to(dtype if key in tokens else torch.float32) for key, x in inputs.items()}
+    expected = results(function, {key: x.double() for key, x in rounded.items()}, "reference", **options)
+    for key, got in results(function, rounded, "cpu", **options).items():
+        assert got.dtype == (rounded[key].dtype if key in rounded else torch.float32 if key == "state" else dtype), key
+        error = (got.double() - expected[key]).abs().max() / expected[key].abs().max().clamp_min(1e-3)
+        assert error < TOLERANCE[dtype], f"{key}: relative error {error:.1e}"
+
+
+# -- the selective scan -----------------------------------------------------------------------------------------------
+
+SCANS = [
+    # batch, routes, length, channels, groups, state, extras, shared, route, merge
+    (1, 1, 1, 1, 1, 1, True, True, "none", None),
+    (2, 1, 37, 20, 1, 16, True, True, "none", None),
+    (2, 3, 35, 17, 1, 3, True, True, "permuted", "sum"),
+    (2, 2, 21, 3, 3, 8, False, False, "padded", None),
+    (2, 2, 21, 24, 2, 5, True, False, "per sample", "sum"),
+    (2, 2, 19, 70, 1, 16, True, True, "padded", "sum"),
+    (1, 2, 40, 64, 1, 64, False, True, "permuted", None),  # long enough for the backward to keep states in segments
+    (1, 1, 33, 384, 1, 16, True, True, "none", None),
+    (2, 4, 18, 48, 1, 1, True, True, "permuted", "sum"),
+    (2, 2, 9, 6, 1, 23, True, True, "none", "sum"),
+]
+
+
+@compiled
+@pytest.mark.parametrize("case", SCANS, ids=str)
+def test_selective_scan(case, instructions):
+    *sizes, extras, shared, kind, merge = case
+    batch, routes, length = sizes[:3]
+    options = dict(route=orders(routes, length, kind, batch), merge=merge, delta_softplus=extras)
+    inputs = scan_inputs(*sizes, extras=extras, shared=shared)
+    if not extras:
+        inputs["delta"] = inputs["delta"].abs()
+    assert_agrees(selective_scan, inputs, **options)
+
+
+@compiled
+@pytest.mark.parametrize("merge", [None, "sum"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_selective_scan_half(dtype, merge, instructions):
+    inputs = scan_inputs(2, 2, 24, 37, 1, 16)
+    assert_agrees(selective_scan, inputs, dtype, route=orders(2, 24, "padded").int(), merge=merge, delta_softplus=True)
+
+
+@compiled
+def test_strided_inputs_are_read_in_place():
+    """Halves of one tensor, channels that are not neighbours, and one route's gradient spread over all."""
+    inputs = {key: x.float() for key, x in scan_inputs(2, 2, 30, 32, 1, 4).items()}
+    both = torch.cat((inputs["u"], inputs["z"]), -1)
+    views = inputs | dict(
+        u=both[..., :32],
+        z=both[..., 32:],
+        delta=inputs["delta"].mT.contiguous().mT,
+        B=torch.stack((inputs["B"], inputs["B"]), -1)[..., 0],
+    )
+    expected = results(selective_scan, inputs, "cpu", delta_softplus=True)
+    for key, got in results(selective_scan, views, "cpu", delta_softplus=True).items():
+        assert torch.equal(got, expected[key]), key
+    leaf = inputs["u"].clone().requires_grad_()
+    selective_scan(**(inputs | dict(u=leaf)), delta_softplus=True, merge="sum").sum().backward()  # an expanded gradient
+    with backend("chunked"):
+        other = inputs["u"].clone().requires_grad_()
+        selective_scan(**(inputs | dict(u=other)), delta_softplus=True, merge="sum").sum().backward()
+    torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-4, atol=1e-4)
+
+
+# -- the causal convolution -------------------------------------------------------------------------------------------
+
+CONVS = [
+    # batch, routes, length, channels, width, extras, shared, route, merge, activation
+    (1, 1, 1, 1, 4, True, True, "none", None, "silu"),
+    (2, 1, 70, 17, 4, True, True, "none", None, "silu"),
+    (2, 3, 35, 3, 3, True, True, "permuted", "sum", None),
+    (2, 2, 66, 64, 4, False, False, "padded", None, "silu"),
+    (2, 2, 21, 130, 2, True, False, "per sample", "sum", "silu"),
+    (1, 2, 5, 20, 9, True, False, "none", "sum", "silu"),  # the window reaches back before the first token
+    (1, 1, 140, 384, 5, False, True, "none", None, None),
+]
+
+
+@compiled
+@pytest.mark.parametrize("case", CONVS, ids=str)
+def test_causal_conv1d(case, instructions):
+    *sizes, extras, shared, kind, merge, activation = case
+    batch, routes, length = sizes[:3]
+    options = dict(route=orders(routes, length, kind, batch), merge=merge, activation=activation)
+    assert_agrees(causal_conv1d, conv_inputs(*sizes, extras=extras, shared=shared), **options)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_causal_conv1d_half(dtype, instructions):
+    inputs = conv_inputs(2, 2, 40, 37, 4)
+    assert_agrees(causal_conv1d, inputs, dtype, route=orders(2, 40, "padded"), merge="sum", activation="silu")
+
+
+# -- promises ---------------------------------------------------------------------------------------------------------
+
+
+@compiled
+def test_threads_do_not_change_a_bit():
+    """Enough work that two threads share it."""
+    scan = {key: x.float() for key, x in scan_inputs(1, 2, 100, 200, 2, 16).items()}
+    conv = {key: x.float() for key, x in conv_inputs(2, 2, 200, 300, 4, shared=False).items()}
+    threads, outcomes = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            outcomes.append(
+                results(selective_scan, scan, "cpu", route=orders(2, 100, "padded"), merge="sum", delta_softplus=True)
+                | {f"conv {k}": v for k, v in results(causal_conv1d, conv, "cpu", route=orders(2, 200, "none")).items()}
+            )
+    finally:
+        torch.set_num_threads(threads)
+    for other in outcomes[1:]:
+        for key, expected in outcomes[0].items():
+            assert torch.equal(other[key], expected), key
+
+
+@compiled
+def test_accuracy_of_exp_softplus_sigmoid(instructions):
+    x = torch.cat((torch.linspace(-87, 88, 200_001), torch.randn(50_000) * 1e-3, torch.tensor([0.0, -0.0])))
+    for which, function, ulps in ((0, torch.exp, 1.5), (1, torch.nn.functional.softplus, 4), (2, torch.sigmoid, 3)):
+        got = torch.empty_like(x)
+        torch.ops.linescan_cpu.unary(which, x, got)
+        exact = torch.log1p(x.double().exp()) if which == 1 else function(x.double())
+        ulp = torch.nextafter(exact.float(), torch.tensor(torch.inf)).double() - exact.float().double()
+        assert ((got.double() - exact).abs() / ulp).max() < ulps, function.__name__
+
+
+@compiled
+def test_nan_and_infinity_are_not_hidden(instructions):
+    special = torch.tensor([torch.nan, -torch.inf, torch.inf, -1000.0, 1000.0])
+    got = torch.empty_like(special)
+    torch.ops.linescan_cpu.unary(0, special, got)
+    assert got[0].isnan() and got[[1, 3]].max() < 1e-37 and got[[2, 4]].min() > 3e38
+    inputs = {key: x.float() for key, x in scan_inputs(1, 1, 5, 3, 1, 2, extras=False).items()}
+    inputs["delta"][0, 0, 2, 1] = torch.nan
+    y = selective_scan(**inputs)[0, 0]
+    assert y[2:, 1].isnan().all() and y[:2].isfinite().all() and y[:, [0, 2]].isfinite().all()
+
+
+@compiled
+def test_the_kernel_is_what_serves():
+    assert "C++" in backend_info()["cpu"] and "cpu: C++ kernel" in backend_info()["selective_scan"]
+    inputs = {key: x.float() for key, x in scan_inputs(1, 1, 40, 8, 1, 2).items()}
+    with backend("cpu"):
+        forced = selective_scan(**inputs, delta_softplus=True)
+    assert torch.equal(selective_scan(**inputs, delta_softplus=True), forced)
+    with backend("cpu"), pytest.raises(ValueError, match="float32, bfloat16 or float16 .* got float64"):
+        selective_scan(**{key: x.double() for key, x in inputs.items()})
+
+
+def run(code, setting):
+    environment = os.environ | {"LINESCAN_CPU_KERNELS": setting}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
+CALLS = """
+import torch
+from linescan.scans import backend, causal_conv1d, kernels
+x, weight = torch.randn(1, 1, 5, 3), torch.randn(1, 3, 4)
+for _ in range(3):
+    causal_conv1d(x, weight)
+print(kernels.backend_info()["cpu"])
+try:
+    with backend("cpu"):
+        causal_conv1d(x, weight)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_missing_kernels_are_said_once():
+    outcome = run(CALLS, "off")
+    assert outcome.returncode == 0, outcome.stderr
+    assert outcome.stderr.count("CPU kernels are turned off") == 1
+    info, error = outcome.stdout.splitlines()
+    assert "chunked torch serves" in info and error == (
+        "causal_conv1d: the CPU kernels are turned off by LINESCAN_CPU_KERNELS=off"
+    )
+
+
+@compiled
+def test_the_environment_caps_the_instruction_set(monkeypatch):
+    before = cpu.instruction_set()
+    monkeypatch.setenv("LINESCAN_CPU_KERNELS", "baseline")
+    assert cpu._load() is None and cpu.info() == "C++, baseline"
+    cpu.instruction_set(before)
+    monkeypatch.setenv("LINESCAN_CPU_KERNELS", "best")
+    with pytest.raises(ValueError, match="one of off, avx512, avx2, baseline; got 'best'"):
+        cpu._load()
