@@ -12,22 +12,17 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from ..scans import causal_conv1d, selective_scan
+from ..scans import causal_conv1d
 from ..scans.multi_route import create_merge
 from ..scans.routes import pad_slots
 from .norm import RMSNorm
 from .pos_embed import rotate_pairs
+from .s6 import S6Scan
 
-__all__ = ["MambaBlock", "MambaMixer", "init_dt_bias", "project_routes", "stack_directions", "take_places"]
-
-
-def init_dt_bias(shape: tuple[int, ...], dt_min: float = 1e-3, dt_max: float = 1e-1, floor: float = 1e-4) -> Tensor:
-    """Biases whose softplus is log-uniform in [dt_min, dt_max]: the inverse softplus of such steps."""
-    dt = torch.exp(torch.rand(shape) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min)).clamp_min(floor)
-    return dt + torch.log(-torch.expm1(-dt))
+__all__ = ["MambaBlock", "MambaMixer", "stack_directions", "take_places"]
 
 
-class MambaMixer(nn.Module):
+class MambaMixer(S6Scan):
     """Token mixer (B, L, dim) -> (B, L, dim): in_proj, then per route causal conv, SiLU and S6, gate, merge, out_proj.
 
     Every route has its own convolution, x_proj, dt_proj, A and D, stacked on the first axis of one parameter; in_proj,
@@ -61,38 +56,17 @@ class MambaMixer(nn.Module):
         init_layer_scale: float | None = None,
         merge: str | Callable[[int, int], nn.Module] = "sum",
     ):
-        super().__init__()
-        inner = int(expand * dim)
-        rank = dt_rank or math.ceil(dim / 16)
-        sets = 1 if shared_inputs else n_routes
-        self.split = rank, d_state, d_state
+        inner, sets = int(expand * dim), 1 if shared_inputs else n_routes
+        super().__init__(inner, n_routes, d_state, dt_rank or math.ceil(dim / 16), n_sets=sets)
         self.scale = scale
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
-        self.conv_weight = nn.Parameter(torch.empty(sets, inner, d_conv))
-        self.conv_bias = nn.Parameter(torch.empty(sets, inner))
-        self.x_proj = nn.Parameter(torch.empty(sets, rank + 2 * d_state, inner))
-        self.dt_proj = nn.Parameter(torch.empty(sets, inner, rank))
-        self.dt_bias = nn.Parameter(torch.empty(sets, inner))
-        self.A_log = nn.Parameter(torch.empty(n_routes, inner, d_state))
-        self.D = nn.Parameter(torch.ones(sets, inner))
+        self.conv_weight = nn.Parameter(torch.empty(sets, inner, d_conv).uniform_(-(d_conv**-0.5), d_conv**-0.5))
+        self.conv_bias = nn.Parameter(torch.empty(sets, inner).uniform_(-(d_conv**-0.5), d_conv**-0.5))
         self.out_proj = nn.Linear(inner, dim, bias=False)
         self.gamma = nn.Parameter(torch.full((dim,), init_layer_scale)) if init_layer_scale is not None else None
         self.merge = None  # the scan adds up by itself
         if merge != "sum":
             self.merge = (partial(create_merge, merge) if isinstance(merge, str) else merge)(inner, n_routes)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Mamba's initialisation: steps log-uniform in [1e-3, 1e-1], A = -1..-N, D = 1."""
-        sets, inner, taps = self.conv_weight.shape
-        bound = taps**-0.5
-        nn.init.uniform_(self.conv_weight, -bound, bound)
-        nn.init.uniform_(self.conv_bias, -bound, bound)
-        nn.init.uniform_(self.x_proj, -(inner**-0.5), inner**-0.5)
-        nn.init.uniform_(self.dt_proj, -(self.split[0] ** -0.5), self.split[0] ** -0.5)
-        with torch.no_grad():
-            self.dt_bias.copy_(init_dt_bias((sets, inner)))
-            self.A_log.copy_(torch.arange(1, self.split[1] + 1, dtype=torch.float32).log().expand_as(self.A_log))
 
     def no_weight_decay(self) -> set[str]:
         """Biases and D: one value a channel, stacked over routes, so that their rank does not tell."""
@@ -109,34 +83,14 @@ class MambaMixer(nn.Module):
             route, slots = pad_slots(route, length)
             x = F.pad(x, (0, 0, 0, slots))
         u, z = x[:, None].chunk(2, -1)
-        sets, routes = self.conv_weight.shape[0], self.A_log.shape[0]
-        u = causal_conv1d(u, self.conv_weight, self.conv_bias, activation="silu", route=route[:sets])
-        dt, B, C = project_routes(u, self.x_proj).split(self.split, -1)
-        y = selective_scan(
-            u,
-            project_routes(dt, self.dt_proj),
-            -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))),
-            B,
-            C,
-            self.D.expand(routes, -1),
-            z,
-            self.dt_bias.expand(routes, -1),
-            delta_softplus=True,
-            route=route,
-            merge="sum" if self.merge is None else None,
-        )
+        own = route[: len(self.conv_weight)]
+        u = causal_conv1d(u, self.conv_weight, self.conv_bias, activation="silu", route=own)
+        y = self.scan(u, route, z, merge="sum" if self.merge is None else None)
         y = y[..., :length, :] if slots else y
         if self.merge is not None:
             y = self.merge(y if place is None else take_places(y, place))
         y = self.out_proj(y * self.scale if self.scale != 1.0 else y)
         return y if self.gamma is None else y * self.gamma
-
-
-def project_routes(x: Tensor, weight: Tensor) -> Tensor:
-    """One linear map a route: x (B, K or 1, L, C), weight (K, C', C) -> (B, K, L, C')."""
-    if x.shape[1] == 1:  # one linear map for all routes, from tokens that they share
-        return F.linear(x[:, 0], weight.flatten(0, 1)).unflatten(-1, weight.shape[:2]).movedim(2, 1)
-    return F.linear(x, weight[0]) if weight.shape[0] == 1 else torch.matmul(x, weight.mT)
 
 
 def take_places(y: Tensor, place: Tensor) -> Tensor:

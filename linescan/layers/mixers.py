@@ -20,7 +20,8 @@ from ..scans.multi_route import create_merge
 from ..scans.routes import parse, table
 from ..scans.wkv import bi_wkv, wkv4, wkv6
 from .norm import RMSNorm
-from .ss2d import S6Scan, SSDScan
+from .s6 import S6Scan
+from .ss2d import SSDScan
 from .stems import MapConv2d
 
 __all__ = ["MIXERS", "Mixer"]

@@ -13,78 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..scans import selective_scan
 from ..scans.multi_route import create_merge
 from ..scans.routes import parse, table
 from ..scans.ssd import ssd
-from .mamba import init_dt_bias, project_routes
+from .s6 import S6Scan, init_dt_bias, known, project_routes, simple_init
 from .stems import MapConv2d
 
 __all__ = ["CROSS", "S6Scan", "SSDScan", "SS2D", "CascadeSS2D"]
 
 CROSS = "row, col, -row, -col"  # VMamba's cross-scan, in the order of its parameters
-
-
-class S6Scan(nn.Module):
-    """Tokens (B, L, D) through an S6 recurrence along K routes, each with its own projections, A, D and steps.
-
-        dt, B, C = x_proj[k] u;    y[k] = S6(u, softplus(dt_proj[k] dt + dt_bias[k]), -exp(A_log[k]), B, C, D[k])
-
-    Args:
-        dim: D, channels.
-        n_routes: K.
-        d_state: N, state size per channel.
-        dt_rank: R, rank of the step-size projection; None for ceil(dim / 16).
-        init: "v0" (Mamba's: steps log-uniform in [1e-3, 1e-1], A = -1..-N), "v1" (A_log normal, dt_proj and dt_bias
-            0.1 normal) or "v2" (A = -1, dt_proj and dt_bias 0.1 uniform).
-    """
-
-    def __init__(self, dim: int, n_routes: int = 4, d_state: int = 16, dt_rank: int | None = None, init: str = "v0"):
-        super().__init__()
-        rank = dt_rank or math.ceil(dim / 16)
-        self.split = rank, d_state, d_state
-        self.x_proj = nn.Parameter(torch.empty(n_routes, rank + 2 * d_state, dim))
-        self.dt_proj = nn.Parameter(torch.empty(n_routes, dim, rank))
-        self.dt_bias = nn.Parameter(torch.empty(n_routes, dim))
-        self.A_log = nn.Parameter(torch.empty(n_routes, dim, d_state))
-        self.D = nn.Parameter(torch.ones(n_routes, dim))
-        self.init = _known("init", init, ("v0", "v1", "v2"))
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """The published initialisation `init`."""
-        bound = self.x_proj.shape[-1] ** -0.5
-        nn.init.uniform_(self.x_proj, -bound, bound)
-        nn.init.ones_(self.D)
-        if self.init == "v0":
-            rank, d_state = self.split[:2]
-            nn.init.uniform_(self.dt_proj, -(rank**-0.5), rank**-0.5)
-            self.dt_bias.copy_(init_dt_bias(self.dt_bias.shape))
-            self.A_log.copy_(torch.arange(1, d_state + 1, dtype=torch.float32).log().expand_as(self.A_log))
-        else:
-            _simple_init(self.init, self.A_log, self.dt_proj, self.dt_bias)
-
-    def no_weight_decay(self) -> set[str]:
-        """D; the steps' biases are decayed as the authors do (their rank, too, is two)."""
-        return {"D"}
-
-    def forward(self, u: Tensor, route: Tensor, merge: str | None = "sum") -> Tensor:
-        """u (B, L, D), route table (K, S) -> (B, L, D) summed over routes, or (B, K, L, D) with merge=None."""
-        u = u[:, None]
-        dt, B, C = project_routes(u, self.x_proj).split(self.split, -1)
-        return selective_scan(
-            u,
-            project_routes(dt, self.dt_proj),
-            -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))),
-            B,
-            C,
-            self.D,
-            delta_bias=self.dt_bias,
-            delta_softplus=True,
-            route=route,
-            merge=merge,
-        )
 
 
 class SSDScan(nn.Module):
@@ -110,7 +47,7 @@ class SSDScan(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(n_routes, heads))
         self.A_log = nn.Parameter(torch.empty(n_routes, heads))
         self.D = nn.Parameter(torch.ones(n_routes, heads, dim // heads))
-        self.init = _known("init", init, ("v0", "v1", "v2"))
+        self.init = known("init", init, ("v0", "v1", "v2"))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -123,7 +60,7 @@ class SSDScan(nn.Module):
             self.dt_bias.copy_(init_dt_bias(self.dt_bias.shape))
             nn.init.zeros_(self.A_log)
         else:
-            _simple_init(self.init, self.A_log, self.dt_bias)
+            simple_init(self.init, self.A_log, self.dt_bias)
 
     def forward(self, u: Tensor, route: Tensor, merge: str | None = "sum") -> Tensor:
         """u (B, L, D), route table (K, S) -> (B, L, D) summed over routes, or (B, K, L, D) with merge=None."""
@@ -144,21 +81,6 @@ class SSDScan(nn.Module):
         if merge:
             return (y + self.D.sum(0) * heads[:, 0]).flatten(-2)
         return (y + self.D[:, None] * heads).flatten(-2)
-
-
-def _simple_init(init: str, A_log: Tensor, *steps: Tensor) -> None:
-    if init == "v1":
-        nn.init.normal_(A_log)
-    else:
-        nn.init.zeros_(A_log)
-    for x in steps:
-        x.copy_(0.1 * (torch.randn(x.shape) if init == "v1" else torch.rand(x.shape)))
-
-
-def _known(what: str, value, known):
-    if value not in known:
-        raise ValueError(f"{what} is one of {', '.join(map(repr, known))}, not {value!r}")
-    return value
 
 
 class _OverPositions(nn.Module):
@@ -221,8 +143,8 @@ class SS2D(nn.Module):
     ):
         super().__init__()
         inner = int(expand * dim)
-        _known("gate", gate, ("act", "linear", None))
-        _known("out_norm", out_norm, tuple(OUT_NORMS))
+        known("gate", gate, ("act", "linear", None))
+        known("out_norm", out_norm, tuple(OUT_NORMS))
         self.routes = parse(routes)
         self.in_proj = nn.Linear(dim, inner if gate is None else 2 * inner, bias=False)
         self.gate = {"act": act_layer, "linear": nn.Identity, None: lambda: None}[gate]()
