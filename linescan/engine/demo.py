@@ -62,7 +62,7 @@ def demo(out: str | Path = "runs/demo", recipe: Recipe = RECIPE) -> float:
     _draw(out, classifier, pictures, probabilities, truth, accuracy)
 
     say(
-        f"\n[bold green]{accuracy:.2f} %[/] of {len(pictures)} held-out digits right, after {seconds:.0f} s of training."
+        f"\n[bold green]{accuracy:.2f} %[/] of {len(pictures)} held-out digits right after {seconds:.0f} s of training."
     )
     for name, what in (
         ("demo.png", "look at this first"),

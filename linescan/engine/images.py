@@ -16,6 +16,12 @@ __all__ = ["read_image", "to_mode", "find_images", "ImageSet", "Digits", "Folder
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
+def _mode(channels: int) -> str:
+    if channels not in _MODES:
+        raise InputError(f"a model with {channels} input channels cannot be fed pictures; 1, 3 and 4 channels can")
+    return _MODES[channels]
+
+
 def to_mode(image: Image.Image, channels: int) -> Image.Image:
     """`image` with 1 (grey), 3 (RGB) or 4 (RGBA) channels of 8 bits, upright as its EXIF data say.
 
@@ -25,8 +31,7 @@ def to_mode(image: Image.Image, channels: int) -> Image.Image:
     Raises:
         InputError: another number of channels, or values that are not finite.
     """
-    if channels not in _MODES:
-        raise InputError(f"a model with {channels} input channels cannot be fed pictures; 1, 3 and 4 channels can")
+    mode = _mode(channels)
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         values = np.asarray(image)
@@ -37,7 +42,7 @@ def to_mode(image: Image.Image, channels: int) -> Image.Image:
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     elif "transparency" in image.info:
         image = image.convert("RGBA")
-    return image.convert(_MODES[channels])
+    return image.convert(mode)
 
 
 def read_image(path: str | Path, channels: int = 3) -> Image.Image:
@@ -45,7 +50,9 @@ def read_image(path: str | Path, channels: int = 3) -> Image.Image:
 
     Raises:
         BrokenImage: it cannot be read; the message starts with the path.
+        InputError: no picture has so many channels.
     """
+    _mode(channels)
     try:
         with Image.open(path) as image:
             image.load()

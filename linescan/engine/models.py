@@ -47,11 +47,21 @@ def build(name: str, **args) -> nn.Module:
             f"unknown model {name!r}; " + (f"near it: {', '.join(near)}" if near else "`linescan list` shows all")
         )
     try:
-        return timm.create_model(name, **args)
+        model = timm.create_model(name, **args)
     except Exception as error:  # a constructor may raise anything at all
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         given = ", ".join(f"{k}={v}" for k, v in args.items())
         raise InputError(f"cannot build {name} with {given or 'its defaults'}: {reason}") from error
+    height, width = _sides(args.get("img_size") or model.pretrained_cfg["input_size"][1:])
+    smallest = getattr(model, "min_size", 1)
+    if min(height, width) < smallest:
+        raise InputError(f"{name} reads pictures of at least {smallest}x{smallest} pixels, not {height}x{width}")
+    return model
+
+
+def _sides(img_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width."""
+    return (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
 
 
 def preprocess_of(model: nn.Module, in_chans: int | None = None, img_size: int | tuple | None = None) -> Preprocess:
@@ -62,16 +72,18 @@ def preprocess_of(model: nn.Module, in_chans: int | None = None, img_size: int |
     if in_chans and in_chans != channels:
         channels, mean, std = in_chans, (sum(mean) / len(mean),) * in_chans, (sum(std) / len(std),) * in_chans
     if img_size:
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        height, width = _sides(img_size)
     return Preprocess(
         (channels, height, width), tuple(mean), tuple(std), cfg["interpolation"], 1.0 if img_size else cfg["crop_pct"]
     )
 
 
 def measure(model: nn.Module, size: tuple[int, int, int]) -> tuple[int, int]:
-    """(parameters, multiply-adds of one image), as counted by torch over every matrix product, convolution and scan."""
+    """(parameters, multiply-adds of one image or clip), counted by torch: matrix products, convolutions and scans."""
     model = model.eval()
     first = next(model.parameters())
+    if frames := getattr(model, "num_frames", 0):
+        size = (size[0], frames, *size[1:])
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         model(torch.zeros(1, *size, dtype=first.dtype, device=first.device))
@@ -155,19 +167,25 @@ def restore(name: str | None = None, checkpoint: str | Path | None = None, **arg
     if card:
         return model, replace(card, args=args)
     preprocess = preprocess_of(model, args.get("in_chans"), args.get("img_size"))
-    return model, ModelCard(name, args, class_names(model.num_classes), preprocess)
+    return model, ModelCard(name, args, class_names(model), preprocess)
 
 
 def _at_size(card: ModelCard, img_size: int | tuple | None) -> ModelCard:
     if img_size is None:
         return card
-    sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-    return replace(card, preprocess=replace(card.preprocess, size=(card.preprocess.channels, *sides)))
+    size = (card.preprocess.channels, *_sides(img_size))
+    return replace(card, preprocess=replace(card.preprocess, size=size))
 
 
-def class_names(count: int) -> list[str]:
-    """Names for the outputs of a published classifier: ImageNet's where there are so many, else numbers."""
+def class_names(model: nn.Module) -> list[str]:
+    """Names for a published classifier's outputs: ImageNet's or Kinetics' where there are so many, else numbers."""
+    count = model.num_classes
     known = {1000: "imagenet-1k", 21841: "imagenet-21k", 21843: "imagenet-21k-goog"}
+    if getattr(model, "num_frames", 0):
+        from torchvision.models.video import R3D_18_Weights
+
+        kinetics = R3D_18_Weights.KINETICS400_V1.meta["categories"]
+        return list(kinetics) if count == len(kinetics) else [str(i) for i in range(count)]
     if count not in known:
         return [str(i) for i in range(count)]
     info = timm.data.ImageNetInfo(known[count])

@@ -1,0 +1,206 @@
+"""Training that is killed, and training in several processes: real ones, through the command line."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from linescan.engine.log import read_metrics
+
+from ..conftest import ENVIRONMENT, SMALL, command, write_pictures
+
+# Everything random is on, and every kind of state is kept.
+RECIPE = (
+    "train", "-d", "pictures", "--holdout", 0.25, "-e", 12, "-b", 4, "--accumulate", 2, "--augment", "standard",
+    "--erasing", 0.5, "--mixup", 0.8, "--cutmix", 1, "--ema", 0.9, "--drop-path", 0.2, "--save-every", 1,
+    "--log-every", 1, "--workers", 0, "--device", "cpu", *SMALL,
+)  # fmt: skip
+
+# Kills this very process when it is about to (or half way through) write the run's state for the n-th time.
+KILLED_WHILE_WRITING = """
+import os, signal, sys, torch
+moment, count = sys.argv[1], int(sys.argv[2])
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+save, replace, states = torch.save, os.replace, 0
+def save_half(state, file):
+    global states
+    states += 1
+    if states == count and moment == "half":
+        save(state, file)
+        file.flush()
+        file.truncate(file.tell() // 2)
+        die()
+    save(state, file)
+def rename(a, b):
+    if states == count and str(b).endswith("state.pt") and moment == "before":
+        die()
+    replace(a, b)
+    if states == count and str(b).endswith("state.pt") and moment == "after":
+        die()
+torch.save, os.replace = save_half, rename
+sys.argv = ["linescan", *sys.argv[3:]]
+from linescan.cli import main
+main()
+"""
+
+
+def finish(folder, out, **options):
+    done = subprocess.run(
+        command(*RECIPE, "-o", out, "--resume"), cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, **options
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def contents(run) -> tuple:
+    """All that a run has come to, but for the time it took."""
+    state = torch.load(run / "state.pt", weights_only=True)
+    rows = read_metrics(run / "metrics.csv")
+    for timed in (state, *rows):
+        del timed["seconds"]
+    return state, rows, (run / "model.safetensors").read_bytes(), (run / "best.safetensors").read_bytes()
+
+
+def same(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder with the pictures and a run that nothing has disturbed."""
+    folder = tmp_path_factory.mktemp("interruption")
+    write_pictures(folder / "pictures")
+    finish(folder, "whole", timeout=300)
+    assert contents(folder / "whole")[0]["step"] == 36
+    return folder
+
+
+def rows_of(run) -> int:
+    try:
+        return (run / "metrics.csv").read_text().count("\n") - 1
+    except FileNotFoundError:
+        return 0
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(whole):
+    """kill -9, again and again, whenever it falls; then the very same end."""
+    run, dice, killed = whole / "random", random.Random(), 0
+    for _ in range(3):
+        target = rows_of(run) + dice.randint(1, 14)
+        process = subprocess.Popen(
+            command(*RECIPE, "-o", run, "--resume"), cwd=whole, env=ENVIRONMENT, stderr=subprocess.DEVNULL
+        )
+        while process.poll() is None and rows_of(run) < target:
+            time.sleep(0.001)
+        time.sleep(dice.random() * 0.05)
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+    assert killed
+    finish(whole, "random")
+    assert same(contents(run), contents(whole / "whole"))
+
+
+@pytest.mark.slow
+def test_killed_while_writing(whole):
+    """Half a state on the disk; a whole one without its name; a whole one with it and nothing after."""
+    for moment, count in (("half", 5), ("before", 3), ("after", 4)):
+        args = command(*RECIPE, "-o", "writing", "--resume")[3:]
+        process = subprocess.run(
+            [sys.executable, "-c", KILLED_WHILE_WRITING, moment, str(count), *args],
+            cwd=whole, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert process.returncode == -signal.SIGKILL, process.stderr
+        left = [p.name for p in (whole / "writing").iterdir() if p.name.endswith(".partial")]
+        assert left == ([] if moment == "after" else [".state.pt.partial"])
+        torch.load(whole / "writing" / "state.pt", weights_only=True)
+    finish(whole, "writing")
+    assert same(contents(whole / "writing"), contents(whole / "whole"))
+    assert not list((whole / "writing").glob(".*"))
+
+
+def test_stopped_from_the_keyboard(tmp_path):
+    write_pictures(tmp_path / "pictures")
+    process = subprocess.Popen(
+        command(*RECIPE, "-o", "run", "--epochs", 1000),
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and rows_of(tmp_path / "run") < 2:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume goes on" in stderr and "Traceback" not in stderr
+
+
+AGREE = """
+import json, sys, torch
+import torch.distributed as dist
+from linescan.engine.processes import processes
+from linescan.engine.training import Recipe, Training
+with processes("cpu") as us:
+    training = Training(Recipe(**json.loads(sys.argv[1])), sys.argv[2], us, log_every=1)
+    scores = training.run()
+    states = [*training.bare.state_dict().values(), *training.ema.module.state_dict().values()]
+    mine = torch.cat([t.double().flatten() for t in states])
+    all = [torch.empty_like(mine) for _ in range(us.count)]
+    dist.all_gather(all, mine)
+    seen = [None] * us.count
+    dist.all_gather_object(seen, (scores.top1, scores.images, training.step))
+    if us.first:
+        print(json.dumps({"equal": all[0].equal(all[1]), "seen": seen}))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_agree_with_each_other_and_with_one(tmp_path):
+    args = dict(img_size=16, patch_size=8, depth=1, embed_dim=24, num_heads=2)
+    recipe = dict(data="digits", model="vit_tiny_patch16_224", model_args=args, epochs=1, batch=40, ema=0.9)
+    (tmp_path / "agree.py").write_text(AGREE)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    done = subprocess.run(
+        [*torchrun, tmp_path / "agree.py", json.dumps(recipe), tmp_path / "two"],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["equal"] and said["seen"][0] == said["seen"][1] and said["seen"][0][1:] == [359, 18]
+
+    # The command, alone: one process with twice the batch sees the same pictures in the same steps.
+    one = subprocess.run(
+        command(*"train -d digits -e 1 -b 80 --ema 0.9 --log-every 1 -o".split(), tmp_path / "one", *SMALL),
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert one.returncode == 0, one.stderr
+    for a, b in zip(*(read_metrics(tmp_path / run / "metrics.csv") for run in ("one", "two")), strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() - {"seconds"}:
+            assert b[name] == pytest.approx(a[name], rel=1e-4), (name, a["step"])
+
+
+@pytest.mark.slow
+def test_torchrun_runs_the_command(tmp_path):
+    torchrun = "torch.distributed.run --nproc_per_node=2 --master_port=0 -m linescan"
+    args = ("train", "-d", "digits", "-o", "run", "-e", 1, "-b", 360, *SMALL)
+    for resume in ((), ("--resume",)):
+        done = subprocess.run(
+            command(*args, *resume, module=torchrun), cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True,
+            timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert ("on 2 x cpu" in done.stderr) and done.stderr.count("epochs of 2 steps of 720 pictures") == 1
+    assert (tmp_path / "run" / "model.safetensors").exists()
