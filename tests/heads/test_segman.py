@@ -1,0 +1,116 @@
+"""SegMAN's decoder and the whole model; and the same decoder in mmseg, where that is installed."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import linescan
+from linescan.heads.segman import SegMAN, SegMANDecoder, create_segman
+from tests.parity import recipe
+
+DATA = Path(__file__).parents[1] / "parity" / "data"
+ENCODER = dict(
+    img_size=96, dims=(16, 32, 48, 64), depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 4), windows=(7, 5, 3, 3),
+    mlp_ratios=(4, 4, 3.4, 3.4), init_layer_scale=(0, 0, 1e-6, 1e-6),
+)  # fmt: skip
+HEAD = dict(channels=16, feat_proj_dim=24, num_classes=7)
+
+
+def write_official(path):
+    manifest = json.loads((DATA / "segman__tiny_seg.json").read_text())
+    state = {key: torch.from_numpy(value) for key, value in recipe.state_dict(manifest).items()}
+    state |= {key: torch.tensor(value) for key, value in manifest["constants"].items()}
+    torch.save({"state_dict": state, "meta": {"epoch": 1}}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    return write_official(tmp_path_factory.mktemp("segman") / "tiny_seg.pth")
+
+
+def test_every_parameter_takes_part_in_training():
+    torch.manual_seed(0)
+    model = SegMAN(ENCODER, **HEAD).train()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    logits = model(torch.randn(2, 3, 96, 128))
+    assert logits.shape == (2, 7, 96, 128)
+    torch.nn.functional.cross_entropy(logits, torch.randint(7, (2, 96, 128))).backward()
+    assert not [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+
+
+def test_bfloat16_training_step():
+    torch.manual_seed(0)
+    model = SegMAN(ENCODER, **HEAD).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(torch.randn(2, 3, 96, 96)).float().square().mean()
+    loss.backward()
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_own_files_load_again(file, tmp_path):
+    model = linescan.load_checkpoint(SegMAN(ENCODER, **HEAD), file).eval()
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "own.pth")
+    other = linescan.load_checkpoint(SegMAN(ENCODER, **HEAD), tmp_path / "own.pth").eval()
+    x = torch.randn(1, 3, 96, 96)
+    with torch.no_grad():
+        assert torch.equal(model(x), other(x))
+
+
+def test_a_key_that_belongs_nowhere_is_an_error(file, tmp_path):
+    content = torch.load(file)
+    for key in ("auxiliary_head.conv_seg.bias", "decode_head.linear_c1.proj.bias"):
+        torch.save({"state_dict": content["state_dict"] | {key: torch.zeros(7)}}, tmp_path / "more.pth")
+        with pytest.raises(linescan.CheckpointError, match=f"1 unexpected .first: {key}"):
+            linescan.load_checkpoint(SegMAN(ENCODER, **HEAD), tmp_path / "more.pth")
+
+
+def test_images_that_do_not_fit_get_one_clear_line():
+    model = SegMAN(ENCODER, **HEAD).eval()
+    for size, message in (((96, 112), "multiples of 32, got 96x112"), ((64, 64), "at least 65x65 pixels, got 64x64")):
+        with pytest.raises(ValueError, match=message) as caught:
+            model(torch.randn(1, 3, *size))
+        assert "\n" not in str(caught.value)
+    maps = [torch.randn(1, c, 8 * s, 9 * s) for c, s in zip((16, 32, 48, 64), (8, 4, 2, 1))]
+    decoder = SegMANDecoder((16, 32, 48, 64), **HEAD).eval()
+    assert decoder(maps).shape == (1, 7, 32, 36)
+    with pytest.raises(ValueError, match="multiples of 32, got maps of stride 8 of 32x38"):
+        decoder([maps[0], torch.randn(1, 32, 32, 38), *maps[2:]])
+    with pytest.raises(ValueError, match="expects four maps"):
+        decoder(maps[1:])
+
+
+@pytest.mark.parametrize("name, params", [
+    ("segman_tiny", 6.397), ("segman_small", 29.425), ("segman_base", 51.803), ("segman_large", 92.336),
+])  # fmt: skip
+def test_published_models_have_the_published_size(name, params):
+    with torch.device("meta"):
+        model = create_segman(name)
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 3) == params
+    with pytest.raises(ValueError, match="no segmentation model 'segman_huge'"):
+        create_segman("segman_huge")
+
+
+def test_the_head_for_mmseg_is_the_same_decoder(file):
+    pytest.importorskip("mmseg.models.decode_heads.decode_head")
+    from mmengine.registry import MODELS
+
+    import linescan.heads.segman_mm  # noqa: F401
+
+    config = dict(type="SegMANDecoder", in_channels=[16, 32, 48, 64], in_index=[0, 1, 2, 3], align_corners=False)
+    head = MODELS.build(config | HEAD | {"norm_cfg": dict(type="SyncBN", requires_grad=True)}).eval()
+    official = torch.load(file)["state_dict"]
+    prefix = "decode_head."
+    head.load_state_dict({k.removeprefix(prefix): v for k, v in official.items() if k.startswith(prefix)})
+    model = linescan.load_checkpoint(SegMAN(ENCODER, **HEAD), file).eval()
+    assert isinstance(head.cat.bn, torch.nn.SyncBatchNorm)
+    with torch.no_grad():
+        maps = model.forward_features(torch.randn(1, 3, 96, 128))
+        assert torch.equal(head(maps), model.decode_head(maps))
+    with pytest.raises(ValueError, match="norm_cfg's type is 'BN' or 'SyncBN', not 'GN'"):
+        MODELS.build(config | HEAD | {"norm_cfg": dict(type="GN")})
+    with pytest.raises(ValueError, match="reads four maps"):
+        MODELS.build(config | HEAD | {"in_channels": [16, 32], "in_index": [0, 1]})
