@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...gla import _gla, _simple_gla
-from .common import Steps, add_visits, fits, start, tokens, visit
+from ...recurrence import visited
+from .common import TokenGradient, is_permutation, rows, visit
 
 CHUNK = 64  # steps that one program takes; a power of two, at least 16
 WIDTH = 32  # key channels at a time
@@ -38,21 +38,43 @@ DEPTH = 64  # value channels at a time
 @triton.jit
 def _place(N, H, K):
     """(chunk, row, sample, route, head) of this program; a row is (sample, route, head) as one index."""
-    chunk, row = tl.program_id(0) % N, tl.program_id(0) // N
+    chunk = tl.program_id(0) % N
+    row = (tl.program_id(0) // N).to(tl.int64)
     return chunk, row, row // (H * K), row // H % K, row % H
 
 
 @triton.jit
-def _load(x, b, k, head, at, read, channels, D: tl.constexpr):
-    """Rows `at` of a head of x (pointer, strides of sample, route and token) in float32, zeros where not `read`."""
-    rows = start(x, b, k) + head * D + at.to(tl.int64)[:, None] * x[3] + channels[None, :]
-    return tl.load(rows, mask=read[:, None] & (channels < D)[None, :], other=0.0).to(tl.float32)
+def _table(route, route_batch, b, k, S):
+    """Where the steps of a sample's route are listed."""
+    return None if route is None else route + b * route_batch + k * S
 
 
 @triton.jit
-def _load_scalars(x, b, k, head, at, read):
-    """The same for one number a head: (C, 1)."""
-    return tl.load(start(x, b, k) + head + at.to(tl.int64) * x[3], mask=read, other=0.0).to(tl.float32)[:, None]
+def _load(x, b, k, head, at, real, channels, D: tl.constexpr):
+    """Rows `at` of a head of x, a Rows, as (C, channels) in float32; zeros where not `real`."""
+    start = x.data + b * x.batch + k * x.route + head * x.group
+    mask = real[:, None] & (channels < D)[None, :]
+    return tl.load(start + at[:, None] * x.token + channels[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(x, b, k, head, at, real, channels, value, D: tl.constexpr):
+    start = x.data + b * x.batch + k * x.route + head * x.group
+    mask = real[:, None] & (channels < D)[None, :]
+    tl.store(start + at[:, None] * x.token + channels[None, :], value.to(x.data.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _load_heads(x, b, k, head, at, real):
+    """Numbers of a head, x with the heads as channels: (C, 1)."""
+    start = x.data + b * x.batch + k * x.route + head
+    return tl.load(start + at * x.token, mask=real, other=0.0).to(tl.float32)[:, None]
+
+
+@triton.jit
+def _store_heads(x, part, b, k, head, at, real, value):
+    start = x.data + part + b * x.batch + k * x.route + head
+    tl.store(start + at[:, None] * x.token, value.to(x.data.dtype.element_ty), mask=real[:, None])
 
 
 @triton.jit
@@ -98,9 +120,9 @@ def _segments(g, C: tl.constexpr):
 
 @triton.jit
 def _states(
-    x, y, g, weight, route, added, kept, scale, N, H, K, S,
+    x, y, g, weight, route, route_batch, added, kept, scale, N, H, K, S,
     SHARE: tl.constexpr, DX: tl.constexpr, DY: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BY: tl.constexpr,
-    SCALAR: tl.constexpr, LATE: tl.constexpr, REVERSED: tl.constexpr, PRECISION: tl.constexpr,
+    SCALAR: tl.constexpr, STEPWISE: tl.constexpr, LATE: tl.constexpr, REVERSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """added (rows, N, DX, DY): the sum of decayed x y^T of every chunk; kept (rows, N, DX or 1): its decay of a state.
 
@@ -109,7 +131,8 @@ def _states(
     chunk, row, b, k, head = _place(N, H, K)
     i = tl.arange(0, C)
     step = chunk * C + i
-    token, read, written = visit(route, b, k, step, S)
+    table = _table(route, route_batch, b, k, S)
+    token, read, written, inside = visit(table, step, S)
     channels = tl.program_id(1) * BX + tl.arange(0, BX)
     columns = tl.program_id(2) * BY + tl.arange(0, BY)
     values = _load(y, b, k, head, token, written if REVERSED else read, columns, DY)
@@ -117,32 +140,32 @@ def _states(
 
     # The sums leave out the token itself (but for the query of an inclusive gate): gates one step on or back.
     SHIFT: tl.constexpr = (-1 if LATE else 0) if REVERSED else 1
-    inside = (i + SHIFT >= 0) & (i + SHIFT < C)
+    here = (i + SHIFT >= 0) & (i + SHIFT < C)
+    near_step = tl.maximum(step + SHIFT, 0)
+    near, near_read, _, near_inside = visit(table, near_step, S)
     if SCALAR:
-        if weight[0] is not None:
-            if not REVERSED:
-                keys *= _load_scalars(weight, b, k, head, step, step < S)
-        gates = _load_scalars(g, b, k, head, step, step < S)
-        shifted = _load_scalars(g, b, k, head, step + SHIFT, inside & (step + SHIFT < S))
+        if weight is not None and not REVERSED:
+            keys *= _load_heads(weight, b, k, head, step, inside)
+        if STEPWISE:
+            gates = _load_heads(g, b, k, head, step, inside)
+            shifted = _load_heads(g, b, k, head, near_step, near_inside & here)
+        else:
+            gates = _load_heads(g, b, k, head, token, read)
+            shifted = _load_heads(g, b, k, head, near, near_read & here)
     else:
         gates = _load(g, b, k, head, token, read, channels, DX)
-        if SHIFT == 0:
-            shifted = gates
-        else:
-            near, near_read, _ = visit(route, b, k, step + SHIFT, S)
-            shifted = _load(g, b, k, head, near, near_read & inside, channels, DX)
+        shifted = _load(g, b, k, head, near, near_read & here, channels, DX)
     keys *= tl.exp(tl.cumsum(shifted, 0, reverse=not REVERSED))
 
-    out = added + (row.to(tl.int64) * N + chunk) * DX * DY + channels[:, None] * DY + columns[None, :]
+    out = added + (row * N + chunk) * DX * DY + channels[:, None] * DY + columns[None, :]
     mask = (channels < DX)[:, None] & (columns < DY)[None, :]
     tl.store(out, tl.dot(tl.trans(keys), values, input_precision=PRECISION), mask=mask)
     if tl.program_id(2) == 0:
         total = tl.exp(tl.sum(gates, 0))
         if SCALAR:
-            one = tl.arange(0, 1)
-            tl.store(kept + row.to(tl.int64) * N + chunk + one, total, mask=(tl.program_id(1) == 0) & (one == 0))
+            tl.store(kept + row * N + chunk + tl.zeros_like(total).to(tl.int32), total, mask=tl.program_id(1) + tl.zeros_like(total).to(tl.int32) == 0)
         else:
-            tl.store(kept + (row.to(tl.int64) * N + chunk) * DX + channels, total, mask=channels < DX)
+            tl.store(kept + (row * N + chunk) * DX + channels, total, mask=channels < DX)
 
 
 @triton.jit
@@ -169,28 +192,29 @@ def _carry(
 
 @triton.jit
 def _outputs(
-    q, k, y, g, bonus, weight, route, states, out, scale, N, H, K, S,
+    q, k, y, g, bonus, weight, route, route_batch, states, out, scale, N, H, K, S,
     SHARE: tl.constexpr, DX: tl.constexpr, DY: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
-    BX: tl.constexpr, BY: tl.constexpr,
-    SCALAR: tl.constexpr, LATE: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+    BX: tl.constexpr, BY: tl.constexpr, SCALAR: tl.constexpr, STEPWISE: tl.constexpr, LATE: tl.constexpr,
+    TRANSPOSED: tl.constexpr, BY_STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """scores @ y + (decayed q) @ states; TRANSPOSED: scores^T @ y + (decayed k) @ states."""
     chunk, row, b, r, head = _place(N, H, K)
     i = tl.arange(0, C)
     step = chunk * C + i
-    token, read, written = visit(route, b, r, step, S)
+    token, read, written, inside = visit(_table(route, route_batch, b, r, S), step, S)
     columns = tl.program_id(1) * BY + tl.arange(0, BY)
     scores = tl.zeros((C, C), tl.float32)
     result = tl.zeros((C, BY), tl.float32)
     if SCALAR:
-        decay, before, after = _segments(_load_scalars(g, b, r, head, step, step < S), C)
+        gates = _load_heads(g, b, r, head, step if STEPWISE else token, inside if STEPWISE else read)
+        decay, before, after = _segments(gates, C)
     for first in range(0, DX, BX):
         channels = first + tl.arange(0, BX)
         queries = scale * _load(q, b, r, head // SHARE, token, read, channels, DX)
         keys = _load(k, b, r, head // SHARE, token, read, channels, DX)
         if SCALAR:
-            if weight[0] is not None:
-                keys *= _load_scalars(weight, b, r, head, step, step < S)
+            if weight is not None:
+                keys *= _load_heads(weight, b, r, head, step, inside)
             scores += tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
         else:
             total = _load(g, b, r, head, token, read, channels, DX)
@@ -206,7 +230,7 @@ def _outputs(
                 scores += tl.where(_corner(C, 1 << level), square, 0.0)
                 before, after, total = _grow(before, after, total, C, BX, 1 << level)
         entered = tl.load(
-            states + (row.to(tl.int64) * N + chunk) * DX * DY + channels[:, None] * DY + columns[None, :],
+            states + (row * N + chunk) * DX * DY + channels[:, None] * DY + columns[None, :],
             mask=(channels < DX)[:, None] & (columns < DY)[None, :],
             other=0.0,
         )
@@ -218,29 +242,22 @@ def _outputs(
     if TRANSPOSED:
         scores = tl.trans(scores)
     result += tl.dot(scores, values, input_precision=PRECISION)
-    _store(out, b, r, head, token, step, read if TRANSPOSED else written, columns, result, DY)
-
-
-@triton.jit
-def _store(x, b, k, head, token, step, mask, channels, value, D: tl.constexpr):
-    """Writes rows of a head to x (pointer, strides, whether rows are steps rather than tokens)."""
-    at = tl.where(x[4] == 1, step, token).to(tl.int64)
-    rows = start(x, b, k) + head * D + at[:, None] * x[3] + channels[None, :]
-    tl.store(rows, value, mask=mask[:, None] & (channels < D)[None, :])
+    _store(out, b, r, head, step if BY_STEP else token, read if TRANSPOSED else written, columns, result, DY)
 
 
 @triton.jit
 def _gradients(
-    q, k, v, g, bonus, weight, grad, route, states, grad_states,
-    dq, dk, dg, dbonus, dweight, scale, N, H, K, S,
+    q, k, v, g, bonus, weight, grad, route, route_batch, states, grad_states,
+    dq, dk, dg, dbonus, dweight, scale, N, H, K, S, parts,
     SHARE: tl.constexpr, DX: tl.constexpr, DY: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
-    BX: tl.constexpr, BY: tl.constexpr, SCALAR: tl.constexpr, LATE: tl.constexpr, PRECISION: tl.constexpr,
+    BX: tl.constexpr, BY: tl.constexpr, SCALAR: tl.constexpr, STEPWISE: tl.constexpr, LATE: tl.constexpr,
+    BY_STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of queries, keys, gates, and where there are any, of bonus and weights; for BX channels."""
     chunk, row, b, r, head = _place(N, H, K)
     i = tl.arange(0, C)
     step = chunk * C + i
-    token, read, written = visit(route, b, r, step, S)
+    token, read, written, inside = visit(_table(route, route_batch, b, r, S), step, S)
     channels = tl.program_id(1) * BX + tl.arange(0, BX)
     dscores = tl.zeros((C, C), tl.float32)
     of_query = tl.zeros((C, BX), tl.float32)  # through the state that entered
@@ -250,7 +267,7 @@ def _gradients(
         columns = first + tl.arange(0, BY)
         values = _load(v, b, r, head, token, read, columns, DY)
         grads = _load(grad, b, r, head, token, written, columns, DY)
-        at = (row.to(tl.int64) * N + chunk) * DX * DY + channels[:, None] * DY + columns[None, :]
+        at = (row * N + chunk) * DX * DY + channels[:, None] * DY + columns[None, :]
         mask = (channels < DX)[:, None] & (columns < DY)[None, :]
         entered, leaving = tl.load(states + at, mask=mask, other=0.0), tl.load(grad_states + at, mask=mask, other=0.0)
         dscores += tl.dot(grads, tl.trans(values), input_precision=PRECISION)
@@ -264,9 +281,9 @@ def _gradients(
     diagonal = i[:, None] == i[None, :]
     own = tl.sum(tl.where(diagonal, dscores, 0.0), 1)[:, None]
     if SCALAR:
-        if weight[0] is not None:
-            keys = raw_keys * _load_scalars(weight, b, r, head, step, step < S)
-        total = _load_scalars(g, b, r, head, step, step < S)
+        if weight is not None:
+            keys = raw_keys * _load_heads(weight, b, r, head, step, inside)
+        total = _load_heads(g, b, r, head, step if STEPWISE else token, inside if STEPWISE else read)
         decay, before, after = _segments(total, C)
         total = tl.sum(total, 0)[None, :]
         decayed = tl.where(diagonal, 0.0, dscores * decay)
@@ -298,18 +315,174 @@ def _gradients(
         of_gate -= up
         factor = tl.load(bonus + (r * H + head) * DX + channels, mask=channels < DX, other=0.0)[None, :]
         of_bonus = tl.sum(own * queries * keys, 0)
-        tl.store(dbonus + (row.to(tl.int64) * N + chunk) * DX + channels, of_bonus, mask=channels < DX)
+        tl.store(dbonus + (row * N + chunk) * DX + channels, of_bonus, mask=channels < DX)
         own *= factor
     of_query += inner_query + own * keys
     of_key += inner_key + own * queries
+    place = step.to(tl.int64) if BY_STEP else token
     if SCALAR:
-        # Every block of channels has a part of these: an axis of its own, to be summed.
-        at = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) // N + row) * S + step[:, None]
-        tl.store(dg + at, of_gate, mask=(step < S)[:, None])
-        if weight[0] is not None:
-            tl.store(dweight + at, tl.sum(of_key * raw_keys, 1)[:, None], mask=(step < S)[:, None])
-            of_key *= _load_scalars(weight, b, r, head, step, step < S)
+        # Every block of channels has a share of what a head has one number of.
+        part = tl.program_id(1).to(tl.int64) * parts
+        at = step if STEPWISE else place
+        _store_heads(dg, part, b, r, head, at, inside if STEPWISE else read, of_gate)
+        if weight is not None:
+            _store_heads(dweight, part, b, r, head, step, inside, tl.sum(of_key * raw_keys, 1)[:, None])
+            of_key *= _load_heads(weight, b, r, head, step, inside)
     else:
-        _store(dg, b, r, head, token, step, read, channels, of_gate, DX)
-    _store(dq, b, r, head, token, step, read, channels, scale * of_query, DX)
-    _store(dk, b, r, head, token, step, read, channels, of_key, DX)
+        _store(dg, b, r, head, place, read, channels, of_gate, DX)
+    _store(dq, b, r, head, place, read, channels, scale * of_query, DX)
+    _store(dk, b, r, head, place, read, channels, of_key, DX)
+
+
+# -- on the host ------------------------------------------------------------------------------------------------------
+
+
+def _power(size: int, least: int = 16) -> int:
+    return max(least, triton.next_power_of_2(size))
+
+
+class Chunks:
+    """One call: its inputs as the kernels take them, and the launches.
+
+    Args:
+        q, k: (B, K or 1, L, G, dk), shared by neighbouring heads where G < H.
+        v: (B, K or 1, L, H, dv).
+        g: (B, K or 1, L, H, dk), or one gate a head (B, K or 1, L, H).
+        scale: of the queries.
+        initial_state: (B, K, H, dk, dv) or None.
+        route: table or None.
+        bonus: (K, H, dk) float32, with which a query reads the state before its own token (WKV of RWKV-6), or None.
+        weight: of the keys (B, K, S, H) float32, or None.
+        stepwise: g is (B, K, S, H), in time order, as `weight` always is.
+    """
+
+    def __init__(self, q, k, v, g, scale, initial_state, route, bonus=None, weight=None, stepwise=False):
+        self.q, self.k, self.v, self.g, self.bonus, self.weight = q, k, v, g, bonus, weight
+        self.initial = None if initial_state is None else initial_state.contiguous()
+        self.route = None if route is None else route.contiguous()
+        self.batch, self.routes, self.length = visited((q, k, v) if stepwise else (q, k, v, g), route)
+        self.heads, self.dk, self.dv = v.shape[3], q.shape[4], v.shape[4]
+        self.steps = self.length if route is None else route.shape[-1]
+        self.size = min(CHUNK, _power(self.steps))
+        self.chunks = triton.cdiv(self.steps, self.size)
+        self.rows = self.batch * self.routes * self.heads
+        self.bx, self.by = min(WIDTH, _power(self.dk)), min(DEPTH, _power(self.dv))
+        self.scalar = g.ndim == 4
+        self.scale = float(scale)
+        route_batch = 0 if route is None or route.ndim == 2 else self.route.stride(0)
+        self.table = self.route, route_batch
+        self.counts = self.chunks, self.heads, self.routes, self.steps
+        precision = "tf32x3" if torch.float32 in (q.dtype, k.dtype, v.dtype) else "tf32"
+        self.common = dict(
+            SHARE=self.heads // q.shape[3], DX=self.dk, DY=self.dv, C=self.size, BX=self.bx, BY=self.by,
+            SCALAR=self.scalar, STEPWISE=stepwise, LATE=bonus is not None, PRECISION=precision, num_warps=4,
+        )  # fmt: skip
+        self.levels = dict(LEVELS=self.size.bit_length() - 1)
+        self.stepwise = stepwise
+
+    def _new(self, *shape, dtype=torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.v.device)
+
+    def _grid(self, *widths) -> tuple[int, ...]:
+        return (self.rows * self.chunks, *widths)
+
+    @property
+    def _blocks(self) -> tuple[int, int]:
+        return triton.cdiv(self.dk, self.bx), triton.cdiv(self.dv, self.by)
+
+    def _states(self, first: Tensor | None, grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The state that enters every chunk and the last one; with `grad`, gradients of those that leave, and the first."""
+        states = self._new(self.rows, self.chunks, self.dk, self.dv)
+        kept = self._new(self.rows, self.chunks, 1 if self.scalar else self.dk)
+        last = self._new(self.batch, self.routes, self.heads, self.dk, self.dv)
+        x, y, scale = (self.k, self.v, 1.0) if grad is None else (self.q, grad, self.scale)
+        back = dict(REVERSED=grad is not None)
+        _states[self._grid(*self._blocks)](
+            rows(x), rows(y), rows(self.g), rows(self.weight), *self.table, states, kept, scale, *self.counts,
+            **self.common, **back,
+        )  # fmt: skip
+        block = min(256, _power(self.dk * self.dv))
+        _carry[(self.rows, triton.cdiv(self.dk * self.dv, block))](
+            states, kept, None if first is None else first.contiguous(), last, self.chunks,
+            DX=self.dk, DY=self.dv, BLOCK=block, SCALAR=self.scalar, **back, num_warps=2,
+        )  # fmt: skip
+        return states, last
+
+    def _outputs(self, y: Tensor, states: Tensor, out, by_step: bool, transposed: bool) -> None:
+        _outputs[self._grid(self._blocks[1])](
+            rows(self.q), rows(self.k), rows(y), rows(self.g), self.bonus, rows(self.weight), *self.table, states, out,
+            self.scale, *self.counts, **self.common, **self.levels, TRANSPOSED=transposed, BY_STEP=by_step,
+        )  # fmt: skip
+
+    def forward(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(outputs (B, K, L, H, dv) of that dtype, zero where no step writes; final state)."""
+        states, last = self._states(self.initial)
+        shape = self.batch, self.routes, self.length, self.heads, self.dv
+        whole = self.route is None or is_permutation(self.route, self.length)
+        out = (torch.empty if whole else torch.zeros)(shape, dtype=dtype, device=self.v.device)
+        self._outputs(self.v, states, rows(out), False, False)
+        return out, last
+
+    def backward(self, grad: Tensor, grad_state: Tensor | None) -> dict[str, Tensor]:
+        """Gradients by name, of the outputs' gradient (B, K or 1, L, H, dv)."""
+        states, _ = self._states(self.initial)
+        grad_states, of_initial = self._states(grad_state, grad)
+        parts = self._blocks[0]
+        like = self.q.new_empty(1, dtype=torch.float32)
+        shared = self.common["SHARE"] > 1
+
+        def room(x):
+            each = like.expand(*x.shape[:3], self.heads, self.dk) if shared else x
+            return TokenGradient(each, self.routes, self.route)
+
+        dq, dk, dv = room(self.q), room(self.k), TokenGradient(self.v, self.routes, self.route)
+        dg = TokenGradient(self.g, self.routes, None if self.stepwise else self.route, parts if self.scalar else 1)
+        dweight = None if self.weight is None else TokenGradient(self.weight, self.routes, None, parts)
+        dbonus = None if self.bonus is None else self._new(self.batch, self.routes, self.heads, self.chunks, self.dk)
+        self._outputs(grad, grad_states, dv.rows, dv.by_step, True)
+        _gradients[self._grid(parts)](
+            rows(self.q), rows(self.k), rows(self.v), rows(self.g), self.bonus, rows(self.weight), rows(grad),
+            *self.table, states, grad_states, dq.rows, dk.rows, dg.rows, dbonus,
+            None if dweight is None else dweight.rows, self.scale, *self.counts, dg.stride,
+            **self.common, **self.levels, BY_STEP=dq.by_step,
+        )  # fmt: skip
+
+        def per_group(x, of):
+            return x.unflatten(3, (of.shape[3], -1)).sum(4).to(of.dtype) if shared else x
+
+        return dict(
+            q=per_group(dq.finish(), self.q),
+            k=per_group(dk.finish(), self.k),
+            v=dv.finish(),
+            g=dg.finish(),
+            initial_state=of_initial,
+            bonus=None if dbonus is None else dbonus.sum((0, 3)),
+            weight=None if dweight is None else dweight.finish(),
+        )
+
+
+# -- implementations --------------------------------------------------------------------------------------------------
+
+
+def merged(output: Tensor, merge: bool, dtype: torch.dtype) -> Tensor:
+    return (output.sum(1) if merge else output).to(dtype)
+
+
+def per_route(grad: Tensor, merge: bool) -> Tensor:
+    """The outputs' gradient with a route axis; with `merge`, one that all routes share."""
+    return grad.unsqueeze(1) if merge else grad
+
+
+def forward(*args):
+    *inputs, route, merge = args
+    q = inputs[0]
+    output, state = Chunks(*inputs, route).forward(torch.float32 if merge else q.dtype)
+    return merged(output, merge, q.dtype), state
+
+
+def backward(grad_output, grad_state, *args):
+    *inputs, route, merge = args
+    initial_state = inputs[-1]
+    grads = Chunks(*inputs, route).backward(per_route(grad_output, merge), grad_state)
+    tokens = [grads[name] for name in ("q", "k", "v", "g")]
+    return tokens if initial_state is None else [*tokens, grads["initial_state"].to(initial_state.dtype)]
