@@ -43,8 +43,11 @@ def create_backbone(cls: type, name: str, pretrained: bool, **kwargs) -> nn.Modu
         cls: a `Backbone` class.
         name: the registered model name.
         pretrained: load the official weights, or the file that `pretrained_cfg_overlay={"file": PATH}` names.
-        kwargs: the model's arguments and timm's (`features_only`, `out_indices`, `pretrained_cfg_overlay`, ...).
+        kwargs: the model's arguments and timm's (`features_only`, `out_indices`, `pretrained_cfg_overlay`, ...). With
+            `architecture_only` nothing is built: returns `cls` and the arguments, for `dense.architecture`.
     """
+    if kwargs.pop("architecture_only", False):
+        return cls, kwargs
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
     overlay.setdefault("custom_load", "hf")  # timm then hands the file's path to Backbone.load_pretrained
     return build_model_with_cfg(

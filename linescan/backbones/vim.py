@@ -251,7 +251,7 @@ class VimDense(Vim):
         x, grid, context = self.embed(x)
         kept = []
         for i, block in enumerate(self.blocks):
-            x, h = block.branch(x, *context)
+            x, h = self.run(block.branch, x, *context)
             if self.features == "stream" and i - 1 in self.out_indices:
                 kept.append(x)  # the stream after the block before, turned once more where there is a rotary embedding
             if self.features == "mixer" and i in self.out_indices:
@@ -271,8 +271,15 @@ class VimDense(Vim):
         return {f"neck.{k}" if k.startswith(("fpn", "simfp_")) else k: v for k, v in out.items()}
 
     def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """As `Vim`; detectron2's `net.` prefix is removed and the neck's keys are kept."""
-        return super().checkpoint_filter({key.removeprefix("net."): value for key, value in state.items()})
+        """As `Vim`; detectron2's `net.` prefix is removed and the neck's keys are kept.
+
+        A classification file's middle class token goes where this model has none, and its position with it.
+        """
+        state = strip_prefix({key.removeprefix("net."): value for key, value in state.items()}, "backbone.")
+        if self.cls_token is None and state.pop("cls_token", None) is not None:
+            before, after = state["pos_embed"].tensor_split([(state["pos_embed"].shape[1] - 1) // 2], 1)
+            state["pos_embed"] = torch.cat([before, after[:, 1:]], 1)
+        return super().checkpoint_filter(state)
 
 
 # -- entry points -----------------------------------------------------------------------------------------------------
