@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from linescan.checkpoint import CheckpointError
-from linescan.engine.errors import BrokenImage, Diverged, InputError
+from linescan.engine.errors import Diverged, InputError
 
 __all__ = ["app", "main"]
 
@@ -44,7 +44,7 @@ ModelArgs = Annotated[
     typer.Option("--model-arg", metavar="KEY=VALUE", help="An argument for timm.create_model; may be repeated."),
 ]
 Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, ...; default: CUDA where there is one.")]
-Batch = Annotated[int, typer.Option("--batch", "-b", min=1, help="Pictures in one forward pass.")]
+Batch = Annotated[int, typer.Option("--batch", "-b", min=1, help="Pictures (or frames) in one forward pass.")]
 Workers = Annotated[
     Optional[int], typer.Option(min=0, help="Processes that load pictures; default: 4 for files, none for the digits.")
 ]
@@ -184,7 +184,7 @@ def doctor(as_json: Json = False):
     import torch
 
     facts = {"python": platform.python_version(), "system": platform.platform()}
-    for package in ("linescan", "torch", "torchvision", "timm", "triton", "numpy", "pillow", "mmengine"):
+    for package in ("linescan", "torch", "torchvision", "timm", "triton", "numpy", "pillow", "av", "mmengine"):
         try:
             facts[package] = version(package)
         except PackageNotFoundError:
@@ -250,54 +250,78 @@ def routes(
         "linescan classify cat.jpg --model vim_tiny_patch16_224",
         "linescan classify runs/demo/images --checkpoint runs/demo/model.safetensors --topk 3",
         "linescan classify *.png --checkpoint model.safetensors --json > guesses.json",
+        "linescan classify clip.mp4 --model videomamba_video_tiny_patch16_224.k400_f16 --views 4x3",
     )
 )
 def classify(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Picture files, and folders of them.")],
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="PATH...",
+            help="Picture files, and folders of them. For a model of videos: video files, folders of them, and folders "
+            "of frames.",
+        ),
+    ],
     model: Model = None,
     checkpoint: Checkpoint = None,
-    topk: Annotated[int, typer.Option("--topk", "-k", min=1, help="How many guesses for each picture.")] = 5,
+    topk: Annotated[int, typer.Option("--topk", "-k", min=1, help="How many guesses for each picture or video.")] = 5,
+    views: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="CLIPSxCROPS",
+            help="Look at each video several times, as in 4x3: four clips, three crops of each. Default: 1x1.",
+        ),
+    ] = None,
     device: Device = None,
     precision: Annotated[Precision, typer.Option(help="Compute in this precision.")] = Precision.fp32,
     batch: Batch = 32,
     model_arg: ModelArgs = None,
     as_json: Json = False,
 ):
-    """Say what pictures show. A broken one is named and skipped; the exit status is then 1."""
+    """Say what pictures and videos show. A broken one is named and skipped; the exit status is then 1."""
     from linescan.engine.images import find_images
     from linescan.engine.inference import Classifier
-    from linescan.engine.progress import progress_bar, say
+    from linescan.engine.progress import console, progress_bar, say
+    from linescan.engine.video import Views, find_videos, is_video
 
-    files: list[Path] = []
-    for path in images:
+    for path in paths:
         if not path.exists():
             raise InputError(f"{path} does not exist")
-        inside = find_images(path) if path.is_dir() else [path]
-        if not inside:
-            raise InputError(f"{path} holds no pictures")
-        files += inside
-    args = _model_args(model_arg)
+    args = _model_args(model_arg) | {"views": Views.parse(views) if views else None}
     classifier = Classifier(model, checkpoint, device=device, dtype=precision.dtype, batch=batch, **args)
-    results, broken = [], 0
+    kind, find = ("video", find_videos) if classifier.clips else ("image", find_images)
+    files: list[Path] = []
+    for path in paths:
+        if kind == "image" and is_video(path):
+            raise InputError(
+                f"{path} is a video, and {classifier.card.model} reads pictures; try one of `linescan list video_`"
+            )
+        inside = find(path) if path.is_dir() else [path]
+        if not inside:
+            raise InputError(f"{path} holds no {'videos' if classifier.clips else 'pictures'}")
+        files += inside
+    # On a terminal, lines must pass through the bar's console, which makes room for them.
+    show = console if console.is_terminal and out.is_terminal else out
+    results, broken, done = [], 0, 0.0
     with progress_bar("classifying", len(files)) as advance:
-        for at in range(0, len(files), batch):
-            chunk = files[at : at + batch]
-            good, tensors = [], []
-            for path in chunk:
-                try:
-                    tensors.append(classifier.tensor(path))
-                    good.append(path)
-                except BrokenImage as error:
-                    broken += 1
-                    results.append({"image": str(path), "error": str(error)})
-                    say(f"[yellow]skipped[/] {escape(str(error))}")
-            guesses = classifier.name(classifier.forward(tensors), topk) if tensors else []
-            for path, guess in zip(good, guesses):
-                results.append({"image": str(path), "guesses": [g._asdict() for g in guess]})
-                if not as_json:
-                    best, *others = [f"{escape(g.label)} {100 * g.probability:.1f} %" for g in guess]
-                    out.print(f"{escape(str(path))}: " + ", ".join([f"[bold green]{best}[/]", *others]), soft_wrap=True)
-            advance(len(chunk))
+
+        def progress(share: float):
+            nonlocal done
+            done += share
+            advance(share)
+
+        for i, (path, answer) in enumerate(zip(files, classifier.each(files, progress)), 1):
+            progress(i - done)
+            if isinstance(answer, InputError):
+                broken += 1
+                results.append({kind: str(path), "error": str(answer)})
+                say(f"[yellow]skipped[/] {escape(str(answer))}")
+                continue
+            [guesses] = classifier.name(answer[None], topk)
+            results.append({kind: str(path), "guesses": [g._asdict() for g in guesses]})
+            if not as_json:
+                best, *others = [f"{escape(g.label)} {100 * g.probability:.1f} %" for g in guesses]
+                show.print(f"{escape(str(path))}: " + ", ".join([f"[bold green]{best}[/]", *others]), soft_wrap=True)
     if as_json:
         print(json.dumps(results, indent=2))
     raise typer.Exit(1 if broken else 0)

@@ -28,9 +28,7 @@ def row(name: str) -> str:
     facts = PUBLISHED.get(name, Published())
     with torch.device("meta"):
         model = timm.create_model(name)
-    frames = getattr(model, "num_frames", 0)
-    size = model.pretrained_cfg["input_size"]
-    params, macs = measure(model, (size[0], frames, *size[1:]) if frames else size)
+    params, macs = measure(model, model.pretrained_cfg["input_size"])
 
     def show(value, digits):
         return "-" if value is None else f"{value:.{digits}f}"

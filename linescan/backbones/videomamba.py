@@ -384,18 +384,20 @@ def _video_cfgs() -> dict:
     """The tags of the published video models, e.g. `videomamba_video_small_patch16_224.ssv2_f16`."""
     classes = {"k400": 400, "ssv2": 174, "breakfast": 10, "coin": 180}
     frames = {"k400": (8, 16, 32, 64), "ssv2": (8, 16), "breakfast": (32, 64), "coin": (32, 64)}
+    evaluation = {"crop_pct": 1.0, "interpolation": "bilinear"}  # as published: crops as high as the short side
     cfgs = {}
     for size, letter in (("tiny", "t"), ("small", "s"), ("middle", "m")):
         model = f"videomamba_video_{size}_patch16_224"
         for data, counts in frames.items():
             for count in counts:
-                cfg = {"num_classes": classes[data]}
+                cfg = {"num_classes": classes[data], **evaluation}
                 cfgs[f"{model}.{data}_f{count}"] = _cfg(f"{letter}16_{data}_f{count}_res224", **cfg)
                 if size == "middle":
                     file = f"{letter}16_{data}_mask_ft_f{count}_res224"
                     cfgs[f"{model}.{data}_mask_ft_f{count}"] = _cfg(file, **cfg)
-        cfgs[f"{model}.k400_f64_res384"] = _cfg(f"{letter}16_k400_f64_res224to384", num_classes=400, **_sized(384))
-        cfgs[f"{model}.ssv2_f16_res288"] = _cfg(f"{letter}16_ssv2_f16_res224to288", num_classes=174, **_sized(288))
+        for data, count, side in (("k400", 64, 384), ("ssv2", 16, 288)):
+            cfg = {"num_classes": classes[data], **evaluation, **_sized(side)}
+            cfgs[f"{model}.{data}_f{count}_res{side}"] = _cfg(f"{letter}16_{data}_f{count}_res224to{side}", **cfg)
     return cfgs
 
 

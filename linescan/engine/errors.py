@@ -9,5 +9,9 @@ class BrokenImage(InputError):
     """A file that Pillow cannot read as a picture."""
 
 
+class BrokenVideo(InputError):
+    """A file or folder that cannot be read as a video."""
+
+
 class Diverged(RuntimeError):
     """Training has come to a loss that is not a number."""

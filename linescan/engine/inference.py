@@ -1,18 +1,20 @@
-"""Pictures in, names out."""
+"""Pictures and videos in, names out."""
 
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, Sequence
+from typing import Callable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .errors import InputError
+from .errors import BrokenImage, BrokenVideo, InputError
 from .evaluate import precision
 from .images import read_image, to_mode
 from .models import ModelCard, restore
 from .processes import pick_device
+from .video import Clips, Views
 
 __all__ = ["Classifier", "Prediction", "Picture"]
 
@@ -29,18 +31,23 @@ class Prediction(NamedTuple):
 
 
 class Classifier:
-    """Names what pictures show.
+    """Names what pictures show; videos, if the model is one for videos.
 
         classify = Classifier(checkpoint="runs/demo/model.safetensors")
         for guess in classify("seven.png", topk=3):
             print(guess.label, guess.probability)
+
+        classify = Classifier("videomamba_video_tiny_patch16_224.k400_f8", views=(4, 3))
+        classify("clip.mp4")                                        # or a folder of its frames
 
     Args:
         model: a timm name. Not needed with a checkpoint that linescan has written: it knows its model and its classes.
         checkpoint: a file of weights; without it, the published ones are fetched.
         device: by default CUDA where there is one.
         dtype: torch.bfloat16 or torch.float16 for half precision.
-        batch: pictures in one forward pass.
+        batch: pictures (of videos: frames) in one forward pass.
+        views: of a video model: how many clips are taken from a video, and how many crops of each; the answer is their
+            mean.
         args: for `timm.create_model`.
 
     Raises:
@@ -55,6 +62,7 @@ class Classifier:
         device: str | None = None,
         dtype: torch.dtype = torch.float32,
         batch: int = 32,
+        views: tuple[int, int] | None = None,
         **args,
     ):
         self.device, self.dtype, self.batch = pick_device(device), dtype, batch
@@ -63,6 +71,10 @@ class Classifier:
         self.model: nn.Module = restored.to(self.device).eval()
         self.card: ModelCard = card
         self._transform = card.preprocess.transform()
+        frames = getattr(restored, "num_frames", 0)
+        if views and not frames:
+            raise InputError(f"views are taken of videos; {card.model} reads pictures")
+        self.clips = Clips(frames, card.preprocess, Views(*(views or ()))) if frames else None
 
     @property
     def classes(self) -> list[str]:
@@ -96,15 +108,55 @@ class Classifier:
             raise InputError("the model answers NaN or infinity; its weights are damaged, or the precision too low")
         return logits.softmax(-1)
 
-    def probabilities(self, pictures: Sequence[Picture]) -> Tensor:
-        """The probability of each class for each picture, (pictures, classes), float32 on the CPU, batch by batch.
+    def watch(self, video: str | Path, progress: Callable[[float], None] = lambda share: None) -> Tensor:
+        """The probability of each class for one video, (classes,): the mean over its views.
+
+        `progress` gets the shares of the work as they are done, 1 in all.
 
         Raises:
-            BrokenImage, InputError: see `tensor` and `forward`.
+            BrokenVideo, BrokenImage: the video, or a frame in a folder, cannot be read.
+            InputError: see `forward`.
+        """
+        if self.clips is None:
+            raise InputError(f"{self.card.model} reads pictures, not videos")
+        views, answers = self.clips.views(video, lambda share: progress(share / 2)), []
+        while together := list(islice(views, max(self.batch // self.clips.frames, 1))):
+            answers.append(self.forward(together))
+            progress(len(together) / (2 * self.clips.looks.count))
+        return torch.cat(answers).mean(0)
+
+    def each(
+        self, pictures: Sequence[Picture], progress: Callable[[float], None] = lambda share: None
+    ) -> Iterator[Tensor | InputError]:
+        """For each picture, or video, in turn: its probabilities (classes,), or the error that it cannot be read.
+
+        `progress` gets shares of one video; pictures are answered batch by batch.
+        """
+        together = 1 if self.clips else self.batch
+        for at in range(0, len(pictures), together):
+            answers, tensors = {}, {}
+            for i, picture in enumerate(pictures[at : at + together]):
+                try:
+                    if self.clips:
+                        answers[i] = self.watch(picture, progress)
+                    else:
+                        tensors[i] = self.tensor(picture)
+                except (BrokenImage, BrokenVideo) as error:
+                    answers[i] = error
+            answers |= zip(tensors, self.forward(list(tensors.values()))) if tensors else ()
+            yield from (answers[i] for i in sorted(answers))
+
+    def probabilities(self, pictures: Sequence[Picture]) -> Tensor:
+        """The probability of each class for each picture (or video), (pictures, classes), float32 on the CPU.
+
+        Raises:
+            BrokenImage, BrokenVideo, InputError: see `tensor`, `watch` and `forward`.
         """
         answers = [torch.empty(0, len(self.classes))]
-        for at in range(0, len(pictures), self.batch):
-            answers.append(self.forward([self.tensor(p) for p in pictures[at : at + self.batch]]))
+        for answer in self.each(pictures):
+            if isinstance(answer, InputError):
+                raise answer
+            answers.append(answer[None])
         return torch.cat(answers)
 
     def name(self, probabilities: Tensor, topk: int = 5) -> list[list[Prediction]]:
