@@ -17,6 +17,7 @@ from ..checkpoint import CheckpointError, read_state_dict, strip_prefix
 from ..layers.pyramid import RescaledFeatures, SimpleFeaturePyramid
 from .base import Backbone, PlainBackbone
 from .localmamba import LocalVim, LocalVimDense, LocalVMamba, LocalVMambaDense
+from .segman import SegMANDense, SegMANEncoder
 from .vig import HierViG, HierViGDense
 from .vim import Vim, VimDense
 from .vision_rwkv import VisionRWKV, VisionRWKVAdapter
@@ -30,6 +31,7 @@ DENSE_FORMS: dict[type, type] = {
     LocalVim: LocalVimDense,
     LocalVMamba: LocalVMambaDense,
     HierViG: HierViGDense,
+    SegMANEncoder: SegMANDense,
     VisionRWKV: VisionRWKVAdapter,
 }
 """The published dense form of each family that has one."""
@@ -215,7 +217,7 @@ class FeatureMaps(nn.Module):
             CheckpointError: the file cannot be read, or is not one of this backbone.
         """
         try:
-            state = self.checkpoint_filter(read_state_dict(path))
+            state = self.checkpoint_filter(read_state_dict(path, self.trunk.checkpoint_nesting))
         except (KeyError, RuntimeError, ValueError, IndexError) as error:
             if isinstance(error, CheckpointError):
                 raise

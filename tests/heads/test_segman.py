@@ -94,23 +94,29 @@ def test_published_models_have_the_published_size(name, params):
         create_segman("segman_huge")
 
 
-def test_the_head_for_mmseg_is_the_same_decoder(file):
-    pytest.importorskip("mmseg.models.decode_heads.decode_head")
+def test_mmseg_builds_the_model_and_loads_the_official_file(file):
+    pytest.importorskip("mmseg.models.segmentors")
     from mmengine.registry import MODELS
 
     import linescan.heads.segman_mm  # noqa: F401
+    import linescan.openmmlab  # noqa: F401
 
-    config = dict(type="SegMANDecoder", in_channels=[16, 32, 48, 64], in_index=[0, 1, 2, 3], align_corners=False)
-    head = MODELS.build(config | HEAD | {"norm_cfg": dict(type="SyncBN", requires_grad=True)}).eval()
-    official = torch.load(file)["state_dict"]
-    prefix = "decode_head."
-    head.load_state_dict({k.removeprefix(prefix): v for k, v in official.items() if k.startswith(prefix)})
+    head = dict(type="SegMANDecoder", in_channels=[16, 32, 48, 64], norm_cfg=dict(type="SyncBN"), **HEAD)
+    backbone = dict(type="LinescanBackbone", model="segman_tiny", **ENCODER)
+    config = dict(type="mmseg.EncoderDecoder", backbone=backbone, decode_head=head, test_cfg=dict(mode="whole"))
+    segmentor = MODELS.build(config).eval()
+    assert isinstance(segmentor.decode_head.cat.bn, torch.nn.SyncBatchNorm)
+    segmentor.load_state_dict(torch.load(file)["state_dict"])
     model = linescan.load_checkpoint(SegMAN(ENCODER, **HEAD), file).eval()
-    assert isinstance(head.cat.bn, torch.nn.SyncBatchNorm)
+    x = torch.randn(1, 3, 96, 128)
     with torch.no_grad():
-        maps = model.forward_features(torch.randn(1, 3, 96, 128))
-        assert torch.equal(head(maps), model.decode_head(maps))
-    with pytest.raises(ValueError, match="norm_cfg's type is 'BN' or 'SyncBN', not 'GN'"):
-        MODELS.build(config | HEAD | {"norm_cfg": dict(type="GN")})
-    with pytest.raises(ValueError, match="reads four maps"):
-        MODELS.build(config | HEAD | {"in_channels": [16, 32], "in_index": [0, 1]})
+        maps = model.forward_features(x)
+        assert torch.equal(segmentor(x), model.decode_head(maps))
+    assert sum(p.numel() for p in segmentor.parameters()) == sum(p.numel() for p in model.parameters())
+
+    for wrong, message in (
+        ({"norm_cfg": dict(type="GN")}, "norm_cfg's type is 'BN' or 'SyncBN', not 'GN'"),
+        ({"in_channels": [16, 32]}, "reads four maps"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            MODELS.build(head | wrong)

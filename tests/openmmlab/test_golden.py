@@ -48,7 +48,8 @@ def through_the_registry(case, path):
 
 def test_every_family_with_a_dense_form_has_a_case():
     kept = {FORMS[case["factory"]] for case in CASES.values()}
-    assert kept == set(NAMES) == set(FORMS.values())
+    whole = {"SegMANEncoder"}  # its golden data is of the segmentor: tests/heads/test_segman.py
+    assert kept == set(NAMES) == set(FORMS.values()) - whole
 
 
 @pytest.mark.parametrize("stem", CASES)
