@@ -82,11 +82,13 @@ class Implementation:
         backward: (grad_output, grad_state, *inputs, route, merge) -> gradients of the floating tensors among `inputs`
             that are not None, in order; `grad_state` may be None. None: differentiate `forward` by running it again.
         supports: (*inputs, route, merge) -> whether this call can be served (device, dtype, shape).
+        kernel: forward and backward return new contiguous tensors, and autocast has no part in them.
     """
 
     forward: Callable
     backward: Callable | None = None
     supports: Callable = lambda *args: True
+    kernel: bool = False
 
 
 def _steps(route: Tensor, batch: int, length: int) -> tuple[Tensor, Tensor]:
@@ -143,17 +145,17 @@ def check_shapes(name: str, route: Tensor | None, **arguments: tuple[Tensor | No
         if x is None:
             continue
         axes = layout.split()
-        wanted = f"({', '.join(axes).replace('R', 'K')})"
-        if x.ndim != len(axes):
-            raise ValueError(f"{name}: {key} is {wanted}, got {x.ndim} axes {tuple(x.shape)}")
-        for axis, size in zip(axes, x.shape):
+        shape = tuple(x.shape)
+        if len(shape) != len(axes):
+            wanted = ", ".join(axes).replace("R", "K")
+            raise ValueError(f"{name}: {key} is ({wanted}), got {x.ndim} axes {shape}")
+        for axis, size in zip(axes, shape):
             if size == 1 and axis == "K":
                 continue
             known = sizes["R"] if axis == "K" else int(axis) if axis.isdigit() else sizes.setdefault(axis, size)
             if size != known:
-                raise ValueError(
-                    f"{name}: {key} is {wanted} with {axis.replace('R', 'K')} = {known}, got {tuple(x.shape)}"
-                )
+                wanted = ", ".join(axes).replace("R", "K")
+                raise ValueError(f"{name}: {key} is ({wanted}) with {axis.replace('R', 'K')} = {known}, got {shape}")
 
 
 def call(op: "Recurrence", *inputs, route: Tensor | None, merge: str | None, return_final_state: bool):
@@ -212,9 +214,9 @@ class Recurrence:
 
     # -- implementations ------------------------------------------------------------------------------------------
 
-    def register(self, name: str, forward: Callable, backward: Callable | None = None, supports=lambda *args: True):
-        """Adds an implementation in grid order; later ones are preferred to earlier ones where they support a call."""
-        self.implementations[name] = Implementation(forward, backward, supports)
+    def register(self, name: str, *args, **kwargs):
+        """Adds an `Implementation`; later ones are preferred to earlier ones where they support a call."""
+        self.implementations[name] = Implementation(*args, **kwargs)
 
     def chunked(self, core: Callable) -> Callable:
         """Decorator: registers a vectorised form with the definition's own signature (inputs in time order)."""
@@ -375,14 +377,18 @@ class Recurrence:
 
     def _forward(self, *args):
         *call, name = args
-        first = call[0]
-        with torch.autocast(first.device.type, enabled=False):
-            output, state = self.pick(name, *call).forward(*call)
-        return tuple(_apart((output, state), call))
+        implementation = self.pick(name, *call)
+        if implementation.kernel:
+            return implementation.forward(*call)
+        with torch.autocast(call[0].device.type, enabled=False):
+            outputs = implementation.forward(*call)
+        return tuple(_apart(outputs, call))
 
     def _backward(self, grad_output, grad_state, *args):
         *call, name = args
         implementation = self.pick(name, *call)
+        if implementation.kernel:
+            return implementation.backward(grad_output, grad_state, *call)
         with torch.autocast(grad_output.device.type, enabled=False):
             if implementation.backward is not None:
                 grads = implementation.backward(grad_output, grad_state, *call)

@@ -191,5 +191,5 @@ def _conv_backward(grad_output, grad_state, *args):
 
 
 _missing = _load()
-_selective_scan.register("cpu", _scan_forward, _scan_backward, _supports)
-_causal_conv1d.register("cpu", _conv_forward, _conv_backward, _supports)
+_selective_scan.register("cpu", _scan_forward, _scan_backward, _supports, kernel=True)
+_causal_conv1d.register("cpu", _conv_forward, _conv_backward, _supports, kernel=True)

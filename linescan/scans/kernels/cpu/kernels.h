@@ -126,6 +126,7 @@ struct Kernels {
   void (*conv_forward)(const Conv&, int64_t begin, int64_t end);
   void (*conv_backward)(const Conv&, int64_t begin, int64_t end);
   void (*unary)(Unary, const float* x, float* y, int64_t n);
+  float (*multiply_add)(int64_t rounds);
 };
 
 #if defined(LINESCAN_X86)

@@ -309,6 +309,13 @@ void unary(Value* stack, uint64_t, uint64_t) {
   current->unary(Unary(which), x.floats(), y.floats(), x.size(0));
 }
 
+// linescan_cpu::multiply_add(int rounds) -> int: for the benchmark; performs rounds * 16 * answer multiply-adds.
+void multiply_add(Value* stack, uint64_t, uint64_t) {
+  volatile float kept = current->multiply_add(Arguments(stack).integer());
+  (void)kept;
+  stack[0] = Value(lanes_of(current));
+}
+
 // -- registration -------------------------------------------------------------------------------------------------------
 
 struct Registration {
@@ -317,6 +324,7 @@ struct Registration {
     if (!torch.complete) return;  // the caller sees that there are no operators
     const char* everywhere = "CompositeExplicitAutograd";
     define("instruction_set(int lanes) -> int", "instruction_set", everywhere, instruction_set);
+    define("multiply_add(int rounds) -> int", "multiply_add", everywhere, multiply_add);
     define("unary(int which, Tensor x, Tensor(a!) y) -> ()", "unary", "CPU", unary);
     define("selective_scan(" LINESCAN_SCAN_INPUTS ", Tensor(a!) y, Tensor(b!) final_state) -> ()", "selective_scan",
            "CPU", selective_scan);
