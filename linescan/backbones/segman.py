@@ -364,8 +364,7 @@ class SegMANEncoder(HierarchicalBackbone):
     def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The official code's keys to ours, for files of the encoder and of the segmentation models.
 
-        A bias of the last stage for another size is resized; a model without projection leaves the file's, and its
-        classifier.
+        A bias of the last stage for another size is resized.
         """
         state = strip_prefix(state, "backbone.")
         if any(key.startswith("layers.") for key in state):
@@ -374,8 +373,6 @@ class SegMANEncoder(HierarchicalBackbone):
         for key, own in self.state_dict().items():
             if key.endswith(".global_bias") and key in state:
                 state[key] = resize_bias(state[key], own.shape[-1])
-        if isinstance(self.norm, nn.Identity):
-            state = {k: v for k, v in state.items() if not k.startswith(("norm.", "head."))}
         return state
 
 
@@ -437,6 +434,11 @@ class SegMANDense(SegMANEncoder):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         return self.forward_intermediates(x, self.out_indices, stop_early=True, intermediates_only=True)
+
+    def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As `SegMANEncoder`; what a classification file has behind the last map is not needed."""
+        state = super().checkpoint_filter(state)
+        return {k: v for k, v in state.items() if not k.startswith(("norm.", "head."))}
 
 
 # -- entry points ----------------------------------------------------------------------------------------------------

@@ -58,6 +58,13 @@ def test_a_dense_model_takes_the_encoder_of_either_file(tmp_path):
             assert torch.equal(one, other) and one.shape[-2:] == (96 // stride, 128 // stride)
 
 
+def test_a_classifier_without_projection_keeps_its_head(tmp_path):
+    model = SegMANEncoder(**SMALL | {"projection": 0})
+    torch.save(model.state_dict(), tmp_path / "own.pth")
+    other = linescan.load_checkpoint(SegMANEncoder(**SMALL | {"projection": 0}), tmp_path / "own.pth")
+    assert other.num_features == 32 and torch.equal(model.head.weight, other.head.weight)
+
+
 @pytest.mark.parametrize("change, message", [
     (lambda s: s.pop("layers.2.blocks.0.token_mixer.ssm.Ds"), "missing .first: stages.1.blocks.0.mixer.ssm.D"),
     (lambda s: s.update({"layers.7.0.weight": torch.zeros(1)}), "unexpected"),
