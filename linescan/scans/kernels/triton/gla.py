@@ -109,13 +109,22 @@ def _across(before, after, C: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
+def _running(x, REVERSE: tl.constexpr = False):
+    """Sums of x (C, D) up to and with each row, or from it on."""
+    if x.shape[1] == 1:
+        return tl.cumsum(tl.sum(x, 1), 0, reverse=REVERSE)[:, None]
+    else:
+        return tl.cumsum(x, 0, reverse=REVERSE)
+
+
+@triton.jit
 def _segments(g, C: tl.constexpr):
-    """Gates of a head (C, 1) -> the decay from each step to each later one (C, C), 0 where it is not later; and the sums
-    from the chunk's start to each step and from after it to the end, (C, 1)."""
+    """Gates of a head (C, 1) -> the decays from each step to each later one (C, C), 1 to itself and 0 to earlier ones;
+    and the sums of gates from the chunk's start to each step and from after it to the end, (C, 1)."""
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     sums = tl.cumsum(tl.where(i > j, g, 0.0), 0)
     last = tl.sum(tl.where(i > j, g, 0.0), 0)
-    return tl.where(i >= j, tl.exp(sums), 0.0), tl.cumsum(g, 0), tl.reshape(last, (C, 1))
+    return tl.where(i >= j, tl.exp(sums), 0.0), _running(g), tl.reshape(last, (C, 1))
 
 
 @triton.jit
@@ -155,7 +164,7 @@ def _states(
     else:
         gates = _load(g, b, k, head, token, read, channels, DX)
         shifted = _load(g, b, k, head, near, near_read & here, channels, DX)
-    keys *= tl.exp(tl.cumsum(shifted, 0, reverse=not REVERSED))
+    keys *= tl.exp(_running(shifted, not REVERSED))
 
     out = added + (row * N + chunk) * DX * DY + channels[:, None] * DY + columns[None, :]
     mask = (channels < DX)[:, None] & (columns < DY)[None, :]
@@ -163,7 +172,7 @@ def _states(
     if tl.program_id(2) == 0:
         total = tl.exp(tl.sum(gates, 0))
         if SCALAR:
-            tl.store(kept + row * N + chunk + tl.zeros_like(total).to(tl.int32), total, mask=tl.program_id(1) + tl.zeros_like(total).to(tl.int32) == 0)
+            tl.store(kept + row * N + chunk, tl.sum(total, 0))  # the same from every block of channels
         else:
             tl.store(kept + (row * N + chunk) * DX + channels, total, mask=channels < DX)
 
@@ -173,7 +182,7 @@ def _carry(
     states, kept, first, last, N,
     DX: tl.constexpr, DY: tl.constexpr, BLOCK: tl.constexpr, SCALAR: tl.constexpr, REVERSED: tl.constexpr,
 ):  # fmt: skip
-    """In place, states (rows, N, DX, DY): from what every chunk adds to the state that enters it (REVERSED: leaves it)."""
+    """In place, states (rows, N, DX, DY): from what every chunk adds to the state that enters it (or REVERSED: leaves)."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = at < DX * DY
@@ -310,7 +319,7 @@ def _gradients(
     if SCALAR:
         up, down, late = tl.sum(up, 1)[:, None], tl.sum(down, 1)[:, None], tl.sum(late, 1)[:, None]
         all_of_it = tl.sum(all_of_it, 1)[:, None]
-    of_gate = tl.cumsum(up - down, 0, reverse=True) + (tl.cumsum(late, 0) - late) + all_of_it
+    of_gate = _running(up - down, True) + (_running(late) - late) + all_of_it
     if LATE:
         of_gate -= up
         factor = tl.load(bonus + (r * H + head) * DX + channels, mask=channels < DX, other=0.0)[None, :]
@@ -391,7 +400,7 @@ class Chunks:
         return triton.cdiv(self.dk, self.bx), triton.cdiv(self.dv, self.by)
 
     def _states(self, first: Tensor | None, grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The state that enters every chunk and the last one; with `grad`, gradients of those that leave, and the first."""
+        """The state that enters every chunk and the last one; with `grad`, gradients of what leaves, and the first."""
         states = self._new(self.rows, self.chunks, self.dk, self.dv)
         kept = self._new(self.rows, self.chunks, 1 if self.scalar else self.dk)
         last = self._new(self.batch, self.routes, self.heads, self.dk, self.dv)

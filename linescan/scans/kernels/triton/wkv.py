@@ -1,0 +1,316 @@
+"""The token mixers of RWKV in Triton: `bi_wkv` (Vision-RWKV), and `wkv6` on the kernels of `gla`.
+
+Bi-WKV is a sum over the past and one over the future of every token. Time is cut into tiles of `TILE` steps, and the
+kernels take all tiles of all routes and channels at once:
+
+    totals    the sum of each tile, as the past of what follows and as the future of what comes before
+    carry     the only walk along time: from totals to the sums that enter each tile from either side, in place
+    read      walks a tile backwards, keeping the future of each of its steps in registers, then forwards with the past
+
+A sum is (x, y, top): two parts, relative to e^top, where top is the largest exponent in it; so no exponential overflows.
+
+The backward is of the same form. With Z_t the denominator of token t and o_t its output, the gradients of numerator and
+denominator are go_t / Z_t and -go_t o_t / Z_t, so what key and value of token j get are sums to both sides over t with
+the keys -log Z_t and the parts go_t and -go_t o_t. Outputs and log Z are computed again. The decay's gradient takes,
+at every step, the past of the one kind times the future of the other: all pairs of tokens that the step stands between.
+All kernels are linear in time, and no program adds to what another one writes.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...recurrence import visited
+from .common import TokenGradient, is_permutation, load_row, rows, store_row, visit
+from .gla import Chunks, merged, per_route
+
+TILE = 16  # steps whose sums stay in registers
+LANES = 32  # channels of a program, which is one warp
+EMPTY = tl.constexpr(-1e38)  # the top of a sum without terms
+
+
+# -- kernels ----------------------------------------------------------------------------------------------------------
+# Arguments that many share:
+#     k, v, grad        Rows of keys, values and the outputs' gradient
+#     w, u              (K, D) float32
+#     again             (2, B, K, S, D) float32: outputs and log denominators in time order, or None
+#     sums, adjoints    (B, K, tiles, 6, D) float32: (x, y, top) of the past, then of the future
+#     table, batch      the route's pointer or None, and the stride of its batch axis
+
+
+@triton.jit
+def _add(x, y, top, key, new_x, new_y, w):
+    """A sum one token later: decayed by e^-w, and with that token in it."""
+    new = tl.maximum(top - w, key)
+    keep, add = tl.exp(top - w - new), tl.exp(key - new)
+    return keep * x + add * new_x, keep * y + add * new_y, new
+
+
+@triton.jit
+def _place(tiles, K, D, LANES: tl.constexpr):
+    """(tile, sample, route, channels, which of them exist) of this program."""
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(D, LANES)
+    channels = pid % blocks * LANES + tl.arange(0, LANES)
+    row = (pid // blocks // tiles).to(tl.int64)
+    return pid // blocks % tiles, row // K, row % K, channels, channels < D
+
+
+@triton.jit
+def _token(k, v, table, b, r, step, S, channels, real):
+    """(key, value, 1) of a step; padding has key 0, and what comes after the last step the weight of nothing."""
+    token, is_token, _, inside = visit(table, step, S)
+    key = load_row(k, b, r, 0, token, is_token, channels, real)
+    value = load_row(v, b, r, 0, token, is_token, channels, real)
+    return tl.where(inside, key, EMPTY), value
+
+
+@triton.jit
+def _adjoint(grad, again, half, table, b, r, row, step, S, D, channels, real):
+    """The same of a step in the backward: (-log Z, go, -go o)."""
+    token, _, written, inside = visit(table, step, S)
+    go = load_row(grad, b, r, 0, token, written, channels, real)
+    at = again + (row * S + step) * D + channels
+    output = tl.load(at, mask=real & inside, other=0.0)
+    log_z = tl.load(at + half, mask=real & inside, other=0.0)
+    return tl.where(inside, -log_z, EMPTY), go, -go * output
+
+
+@triton.jit
+def _sum_at(sums, row, tiles, tile, side, D, channels, real):
+    at = sums + ((row * tiles + tile) * 6 + 3 * side) * D + channels
+    return (
+        tl.load(at, mask=real, other=0.0),
+        tl.load(at + D, mask=real, other=0.0),
+        tl.load(at + 2 * D, mask=real, other=EMPTY),
+    )
+
+
+@triton.jit
+def _put_sum(sums, row, tiles, tile, side, D, channels, real, x, y, top):
+    at = sums + ((row * tiles + tile) * 6 + 3 * side) * D + channels
+    tl.store(at, x, mask=real)
+    tl.store(at + D, y, mask=real)
+    tl.store(at + 2 * D, top, mask=real)
+
+
+@triton.jit
+def _totals(
+    k, v, grad, again, half, w, route, route_batch, sums, S, K, D, tiles,
+    TILE: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Of the tokens, or with `grad` of their adjoints."""
+    tile, b, r, channels, real = _place(tiles, K, D, LANES)
+    row = b * K + r
+    table = None if route is None else route + b * route_batch + r * S
+    decay = tl.load(w + r * D + channels, mask=real, other=0.0)
+    zero = tl.zeros((LANES,), tl.float32)
+    past_x, past_y, past_top = zero, zero, zero + EMPTY
+    next_x, next_y, next_top = zero, zero, zero + EMPTY
+    for i in tl.static_range(TILE):
+        if grad is None:
+            key, x = _token(k, v, table, b, r, tile * TILE + i, S, channels, real)
+            y = zero + 1
+        else:
+            key, x, y = _adjoint(grad, again, half, table, b, r, row, tile * TILE + i, S, D, channels, real)
+        past_x, past_y, past_top = _add(past_x, past_y, past_top, key, x, y, decay)
+        next_x, next_y, next_top = _add(next_x, next_y, next_top, key - i * decay, x, y, 0.0)
+    _put_sum(sums, row, tiles, tile, 0, D, channels, real, past_x, past_y, past_top)
+    _put_sum(sums, row, tiles, tile, 1, D, channels, real, next_x, next_y, next_top)
+
+
+@triton.jit
+def _carry(sums, w, K, D, tiles, TILE: tl.constexpr, LANES: tl.constexpr):
+    """From what each tile holds to what enters it: the past from before, or for odd programs the future from behind."""
+    side = tl.program_id(1)
+    _, b, r, channels, real = _place(1, K, D, LANES)
+    row = b * K + r
+    decay = TILE * tl.load(w + r * D + channels, mask=real, other=0.0)
+    x, y = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
+    top = x + EMPTY
+    for n in range(0, tiles):
+        tile = tl.where(side == 0, n, tiles - 1 - n)
+        tile_x, tile_y, tile_top = _sum_at(sums, row, tiles, tile, side, D, channels, real)
+        _put_sum(sums, row, tiles, tile, side, D, channels, real, x, y, top)
+        new = tl.maximum(top - decay, tile_top)
+        keep, add = tl.exp(top - decay - new), tl.exp(tile_top - new)
+        x, y, top = keep * x + add * tile_x, keep * y + add * tile_y, new
+
+
+@triton.jit
+def _read(
+    k, v, w, u, route, route_batch, sums, out, again, half, S, K, D, tiles,
+    TILE: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Writes those of out and again that are not None."""
+    tile, b, r, channels, real = _place(tiles, K, D, LANES)
+    row = b * K + r
+    table = None if route is None else route + b * route_batch + r * S
+    decay = tl.load(w + r * D + channels, mask=real, other=0.0)
+    bonus = tl.load(u + r * D + channels, mask=real, other=0.0)
+
+    x, y, top = _sum_at(sums, row, tiles, tile, 1, D, channels, real)
+    futures = ()
+    for i in tl.static_range(TILE):
+        futures = ((x, y, top),) + futures
+        key, value = _token(k, v, table, b, r, tile * TILE + TILE - 1 - i, S, channels, real)
+        x, y, top = _add(x, y, top, key, value, 1.0, decay)
+
+    x, y, top = _sum_at(sums, row, tiles, tile, 0, D, channels, real)
+    for i in tl.static_range(TILE):
+        step = tile * TILE + i
+        next_x, next_y, next_top = futures[i]
+        key, value = _token(k, v, table, b, r, step, S, channels, real)
+        most = tl.maximum(tl.maximum(top, next_top), key + bonus)
+        before, after, own = tl.exp(top - most), tl.exp(next_top - most), tl.exp(key + bonus - most)
+        den = before * y + after * next_y + own
+        output = (before * x + after * next_x + own * value) / den
+        token, _, written, inside = visit(table, step, S)
+        if out is not None:
+            store_row(out, b, r, 0, token, written, channels, real, output)
+        if again is not None:
+            at = again + (row * S + step) * D + channels
+            tl.store(at, output, mask=real & inside)
+            tl.store(at + half, most + tl.log(den), mask=real & inside)
+        x, y, top = _add(x, y, top, key, value, 1.0, decay)
+
+
+@triton.jit
+def _gradients(
+    k, v, grad, again, half, w, u, route, route_batch, sums, adjoints, dk, dv, dw, du, S, K, D, tiles,
+    BY_STEP: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """dw and du (B, K, tiles, D) hold the share of every tile."""
+    tile, b, r, channels, real = _place(tiles, K, D, LANES)
+    row = b * K + r
+    table = None if route is None else route + b * route_batch + r * S
+    decay = tl.load(w + r * D + channels, mask=real, other=0.0)
+    bonus = tl.load(u + r * D + channels, mask=real, other=0.0)
+
+    x, y, top = _sum_at(sums, row, tiles, tile, 1, D, channels, real)
+    of_x, of_y, of_top = _sum_at(adjoints, row, tiles, tile, 1, D, channels, real)
+    futures = ()
+    for i in tl.static_range(TILE):
+        futures = ((x, y, top, of_x, of_y, of_top),) + futures
+        step = tile * TILE + TILE - 1 - i
+        key, value = _token(k, v, table, b, r, step, S, channels, real)
+        x, y, top = _add(x, y, top, key, value, 1.0, decay)
+        key, go, other = _adjoint(grad, again, half, table, b, r, row, step, S, D, channels, real)
+        of_x, of_y, of_top = _add(of_x, of_y, of_top, key, go, other, decay)
+
+    x, y, top = _sum_at(sums, row, tiles, tile, 0, D, channels, real)
+    of_x, of_y, of_top = _sum_at(adjoints, row, tiles, tile, 0, D, channels, real)
+    of_decay, of_bonus = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
+    for i in tl.static_range(TILE):
+        step = tile * TILE + i
+        next_x, next_y, next_top, of_next_x, of_next_y, of_next_top = futures[i]
+        key, value = _token(k, v, table, b, r, step, S, channels, real)
+        log_weight, go, other = _adjoint(grad, again, half, table, b, r, row, step, S, D, channels, real)
+        before, after, own = tl.exp(key + of_top), tl.exp(key + of_next_top), tl.exp(key + bonus + log_weight)
+        of_value = before * of_x + after * of_next_x + own * go
+        of_key = value * of_value + before * of_y + after * of_next_y + own * other
+        of_bonus += own * (value * go + other)
+        of_decay -= tl.exp(top + of_next_top - decay) * (x * of_next_x + y * of_next_y)
+        of_decay -= tl.exp(next_top + of_top - decay) * (next_x * of_x + next_y * of_y)
+        token, is_token, _, _ = visit(table, step, S)
+        place = token
+        if BY_STEP:
+            place = tl.cast(step, tl.int64)
+        store_row(dk, b, r, 0, place, is_token, channels, real, of_key)
+        store_row(dv, b, r, 0, place, is_token, channels, real, of_value)
+        x, y, top = _add(x, y, top, key, value, 1.0, decay)
+        of_x, of_y, of_top = _add(of_x, of_y, of_top, log_weight, go, other, decay)
+    tl.store(dw + (row * tiles + tile) * D + channels, of_decay, mask=real)
+    tl.store(du + (row * tiles + tile) * D + channels, of_bonus, mask=real)
+
+
+# -- Bi-WKV -----------------------------------------------------------------------------------------------------------
+
+
+class Tiles:
+    """One call of Bi-WKV: its inputs as the kernels take them, and the launches."""
+
+    def __init__(self, k, v, w, u, route):
+        self.k, self.v, self.w, self.u = k, v, w.float().contiguous(), u.float().contiguous()
+        self.batch, self.routes, self.length = visited((k, v), route)
+        self.route = None if route is None else route.contiguous()
+        self.table = self.route, 0 if route is None or route.ndim == 2 else self.route.stride(0)
+        self.steps, self.channels = self.length if route is None else route.shape[-1], k.shape[-1]
+        self.tiles = triton.cdiv(self.steps, TILE)
+        self.counts = self.steps, self.routes, self.channels, self.tiles
+        self.programs = self.batch * self.routes * triton.cdiv(self.channels, LANES)
+        self.common = dict(TILE=TILE, LANES=LANES, num_warps=1)
+
+    def _new(self, *shape) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.k.device)
+
+    def _sums(self, grad=None, again=None, half=0) -> Tensor:
+        """What enters every tile from both sides."""
+        sums = self._new(self.batch, self.routes, self.tiles, 6, self.channels)
+        _totals[(self.programs * self.tiles,)](
+            rows(self.k), rows(self.v), rows(grad), again, half, self.w, *self.table, sums, *self.counts, **self.common
+        )
+        _carry[(self.programs, 2)](sums, self.w, *self.counts[1:], **self.common)
+        return sums
+
+    def _read(self, sums, out, again, half) -> None:
+        _read[(self.programs * self.tiles,)](
+            rows(self.k), rows(self.v), self.w, self.u, *self.table, sums, rows(out), again, half, *self.counts,
+            **self.common,
+        )  # fmt: skip
+
+    def forward(self, dtype: torch.dtype) -> Tensor:
+        """Outputs (B, K, L, D), zero where no step writes."""
+        whole = self.route is None or is_permutation(self.route, self.length)
+        shape = self.batch, self.routes, self.length, self.channels
+        out = (torch.empty if whole else torch.zeros)(shape, dtype=dtype, device=self.k.device)
+        self._read(self._sums(), out, None, 0)
+        return out
+
+    def backward(self, grad: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of k, v, w, u."""
+        sums = self._sums()
+        again = self._new(2, self.batch, self.routes, self.steps, self.channels)
+        half = again.stride(0)
+        self._read(sums, None, again, half)
+        adjoints = self._sums(grad, again, half)
+        dk, dv = (TokenGradient(x, self.routes, self.route) for x in (self.k, self.v))
+        dw, du = (self._new(self.batch, self.routes, self.tiles, self.channels) for _ in range(2))
+        _gradients[(self.programs * self.tiles,)](
+            rows(self.k), rows(self.v), rows(grad), again, half, self.w, self.u, *self.table, sums, adjoints,
+            dk.rows, dv.rows, dw, du, *self.counts, BY_STEP=dk.by_step, **self.common,
+        )  # fmt: skip
+        return dk.finish(), dv.finish(), dw.sum((0, 2)), du.sum((0, 2))
+
+
+def bi_wkv_forward(k, v, w, u, route, merge):
+    output = Tiles(k, v, w, u, route).forward(torch.float32 if merge else k.dtype)
+    return merged(output, merge, k.dtype), output.new_zeros(*output.shape[:2], 0, dtype=torch.float32)
+
+
+def bi_wkv_backward(grad_output, grad_state, k, v, w, u, route, merge):
+    dk, dv, dw, du = Tiles(k, v, w, u, route).backward(per_route(grad_output, merge))
+    return [dk, dv, dw.to(w.dtype), du.to(u.dtype)]
+
+
+# -- WKV of RWKV-6 ----------------------------------------------------------------------------------------------------
+
+
+def _chunks(r, k, v, w, u, scale, initial_state, route) -> Chunks:
+    return Chunks(r, k, v, w, scale, initial_state, route, bonus=u.float().contiguous())
+
+
+def wkv6_forward(*args):
+    *inputs, merge = args
+    r = inputs[0]
+    output, state = _chunks(*inputs).forward(torch.float32 if merge else r.dtype)
+    return merged(output, merge, r.dtype), state
+
+
+def wkv6_backward(grad_output, grad_state, *args):
+    *inputs, merge = args
+    u, initial_state = inputs[4], inputs[6]
+    grads = _chunks(*inputs).backward(per_route(grad_output, merge), grad_state)
+    found = [*(grads[name] for name in ("q", "k", "v", "g")), grads["bonus"].to(u.dtype)]
+    return found if initial_state is None else [*found, grads["initial_state"].to(initial_state.dtype)]
