@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-__all__ = ["Rows", "TokenGradient", "launch", "lanes", "load_row", "processors", "rows", "split", "store_row", "visit"]
+__all__ = ["Rows", "TokenGradient", "launch", "load_row", "place", "processors", "rows", "split", "store_row", "visit"]
 
 
 class Rows(NamedTuple):
@@ -67,16 +67,6 @@ def split(programs: int, steps: int, multiple: int, device: torch.device) -> tup
 
 
 @triton.jit
-def lanes(R: tl.constexpr, L: tl.constexpr):
-    """Indices 0..R*L-1 as (R, L): neighbours lie in neighbouring lanes of the warp, R of them in each thread's registers.
-
-    Triton spreads a tile over threads from the last axis on. Tiles made of such pairs, with the L's together a warp,
-    say in their shape alone which thread holds what: sums over R cost additions, sums over L a few shuffles.
-    """
-    return tl.arange(0, R)[:, None] * L + tl.arange(0, L)[None, :]
-
-
-@triton.jit
 def visit(route, t, steps):
     """(token read at step t, whether there is one, whether its output is kept, whether t is a step at all)."""
     inside = t < steps
@@ -88,16 +78,21 @@ def visit(route, t, steps):
 
 
 @triton.jit
-def load_row(x, b, k, g, token, real, index, mask):
-    """Channels `index` of a token in float32, zeros for padding. b, k, g and token are 64 bits wide."""
-    row = x.data + b * x.batch + k * x.route + g * x.group + token * x.token
-    return tl.load(row + index, mask=mask & real, other=0).to(tl.float32)
+def place(x, b, k, g, index):
+    """Pointers to channels `index` of token 0. b, k and g are 64 bits wide: a batch may exceed 2^31 numbers."""
+    return x.data + (b * x.batch + k * x.route + g * x.group) + index
 
 
 @triton.jit
-def store_row(x, b, k, g, token, real, index, mask, value):
-    row = x.data + b * x.batch + k * x.route + g * x.group + token * x.token
-    tl.store(row + index, value.to(x.data.dtype.element_ty), mask=mask & real)
+def load_row(x, at, token, mask):
+    """A token's channels in float32, zeros where masked; `at` from `place`."""
+    return tl.load(at + token * x.token, mask=mask, other=0).to(tl.float32)
+
+
+@triton.jit
+def store_row(x, at, token, mask, value):
+    """Writes a token's channels."""
+    tl.store(at + token * x.token, value.to(x.data.dtype.element_ty), mask=mask)
 
 
 # -- where gradients of token inputs go -------------------------------------------------------------------------------
@@ -150,9 +145,7 @@ class TokenGradient:
         places = route.shape[-1] if self.by_step else x.shape[2]
         whole = partials == 1 and x.shape[1] == routes and not self.by_step
         shape = (x.shape[0], routes, places, *x.shape[3:])
-        self.shares = torch.empty(
-            (partials, *shape), dtype=x.dtype if whole else torch.float32, device=x.device
-        )
+        self.shares = torch.empty((partials, *shape), dtype=x.dtype if whole else torch.float32, device=x.device)
 
     @property
     def rows(self) -> Rows:

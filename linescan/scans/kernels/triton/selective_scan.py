@@ -5,10 +5,11 @@ float32, and walks through time T steps at a time: the rows of T steps are asked
 hide the latency of memory), then stepped through. So each of u, delta and z is read once and y written once, whatever
 the route; B and C are read once for a block of channels rather than once a channel.
 
-Every exponential goes through the special function units, 16 a cycle of a multiprocessor. With 16 states a
-token-channel thus takes at least a cycle (on an H200, about 1.3 TB/s of bf16 tokens), and with one state the memory is the limit. What the kernels
-do beside that is therefore kept off the arithmetic: A comes multiplied by log2(e), and states and parameters stand
-with the channels last, so that lanes read neighbours.
+Exponentials go through the special function units, 16 a cycle of a multiprocessor. With 16 states a token and channel
+thus takes a cycle at least (on an H200, 1.3 TB/s of bf16 u, delta and y at most; with one state, memory is the limit),
+and four times the arithmetic's 128 lanes are free meanwhile. So everything else must be few instructions: A comes
+multiplied by log2(e), states and parameters lie with the channels last, and tiles are laid out (see below) so that no
+value moves between threads where the mathematics does not sum over them.
 
 Where there are too few programs to fill the device, time is cut into chunks (`split`): every chunk is first scanned
 from zero, for its last state and its summed step sizes; as a decay over steps is exp(A * their sum), a second, small
@@ -26,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...selective_scan import _selective_scan
-from .common import TokenGradient, is_permutation, lanes, launch, load_row, rows, split, store_row, visit
+from .common import TokenGradient, is_permutation, launch, load_row, place, rows, split, store_row, visit
 
 __all__ = ["MAX_STATES", "backward", "forward"]
 
@@ -36,27 +37,72 @@ LN2 = tl.constexpr(math.log(2))
 
 
 # -- pieces -----------------------------------------------------------------------------------------------------------
-# A tile of states has axes (n in registers, channel in registers, n over lanes, channel over lanes), see `lanes`.
+# A tile of states is (NR, DR, 32): every thread holds NR states of each of DR channels; of the 32 lanes of a warp, NL hold
+# other states and 32 / NL other channels. What belongs to channels is (DR, 32), the same in all NL lanes that need it;
+# what belongs to states is (NR, NL). Triton lays tiles out from the last axis on, and the last axis is the warp, so no
+# value moves between threads but in the sums over lanes. For that to hold, loads must not be widened to several
+# neighbours a thread: Triton is not told that `channels` and `width` are multiples of 16 (`do_not_specialize`).
+
+
+@triton.jit
+def _channels(NL: tl.constexpr, DR: tl.constexpr):
+    lane = tl.arange(0, 32)
+    if NL > 1:
+        lane = lane % (32 // NL)
+    return tl.arange(0, DR)[:, None] * (32 // NL) + lane[None, :]
+
+
+@triton.jit
+def _states(NL: tl.constexpr, NR: tl.constexpr):
+    """A thread's states are neighbours, so it reads its part of B or C at once."""
+    return tl.arange(0, NR)[:, None] + tl.arange(0, NL)[None, :] * NR
+
+
+@triton.jit
+def _tile(d, channels, NL: tl.constexpr, NR: tl.constexpr, N: tl.constexpr):
+    """Places of channels `d` in an (N, D) matrix, as a tile, and which of them are states."""
+    n = tl.arange(0, NR)[:, None, None] + (tl.arange(0, 32) // (32 // NL) * NR)[None, None, :]
+    return n * channels + d[None, :, :], n < N
+
+
+@triton.jit
+def _raw(NR: tl.constexpr, DR: tl.constexpr):
+    """Places of a tile's numbers in memory of its own."""
+    register = tl.arange(0, NR)[:, None, None] * DR + tl.arange(0, DR)[None, :, None]
+    return register * 32 + tl.arange(0, 32)[None, None, :]
 
 
 @triton.jit
 def _by_channel(x):
-    return x[None, :, None, :]
+    """(DR, 32) to go with a tile."""
+    return x[None, :, :]
 
 
 @triton.jit
 def _by_state(x):
-    return x[:, None, :, None]
+    """(NR, NL) to go with a tile."""
+    NR: tl.constexpr = x.shape[0]
+    NL: tl.constexpr = x.shape[1]
+    return tl.reshape(tl.broadcast_to(x[:, :, None], (NR, NL, 32 // NL)), (NR, 1, 32))
 
 
 @triton.jit
-def _sum_states(x):
-    return tl.sum(tl.sum(x, 0), 1)
+def _sum_states(x, NL: tl.constexpr):
+    """A tile -> (DR, 32)."""
+    x = tl.sum(x, 0)
+    if NL > 1:
+        DR: tl.constexpr = x.shape[0]
+        x = tl.sum(tl.reshape(x, (DR, NL, 32 // NL)), 1, keep_dims=True)
+        x = tl.reshape(tl.broadcast_to(x, (DR, NL, 32 // NL)), (DR, 32))
+    return x
 
 
 @triton.jit
-def _sum_channels(x):
-    return tl.sum(tl.sum(x, 1), 2)
+def _sum_channels(x, NL: tl.constexpr):
+    """A tile -> (NR, NL)."""
+    x = tl.sum(x, 1)
+    NR: tl.constexpr = x.shape[0]
+    return tl.sum(tl.reshape(x, (NR, NL, 32 // NL)), 2)
 
 
 @triton.jit
@@ -83,10 +129,10 @@ def _step_size(raw, inside, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
-def _where(block, blocks, width, DR: tl.constexpr, DL: tl.constexpr):
+def _where(block, blocks, width, NL: tl.constexpr, DR: tl.constexpr):
     """(group, channels, which of them exist) of the block-th block of channels."""
     group = block // blocks
-    within = (block % blocks) * (DR * DL) + lanes(DR, DL)
+    within = (block % blocks) * (DR * (32 // NL)) + _channels(NL, DR)
     return group.to(tl.int64), group * width + within, within < width
 
 
@@ -96,17 +142,18 @@ def _where(block, blocks, width, DR: tl.constexpr, DL: tl.constexpr):
 #     A (K, N, D) times log2(e); D, bias (K, D) or None
 #     route                   the table's pointer or None, and the stride of its batch axis
 #     start, end              (B, K, chunks, N, D) states before and after a chunk
-#     saved                   (B, K, ceil(S / T), N, D) states before every T-th step
+#     saved                   (B, K, ceil(S / T), tiles of all blocks) states before every T-th step, as they lie in
+#                             threads: places are constants then; `saved_size` numbers a T steps
 #     sums                    (B, K, chunks, D) sums of a chunk's step sizes
 #     S steps, K routes, D channels in groups of `width`, a group in `blocks` blocks; `chunks` chunks of `size` steps
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["channels", "width", "saved_size"])
 def _scan(
     u, delta, B, C, z, A, D, bias, route, route_batch, start, end, saved, sums, y, total,
-    S, routes, channels, groups, width, blocks, chunks, size,
+    S, routes, channels, groups, width, blocks, chunks, size, saved_size,
     N: tl.constexpr, SOFTPLUS: tl.constexpr, MERGE: tl.constexpr, ADD: tl.constexpr,
-    T: tl.constexpr, NR: tl.constexpr, NL: tl.constexpr, DR: tl.constexpr, DL: tl.constexpr,
+    T: tl.constexpr, NR: tl.constexpr, NL: tl.constexpr, DR: tl.constexpr,
 ):  # fmt: skip
     """Forward. Writes those of y, end, saved and sums that are not None.
 
@@ -126,11 +173,14 @@ def _scan(
         b = (pid // routes).to(tl.int64)
         first = pid % routes
         last = first + 1
-    g, d, real_d = _where(block, blocks, width, DR, DL)
-    n = lanes(NR, NL)
+    g, d, real_d = _where(block, blocks, width, NL, DR)
+    n = _states(NL, NR)
     real_n = n < N
-    tile = _by_state(n) * channels + _by_channel(d)
-    real = _by_state(real_n) & _by_channel(real_d)
+    tile, real = _tile(d, channels, NL, NR, N)
+    real &= _by_channel(real_d)
+
+    if saved is not None:
+        saved_at = saved + block * (NR * DR * 32) + _raw(NR, DR)
 
     for route_index in range(first, last):
         k = tl.cast(route_index, tl.int64)
@@ -139,17 +189,27 @@ def _scan(
         h = tl.zeros_like(a)
         if start is not None:
             h = tl.load(start + (row * chunks + chunk) * N * channels + tile, mask=real, other=0)
-        shift = tl.zeros([DR, DL], tl.float32)
+        shift = tl.zeros((DR, 32), tl.float32)
         if bias is not None:
             shift = tl.load(bias + k * channels + d, mask=real_d, other=0)
         if y is not None and D is not None:
             skip = tl.load(D + k * channels + d, mask=real_d, other=0)
         table = None if route is None else route + b * route_batch + k * S
-        elapsed = tl.zeros([DR, DL], tl.float32)
+        elapsed = tl.zeros((DR, 32), tl.float32)
+        u_at = place(u, b, k, 0, d)
+        delta_at = place(delta, b, k, 0, d)
+        B_at = place(B, b, k, g, n)
+        if y is not None:
+            C_at = place(C, b, k, g, n)
+            y_at = place(y, b, 0 if MERGE else k, 0, d)
+            if z is not None:
+                z_at = place(z, b, k, 0, d)
+            if MERGE:
+                total_at = place(total, b, 0, 0, d)
 
         for t in range(chunk * size, tl.minimum(S, (chunk + 1) * size), T):
             if saved is not None:
-                tl.store(saved + (row * tl.cdiv(S, T) + t // T) * N * channels + tile, h, mask=real)
+                tl.store(saved_at + (row * tl.cdiv(S, T) + t // T) * saved_size, h)
             # All loads of T steps first: none waits for another, nor for a store.
             tokens = ()
             kept = ()
@@ -163,16 +223,16 @@ def _scan(
                 token, read, keep, inside = visit(table, t + i, S)
                 tokens = tokens + (token,)
                 kept = kept + (keep,)
-                raw = load_row(delta, b, k, 0, token, read, d, real_d) + shift
+                raw = load_row(delta, delta_at, token, read & real_d) + shift
                 steps = steps + (_step_size(raw, inside, SOFTPLUS),)
-                inputs = inputs + (load_row(u, b, k, 0, token, read, d, real_d),)
-                Bs = Bs + (load_row(B, b, k, g, token, read, n, real_n),)
+                inputs = inputs + (load_row(u, u_at, token, read & real_d),)
+                Bs = Bs + (load_row(B, B_at, token, read & real_n),)
                 if y is not None:
-                    Cs = Cs + (load_row(C, b, k, g, token, read, n, real_n),)
+                    Cs = Cs + (load_row(C, C_at, token, read & real_n),)
                     if z is not None:
-                        zs = zs + (load_row(z, b, k, 0, token, read, d, real_d),)
+                        zs = zs + (load_row(z, z_at, token, read & real_d),)
                     if MERGE:
-                        before = before + (load_row(total, b, 0, 0, token, keep & (ADD | (k > 0)), d, real_d),)
+                        before = before + (load_row(total, total_at, token, keep & (ADD | (k > 0)) & real_d),)
             outputs = ()
             for i in tl.static_range(T):
                 step = steps[i]
@@ -181,7 +241,7 @@ def _scan(
                 if sums is not None:
                     elapsed += step
                 if y is not None:
-                    out = _sum_states(h * _by_state(Cs[i]))
+                    out = _sum_states(h * _by_state(Cs[i]), NL)
                     if D is not None:
                         out += skip * inputs[i]
                     if z is not None:
@@ -193,10 +253,10 @@ def _scan(
                 for i in tl.static_range(T):
                     if MERGE:
                         more = k < routes - 1
-                        store_row(total, b, 0, 0, tokens[i], kept[i] & more, d, real_d, outputs[i])
-                        store_row(y, b, 0, 0, tokens[i], kept[i] & (k == routes - 1), d, real_d, outputs[i])
+                        store_row(total, total_at, tokens[i], kept[i] & more & real_d, outputs[i])
+                        store_row(y, y_at, tokens[i], kept[i] & (k == routes - 1) & real_d, outputs[i])
                     else:
-                        store_row(y, b, k, 0, tokens[i], kept[i], d, real_d, outputs[i])
+                        store_row(y, y_at, tokens[i], kept[i] & real_d, outputs[i])
 
         if end is not None:
             tl.store(end + (row * chunks + chunk) * N * channels + tile, h, mask=real)
@@ -206,10 +266,10 @@ def _scan(
             tl.debug_barrier()  # what this route wrote to `total`, the next one reads, perhaps in another thread
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["channels"])
 def _carry(
     states, sums, A, edge, out, routes, channels, blocks, chunks, N: tl.constexpr, REVERSE: tl.constexpr,
-    NR: tl.constexpr, NL: tl.constexpr, DR: tl.constexpr, DL: tl.constexpr,
+    NR: tl.constexpr, NL: tl.constexpr, DR: tl.constexpr,
 ):  # fmt: skip
     """Joins chunks: `states` (B, K, chunks, N, D) comes with what each adds, and goes with what enters each.
 
@@ -219,10 +279,9 @@ def _carry(
     pid = tl.program_id(0)
     row = (pid // blocks).to(tl.int64)
     k = row % routes
-    d = (pid % blocks) * (DR * DL) + lanes(DR, DL)
-    n = lanes(NR, NL)
-    tile = _by_state(n) * channels + _by_channel(d)
-    real = _by_state(n < N) & _by_channel(d < channels)
+    d = (pid % blocks) * (DR * (32 // NL)) + _channels(NL, DR)
+    tile, real = _tile(d, channels, NL, NR, N)
+    real &= _by_channel(d < channels)
     a = tl.load(A + k * N * channels + tile, mask=real, other=0)
     h = tl.zeros_like(a)
     if edge is not None:
@@ -237,12 +296,12 @@ def _carry(
         tl.store(out + row * N * channels + tile, h, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["channels", "width", "saved_size"])
 def _adjoint(
     grad, delta, C, z, A, bias, route, route_batch, left,
-    S, routes, channels, groups, width, blocks, chunks, size,
+    S, routes, channels, groups, width, blocks, chunks, size, saved_size,
     N: tl.constexpr, SOFTPLUS: tl.constexpr,
-    T: tl.constexpr, NR: tl.constexpr, NL: tl.constexpr, DR: tl.constexpr, DL: tl.constexpr,
+    T: tl.constexpr, NR: tl.constexpr, NL: tl.constexpr, DR: tl.constexpr,
 ):  # fmt: skip
     """left (B, K, chunks, N, D): gradient of the state before a chunk, from the chunk's own outputs."""
     pid = tl.program_id(0)
@@ -252,16 +311,21 @@ def _adjoint(
     row = (pid // chunks).to(tl.int64)
     b = row // routes
     k = row % routes
-    g, d, real_d = _where(block, blocks, width, DR, DL)
-    n = lanes(NR, NL)
+    g, d, real_d = _where(block, blocks, width, NL, DR)
+    n = _states(NL, NR)
     real_n = n < N
-    tile = _by_state(n) * channels + _by_channel(d)
-    real = _by_state(real_n) & _by_channel(real_d)
+    tile, real = _tile(d, channels, NL, NR, N)
+    real &= _by_channel(real_d)
     a = tl.load(A + k * N * channels + tile, mask=real, other=0)
-    shift = tl.zeros([DR, DL], tl.float32)
+    shift = tl.zeros((DR, 32), tl.float32)
     if bias is not None:
         shift = tl.load(bias + k * channels + d, mask=real_d, other=0)
     table = None if route is None else route + b * route_batch + k * S
+    delta_at = place(delta, b, k, 0, d)
+    grad_at = place(grad, b, k, 0, d)
+    C_at = place(C, b, k, g, n)
+    if z is not None:
+        z_at = place(z, b, k, 0, d)
     h = tl.zeros_like(a)
     begin = chunk * size
     count = tl.cdiv(tl.minimum(S, begin + size) - begin, T)
@@ -272,27 +336,27 @@ def _adjoint(
         Cs = ()
         for i in tl.static_range(T):
             token, read, keep, inside = visit(table, t + i, S)
-            raw = load_row(delta, b, k, 0, token, read, d, real_d) + shift
+            raw = load_row(delta, delta_at, token, read & real_d) + shift
             steps = steps + (_step_size(raw, inside, SOFTPLUS),)
-            dy = load_row(grad, b, k, 0, token, keep, d, real_d)
+            dy = load_row(grad, grad_at, token, keep & real_d)
             if z is not None:
-                gate = load_row(z, b, k, 0, token, read, d, real_d)
+                gate = load_row(z, z_at, token, read & real_d)
                 dy *= gate * tl.sigmoid(gate)
             grads = grads + (dy,)
-            Cs = Cs + (load_row(C, b, k, g, token, read, n, real_n),)
+            Cs = Cs + (load_row(C, C_at, token, read & real_n),)
         for i in tl.static_range(T):
             h += _by_channel(grads[T - 1 - i]) * _by_state(Cs[T - 1 - i])
             h *= tl.exp2(a * _by_channel(steps[T - 1 - i]))
     tl.store(left + (row * chunks + chunk) * N * channels + tile, h, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["channels", "width", "saved_size"])
 def _retreat(
     grad, u, delta, B, C, z, A, D, bias, route, route_batch, saved, right,
     du, ddelta, dB, dC, dz, share, dA, dD, dbias, dstart,
-    S, routes, channels, groups, width, blocks, chunks, size,
+    S, routes, channels, groups, width, blocks, chunks, size, saved_size,
     N: tl.constexpr, SOFTPLUS: tl.constexpr, BY_STEP: tl.constexpr,
-    T: tl.constexpr, NR: tl.constexpr, NL: tl.constexpr, DR: tl.constexpr, DL: tl.constexpr,
+    T: tl.constexpr, NR: tl.constexpr, NL: tl.constexpr, DR: tl.constexpr,
 ):  # fmt: skip
     """Backward, from `saved` and from the gradient `right` (B, K, chunks, N, D) of the states after each chunk, or None.
 
@@ -306,19 +370,32 @@ def _retreat(
     row = (pid // chunks).to(tl.int64)
     b = row // routes
     k = row % routes
-    g, d, real_d = _where(block, blocks, width, DR, DL)
-    n = lanes(NR, NL)
+    g, d, real_d = _where(block, blocks, width, NL, DR)
+    n = _states(NL, NR)
     real_n = n < N
-    tile = _by_state(n) * channels + _by_channel(d)
-    real = _by_state(real_n) & _by_channel(real_d)
-    channel_share = n + (block % blocks).to(tl.int64) * share
+    tile, real = _tile(d, channels, NL, NR, N)
+    real &= _by_channel(real_d)
+    u_at = place(u, b, k, 0, d)
+    delta_at = place(delta, b, k, 0, d)
+    B_at = place(B, b, k, g, n)
+    C_at = place(C, b, k, g, n)
+    grad_at = place(grad, b, k, 0, d)
+    du_at = place(du, b, k, 0, d)
+    ddelta_at = place(ddelta, b, k, 0, d)
+    own = (block % blocks).to(tl.int64) * share
+    dB_at = place(dB, b, k, g, n) + own
+    dC_at = place(dC, b, k, g, n) + own
+    if z is not None:
+        z_at = place(z, b, k, 0, d)
+        dz_at = place(dz, b, k, 0, d)
 
+    saved_at = saved + block * (NR * DR * 32) + _raw(NR, DR)
     a = tl.load(A + k * N * channels + tile, mask=real, other=0)
     slope_a = tl.zeros_like(a)
-    slope_skip = tl.zeros([DR, DL], tl.float32)
-    slope_bias = tl.zeros([DR, DL], tl.float32)
-    shift = tl.zeros([DR, DL], tl.float32)
-    skip = tl.zeros([DR, DL], tl.float32)
+    slope_skip = tl.zeros((DR, 32), tl.float32)
+    slope_bias = tl.zeros((DR, 32), tl.float32)
+    shift = tl.zeros((DR, 32), tl.float32)
+    skip = tl.zeros((DR, 32), tl.float32)
     if bias is not None:
         shift = tl.load(bias + k * channels + d, mask=real_d, other=0)
     if D is not None:
@@ -331,51 +408,49 @@ def _retreat(
     count = tl.cdiv(tl.minimum(S, begin + size) - begin, T)
     for j in range(count):
         t = begin + (count - 1 - j) * T
-        h = tl.load(saved + (row * tl.cdiv(S, T) + t // T) * N * channels + tile, mask=real, other=0)
+        h = tl.load(saved_at + (row * tl.cdiv(S, T) + t // T) * saved_size)
         states = (h,)
         for i in tl.static_range(T):
             token, read, keep, inside = visit(table, t + i, S)
-            step = _step_size(load_row(delta, b, k, 0, token, read, d, real_d) + shift, inside, SOFTPLUS)
-            x = step * load_row(u, b, k, 0, token, read, d, real_d)
-            h = tl.exp2(a * _by_channel(step)) * h + _by_channel(x) * _by_state(
-                load_row(B, b, k, g, token, read, n, real_n)
-            )
+            step = _step_size(load_row(delta, delta_at, token, read & real_d) + shift, inside, SOFTPLUS)
+            x = step * load_row(u, u_at, token, read & real_d)
+            h = tl.exp2(a * _by_channel(step)) * h + _by_channel(x) * _by_state(load_row(B, B_at, token, read & real_n))
             states = states + (h,)
         # Rows are read again (from the first-level cache), as T steps of them and of states would not fit in registers.
         for i in tl.static_range(T):
             at = t + T - 1 - i
             token, read, keep, inside = visit(table, at, S)
-            raw = load_row(delta, b, k, 0, token, read, d, real_d) + shift
+            raw = load_row(delta, delta_at, token, read & real_d) + shift
             step = _step_size(raw, inside, SOFTPLUS)
-            value = load_row(u, b, k, 0, token, read, d, real_d)
-            B_t = _by_state(load_row(B, b, k, g, token, read, n, real_n))
-            C_t = _by_state(load_row(C, b, k, g, token, read, n, real_n))
-            dy = load_row(grad, b, k, 0, token, keep, d, real_d)
-            place = tl.cast(at, tl.int64) if BY_STEP else token
+            value = load_row(u, u_at, token, read & real_d)
+            B_t = _by_state(load_row(B, B_at, token, read & real_n))
+            C_t = _by_state(load_row(C, C_at, token, read & real_n))
+            dy = load_row(grad, grad_at, token, keep & real_d)
+            to = tl.cast(at, tl.int64) if BY_STEP else token
             after = states[T - i]
             if z is not None:
-                gate = load_row(z, b, k, 0, token, read, d, real_d)
+                gate = load_row(z, z_at, token, read & real_d)
                 open = tl.sigmoid(gate)
-                out = _sum_states(after * C_t) + skip * value
+                out = _sum_states(after * C_t, NL) + skip * value
                 slope = dy * out * open * (1 + gate * (1 - open))
-                store_row(dz, b, k, 0, place, read, d, real_d, slope)
+                store_row(dz, dz_at, to, read & real_d, slope)
                 dy *= gate * open
             adjoint += _by_channel(dy) * C_t
             x = step * value
-            slope = _sum_channels(_by_channel(dy) * after)
-            store_row(dC, b, k, g, place, read, channel_share, real_n, slope)
-            slope = _sum_channels(_by_channel(x) * adjoint)
-            store_row(dB, b, k, g, place, read, channel_share, real_n, slope)
-            dx = _sum_states(adjoint * B_t)
-            store_row(du, b, k, 0, place, read, d, real_d, step * dx + skip * dy)
+            slope = _sum_channels(_by_channel(dy) * after, NL)
+            store_row(dC, dC_at, to, read & real_n, slope)
+            slope = _sum_channels(_by_channel(x) * adjoint, NL)
+            store_row(dB, dB_at, to, read & real_n, slope)
+            dx = _sum_states(adjoint * B_t, NL)
+            store_row(du, du_at, to, read & real_d, step * dx + skip * dy)
             adjoint *= tl.exp2(a * _by_channel(step))
             exponent = adjoint * states[T - 1 - i]  # gradient of step * A
             slope_a += exponent * _by_channel(step)
-            dstep = _sum_states(exponent * a) * LN2 + value * dx
+            dstep = _sum_states(exponent * a, NL) * LN2 + value * dx
             if SOFTPLUS:
                 dstep *= tl.sigmoid(raw)
             dstep = tl.where(inside, dstep, 0)
-            store_row(ddelta, b, k, 0, place, read, d, real_d, dstep)
+            store_row(ddelta, ddelta_at, to, read & real_d, dstep)
             slope_bias += dstep
             slope_skip += dy * value
 
@@ -405,7 +480,10 @@ class _Call:
         self.width = self.channels // self.groups
         self.steps = self.length if route is None else route.shape[-1]
         self.route = None if route is None else route.contiguous()
-        self.u, self.delta, self.B, self.C, self.z = map(rows, (u, delta, B, C, z))
+        self.u, self.delta, self.z = map(rows, (u, delta, z))
+        # B and C are small beside the rest, every block of channels reads them, and they tend to be slices of a wider
+        # projection: in float32 rows of their own they load 16 bytes at a time and need no conversion.
+        self.B, self.C = (rows(x.float().contiguous()) for x in (B, C))
         self.A = (A.float() * LOG2E).mT.contiguous()
         self.D, self.bias = (None if x is None else x.float().contiguous() for x in (D, delta_bias))
         self.initial = None if initial_state is None else initial_state.float().mT.contiguous()
@@ -427,12 +505,14 @@ class _Plan:
 
     def __init__(self, call: _Call, tile: dict[str, int], routes: int):
         self.call, self.tile = call, tile
-        self.blocks = -(-call.width // (tile["DR"] * tile["DL"]))
+        self.blocks = -(-call.width // _width(tile))
         across = call.batch * routes * call.groups * self.blocks
         self.chunks, self.size = split(across, call.steps, tile["T"], call.device)
         self.programs = across * self.chunks
+        self.saved_size = call.groups * self.blocks * tile["NR"] * tile["DR"] * 32
         self.sizes = (
             call.steps, call.routes, call.channels, call.groups, call.width, self.blocks, self.chunks, self.size,
+            self.saved_size,
         )  # fmt: skip
 
     def scan(self, start=None, end=None, saved=None, sums=None, y=None, total=None, merge=False, add=False):
@@ -446,7 +526,7 @@ class _Plan:
     def carry(self, states, sums, edge, out, reverse=False):
         c = self.call
         tile = {key: value for key, value in self.tile.items() if key != "T"}
-        blocks = -(-c.channels // (tile["DR"] * tile["DL"]))
+        blocks = -(-c.channels // _width(tile))
         launch(
             _carry, c.batch * c.routes * blocks, states, sums, c.A, edge, out, c.routes, c.channels, blocks, self.chunks,
             N=c.states, REVERSE=reverse, **tile,
@@ -467,30 +547,41 @@ def _power(n: int) -> int:
     return triton.next_power_of_2(n)
 
 
-def forward_tile(states: int) -> dict[str, int]:
-    """All states of a channel in one thread, so that their sum y is additions alone; T so that loads fill the wait."""
-    n = _power(states)
-    return {"T": 16 if n <= 4 else 8, "NR": n, "NL": 1, "DR": 1, "DL": 32}
+def _width(tile: dict[str, int]) -> int:
+    """Channels of a program."""
+    return tile["DR"] * (32 // tile["NL"])
 
 
-def backward_tile(states: int) -> dict[str, int]:
-    """Sums run over channels (for B and C) as well as over states, so both are spread over lanes.
+def forward_tile(states: int, width: int) -> dict[str, int]:
+    """Up to 16 states of a channel in one thread, so that their sum y is additions alone.
 
-    A thread holds 16 states at most: T + 1 tiles must fit in its registers.
+    Two channels a thread, where there are enough, share the loads of B and C and the arithmetic of addresses. T so that
+    loads fill the wait for memory.
     """
     n = _power(states)
-    over_lanes = 4 if n >= 16 else 1
-    per_thread = n // over_lanes
-    channel_lanes = 32 // over_lanes
-    return {"T": 8, "NR": per_thread, "NL": over_lanes, "DR": max(1, min(16 // per_thread, 32 // channel_lanes)),
-            "DL": channel_lanes}  # fmt: skip
+    lanes = max(1, n // 16)
+    return {"T": 16 if n <= 4 else 8, "NR": n // lanes, "NL": lanes, "DR": _channels_a_thread(lanes, width)}
+
+
+def backward_tile(states: int, width: int) -> dict[str, int]:
+    """Sums run over channels (for B and C) as well as over states, so both are spread over lanes.
+
+    T + 1 tiles must fit in the 255 registers of a thread. `saved` takes 4 N / T bytes a token and channel for a while.
+    """
+    n = _power(states)
+    lanes = 1 if n < 8 else max(2, n // 8)
+    return {"T": 8 if n <= 4 else 4, "NR": n // lanes, "NL": lanes, "DR": _channels_a_thread(lanes, width)}
+
+
+def _channels_a_thread(lanes: int, width: int) -> int:
+    return 2 if width > 32 // lanes else 1
 
 
 def forward(*args) -> tuple[Tensor, Tensor]:
     """`_selective_scan` in grid order, see `Implementation.forward`."""
     *_, route, merge = args
     call = _Call(*args)
-    tile = forward_tile(call.states)
+    tile = forward_tile(call.states, call.width)
     every = route is None or is_permutation(call.route, call.length)  # all tokens are written, once a route
     new = call.new if every else lambda *shape, dtype=torch.float32: call.new(*shape, dtype=dtype).zero_()
     final = call.new_states(1)
@@ -515,9 +606,9 @@ def backward(grad_output: Tensor, grad_state: Tensor | None, *args) -> list[Tens
     """Its gradients, see `Implementation.backward`."""
     u, delta, A, B, C, D, z, delta_bias, _, initial_state, route, merge = args
     call = _Call(*args)
-    plan = call.plan(backward_tile(call.states), call.routes)
+    plan = call.plan(backward_tile(call.states, call.width), call.routes)
     start, sums = plan.starts()
-    saved = call.new_states(-(-call.steps // plan.tile["T"]))
+    saved = call.new(call.batch, call.routes, -(-call.steps // plan.tile["T"]), plan.saved_size)
     plan.scan(start, saved=saved)
     grad = rows(grad_output.unsqueeze(1) if merge else grad_output)
     right = None if grad_state is None else grad_state.float().mT.contiguous()
