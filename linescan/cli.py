@@ -397,13 +397,23 @@ def _option(panel: str, help: str, *names: str, **kwargs):
         "--mixup 0.8 --cutmix 1 --ema 0.9998 --bf16",
         "linescan train --data flowers --out runs/flowers [dim](the same options)[/] --resume",
         "torchrun --nproc_per_node=4 -m linescan train --data imagenet --out runs/imagenet --epochs 300",
+        "linescan train --config segmentation/vmamba_tiny_upernet_ade20k --cfg-options train_dataloader.batch_size=4",
     )
 )
 def train(
     data: Annotated[
-        str, _option(_DATA, "`digits`; a folder of classes; or one with train/ and val/ in it.", "--data", "-d")
-    ],
-    to: Annotated[Path, _option(_DATA, "The folder of the run.", "--out", "-o")],
+        Optional[str],
+        _option(_DATA, "`digits`; a folder of classes; or one with train/ and val/ in it.", "--data", "-d"),
+    ] = None,
+    to: Annotated[Optional[Path], _option(_DATA, "The folder of the run.", "--out", "--work-dir", "-o")] = None,
+    config: Annotated[
+        Optional[str],
+        _option(_DATA, "Segmentation or detection instead: an OpenMMLab config, a file or one of linescan's by name."),
+    ] = None,
+    cfg_options: Annotated[
+        Optional[list[str]],
+        _option(_DATA, "A value of the config; may be repeated.", "--cfg-options", metavar="KEY=VALUE"),
+    ] = None,
     val: Annotated[Optional[str], _option(_DATA, "A folder of classes to hold out.")] = None,
     holdout: Annotated[float, _option(_DATA, "Without --val: the share of each class that is held out.")] = 0.1,
     workers: Annotated[
@@ -452,10 +462,21 @@ def train(
 ):  # fmt: skip
     """Train a classifier. Stop it as you like: --resume takes the steps it would have taken.
 
+    With --config, a segmentor or detector is trained by OpenMMLab instead, as the config says; of the other options only
+    --out, --resume and --cfg-options count then.
+
     The folder of the run gets model.safetensors (last epoch), best.safetensors, metrics.csv, and what TensorBoard reads
     where that is installed. Several processes: see the last example.
     """
     from linescan.engine.progress import say
+
+    if config:
+        from linescan.engine.openmmlab_runner import train_config
+
+        train_config(config, to, resume, cfg_options or ())
+        return
+    if data is None or to is None:
+        raise InputError("training needs --data and --out, or --config")
     from linescan.engine.training import Recipe
     from linescan.engine.training import train as run
 

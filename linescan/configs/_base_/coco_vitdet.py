@@ -1,5 +1,5 @@
-# COCO as ViTDet trains (Li et al., arXiv 2203.16527): crops of 1024x1024 at scales from 0.1 to 2, batches of 64 (32 GPUs
-# with 2 each), 184 375 iterations (100 epochs), layer-wise learning rates.
+# COCO as ViTDet trains (Li et al., arXiv 2203.16527): crops of 1024x1024 at scales from 0.1 to 2, batches of 64
+# (32 GPUs with 2 each), 184 375 iterations (100 epochs), layer-wise learning rates.
 _base_ = 'mmdet::common/lsj-100e_coco-instance.py'
 train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=184375, val_interval=5000)
 test_pipeline = [
