@@ -1,0 +1,230 @@
+"""Drawing what was found into the picture: classes as colours, instances as boxes, and a legend below."""
+
+import colorsys
+from functools import lru_cache
+from typing import Iterable, Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+__all__ = ["default_palette", "draw_boxes", "draw_masks"]
+
+Colour = tuple[int, int, int]
+
+PAPER, INK = (250, 250, 248), (24, 24, 28)
+SMALLEST = 384  # pictures whose longer side is below are enlarged, or no word would fit
+
+
+def default_palette(classes: int) -> list[Colour]:
+    """Colours (red, green, blue) that are easy to tell apart: hues by the golden ratio, in three shades."""
+    shades = (0.62, 0.96), (0.85, 0.78), (0.45, 0.88)
+    hsv = [((0.6 + i * 0.618034) % 1, *shades[i % 3]) for i in range(classes)]
+    return [tuple(round(255 * c) for c in colorsys.hsv_to_rgb(*colour)) for colour in hsv]
+
+
+def draw_masks(
+    image: Image.Image | np.ndarray,
+    mask: np.ndarray,
+    classes: Sequence[str],
+    palette: Sequence[Colour] | None = None,
+    *,
+    opacity: float = 0.5,
+    legend_rows: int | None = None,
+) -> Image.Image:
+    """The picture tinted by the class of each pixel, with a legend: the classes in it and their shares, largest first.
+
+    Args:
+        image: a PIL image, or (H, W, 3) bytes, RGB.
+        mask: (H, W) class of each pixel; values that are no class (255, for one) stay as they are.
+        classes: the names.
+        palette: a colour a class; default: `default_palette`.
+        opacity: of the tint, 0 to 1. Borders between classes are drawn in full.
+        legend_rows: how many rows the legend has, whatever it holds, as frames of a video need it; default: as many as
+            it takes. 0: no legend.
+
+    Returns:
+        An RGB image. One whose longer side is below 384 pixels is enlarged by a whole factor.
+
+    Raises:
+        ValueError: picture and mask differ in size, or there are fewer colours than classes.
+    """
+    picture, factor = _canvas(image)
+    palette = _palette(palette, classes)
+    mask = np.asarray(mask)
+    _check_size("mask", mask.shape, picture, factor)
+    counts = np.bincount(mask.ravel(), minlength=len(classes))[: len(classes)]
+    if factor > 1:
+        mask = mask.repeat(factor, 0).repeat(factor, 1)
+    pixels = _tint(np.asarray(picture), mask, palette, opacity)
+    shown = [i for i in np.argsort(-counts, kind="stable") if counts[i]]
+    entries = [(palette[i], f"{classes[i]} · {_percent(counts[i] / mask.size * factor**2)}") for i in shown]
+    return _with_legend(Image.fromarray(pixels), entries, legend_rows)
+
+
+def draw_boxes(
+    image: Image.Image | np.ndarray,
+    boxes: np.ndarray,
+    labels: Sequence[int],
+    scores: Sequence[float] | None,
+    classes: Sequence[str],
+    masks: Iterable[np.ndarray] | None = None,
+    palette: Sequence[Colour] | None = None,
+    *,
+    legend_rows: int | None = None,
+) -> Image.Image:
+    """The picture with a box, a name and a score for each instance, and a legend: how many there are of each class.
+
+    Args:
+        image: a PIL image, or (H, W, 3) bytes, RGB.
+        boxes: (N, 4) left, top, right, bottom in pixels.
+        labels: (N,) index of the class of each.
+        scores: (N,) from 0 to 1; None, where there are none (annotations).
+        classes: the names.
+        masks: for each instance (H, W) bool; taken one by one, so that they can be a generator.
+        palette: a colour a class; default: `default_palette`.
+        legend_rows: as for `draw_masks`.
+
+    Returns:
+        An RGB image. One whose longer side is below 384 pixels is enlarged by a whole factor.
+
+    Raises:
+        ValueError: picture and masks differ in size, or there are fewer colours than classes.
+    """
+    picture, factor = _canvas(image)
+    palette = _palette(palette, classes)
+    boxes, labels = np.asarray(boxes, float).reshape(-1, 4) * factor, [int(label) for label in labels]
+    if masks is not None:
+        pixels = np.array(picture)
+        for label, mask in zip(labels, masks):
+            _check_size("mask", np.shape(mask), picture, factor)
+            _tint_instance(pixels, np.asarray(mask, bool), palette[label], factor)
+        picture = Image.fromarray(pixels)
+    pen, line = ImageDraw.Draw(picture), max(round(max(picture.size) / 450), 1)
+    font = _font(_text_size(picture))
+    order = range(len(boxes)) if scores is None else np.argsort(np.asarray(scores, float), kind="stable")
+    for i in order:  # the best ones last: on top
+        colour = palette[labels[i]]
+        left, top, right, bottom = boxes[i]
+        pen.rectangle((left, top, max(right, left), max(bottom, top)), outline=colour, width=line)
+        name = classes[labels[i]] + ("" if scores is None else f" {scores[i]:.2f}")
+        _tag(pen, picture.size, (left, top), name, colour, font)
+    counts = np.bincount(labels, minlength=len(classes)) if labels else np.zeros(len(classes), int)
+    shown = [i for i in np.argsort(-counts, kind="stable") if counts[i]]
+    return _with_legend(picture, [(palette[i], f"{classes[i]} ×{counts[i]}") for i in shown], legend_rows)
+
+
+# -- parts ------------------------------------------------------------------------------------------------------------
+
+
+def _canvas(image: Image.Image | np.ndarray) -> tuple[Image.Image, int]:
+    """An RGB copy to draw on, and the factor it is enlarged by."""
+    image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
+    image = image.convert("RGB")
+    factor = -(-SMALLEST // max(image.size)) if max(image.size) < SMALLEST else 1
+    size = image.width * factor, image.height * factor
+    return image.resize(size, Image.Resampling.BICUBIC) if factor > 1 else image.copy(), factor
+
+
+def _palette(palette: Sequence[Colour] | None, classes: Sequence[str]) -> list[Colour]:
+    palette = default_palette(len(classes)) if palette is None else [tuple(map(int, colour)) for colour in palette]
+    if len(palette) < len(classes):
+        raise ValueError(f"a palette of {len(palette)} colours for {len(classes)} classes")
+    return palette
+
+
+def _check_size(what: str, shape: tuple, picture: Image.Image, factor: int) -> None:
+    size = picture.height // factor, picture.width // factor
+    if tuple(shape) != size:
+        raise ValueError(f"a {what} of shape {tuple(shape)} for a picture of {size[0]}x{size[1]} (height x width)")
+
+
+def _borders(mask: np.ndarray) -> np.ndarray:
+    """(H, W) bool: pixels whose right or lower neighbour is of another kind."""
+    border = np.zeros(mask.shape, bool)
+    border[:, :-1] |= mask[:, 1:] != mask[:, :-1]
+    border[:-1] |= mask[1:] != mask[:-1]
+    return border
+
+
+def _tint(pixels: np.ndarray, mask: np.ndarray, palette: Sequence[Colour], opacity: float) -> np.ndarray:
+    known = mask < len(palette)
+    colours = np.array(palette, np.float32)[np.where(known, mask, 0)]
+    weight = np.where(_borders(mask), 1, opacity) * known
+    return (pixels + weight[..., None].astype(np.float32) * (colours - pixels)).round().astype(np.uint8)
+
+
+def _tint_instance(pixels: np.ndarray, mask: np.ndarray, colour: Colour, factor: int) -> None:
+    """In place, and only where the mask is."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return
+    box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    inside = np.pad(mask[box].repeat(factor, 0).repeat(factor, 1), 1)
+    border = (inside & (_borders(inside) | _borders(inside[::-1, ::-1])[::-1, ::-1]))[1:-1, 1:-1]
+    inside = inside[1:-1, 1:-1]
+    part = pixels[tuple(slice(factor * s.start, factor * s.stop) for s in box)]
+    weight = np.where(border, 0.95, 0.42 * inside).astype(np.float32)[..., None]
+    part += (weight * (np.array(colour, np.float32) - part)).round().astype(np.int16).astype(np.uint8)
+
+
+def _percent(share: float) -> str:
+    return "<1 %" if share < 0.01 else f"{100 * share:.0f} %"
+
+
+@lru_cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    import matplotlib
+
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
+
+
+def _text_size(picture: Image.Image) -> int:
+    return max(round(max(picture.size) / 50), 11)
+
+
+def _tag(pen: ImageDraw.ImageDraw, size: tuple, corner: tuple, text: str, colour: Colour, font) -> None:
+    """A word on its colour above `corner`; inside of the picture, where there is no room."""
+    ascent, descent = font.getmetrics()
+    width, height = pen.textlength(text, font) + font.size * 0.5, ascent + descent
+    x = min(max(corner[0], 0), max(size[0] - width, 0))
+    y = corner[1] - height if corner[1] >= height else max(corner[1], 0)
+    pen.rectangle((x, y, x + width, y + height), fill=colour)
+    dark = np.dot(colour, (0.299, 0.587, 0.114)) < 140
+    pen.text((x + font.size * 0.25, y), text, PAPER if dark else INK, font)
+
+
+def _with_legend(picture: Image.Image, entries: list[tuple[Colour, str]], rows: int | None) -> Image.Image:
+    """The picture, and below it rows of coloured squares with words; what does not fit is counted."""
+    if rows == 0 or (rows is None and not entries):
+        return picture
+    size = _text_size(picture)
+    font, gap, height = _font(size), round(size * 0.6), round(size * 1.7)
+    pen = ImageDraw.Draw(picture)
+    lines: list[list] = [[]]
+    x = gap
+    for colour, text in entries:
+        width = size + gap / 2 + pen.textlength(text, font)
+        if lines[-1] and x + width + gap > picture.width:
+            lines.append([])
+            x = gap
+        lines[-1].append((x, colour, text))
+        x += width + 2 * gap
+    left = 0
+    if rows and len(lines) > rows:
+        left = sum(map(len, lines[rows:]))
+        lines = lines[:rows]
+    rows = rows or len(lines)
+    sheet = Image.new("RGB", (picture.width, picture.height + rows * height + gap), PAPER)
+    sheet.paste(picture)
+    pen = ImageDraw.Draw(sheet)
+    for row, line in enumerate(lines):
+        y = picture.height + gap // 2 + row * height + height // 2
+        for x, colour, text in line:
+            pen.rectangle((x, y - size // 2, x + size, y + size // 2), fill=colour, outline=INK)
+            pen.text((x + size + gap / 2, y), text, INK, font, anchor="lm")
+    if left:
+        text = f"+ {left}"
+        width = pen.textlength(text, font) + 2 * gap
+        pen.rectangle((picture.width - width, y - height // 2 + 1, picture.width, y + height // 2 - 1), fill=PAPER)
+        pen.text((picture.width - gap, y), text, INK, font, anchor="rm")
+    return sheet
