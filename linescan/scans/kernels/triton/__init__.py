@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from ...causal_conv import _causal_conv1d
+from ...gla import _gla, _simple_gla
 from ...recurrence import Recurrence
 from ...selective_scan import _selective_scan
+from ...ssd import _ssd
+from ...wkv import _bi_wkv, _wkv6
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -44,8 +47,11 @@ def _fits(*args) -> bool:
     )
 
 
-def _register(op: Recurrence, module: str, fits=lambda *args: True) -> None:
-    """Registers `forward` and `backward` of a module beside this one, imported by the first call."""
+def _register(op: Recurrence, module: str, fits=lambda *args: True, limit: str = "") -> None:
+    """Registers `forward` and `backward` of a module beside this one, which the first call imports.
+
+    `limit` says in words what `fits` asks for.
+    """
 
     def run(function: str, inputs: int):
         def implementation(*args):
@@ -56,7 +62,7 @@ def _register(op: Recurrence, module: str, fits=lambda *args: True) -> None:
                 got = sorted({f"{str(x.dtype)[6:]} on {x.device.type}" for x in call if isinstance(x, Tensor)})
                 raise ValueError(
                     f"{op.name}: the triton kernel takes non-empty float32, bfloat16 or float16 tensors on a CUDA "
-                    f"device and at most 64 states a channel, got {', '.join(got)}"
+                    f"device{limit}, got {', '.join(got)}"
                 )
             return getattr(import_module(f"{__name__}.{module}"), function)(*args)
 
@@ -67,5 +73,10 @@ def _register(op: Recurrence, module: str, fits=lambda *args: True) -> None:
     )
 
 
-_register(_selective_scan, "selective_scan", lambda u, delta, A, *_: A.shape[-1] <= 64)
-_register(_causal_conv1d, "causal_conv", lambda x, weight, *_: weight.shape[-1] <= 16)
+_register(_selective_scan, "selective_scan", lambda u, delta, A, *_: A.shape[-1] <= 64, " and at most 64 states")
+_register(_causal_conv1d, "causal_conv", lambda x, weight, *_: weight.shape[-1] <= 16, " and at most 16 taps")
+_register(_gla, "gla")
+_register(_simple_gla, "gla")
+_register(_ssd, "ssd")
+_register(_bi_wkv, "bi_wkv")
+_register(_wkv6, "wkv6")

@@ -182,7 +182,7 @@ def _carry(
     states, kept, first, last, N,
     DX: tl.constexpr, DY: tl.constexpr, BLOCK: tl.constexpr, SCALAR: tl.constexpr, REVERSED: tl.constexpr,
 ):  # fmt: skip
-    """In place, states (rows, N, DX, DY): from what every chunk adds to the state that enters it (or REVERSED: leaves)."""
+    """In place, states (rows, N, DX, DY): from what a chunk adds to the state that enters it (or REVERSED: leaves)."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = at < DX * DY
@@ -369,7 +369,7 @@ class Chunks:
         self.q, self.k, self.v, self.g, self.bonus, self.weight = q, k, v, g, bonus, weight
         self.initial = None if initial_state is None else initial_state.contiguous()
         self.route = None if route is None else route.contiguous()
-        self.batch, self.routes, self.length = visited((q, k, v) if stepwise else (q, k, v, g), route)
+        self.batch, self.routes, self.length = visited((q, k, v, g), route)
         self.heads, self.dk, self.dv = v.shape[3], q.shape[4], v.shape[4]
         self.steps = self.length if route is None else route.shape[-1]
         self.size = min(CHUNK, _power(self.steps))
@@ -384,9 +384,10 @@ class Chunks:
         precision = "tf32x3" if torch.float32 in (q.dtype, k.dtype, v.dtype) else "tf32"
         self.common = dict(
             SHARE=self.heads // q.shape[3], DX=self.dk, DY=self.dv, C=self.size, BX=self.bx, BY=self.by,
-            SCALAR=self.scalar, STEPWISE=stepwise, LATE=bonus is not None, PRECISION=precision, num_warps=4,
+            SCALAR=self.scalar, STEPWISE=stepwise, LATE=bonus is not None, PRECISION=precision,
         )  # fmt: skip
-        self.levels = dict(LEVELS=self.size.bit_length() - 1)
+        # The halving of channel gates holds many tiles at once: eight warps, so that they stay in registers.
+        self.inside = dict(LEVELS=self.size.bit_length() - 1, num_warps=4 if self.scalar else 8)
         self.stepwise = stepwise
 
     def _new(self, *shape, dtype=torch.float32) -> Tensor:
@@ -408,7 +409,7 @@ class Chunks:
         back = dict(REVERSED=grad is not None)
         _states[self._grid(*self._blocks)](
             rows(x), rows(y), rows(self.g), rows(self.weight), *self.table, states, kept, scale, *self.counts,
-            **self.common, **back,
+            **self.common, **back, num_warps=4,
         )  # fmt: skip
         block = min(256, _power(self.dk * self.dv))
         _carry[(self.rows, triton.cdiv(self.dk * self.dv, block))](
@@ -420,7 +421,7 @@ class Chunks:
     def _outputs(self, y: Tensor, states: Tensor, out, by_step: bool, transposed: bool) -> None:
         _outputs[self._grid(self._blocks[1])](
             rows(self.q), rows(self.k), rows(y), rows(self.g), self.bonus, rows(self.weight), *self.table, states, out,
-            self.scale, *self.counts, **self.common, **self.levels, TRANSPOSED=transposed, BY_STEP=by_step,
+            self.scale, *self.counts, **self.common, **self.inside, TRANSPOSED=transposed, BY_STEP=by_step,
         )  # fmt: skip
 
     def forward(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -453,7 +454,7 @@ class Chunks:
             rows(self.q), rows(self.k), rows(self.v), rows(self.g), self.bonus, rows(self.weight), rows(grad),
             *self.table, states, grad_states, dq.rows, dk.rows, dg.rows, dbonus,
             None if dweight is None else dweight.rows, self.scale, *self.counts, dg.stride,
-            **self.common, **self.levels, BY_STEP=dq.by_step,
+            **self.common, **self.inside, BY_STEP=dq.by_step,
         )  # fmt: skip
 
         def per_group(x, of):

@@ -1,13 +1,13 @@
-"""The token mixers of RWKV in Triton: `bi_wkv` (Vision-RWKV), and `wkv6` on the kernels of `gla`.
+"""Bi-WKV (Vision-RWKV) in Triton: a sum over the past and one over the future of every token.
 
-Bi-WKV is a sum over the past and one over the future of every token. Time is cut into tiles of `TILE` steps, and the
+Time is cut into tiles of `TILE` steps, and the
 kernels take all tiles of all routes and channels at once:
 
     totals    the sum of each tile, as the past of what follows and as the future of what comes before
     carry     the only walk along time: from totals to the sums that enter each tile from either side, in place
     read      walks a tile backwards, keeping the future of each of its steps in registers, then forwards with the past
 
-A sum is (x, y, top): two parts, relative to e^top, where top is the largest exponent in it; so no exponential overflows.
+A sum is (x, y, top): two parts, relative to e^top with top the largest exponent in it, so no exponential overflows.
 
 The backward is of the same form. With Z_t the denominator of token t and o_t its output, the gradients of numerator and
 denominator are go_t / Z_t and -go_t o_t / Z_t, so what key and value of token j get are sums to both sides over t with
@@ -22,8 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...recurrence import visited
-from .common import TokenGradient, is_permutation, load_row, rows, store_row, visit
-from .gla import Chunks, merged, per_route
+from .common import TokenGradient, is_permutation, load_row, place, rows, store_row, visit
+from .gla import merged, per_route
 
 TILE = 16  # steps whose sums stay in registers
 LANES = 32  # channels of a program, which is one warp
@@ -48,7 +48,7 @@ def _add(x, y, top, key, new_x, new_y, w):
 
 
 @triton.jit
-def _place(tiles, K, D, LANES: tl.constexpr):
+def _program(tiles, K, D, LANES: tl.constexpr):
     """(tile, sample, route, channels, which of them exist) of this program."""
     pid = tl.program_id(0)
     blocks = tl.cdiv(D, LANES)
@@ -61,8 +61,8 @@ def _place(tiles, K, D, LANES: tl.constexpr):
 def _token(k, v, table, b, r, step, S, channels, real):
     """(key, value, 1) of a step; padding has key 0, and what comes after the last step the weight of nothing."""
     token, is_token, _, inside = visit(table, step, S)
-    key = load_row(k, b, r, 0, token, is_token, channels, real)
-    value = load_row(v, b, r, 0, token, is_token, channels, real)
+    key = load_row(k, place(k, b, r, 0, channels), token, real & is_token)
+    value = load_row(v, place(v, b, r, 0, channels), token, real & is_token)
     return tl.where(inside, key, EMPTY), value
 
 
@@ -70,7 +70,7 @@ def _token(k, v, table, b, r, step, S, channels, real):
 def _adjoint(grad, again, half, table, b, r, row, step, S, D, channels, real):
     """The same of a step in the backward: (-log Z, go, -go o)."""
     token, _, written, inside = visit(table, step, S)
-    go = load_row(grad, b, r, 0, token, written, channels, real)
+    go = load_row(grad, place(grad, b, r, 0, channels), token, real & written)
     at = again + (row * S + step) * D + channels
     output = tl.load(at, mask=real & inside, other=0.0)
     log_z = tl.load(at + half, mask=real & inside, other=0.0)
@@ -101,7 +101,7 @@ def _totals(
     TILE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Of the tokens, or with `grad` of their adjoints."""
-    tile, b, r, channels, real = _place(tiles, K, D, LANES)
+    tile, b, r, channels, real = _program(tiles, K, D, LANES)
     row = b * K + r
     table = None if route is None else route + b * route_batch + r * S
     decay = tl.load(w + r * D + channels, mask=real, other=0.0)
@@ -124,7 +124,7 @@ def _totals(
 def _carry(sums, w, K, D, tiles, TILE: tl.constexpr, LANES: tl.constexpr):
     """From what each tile holds to what enters it: the past from before, or for odd programs the future from behind."""
     side = tl.program_id(1)
-    _, b, r, channels, real = _place(1, K, D, LANES)
+    _, b, r, channels, real = _program(1, K, D, LANES)
     row = b * K + r
     decay = TILE * tl.load(w + r * D + channels, mask=real, other=0.0)
     x, y = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
@@ -144,7 +144,7 @@ def _read(
     TILE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Writes those of out and again that are not None."""
-    tile, b, r, channels, real = _place(tiles, K, D, LANES)
+    tile, b, r, channels, real = _program(tiles, K, D, LANES)
     row = b * K + r
     table = None if route is None else route + b * route_batch + r * S
     decay = tl.load(w + r * D + channels, mask=real, other=0.0)
@@ -168,7 +168,7 @@ def _read(
         output = (before * x + after * next_x + own * value) / den
         token, _, written, inside = visit(table, step, S)
         if out is not None:
-            store_row(out, b, r, 0, token, written, channels, real, output)
+            store_row(out, place(out, b, r, 0, channels), token, real & written, output)
         if again is not None:
             at = again + (row * S + step) * D + channels
             tl.store(at, output, mask=real & inside)
@@ -182,7 +182,7 @@ def _gradients(
     BY_STEP: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """dw and du (B, K, tiles, D) hold the share of every tile."""
-    tile, b, r, channels, real = _place(tiles, K, D, LANES)
+    tile, b, r, channels, real = _program(tiles, K, D, LANES)
     row = b * K + r
     table = None if route is None else route + b * route_batch + r * S
     decay = tl.load(w + r * D + channels, mask=real, other=0.0)
@@ -214,18 +214,16 @@ def _gradients(
         of_decay -= tl.exp(top + of_next_top - decay) * (x * of_next_x + y * of_next_y)
         of_decay -= tl.exp(next_top + of_top - decay) * (next_x * of_x + next_y * of_y)
         token, is_token, _, _ = visit(table, step, S)
-        place = token
-        if BY_STEP:
-            place = tl.cast(step, tl.int64)
-        store_row(dk, b, r, 0, place, is_token, channels, real, of_key)
-        store_row(dv, b, r, 0, place, is_token, channels, real, of_value)
+        at = tl.cast(step, tl.int64) if BY_STEP else token
+        store_row(dk, place(dk, b, r, 0, channels), at, real & is_token, of_key)
+        store_row(dv, place(dv, b, r, 0, channels), at, real & is_token, of_value)
         x, y, top = _add(x, y, top, key, value, 1.0, decay)
         of_x, of_y, of_top = _add(of_x, of_y, of_top, log_weight, go, other, decay)
     tl.store(dw + (row * tiles + tile) * D + channels, of_decay, mask=real)
     tl.store(du + (row * tiles + tile) * D + channels, of_bonus, mask=real)
 
 
-# -- Bi-WKV -----------------------------------------------------------------------------------------------------------
+# -- on the host ------------------------------------------------------------------------------------------------------
 
 
 class Tiles:
@@ -284,33 +282,11 @@ class Tiles:
         return dk.finish(), dv.finish(), dw.sum((0, 2)), du.sum((0, 2))
 
 
-def bi_wkv_forward(k, v, w, u, route, merge):
+def forward(k, v, w, u, route, merge):
     output = Tiles(k, v, w, u, route).forward(torch.float32 if merge else k.dtype)
     return merged(output, merge, k.dtype), output.new_zeros(*output.shape[:2], 0, dtype=torch.float32)
 
 
-def bi_wkv_backward(grad_output, grad_state, k, v, w, u, route, merge):
+def backward(grad_output, grad_state, k, v, w, u, route, merge):
     dk, dv, dw, du = Tiles(k, v, w, u, route).backward(per_route(grad_output, merge))
     return [dk, dv, dw.to(w.dtype), du.to(u.dtype)]
-
-
-# -- WKV of RWKV-6 ----------------------------------------------------------------------------------------------------
-
-
-def _chunks(r, k, v, w, u, scale, initial_state, route) -> Chunks:
-    return Chunks(r, k, v, w, scale, initial_state, route, bonus=u.float().contiguous())
-
-
-def wkv6_forward(*args):
-    *inputs, merge = args
-    r = inputs[0]
-    output, state = _chunks(*inputs).forward(torch.float32 if merge else r.dtype)
-    return merged(output, merge, r.dtype), state
-
-
-def wkv6_backward(grad_output, grad_state, *args):
-    *inputs, merge = args
-    u, initial_state = inputs[4], inputs[6]
-    grads = _chunks(*inputs).backward(per_route(grad_output, merge), grad_state)
-    found = [*(grads[name] for name in ("q", "k", "v", "g")), grads["bonus"].to(u.dtype)]
-    return found if initial_state is None else [*found, grads["initial_state"].to(initial_state.dtype)]
