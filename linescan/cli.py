@@ -462,8 +462,8 @@ def train(
 ):  # fmt: skip
     """Train a classifier. Stop it as you like: --resume takes the steps it would have taken.
 
-    With --config, a segmentor or detector is trained by OpenMMLab instead, as the config says; of the other options only
-    --out, --resume and --cfg-options count then.
+    With --config, a segmentor or detector is trained by OpenMMLab instead, as the config says; of the other options
+    only --out, --resume and --cfg-options count then.
 
     The folder of the run gets model.safetensors (last epoch), best.safetensors, metrics.csv, and what TensorBoard reads
     where that is installed. Several processes: see the last example.
