@@ -134,25 +134,32 @@ extern const Kernels avx512_kernels, avx2_kernels;
 #endif
 extern const Kernels baseline_kernels;
 
-// Scratch memory of one thread: one allocation, handed out in aligned pieces.
+// Scratch memory, handed out in aligned pieces. Every thread keeps its own for the next call: fresh pages are slow.
+struct ArenaMemory {
+  float* data = nullptr;
+  int64_t floats = 0;
+  ~ArenaMemory() { std::free(data); }
+};
+
 class Arena {
  public:
-  explicit Arena(int64_t floats) : data_(static_cast<float*>(std::aligned_alloc(64, (floats * 4 + 4095) / 4096 * 4096))) {
-    if (!data_) throw std::bad_alloc();
+  explicit Arena(int64_t floats) {
+    if (floats <= memory.floats) return;
+    std::free(memory.data);
+    memory.data = static_cast<float*>(std::aligned_alloc(64, (floats * 4 + 4095) / 4096 * 4096));
+    memory.floats = memory.data ? floats : 0;
+    if (!memory.data) throw std::bad_alloc();
   }
-  ~Arena() { std::free(data_); }
-  Arena(const Arena&) = delete;
-  Arena& operator=(const Arena&) = delete;
 
   static int64_t rounded(int64_t floats) { return (floats + 15) / 16 * 16; }
   float* take(int64_t floats) {
-    float* piece = data_ + used_;
+    float* piece = memory.data + used_;
     used_ += rounded(floats);
     return piece;
   }
 
  private:
-  float* data_;
+  static inline thread_local ArenaMemory memory;
   int64_t used_ = 0;
 };
 

@@ -187,19 +187,22 @@ void segment(Scan& s) {
 }
 
 // dB or dC (B, K or 1, L, G, N) from the partial sums in time order; blocks and routes are added in their order.
+// Without a route table no two steps meet in a row, and slabs of time can be done at once.
 void sum_taps(const Scan& s, int side, const Tensor& out) {
   const int64_t routes_out = out.size(1), blocks = s.blocks.count(), per_group = s.blocks.per_group(), N = s.N;
   const bool apart = routes_out > 1 || s.K == 1;
-  const int64_t ways = apart ? s.K : 1, units = s.B * ways * s.G;
-  parallel(units, grain(units, 16 * s.B * s.K * s.S * blocks * N), [&](int64_t begin, int64_t end) {
-    std::vector<int64_t> reads(s.S), writes(s.S);
+  const int64_t ways = apart ? s.K : 1, slab = s.route.data ? s.S : 128, slabs = (s.S + slab - 1) / slab;
+  const int64_t units = s.B * ways * s.G * slabs;
+  parallel(units, grain(units, s.B * s.K * s.S * blocks * N), [&](int64_t begin, int64_t end) {
+    std::vector<int64_t> reads(slab), writes(slab);
     std::vector<float> sum(N);
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t g = unit % s.G, way = unit / s.G % ways, b = unit / s.G / ways;
+      const int64_t t0 = unit % slabs * slab, count = lesser(slab, s.S - t0);
+      const int64_t g = unit / slabs % s.G, way = unit / slabs / s.G % ways, b = unit / slabs / s.G / ways;
       for (int64_t k = apart ? way : 0; k < (apart ? way + 1 : s.K); ++k) {
-        s.route.steps(b, k, 0, s.S, reads.data(), writes.data());
-        const float* parts = s.partial_bc + (((b * s.K + k) * blocks + g * per_group) * 2 + side) * s.S * N;
-        for (int64_t t = 0; t < s.S; ++t) {
+        s.route.steps(b, k, t0, count, reads.data(), writes.data());
+        const float* parts = s.partial_bc + (((b * s.K + k) * blocks + g * per_group) * 2 + side) * s.S * N + t0 * N;
+        for (int64_t t = 0; t < count; ++t) {
           if (reads[t] < 0) continue;
           for (int64_t n = 0; n < N; ++n) sum[n] = parts[t * N + n];
           for (int64_t i = 1; i < per_group; ++i)

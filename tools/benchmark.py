@@ -1,0 +1,252 @@
+#!/usr/bin/env python
+"""Measures linescan against its peers on this machine: a table, a JSON file and a plot.
+
+    python tools/benchmark.py scan        the selective scan on the CPU
+
+Peers run as their authors publish them: installed packages where there is one, else the published algorithm written
+again from its description, each in its own memory layout. Numbers are medians over many runs on one thread, in CPU time
+of the process, which other processes do not lengthen; several threads are timed by the wall clock, the best of turns.
+"""
+
+import json
+import os
+import platform
+import time
+from datetime import datetime
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Callable
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+console = Console()
+Out = Annotated[Path, typer.Option(help="Folder for the JSON file and the plot.")]
+
+
+@app.callback()
+def main() -> None:
+    """Sections are commands; each writes OUT/NAME.json and OUT/NAME.png."""
+
+
+# -- what all sections share -------------------------------------------------------------------------------------------
+
+
+def seconds(run: Callable[[], object], budget: float = 1.5, pick=median, clock=time.process_time) -> float:
+    """Median time of a run over about `budget` seconds, after one run to warm up."""
+    run()
+    times, begin = [], time.perf_counter()
+    while len(times) < 3 or time.perf_counter() - begin < budget:
+        start = clock()
+        run()
+        times.append(clock() - start)
+    return pick(times)
+
+
+def machine() -> dict[str, object]:
+    """Where and when; goes into every JSON file."""
+    from linescan.scans.kernels import backend_info
+
+    processor = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), processor)
+    return {
+        "date": datetime.now().isoformat(timespec="seconds"),
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "kernels": backend_info()["cpu"],
+    }
+
+
+def save(out: Path, name: str, results: dict, draw: Callable) -> None:
+    """Writes the JSON file and the plot; `draw(axes)` fills the latter."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n")
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    draw(axes)
+    figure.savefig(out / f"{name}.png", dpi=160)
+    console.print(f"{out / name}.json, {out / name}.png")
+
+
+# -- the selective scan -----------------------------------------------------------------------------------------------
+
+
+class SequentialLoop:
+    """The algorithm of mamba-ssm's `selective_scan_ref`: decays and inputs of all steps at once, then a Python loop
+    over time that takes one step's slice of each. Its backward is quadratic in L: each slice's gradient has full size.
+    """
+
+    longest_backward = 256  # more takes minutes
+
+    @staticmethod
+    def prepare(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> list[Tensor]:
+        """From tokens (1, L, D) and (1, L, N) to the layout that the peer is called with: here channels first."""
+        u, delta, B, C = (x.mT.contiguous() for x in (u, delta, B, C))
+        return [u, delta, A, B, C, D]
+
+    @staticmethod
+    def run(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+        decay = torch.exp(torch.einsum("bdl,dn->bdln", delta, A))
+        inputs = torch.einsum("bdl,bnl,bdl->bdln", delta, B, u)
+        state, outputs = u.new_zeros(*u.shape[:2], A.shape[1]), []
+        for t in range(u.shape[2]):
+            state = decay[:, :, t] * state + inputs[:, :, t]
+            outputs.append(torch.einsum("bdn,bn->bd", state, C[:, :, t]))
+        return torch.stack(outputs, 2) + u * D[:, None]
+
+
+class MambaPy:
+    """The parallel scan of the installed package mambapy."""
+
+    longest_backward = None
+
+    @staticmethod
+    def prepare(*arguments: Tensor) -> list[Tensor]:
+        return list(arguments)
+
+    @staticmethod
+    def run(*arguments: Tensor) -> Tensor:
+        from mambapy.mamba import MambaBlock
+
+        return MambaBlock.selective_scan(None, *arguments)
+
+
+class Linescan:
+    """The public function, with one implementation forced, or the fastest for ""."""
+
+    longest_backward = None
+
+    def __init__(self, name: str = ""):
+        self.name = name
+
+    @staticmethod
+    def prepare(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> list[Tensor]:
+        return [u[:, None], delta[:, None], A[None], B[:, None], C[:, None], D[None]]
+
+    def run(self, *arguments: Tensor) -> Tensor:
+        from linescan.scans import backend, selective_scan
+
+        if not self.name:
+            return selective_scan(*arguments)
+        with backend(self.name):
+            return selective_scan(*arguments)
+
+
+def multiply_add_bound(states: int) -> float:
+    """Seconds a token and channel that the multiply-adds alone must take, at the pace this core reaches just now.
+
+    Nine a state: five of an exp2 of degree five, delta A, delta u B, and one each for the state and the output.
+    """
+    rounds = 200_000
+    lanes = torch.ops.linescan_cpu.multiply_add(0)
+    pace = seconds(lambda: torch.ops.linescan_cpu.multiply_add(rounds), budget=0.3) / (rounds * 16 * lanes)
+    return 9 * states * pace
+
+
+@app.command()
+def scan(
+    out: Out = Path("runs/benchmark"),
+    lengths: Annotated[str, typer.Option(help="Numbers of tokens.")] = "197,1024,4096",
+    channels: int = 384,
+    states: int = 16,
+    budget: Annotated[float, typer.Option(help="Seconds for each number.")] = 1.5,
+    threads: Annotated[int, typer.Option(help="Threads for the scaling row; 1 leaves it out.")] = 2,
+):
+    """The selective scan, float32, one sample, against the sequential loop of mamba-ssm and the scan of mamba.py."""
+    from linescan.scans.kernels import cpu
+
+    torch.set_num_threads(1)
+    sizes = [int(length) for length in lengths.split(",")]
+    forms = {"linescan": Linescan(), "linescan, chunked torch": Linescan("chunked")}
+    if find_spec("mambapy"):
+        forms["mamba.py, parallel scan"] = MambaPy()
+    forms["mamba-ssm, its loop"] = SequentialLoop()
+
+    def calls(form, length: int) -> dict[str, Callable]:
+        torch.manual_seed(0)
+        u, delta, B, C = (torch.randn(1, length, n) for n in (channels, channels, states, states))
+        A = -torch.arange(1.0, states + 1).repeat(channels, 1)
+        inputs = form.prepare(u, torch.nn.functional.softplus(delta - 3), A, B, C, torch.ones(channels))
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        with torch.no_grad():
+            weight = torch.randn_like(form.run(*inputs))
+
+        def forward():
+            with torch.no_grad():
+                return form.run(*inputs)
+
+        kinds = {"forward": forward}
+        if length <= (form.longest_backward or length):
+            kinds["forward + backward"] = lambda: torch.autograd.grad(form.run(*leaves), leaves, weight)
+        return kinds
+
+    results = {
+        "machine": machine(),
+        "shape": {"batch": 1, "channels": channels, "states": states},
+        "unit": "ns a token and channel",
+    }
+    rows: dict[str, dict[str, float]] = {name: {} for name in forms}
+    for length in sizes:
+        for name, form in forms.items():
+            for kind, run in calls(form, length).items():
+                with console.status(f"{name}, {kind}, {length} tokens"):
+                    rows[name][f"{kind} {length}"] = 1e9 * seconds(run, budget) / (length * channels)
+    results["rows"] = rows
+
+    ours, ratios = rows["linescan"], {}
+    for name, row in rows.items():
+        ratios |= {f"{name} / linescan, {key}": value / ours[key] for key, value in row.items() if name != "linescan"}
+    if cpu.missing() is None:
+        bound = 1e9 * multiply_add_bound(states)
+        results["multiply_add_bound"] = bound
+        ratios |= {f"linescan / multiply-add bound, forward {n}": ours[f"forward {n}"] / bound for n in sizes}
+    if threads > 1:
+        length = sizes[len(sizes) // 2]
+        for kind, run in calls(forms["linescan"], length).items():
+            best = {1: float("inf"), threads: float("inf")}
+            for count in [1, threads] * 5:  # in turns, and the best: other processes disturb both
+                torch.set_num_threads(count)
+                best[count] = min(best[count], seconds(run, budget / 10, pick=min, clock=time.perf_counter))
+            torch.set_num_threads(1)
+            ratios[f"1 thread / {threads} threads, {kind} {length}"] = best[1] / best[threads]
+    results["ratios"] = ratios
+
+    columns = [f"{kind} {length}" for kind in ("forward", "forward + backward") for length in sizes]
+    table = Table("ns a token and channel", title=f"Selective scan, 1 thread, D = {channels}, N = {states}")
+    for column in columns:
+        table.add_column(column, justify="right", min_width=8)
+    for name, row in rows.items():
+        table.add_row(name, *(f"{row[c]:.2f}" if c in row else "-" for c in columns))
+    console.print(table)
+    for name, ratio in ratios.items():
+        console.print(f"  {name}: [bold]{ratio:.2f}[/]", highlight=False)
+
+    def draw(axes):
+        for name, row in rows.items():
+            for kind, style in (("forward", "-"), ("forward + backward", "--")):
+                points = [(n, row[f"{kind} {n}"]) for n in sizes if f"{kind} {n}" in row]
+                colour = f"C{list(rows).index(name)}"
+                axes.loglog(*zip(*points), style, marker="o", color=colour, label=name if style == "-" else None)
+        axes.set_xticks(sizes, sizes)
+        axes.set(xlabel="tokens", ylabel="ns a token and channel (dashed: with backward)")
+        axes.legend()
+
+    save(out, "scan", results, draw)
+
+
+if __name__ == "__main__":
+    app()
