@@ -5,6 +5,7 @@ environment the kernels run in Triton's interpreter, on CPU tensors: very slow, 
 """
 
 import os
+from contextlib import nullcontext
 from functools import cache
 from importlib import import_module, metadata
 from importlib.util import find_spec
@@ -35,7 +36,8 @@ def info() -> str:
     """Which kernels serve CUDA devices, or what to do about missing ones."""
     if not _installed():
         return "chunked torch; Triton is not installed: pip install triton (Linux) or triton-windows"
-    return f"Triton {metadata.version('triton')}" if find_spec("triton") else ""
+    package = metadata.packages_distributions()["triton"][0]  # it has several names: triton-windows, pytorch-triton
+    return f"Triton {metadata.version(package)}"
 
 
 def _fits(*args) -> bool:
@@ -64,7 +66,10 @@ def _register(op: Recurrence, module: str, fits=lambda *args: True, limit: str =
                     f"{op.name}: the triton kernel takes non-empty float32, bfloat16 or float16 tensors on a CUDA "
                     f"device{limit}, got {', '.join(got)}"
                 )
-            return getattr(import_module(f"{__name__}.{module}"), function)(*args)
+            kernels = import_module(f"{__name__}.{module}")
+            device = args[0].device  # Triton launches on the current device, which need not be the tensors'
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                return getattr(kernels, function)(*args)
 
         return implementation
 

@@ -28,7 +28,7 @@ class Rows(NamedTuple):
 
 
 def rows(x: Tensor | None) -> Rows | None:
-    """`x` (B, K or 1, L, C) or (B, K or 1, L, G, C), any strides but for the last axis, which is copied if it must be."""
+    """`x` (B, K or 1, L, C) or (B, K or 1, L, G, C), whatever its strides; copied if channels are not neighbours."""
     if x is None:
         return None
     if x.stride(-1) != 1 and x.shape[-1] > 1:

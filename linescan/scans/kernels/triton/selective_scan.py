@@ -37,10 +37,10 @@ LN2 = tl.constexpr(math.log(2))
 
 
 # -- pieces -----------------------------------------------------------------------------------------------------------
-# A tile of states is (NR, DR, 32): every thread holds NR states of each of DR channels; of the 32 lanes of a warp, NL hold
-# other states and 32 / NL other channels. What belongs to channels is (DR, 32), the same in all NL lanes that need it;
-# what belongs to states is (NR, NL). Triton lays tiles out from the last axis on, and the last axis is the warp, so no
-# value moves between threads but in the sums over lanes. For that to hold, loads must not be widened to several
+# A tile of states is (NR, DR, 32): every thread holds NR states of each of DR channels; of the 32 lanes of a warp, NL
+# hold other states and 32 / NL other channels. What belongs to channels is (DR, 32), the same in all NL lanes that need
+# it; what belongs to states is (NR, NL). Triton lays tiles out from the last axis on, and the last axis is the warp, so
+# no value moves between threads but in the sums over lanes. For that to hold, loads must not be widened to several
 # neighbours a thread: Triton is not told that `channels` and `width` are multiples of 16 (`do_not_specialize`).
 
 
@@ -358,7 +358,7 @@ def _retreat(
     N: tl.constexpr, SOFTPLUS: tl.constexpr, BY_STEP: tl.constexpr,
     T: tl.constexpr, NR: tl.constexpr, NL: tl.constexpr, DR: tl.constexpr,
 ):  # fmt: skip
-    """Backward, from `saved` and from the gradient `right` (B, K, chunks, N, D) of the states after each chunk, or None.
+    """Backward, from `saved` and the gradient `right` (B, K, chunks, N, D) of the states after each chunk, or None.
 
     dB and dC: Rows of the first block's share, `share` elements to the next block's. dA (B, chunks, K, N, D), dD and
     dbias (B, chunks, K, D), dstart (B, K, N, D). BY_STEP: rows of the gradients count steps, not tokens.
@@ -528,7 +528,8 @@ class _Plan:
         tile = {key: value for key, value in self.tile.items() if key != "T"}
         blocks = -(-c.channels // _width(tile))
         launch(
-            _carry, c.batch * c.routes * blocks, states, sums, c.A, edge, out, c.routes, c.channels, blocks, self.chunks,
+            _carry, c.batch * c.routes * blocks,
+            states, sums, c.A, edge, out, c.routes, c.channels, blocks, self.chunks,
             N=c.states, REVERSE=reverse, **tile,
         )  # fmt: skip
 
