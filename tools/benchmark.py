@@ -242,6 +242,7 @@ def scan(
                 colour = f"C{list(rows).index(name)}"
                 axes.loglog(*zip(*points), style, marker="o", color=colour, label=name if style == "-" else None)
         axes.set_xticks(sizes, sizes)
+        axes.set_xticks([], minor=True)
         axes.set(xlabel="tokens", ylabel="ns a token and channel (dashed: with backward)")
         axes.legend()
 
