@@ -31,14 +31,11 @@ models: .venv/installed
 clean:
 	rm -rf .venv build dist *.egg-info
 
-# torch comes first and the package is then built against it (--no-build-isolation): the optional C++ kernel needs the
-# very torch it will run with, and an isolated build would download a second one.
 .venv/installed: pyproject.toml constraints.txt $(wildcard setup.py)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "linescan needs Python 3.10 or newer, this is " \
 		+ sys.version.split()[0] + "; try: make PYTHON=/path/to/python3.12")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -c constraints.txt setuptools wheel torch torchvision
-	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/pip install -c constraints.txt -e '.[dev]'
 	@touch $@
 
 .venv/openmmlab: .venv/installed tools/install_openmmlab.py

@@ -223,6 +223,7 @@ class Training:
                         self.save()
                     advance()
         finally:
+            self.model = self.bare  # the wrapper must be gone before its process group: some exits crash otherwise
             if log:
                 log.close()
         if scores is None:  # resumed after its last step

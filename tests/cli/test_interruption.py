@@ -171,7 +171,7 @@ def test_two_processes_agree_with_each_other_and_with_one(tmp_path):
     args = dict(img_size=16, patch_size=8, depth=1, embed_dim=24, num_heads=2)
     recipe = dict(data="digits", model="vit_tiny_patch16_224", model_args=args, epochs=1, batch=40, ema=0.9)
     (tmp_path / "agree.py").write_text(AGREE)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
         [*torchrun, tmp_path / "agree.py", json.dumps(recipe), tmp_path / "two"],
         env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
@@ -194,7 +194,7 @@ def test_two_processes_agree_with_each_other_and_with_one(tmp_path):
 
 @pytest.mark.slow
 def test_torchrun_runs_the_command(tmp_path):
-    torchrun = "torch.distributed.run --nproc_per_node=2 --master_port=0 -m linescan"
+    torchrun = "torch.distributed.run --standalone --nproc_per_node=2 -m linescan"
     args = ("train", "-d", "digits", "-o", "run", "-e", 1, "-b", 360, *SMALL)
     for resume in ((), ("--resume",)):
         done = subprocess.run(
