@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CheckpointError", "read_state_dict", "load_checkpoint", "rename", "strip_prefix"]
+__all__ = ["CheckpointError", "read_meta", "read_state_dict", "load_checkpoint", "rename", "strip_prefix"]
 
 # Where published files keep their weights, in order of preference; the plain weights come before an average of them,
 # as most authors' own evaluation has it. Where they evaluate the average, the model's `checkpoint_nesting` says so.
@@ -121,6 +121,17 @@ def read_state_dict(path: str | Path, prefer: Sequence[str] = ()) -> dict[str, T
         if all(key.startswith(wrapper) for key in state):
             state = strip_prefix(state, wrapper)
     return state
+
+
+def read_meta(path: str | Path) -> dict:
+    """What a checkpoint file holds under `meta`, as OpenMMLab's do (classes of the dataset, among others); else empty.
+
+    Raises:
+        CheckpointError: as `read_state_dict`, of files that cannot be read.
+    """
+    content = _read(Path(path))
+    meta = content.get("meta") if isinstance(content, Mapping) else None
+    return dict(meta) if isinstance(meta, Mapping) else {}
 
 
 def strip_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

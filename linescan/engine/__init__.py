@@ -1,4 +1,4 @@
-"""Training, evaluating and using image classifiers: what stands between a backbone and a person.
+"""Training, evaluating and using models: what stands between a backbone and a person.
 
     images.py        pictures: reading files, folders of classes, the embedded digits
     video.py         videos as clips: which frames, which crops, and how they are read
@@ -7,6 +7,8 @@
     training.py      the training loop
     evaluate.py      accuracy on a labelled set
     inference.py     Classifier: pictures and videos in, names out
+    dense_inference.py  Segmenter and Detector: pictures in, masks and boxes out (dense_models.py: of which models)
+    dense_files.py   what they write; overlay.py: what they draw; pixels.py: pictures larger than memory
     demo.py          `make demo`
     files.py         files that are either whole or absent
     processes.py     one process or many
@@ -14,6 +16,7 @@
 Every model that timm knows can be trained and used; nothing here knows one from another.
 """
 
+from .dense_inference import Detections, Detector, Segmenter
 from .errors import BrokenImage, BrokenVideo, InputError
 from .images import Digits, Folder, read_image
 from .inference import Classifier, Prediction
@@ -24,11 +27,14 @@ __all__ = [
     "BrokenImage",
     "BrokenVideo",
     "Classifier",
+    "Detections",
+    "Detector",
     "Digits",
     "Folder",
     "InputError",
     "Prediction",
     "Recipe",
+    "Segmenter",
     "build",
     "read_image",
     "train",

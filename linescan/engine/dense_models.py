@@ -1,0 +1,311 @@
+"""Segmentors and detectors as the inference tools see them: pictures of bytes in, logits or instances out.
+
+Three kinds: mmseg's and mmdet's, from a config and a checkpoint, and SegMAN by name, which needs neither package.
+Checkpoints are read without unpickling anything but weights and plain data.
+"""
+
+from pathlib import Path
+from typing import NamedTuple, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..checkpoint import CheckpointError, load_checkpoint, read_meta, read_state_dict
+from .errors import InputError
+from .overlay import default_palette
+
+__all__ = ["Found", "MMDetector", "MMSegmentor", "NamedSegmentor", "open_detector", "open_segmentor"]
+
+# What OpenMMLab's test pipelines do to read a picture and to pack it; what stands between is kept.
+_READS = ("LoadImage", "LoadAnnotations", "LoadProposals")
+_PACKS = "Pack"
+
+
+class Found(NamedTuple):
+    """The instances in one picture: (N, 4) left, top, right, bottom; (N,); (N,); (N, H, W) bool or None."""
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    masks: Tensor | None
+
+
+def open_segmentor(model: str | Path, checkpoint: str | Path | None, **args) -> "MMSegmentor | NamedSegmentor":
+    """A segmentor: SegMAN by its name, or what an mmseg config says.
+
+    Raises:
+        InputError, CheckpointError: no such model or config, a package is missing, or the weights are not its.
+    """
+    from ..heads.segman import DECODERS
+
+    if str(model) in DECODERS:
+        return NamedSegmentor(str(model), checkpoint, **args)
+    if args:
+        raise InputError(f"{', '.join(args)}: only for models by name ({', '.join(DECODERS)}); a config has its own")
+    return MMSegmentor(model, checkpoint)
+
+
+def open_detector(model: str | Path, checkpoint: str | Path | None) -> "MMDetector":
+    """The detector that an mmdet config says. Raises InputError, CheckpointError."""
+    return MMDetector(model, checkpoint)
+
+
+# -- by name ----------------------------------------------------------------------------------------------------------
+
+
+class NamedSegmentor:
+    """SegMAN, tested as published on ADE20K: the shorter side 512 (the longer 2048 at most), both multiples of 32."""
+
+    window = stride = None
+    resizes = True
+    align_corners = False  # of the enlarging of logits
+    scale = (2048, 512)
+    smallest = 224  # what its neighbourhoods fit into; small windows are padded to it
+
+    def __init__(self, name: str, checkpoint: str | Path | None, **args):
+        from ..heads.segman import create_segman
+
+        if checkpoint is None:
+            raise InputError(f"no weights of {name} are published where linescan could fetch them; give a checkpoint")
+        head = read_state_dict(checkpoint).get("decode_head.conv_seg.weight")
+        if head is None:
+            raise CheckpointError(f"{checkpoint} is not a segmentor of SegMAN: it has no decode_head.conv_seg.weight")
+        try:
+            self.module = load_checkpoint(create_segman(name, len(head), **args), checkpoint)
+        except TypeError as error:
+            raise InputError(f"{name} cannot be built so: {error}") from None
+        self.channels = len(head)
+        self.classes, self.palette = _names(read_meta(checkpoint), self.channels)
+        self.mean, self.std = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
+
+    def resize(self, pixels: np.ndarray) -> np.ndarray:
+        """A picture (H, W, 3) at the scale of the test."""
+        height, width = pixels.shape[:2]
+        factor = min(self.scale[0] / max(height, width), self.scale[1] / min(height, width))
+        size = [-(-int(side * factor + 0.5) // 32) * 32 for side in (height, width)]
+        images = torch.from_numpy(np.array(pixels)).movedim(-1, 0)[None].float()
+        images = F.interpolate(images, size, mode="bilinear", align_corners=False)
+        return images[0].movedim(0, -1).round().byte().numpy()
+
+    def logits(self, pictures: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) of bytes, RGB -> logits (B, classes, H, W)."""
+        height, width = pictures.shape[-2:]
+        mean, std = (v.to(pictures.device)[:, None, None] for v in (self.mean, self.std))
+        below, right = (max(-side % 32, self.smallest - side) for side in (height, width))
+        x = F.pad((pictures.float() - mean) / std, (0, right, 0, below))
+        return self.module(x)[..., :height, :width]
+
+    def decide(self, logits: Tensor) -> Tensor:
+        """Logits (C, H, W) -> classes (H, W)."""
+        return logits.argmax(0)
+
+
+# -- of OpenMMLab -----------------------------------------------------------------------------------------------------
+
+
+class _OpenMMLab:
+    """A model of mmseg or mmdet, built as its config says, with the weights of a checkpoint and its test pipeline."""
+
+    package: str
+
+    def __init__(self, config: str | Path, checkpoint: str | Path | None):
+        cfg = _read_config(config, self.package)
+        scope = cfg.get("default_scope") or self.package
+        if scope != self.package or "model" not in cfg:
+            verb = {"mmseg": "segment", "mmdet": "detect"}
+            other = f"; `linescan {verb[scope]}` reads it" if scope in verb and scope != self.package else ""
+            raise InputError(f"{config} is not a config of {self.package}{other}")
+        checkpoint = checkpoint or cfg.get("load_from")
+        if checkpoint is None:
+            raise InputError(f"{config} says how the model is built; give a checkpoint with its weights as well")
+        state, meta = read_state_dict(checkpoint), read_meta(checkpoint)
+
+        from mmcv.transforms import Compose
+        from mmengine.model import revert_sync_batchnorm
+        from mmengine.registry import MODELS, DefaultScope
+
+        if "data_preprocessor" in cfg:
+            cfg.model.setdefault("data_preprocessor", cfg.data_preprocessor)
+        with DefaultScope.overwrite_default_scope(self.package):
+            try:  # building does not initialise: nothing is fetched
+                self.module: nn.Module = revert_sync_batchnorm(MODELS.build(cfg.model))
+            except Exception as error:  # registries pass on whatever the modules raise
+                said = " ".join(str(error).split()) or type(error).__name__
+                raise InputError(f"the model of {config} cannot be built: {said}") from error
+            _load(self.module, state, checkpoint)
+            steps = [step for step in _test_pipeline(cfg) if not step["type"].startswith(_READS)]
+            self.pipeline = Compose([step for step in steps if not step["type"].startswith(_PACKS)])
+            self.resizes = len(self.pipeline.transforms) > 0
+            self.pack = Compose([step for step in steps if step["type"].startswith(_PACKS)])
+        self.meta = _dataset_meta(cfg, self.package) | _dataset_names(meta)
+
+    def prepare(self, pixels: np.ndarray) -> dict:
+        """What the test pipeline makes of a picture (H, W, 3), RGB, up to where it would pack it."""
+        image = np.ascontiguousarray(pixels[..., ::-1])  # OpenCV's order, which the transforms expect
+        shape = image.shape[:2]
+        results = {"img": image, "img_shape": shape, "ori_shape": shape, "img_id": 0, "img_path": None}
+        return self.pipeline(results)
+
+
+class MMSegmentor(_OpenMMLab):
+    """A segmentor of mmseg.
+
+    Attributes:
+        window, stride: (height, width) if the config's test mode is "slide", else None.
+        resizes: whether the test pipeline changes pictures at all.
+        align_corners: how logits are enlarged to the picture.
+        channels: of the logits.
+    """
+
+    package = "mmseg"
+
+    def __init__(self, config: str | Path, checkpoint: str | Path | None):
+        super().__init__(config, checkpoint)
+        if not hasattr(self.module, "encode_decode"):
+            raise InputError(f"{config}: {type(self.module).__name__} is no segmentor that linescan can run")
+        test = self.module.test_cfg or {}
+        slide = test.get("mode") == "slide"
+        self.window, self.stride = (tuple(test[k]) if slide else None for k in ("crop_size", "stride"))
+        self.align_corners = self.module.align_corners
+        self.channels = self.module.out_channels
+        self.classes, self.palette = _names(self.meta, self.module.num_classes)
+
+    def resize(self, pixels: np.ndarray) -> np.ndarray:
+        """A picture (H, W, 3), RGB, as the config's test pipeline gives it to the model."""
+        return np.ascontiguousarray(self.prepare(pixels)["img"][..., ::-1])
+
+    def logits(self, pictures: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) of bytes, RGB -> logits (B, C, H, W); C is 1 for two classes told by a threshold."""
+        from mmseg.structures import SegDataSample
+
+        height, width = pictures.shape[-2:]
+        shape = {"img_shape": (height, width), "ori_shape": (height, width)}
+        samples = [SegDataSample(metainfo=shape) for _ in pictures]
+        data = self.module.data_preprocessor({"inputs": list(pictures.flip(1)), "data_samples": samples}, False)
+        metas = [sample.metainfo for sample in data["data_samples"]]
+        logits = self.module.encode_decode(data["inputs"], metas)
+        left, _, top, _ = metas[0].get("img_padding_size", (0, 0, 0, 0))
+        return logits[..., top : top + height, left : left + width]
+
+    def decide(self, logits: Tensor) -> Tensor:
+        """Logits (C, H, W) -> classes (H, W)."""
+        if len(logits) > 1:
+            return logits.argmax(0)
+        return (logits[0].sigmoid() > self.module.decode_head.threshold).long()
+
+
+class MMDetector(_OpenMMLab):
+    """A detector of mmdet."""
+
+    package = "mmdet"
+
+    def __init__(self, config: str | Path, checkpoint: str | Path | None):
+        super().__init__(config, checkpoint)
+        heads = [m.num_classes for m in self.module.modules() if isinstance(getattr(m, "num_classes", None), int)]
+        self.classes, self.palette = _names(self.meta, heads[-1] if heads else 0)
+
+    def detect(self, pictures: Sequence[np.ndarray]) -> list[Found]:
+        """Pictures (H, W, 3) of bytes, RGB -> the instances of each, in its pixels."""
+        packed = [self.pack(self.prepare(pixels)) for pixels in pictures]
+        batch = {key: [p[key] for p in packed] for key in ("inputs", "data_samples")}
+        found = []
+        for sample in self.module.test_step(batch):
+            instances = sample.pred_instances
+            masks = instances.get("masks")
+            boxes = getattr(instances.bboxes, "tensor", instances.bboxes)
+            found.append(Found(boxes.float(), instances.scores.float(), instances.labels, masks))
+        return found
+
+
+def _read_config(config: str | Path, package: str):
+    from importlib.util import find_spec
+
+    from .openmmlab_runner import read_config
+
+    for needed in ("mmengine", "mmcv", package):
+        if find_spec(needed) is None:
+            raise InputError(
+                f"configs of {package} need the OpenMMLab packages ({needed} is missing); "
+                "tools/install_openmmlab.py installs them"
+            )
+    if package == "mmseg":
+        import linescan.heads.segman_mm  # noqa: F401  (registers its head)
+    prefix, _, inside = str(config).rpartition("::")
+    if prefix:  # "mmseg::upernet/upernet_r50_4xb4-80k_ade20k-512x512": as MMEngine names a package's own
+        import linescan.openmmlab  # noqa: F401  (its bases are found in the forks, too)
+
+        spec = find_spec(prefix) if prefix.isidentifier() else None
+        config = Path(spec.origin if spec else prefix).parent / ".mim" / "configs" / f"{inside.removesuffix('.py')}.py"
+    return read_config(config)
+
+
+def _load(module: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+    """Strictly, but for what only a training needs: auxiliary heads; and the preprocessor's constants."""
+    optional = ("auxiliary_head.", "data_preprocessor.")
+    state = {key: value for key, value in state.items() if not key.startswith(optional)}
+    try:
+        keys = module.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        line = str(error).strip().splitlines()[-1].strip()
+        raise CheckpointError(f"{path} is not a checkpoint of this {type(module).__name__}: {line}") from None
+    wrong = {
+        "missing": [key for key in keys.missing_keys if not key.startswith(optional)],
+        "unexpected": keys.unexpected_keys,
+    }
+    if said := [f"{len(keys)} keys {what} (first: {keys[0]})" for what, keys in wrong.items() if keys]:
+        raise CheckpointError(f"{path} is not a checkpoint of this {type(module).__name__}: {'; '.join(said)}")
+
+
+def _test_dataset(cfg) -> dict:
+    dataset = cfg.get("test_dataloader", {}).get("dataset", {})
+    while "dataset" in dataset:  # of a wrapper
+        dataset = dataset["dataset"]
+    return dataset
+
+
+def _test_pipeline(cfg) -> list[dict]:
+    return list(_test_dataset(cfg).get("pipeline") or cfg.get("test_pipeline") or [])
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+
+def _dataset_meta(cfg, package: str) -> dict:
+    """What the config says of its classes: the dataset's `metainfo`, or what its type knows."""
+    from importlib import import_module
+
+    dataset = _test_dataset(cfg)
+    known = {}
+    if dataset.get("type"):
+        import_module(f"{package}.datasets")
+        found = import_module(f"{package}.registry").DATASETS.get(dataset["type"])
+        known = _dataset_names({"dataset_meta": getattr(found, "METAINFO", None)})
+    given = dataset.get("metainfo") or {}
+    own = _dataset_names({"dataset_meta": dict(given)})
+    if own.get("classes") and own["classes"] != known.get("classes"):
+        known = {}  # the colours of other classes
+    return known | own
+
+
+def _dataset_names(meta: dict) -> dict:
+    """`classes` and `palette` of what a checkpoint or a config says of its dataset, where they are plain data."""
+    said = meta.get("dataset_meta") or meta
+    said = {str(key).lower(): value for key, value in said.items()} if isinstance(said, dict) else {}
+    names = {}
+    classes, palette = said.get("classes"), said.get("palette")
+    if isinstance(classes, (list, tuple)) and classes and all(isinstance(name, str) for name in classes):
+        names["classes"] = list(classes)
+    if isinstance(palette, (list, tuple)) and all(np.shape(colour) == (3,) for colour in palette):
+        names["palette"] = [tuple(map(int, colour)) for colour in palette]
+    return names
+
+
+def _names(meta: dict, count: int) -> tuple[list[str], list[tuple[int, int, int]]]:
+    """Names and colours of `count` classes: those that are known, if they are that many."""
+    names = _dataset_names(meta)
+    classes, palette = names.get("classes", []), names.get("palette", [])
+    if len(classes) != count:
+        classes, palette = [f"class {i}" for i in range(count)], []
+    return classes, palette if len(palette) >= count else default_palette(count)
