@@ -230,6 +230,14 @@ def test_nan_and_infinity_are_not_hidden(instructions):
 
 
 @compiled
+@pytest.mark.parametrize("entry", [5, -7])
+def test_a_route_beyond_the_tokens_is_refused(entry):
+    inputs = {key: x.float() for key, x in scan_inputs(1, 1, 5, 3, 1, 2).items()}
+    with pytest.raises(RuntimeError, match="1 entries of a route table lie outside the 5 tokens"):
+        selective_scan(**inputs, route=torch.tensor([[0, 1, entry]]))
+
+
+@compiled
 def test_the_kernel_is_what_serves():
     assert "C++" in backend_info()["cpu"] and "cpu: C++," in backend_info()["selective_scan"]
     inputs = {key: x.float() for key, x in scan_inputs(1, 1, 40, 8, 1, 2).items()}

@@ -94,11 +94,24 @@ Parameter state(const Tensor& x) {  // (B, K, ...)
   return p;
 }
 
-Route route(const Tensor& x) {  // (K, S) or (B, K, S)
+template <class T>
+void check_entries(const Tensor& x, int64_t length) {
+  const T* entries = static_cast<const T*>(x.data());
+  int64_t count = 1, wrong = 0;
+  for (int64_t i = 0; i < x.dim(); ++i) count *= x.size(i);
+  for (int64_t i = 0; i < count; ++i) wrong += entries[i] >= length || entries[i] < -length - 1;
+  if (wrong)
+    throw std::runtime_error("linescan: " + std::to_string(wrong) + " entries of a route table lie outside the " +
+                             std::to_string(length) + " tokens");
+}
+
+Route route(const Tensor& x, int64_t length) {  // (K, S) or (B, K, S), contiguous
   Route r;
   if (!x) return r;
   r.data = x.data();
   r.wide = x.dtype() == stable::torch().aoti_torch_dtype_int64();
+  if (r.wide) check_entries<int64_t>(x, length);
+  else check_entries<int32_t>(x, length);
   r.batch = x.dim() == 3 ? x.stride(0) : 0;
   r.route = x.stride(-2);
   return r;
@@ -158,7 +171,7 @@ struct ScanInputs {
     s.D = u.size(3), s.G = B.size(3), s.N = A.size(-1);
     s.u = view(u), s.delta = view(delta), s.b = view(B), s.c = view(C), s.z = view(z);
     s.A = parameter(A), s.skip = parameter(D), s.bias = parameter(bias), s.initial = state(initial);
-    s.route = route(table);
+    s.route = route(table, s.L);
     s.blocks.D = s.D, s.blocks.G = s.G;
   }
 };
@@ -256,7 +269,7 @@ struct ConvInputs {
     s.K = in.integer(), s.silu = in.flag(), s.merge = in.flag();
     s.B = x.size(0), s.L = x.size(2), s.S = table ? table.size(-1) : s.L, s.D = x.size(3), s.W = weight.size(-1);
     s.x = view(x), s.weight = parameter(weight), s.bias = parameter(bias), s.initial = state(initial);
-    s.route = route(table);
+    s.route = route(table, s.L);
     s.blocks.D = s.D;
   }
 };
