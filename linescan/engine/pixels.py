@@ -9,6 +9,7 @@ import io
 import struct
 import tempfile
 import warnings
+import weakref
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from .inference import Picture, _from_array
 __all__ = ["Pixels", "blank", "open_pixels", "write_mask"]
 
 LARGE = 2**25
+_ORIENTATION = 0x0112
 ROWS = 256  # of a large picture that are decoded at a time
 
 
@@ -33,6 +35,8 @@ class Pixels:
     def __init__(self, array: np.ndarray | None = None, file=None, size: tuple[int, int] | None = None):
         self.array, self.file = array, file
         self.size: tuple[int, int] = size if array is None else array.shape[:2]
+        if file:
+            weakref.finalize(self, file.close)
 
     def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
         """A part of the picture, (bottom - top, right - left, 3)."""
@@ -66,28 +70,35 @@ def open_pixels(picture: Picture | Pixels) -> Pixels:
         if (size := _large(picture)) is None:
             return Pixels(np.asarray(read_image(picture)))
         file = tempfile.TemporaryFile()
-        written = 0
         try:
-            for rows in _strips(Path(picture)):
-                file.write(np.ascontiguousarray(rows).data)
-                width, written = rows.shape[1], written + len(rows)
+            return _spool(Path(picture), size, file)
         except Exception as error:
+            file.close()
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise BrokenImage(f"{picture}: {reason}") from None
-        if (written, width) not in (size, size[::-1]):
-            raise BrokenImage(f"{picture}: the file ends in row {written}")
-        file.flush()
-        return Pixels(file=file, size=(written, width))
     if not isinstance(picture, Image.Image):
         picture = _from_array(picture)
     return Pixels(np.asarray(to_mode(picture, 3)))
+
+
+def _spool(path: Path, size: tuple[int, int], file) -> Pixels:
+    """The pixels of a large picture, written to `file`."""
+    rows = 0
+    for strip in _strips(path):
+        file.write(np.ascontiguousarray(strip).data)
+        rows += len(strip)
+    if (rows, strip.shape[1]) not in (size, size[::-1]):
+        raise BrokenImage(f"the file ends in row {rows}")
+    file.flush()
+    return Pixels(file=file, size=(rows, strip.shape[1]))
 
 
 def blank(size: tuple[int, int], dtype: type) -> np.ndarray:
     """Zeros (H, W); those of a large picture lie in a temporary file that is mapped into memory."""
     if size[0] * size[1] <= LARGE:
         return np.zeros(size, dtype)
-    return np.memmap(tempfile.TemporaryFile(), dtype, "w+", shape=size)
+    with tempfile.TemporaryFile() as file:  # the map outlives it
+        return np.memmap(file, dtype, "w+", shape=size)
 
 
 # -- reading rows -----------------------------------------------------------------------------------------------------
@@ -118,12 +129,10 @@ def _large(path: str | Path) -> tuple[int, int] | None:
 def _strips(path: Path) -> Iterator[np.ndarray]:
     """The picture from the top down, (rows, W, 3) at a time."""
     with _open_any_size(path) as image:
-        upright = image.getexif().get(0x0112, 1) == 1
-        if upright and image.format == "PNG" and not image.info.get("interlace") and image.mode in _PNG_BYTES:
-            if image.tile and image.tile[0].args in (image.mode, (image.mode,)):  # 8 bits a channel
-                yield from _png_strips(path, image)
-                return
-        if upright and image.format == "TIFF" and _plain_tiff(image):
+        if image.format == "PNG" and _plain_png(path, image):
+            yield from _png_strips(path, image)
+            return
+        if image.format == "TIFF" and _plain_tiff(image):
             yield from _tiff_strips(path, image.tag_v2)
             return
         image.load()
@@ -137,6 +146,16 @@ _PNG_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _PNG_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}
 
 
+def _plain_png(path: Path, image: Image.Image) -> bool:
+    """Whether it can be decoded in strips: 8 bits a channel, not interlaced, upright."""
+    coded = image.tile[0].args if image.tile else None
+    if coded != image.mode or image.mode not in _PNG_BYTES or image.info.get("interlace"):
+        return False
+    exif = Image.Exif()
+    exif.load(b"".join(_png_data(path, b"eXIf")))
+    return exif.get(_ORIENTATION, 1) == 1
+
+
 def _png_strips(path: Path, image: Image.Image) -> Iterator[np.ndarray]:
     """Rows inflated as far as needed, and given to Pillow as small PNG files of their own.
 
@@ -145,7 +164,7 @@ def _png_strips(path: Path, image: Image.Image) -> Iterator[np.ndarray]:
     width, height = image.size
     depth = _PNG_BYTES[image.mode]
     inflate, pending, previous, done = zlib.decompressobj(), b"", b"", 0
-    pieces = _png_data(path)
+    pieces = _png_data(path, b"IDAT")
     while done < height:
         rows = min(ROWS, height - done)
         wanted = rows * (1 + width * depth)
@@ -172,13 +191,13 @@ def _png_chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def _png_data(path: Path, piece: int = 2**20) -> Iterator[bytes]:
-    """The compressed pixels of a PNG file, in pieces."""
+def _png_data(path: Path, kind: bytes, piece: int = 2**20) -> Iterator[bytes]:
+    """The content of all chunks of a kind in a PNG file, in pieces."""
     with open(path, "rb") as file:
         file.seek(8)
         while len(head := file.read(8)) == 8:
             length = int.from_bytes(head[:4], "big")
-            if head[4:] == b"IDAT":
+            if head[4:] == kind:
                 for at in range(0, length, piece):
                     yield file.read(min(piece, length - at))
             else:
@@ -192,7 +211,8 @@ _TIFF_KEPT = (258, 259, 262, 266, 277, 284, 317, 320, 338, 339, 347, 530, 532)  
 def _plain_tiff(image: TiffImagePlugin.TiffImageFile) -> bool:
     tags = image.tag_v2
     bits = tags.get(258, (1,))
-    return all(b == 8 for b in bits) and tags.get(284, 1) == 1 and (322 in tags or 278 in tags)
+    plain = all(b == 8 for b in bits) and tags.get(284, 1) == 1 and tags.get(_ORIENTATION, 1) == 1
+    return plain and (322 in tags or 278 in tags)
 
 
 def _tiff_strips(path: Path, tags) -> Iterator[np.ndarray]:
@@ -215,15 +235,15 @@ def _tiff_strips(path: Path, tags) -> Iterator[np.ndarray]:
 
 def _tiff_file(data: bytes, size: tuple[int, int], tags) -> bytes:
     """A TIFF file of one strip, coded as `tags` say."""
-    data += b"\0" * (len(data) % 2)
-    own = TiffImagePlugin.ImageFileDirectory_v2(prefix=tags._prefix)
+    own = TiffImagePlugin.ImageFileDirectory_v2(prefix=tags.prefix)
     for tag in _TIFF_KEPT:
         if tag in tags:
             own.tagtype[tag] = tags.tagtype[tag]
             own[tag] = tags[tag]
-    own[256], own[257], own[273], own[278], own[279] = size[0], size[1], 8, size[1], len(data)
-    magic, number = (b"II*\0", "<I") if tags._prefix == b"II" else (b"MM\0*", ">I")
-    return magic + struct.pack(number, 8 + len(data)) + data + own.tobytes(8 + len(data))
+    own[256], own[257], own[278], own[279] = *size, size[1], len(data)
+    own[273] = 0  # after the directory, as Pillow has it
+    magic, number = (b"II*\0", "<I") if tags.prefix == b"II" else (b"MM\0*", ">I")
+    return magic + struct.pack(number, 8) + own.tobytes(8) + data
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
