@@ -1,0 +1,10 @@
+# A small UPerNet learns to segment digits, from scratch, on a CPU: half of `make demo-dense`.
+_base_ = ['../_base_/upernet.py', '../_base_/digits_segmentation.py']
+custom_imports = dict(imports=['linescan.openmmlab', 'linescan.engine.resumable'])
+dims = [48, 96, 128, 160]
+norm_cfg = dict(type='BN')
+model = dict(
+    data_preprocessor=dict(size={{_base_.size}}),
+    backbone=dict(model='vmamba_tiny_s1l8', dims=dims, depths=[1, 1, 2, 1]),
+    decode_head=dict(in_channels=dims, channels=64, num_classes=11, norm_cfg=norm_cfg),
+    auxiliary_head=dict(in_channels=dims[2], channels=64, num_classes=11, norm_cfg=norm_cfg))
