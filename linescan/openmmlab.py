@@ -117,7 +117,9 @@ def _fetch(checkpoint: str) -> str:
         if not checkpoint:
             raise ValueError(f"no official file of {name!r} is known; give a path or a URL")
     if checkpoint.startswith(("http://", "https://")):
-        return timm.models.download_cached_file(checkpoint, check_hash=False)
+        from timm.models._hub import download_cached_file
+
+        return download_cached_file(checkpoint, check_hash=False)
     return checkpoint
 
 

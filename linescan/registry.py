@@ -48,6 +48,7 @@ def published(name: str, **facts) -> None:
 
 def list_models(pattern: str = "") -> list[str]:
     """Names of the registered linescan models that match `pattern` (shell wildcards; "" for all), sorted."""
-    from timm.models import list_models as every, model_entrypoint
+    from timm.models import list_models as every
+    from timm.models import model_entrypoint
 
     return [name for name in every(pattern) if model_entrypoint(name).__module__.startswith("linescan.")]

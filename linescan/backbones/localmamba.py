@@ -377,7 +377,7 @@ class LocalVimDense(LocalVim):
         x, grid, context = self.embed(x)
         hidden = []
         for i, block in enumerate(self.blocks[: self.out_indices[-1] + 1]):
-            x, h = block.branch(x, *context)
+            x, h = self.run(block.branch, x, *context)
             x = x + block.drop_path(h)
             if i in self.out_indices:
                 hidden.append(self.patch_tokens(h, grid))

@@ -477,9 +477,9 @@ class VisionRWKVAdapter(VisionRWKV):
         """As `VisionRWKV`, of a whole segmentor or detector too; a classification file leaves the adapter as it is."""
         state = strip_prefix(state, "backbone.")
         adapter = {k: v for k, v in state.items() if k.startswith(("level_embed", "spm.", "interactions.", "up."))}
-        adapter |= {k: v for k, v in state.items() if re.match(r"norm[1-4]\.", k)}
+        adapter |= {k: v for k, v in state.items() if re.match(r"norm[1-4]\.|adapter\.", k)}
         state = super().checkpoint_filter({k: v for k, v in state.items() if k not in adapter})
-        state |= {f"adapter.{k}": v for k, v in adapter.items()}
+        state |= {f"adapter.{k.removeprefix('adapter.')}": v for k, v in adapter.items()}
         if not any(k.startswith("adapter.") for k in state):
             own = {k: v for k, v in self.state_dict().items() if k.startswith("adapter.") or ".ls" in k}
             state = own | {k: v for k, v in state.items() if not k.startswith(("norm.", "head"))}

@@ -1,0 +1,135 @@
+"""Every config that comes with linescan builds, trains one step and tests one picture."""
+
+from functools import lru_cache
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("mmdet")
+pytest.importorskip("mmseg")
+
+import mmengine.config.utils  # noqa: E402
+from mmcv.transforms import Compose  # noqa: E402
+from mmdet.structures import DetDataSample  # noqa: E402
+from mmdet.structures.mask import BitmapMasks  # noqa: E402
+from mmengine.config import Config  # noqa: E402
+from mmengine.optim import build_optim_wrapper  # noqa: E402
+from mmengine.registry import MODELS, DefaultScope, init_default_scope  # noqa: E402
+from mmengine.structures import InstanceData, PixelData  # noqa: E402
+from mmseg.structures import SegDataSample  # noqa: E402
+
+from linescan.backbones.dense import architecture  # noqa: E402
+from linescan.openmmlab import find_config, list_configs  # noqa: E402
+
+CONFIGS = [name for name in list_configs() if name.startswith(("segmentation/", "detection/"))]
+SIDE = 64
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _read_each_metafile_once():
+    """MMEngine parses every metafile of a package again for each base that is looked up in it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mmengine.config.utils, "load", lru_cache(None)(mmengine.config.utils.load))
+        yield
+
+
+@pytest.fixture
+def cfg(request):
+    cfg = Config.fromfile(find_config(request.param))
+    init_default_scope(cfg.default_scope)
+    yield cfg
+    DefaultScope._instance_dict.clear()  # the next config may be of the other package
+
+
+def shrink(cfg):
+    """Fewer blocks, narrow heads, small pictures, on the CPU; the backbone's widths stay."""
+    backbone, model = cfg.model.backbone, cfg.model
+    known = architecture(backbone.model)[0].__init__.__code__.co_varnames
+    backbone.init_cfg = None
+    backbone.drop_path_rate = 0.0  # for a step in which every block takes part
+    if "depths" in known:
+        backbone.depths = [1, 1, 1, 1]
+    else:
+        backbone.depth = 4
+        if "img_size" in backbone:
+            backbone.img_size = SIDE
+        if "out_indices" in backbone:
+            backbone.out_indices = [3]
+        elif "img_size" in backbone:
+            backbone.out_indices = [0, 1, 2, 3]
+    if "decode_head" in model:
+        model.data_preprocessor.size = (SIDE, SIDE)
+        model.decode_head.channels = model.auxiliary_head.channels = 16
+    else:
+        heads = model.roi_head.bbox_head
+        for head in heads if isinstance(heads, list) else [heads]:
+            head.fc_out_channels = 32
+        model.roi_head.mask_head.num_convs = 1
+        model.test_cfg.rpn.max_per_img = 10
+    cfg.optim_wrapper.type = "OptimWrapper"  # mixed precision needs a GPU
+    return cfg
+
+
+def segmentation_batch():
+    samples = []
+    for _ in range(2):
+        sample = SegDataSample(metainfo={"img_shape": (SIDE, SIDE), "ori_shape": (SIDE, SIDE)})
+        sample.gt_sem_seg = PixelData(data=torch.randint(0, 19, (1, SIDE, SIDE)))
+        samples.append(sample)
+    return samples
+
+
+def detection_batch():
+    samples = []
+    for _ in range(2):
+        sample = DetDataSample(
+            metainfo={"img_shape": (SIDE, SIDE), "ori_shape": (SIDE, SIDE), "scale_factor": (1.0, 1.0), "img_id": 0}
+        )
+        masks = np.zeros((1, SIDE, SIDE), np.uint8)
+        masks[:, 8:40, 8:50] = 1
+        sample.gt_instances = InstanceData(
+            bboxes=torch.tensor([[8.0, 8.0, 50.0, 40.0]]),
+            labels=torch.tensor([3]),
+            masks=BitmapMasks(masks, SIDE, SIDE),
+        )
+        samples.append(sample)
+    return samples
+
+
+@pytest.mark.parametrize("cfg", CONFIGS, indirect=True, ids=CONFIGS)
+def test_config_trains_and_tests_a_step(cfg):
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        MODELS.build({**cfg.model.backbone, "init_cfg": None})  # as large as it is, without its numbers
+    for loader in (cfg.train_dataloader, cfg.test_dataloader):
+        dataset = loader.dataset.get("dataset", loader.dataset)
+        Compose(dataset.pipeline)
+    cfg = shrink(cfg)
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
+    before = [p.detach().clone() for p in model.backbone.parameters()]
+
+    samples = segmentation_batch() if "decode_head" in cfg.model else detection_batch()
+    batch = {"inputs": [torch.randint(0, 256, (3, SIDE, SIDE), dtype=torch.uint8) for _ in samples]}
+    losses = model.train_step({**batch, "data_samples": samples}, optimizer)
+    assert all(torch.isfinite(v).all() for v in losses.values())
+    trained = [not torch.equal(p, old) for p, old in zip(model.backbone.parameters(), before)]
+    assert np.mean(trained) > 0.6  # an adapter's injectors start inert
+
+    model.eval()
+    (result, _) = model.test_step({**batch, "data_samples": samples})
+    if "decode_head" in cfg.model:
+        classes = 150 if "ADE" in cfg.dataset_type else 19
+        assert result.seg_logits.data.shape == (classes, SIDE, SIDE)
+    else:
+        assert set(result.pred_instances.keys()) >= {"bboxes", "scores", "labels", "masks"}
+
+
+def test_every_family_has_every_task():
+    """The matrix of the tasks and the families."""
+    for family in ("vim", "vmamba", "local_", "vig_h", "vrwkv_adapter"):
+        names = [name for name in CONFIGS if name.partition("/")[2].startswith(family)]
+        for task in ("upernet_ade20k", "upernet_cityscapes", "cascade_mask_rcnn", "mask_rcnn_1x", "mask_rcnn_3x"):
+            assert any(task in name for name in names), (family, task)
