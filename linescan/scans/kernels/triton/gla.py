@@ -27,7 +27,7 @@ from torch import Tensor
 from ...recurrence import visited
 from .common import TokenGradient, is_permutation, rows, visit
 
-CHUNK = 64  # steps that one program takes; a power of two, at least 16
+CHUNK = 64  # steps that one program takes, half as many in float32; a power of two, at least 32
 WIDTH = 32  # key channels at a time
 DEPTH = 64  # value channels at a time
 
@@ -372,7 +372,9 @@ class Chunks:
         self.batch, self.routes, self.length = visited((q, k, v, g), route)
         self.heads, self.dk, self.dv = v.shape[3], q.shape[4], v.shape[4]
         self.steps = self.length if route is None else route.shape[-1]
-        self.size = min(CHUNK, _power(self.steps))
+        exact = torch.float32 in (q.dtype, k.dtype, v.dtype)
+        # Three-part products take three times the registers; and float32 tokens twice the traffic, as do then states.
+        self.size = min(max(CHUNK // 2, 16) if exact else CHUNK, _power(self.steps))
         self.chunks = triton.cdiv(self.steps, self.size)
         self.rows = self.batch * self.routes * self.heads
         self.bx, self.by = min(WIDTH, _power(self.dk)), min(DEPTH, _power(self.dv))
@@ -381,7 +383,7 @@ class Chunks:
         route_batch = 0 if route is None or route.ndim == 2 else self.route.stride(0)
         self.table = self.route, route_batch
         self.counts = self.chunks, self.heads, self.routes, self.steps
-        precision = "tf32x3" if torch.float32 in (q.dtype, k.dtype, v.dtype) else "tf32"
+        precision = "tf32x3" if exact else "tf32"
         self.common = dict(
             SHARE=self.heads // q.shape[3], DX=self.dk, DY=self.dv, C=self.size, BX=self.bx, BY=self.by,
             SCALAR=self.scalar, STEPWISE=stepwise, LATE=bonus is not None, PRECISION=precision,

@@ -1,0 +1,121 @@
+"""How Triton kernels are tested where no GPU is: in Triton's interpreter, and compiled for GPUs that are not there.
+
+Triton decides when it is imported, and for each kernel when its module is, whether to interpret or to compile. So both
+happen in a process of their own. A test file says
+
+    @in_interpreter
+    def test_something(): ...       # runs where TRITON_INTERPRET=1, and is not there otherwise
+
+    @outside_interpreter
+    def test_in_the_interpreter():
+        interpret(__file__)         # this very file
+
+    def launches(): ...             # calls operators with CPU tensors of real sizes
+
+    @outside_interpreter
+    @pytest.mark.parametrize("arch", LIMITS)
+    def test_compiles(arch):
+        for kernel in compiled("test_this_file:launches", arch):
+            assert kernel["shared"] <= LIMITS[arch]
+"""
+
+import json
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+HERE = Path(__file__).parent
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+LIMITS = {80: 163 * 1024, 90: 227 * 1024, 120: 99 * 1024}  # shared memory of a block
+
+
+def _environment(**more: str) -> dict[str, str]:
+    inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return inherited | {"PYTHONPATH": f"{HERE.parents[1]}:{HERE}", "OMP_NUM_THREADS": "1"} | more
+
+
+def in_interpreter(test):
+    """Decorator of a test that interprets kernels."""
+    if INTERPRETING:
+        import triton.runtime.interpreter as interpreter
+
+        patch = interpreter._patch_lang_tensor
+        if patch.__module__ == interpreter.__name__:  # NumPy 2.4 takes no array of one element for an index
+
+            def patched(tensor, scope):
+                patch(tensor, scope)
+                scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+            interpreter._patch_lang_tensor = patched
+        return test
+
+
+def outside_interpreter(test):
+    """Decorator of a test that starts processes of its own."""
+    return None if INTERPRETING else test
+
+
+def interpret(file: str, *options: str) -> None:
+    """Runs the tests of a file that are for the interpreter, with options of pytest."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", file, *options]
+    environment = _environment(TRITON_INTERPRET="1")
+    done = subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:]
+
+
+def compiled(launches: str, arch: int) -> list[dict]:
+    """The kernels that a test file's function launches, compiled for an architecture; `launches` is "FILE:FUNCTION"."""
+    command = [sys.executable, __file__, launches, str(arch)]
+    done = subprocess.run(command, env=_environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def main(launches: str, *archs: str) -> None:
+    """Prints one JSON line a kernel: name, arch, options, shared (bytes of shared memory)."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    class Pretended:
+        """A driver that knows its GPU but cannot run anything on it."""
+
+        def __init__(self, arch: int):
+            self.arch = arch
+
+        def get_current_target(self):
+            return GPUTarget("cuda", self.arch, 32)
+
+        def get_current_device(self):
+            return self.arch  # kernels are cached a device
+
+        def get_current_stream(self, device):
+            return 0
+
+    run, seen = JITFunction.run, set()
+
+    def only_compile(self, *args, grid, warmup, **options):
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        arch = triton.runtime.driver.active.arch
+        if (arch, kernel.hash) not in seen:
+            seen.add((arch, kernel.hash))
+            assert kernel.asm["cubin"]
+            shown = {key: str(value) for key, value in options.items()}
+            print(json.dumps(dict(name=self.__name__, arch=arch, options=shown, shared=kernel.metadata.shared)))
+        return kernel
+
+    JITFunction.run = only_compile
+    kernels = import_module("linescan.scans.kernels.triton")
+    kernels._fits = lambda *args: True  # CPU tensors stand for CUDA ones
+    file, function = launches.split(":")
+    for arch in archs:
+        triton.runtime.driver.set_active(Pretended(int(arch)))
+        getattr(import_module(file), function)()
+    sys.stdout.flush()
+    os._exit(0)  # LLVM's own clean-up may crash where no driver is
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
