@@ -71,10 +71,15 @@ def visit(route, t, steps):
     """(token read at step t, whether there is one, whether its output is kept, whether t is a step at all)."""
     inside = t < steps
     if route is None:
-        return tl.cast(t, tl.int64), inside, inside, inside
-    entry = tl.load(route + t, mask=inside, other=-1)
-    token = tl.maximum(tl.where(entry < 0, -2 - entry, entry), 0)
-    return token.to(tl.int64), entry != -1, entry >= 0, inside
+        token = tl.cast(t, tl.int64)
+        read = inside
+        keep = inside
+    else:
+        entry = tl.load(route + t, mask=inside, other=-1)
+        token = tl.maximum(tl.where(entry < 0, -2 - entry, entry), 0).to(tl.int64)
+        read = entry != -1
+        keep = entry >= 0
+    return token, read, keep, inside
 
 
 @triton.jit
