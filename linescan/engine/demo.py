@@ -41,7 +41,7 @@ def demo(out: str | Path = "runs/demo", recipe: Recipe = RECIPE) -> float:
     for old in ("state.pt", "tensorboard", "images"):
         shutil.rmtree(out / old) if (out / old).is_dir() else (out / old).unlink(missing_ok=True)
     threads = torch.get_num_threads()
-    torch.set_num_threads(min(threads, 2))  # the model is too small for more to help
+    torch.set_num_threads(1)  # the model is so small that threads would only wait for one another
     started = time.monotonic()
     try:
         train(recipe, out, device="cpu")
