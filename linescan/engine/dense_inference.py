@@ -72,6 +72,8 @@ def slide(
 ) -> Iterator[Block]:
     """The mean of the logits of all windows over each pixel, block by block, each pixel once.
 
+    The logits of a block are good until the next one is asked for.
+
     The sums are kept for a strip as high as a window. Where a strip as wide as the picture would take more than
     `memory` bytes, the picture is done in several columns, and windows across their borders once in each.
 
@@ -104,7 +106,7 @@ def slide(
                 progress(len(together) / (len(tops) * len(ours) * columns))
             done = following - top
             counts = np.outer(_cover(tops, high, top, following), across)
-            yield Block(top, following, left, right, sums[:, :done] / torch.from_numpy(counts).to(sums))
+            yield Block(top, following, left, right, sums[:, :done].div_(torch.from_numpy(counts).to(sums)))
             sums[:, : high - done] = sums[:, done:].clone()
             sums[:, high - done :] = 0
 
@@ -402,6 +404,7 @@ def run_lengths(patch: tuple[int, int, np.ndarray], size: Size) -> dict:
     whole = np.flatnonzero(ends[1:-1:2] == ends[2::2]) * 2 + 1  # a run over the bottom into the next column
     ends = np.delete(ends, np.concatenate([whole, whole + 1]))
     counts = np.diff(np.concatenate([[0], ends, [size[0] * size[1]]]))
+    counts = counts[:-1] if not counts[-1] else counts
     packed = frPyObjects({"size": list(size), "counts": counts.tolist()}, *size)
     return {"size": list(size), "counts": packed["counts"].decode("ascii")}
 
