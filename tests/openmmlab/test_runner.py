@@ -25,9 +25,9 @@ crop_size = (64, 64)
 model = dict(
     pretrained=None,
     data_preprocessor=dict(size=crop_size),
-    backbone=dict(_delete_=True, type='LinescanBackbone', model='vig_h_tiny', out_indices=(0, 1, 2, 3)),
-    decode_head=dict(in_channels=[96, 192, 384, 768], channels=16, num_classes=2),
-    auxiliary_head=dict(in_channels=384, channels=16, num_classes=2))
+    backbone=dict(_delete_=True, type='LinescanBackbone', model='vig_h_tiny', out_indices=(0, 1, 2, 3), dims=24),
+    decode_head=dict(in_channels=[24, 48, 96, 192], channels=16, num_classes=2),
+    auxiliary_head=dict(in_channels=96, channels=16, num_classes=2))
 dataset = dict(
     _delete_=True, type='BaseSegDataset', metainfo=dict(classes=('dark', 'light')), data_root='{data}',
     img_suffix='.png', data_prefix=dict(img_path='images', seg_map_path='masks'),
