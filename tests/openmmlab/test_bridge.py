@@ -64,6 +64,12 @@ def test_every_class_gives_maps_of_its_channels(name):
     assert len(maps) == 4
     for y in maps:
         assert y.ndim == 4 and torch.isfinite(y).all() and height / y.shape[2] == width / y.shape[3]
+    layers = backbone.layer_ids()
+    assert set(layers) == {name for name, _ in backbone.named_parameters()}
+    assert set(layers.values()) == set(range(max(layers.values()) + 1))
+    backbone.freeze(1)
+    still = {name for name, parameter in backbone.named_parameters() if not parameter.requires_grad}
+    assert still >= {name for name, layer in layers.items() if layer == 0} and still < set(layers)
 
 
 def test_out_indices_and_necks():
