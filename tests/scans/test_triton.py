@@ -4,6 +4,7 @@ definition, where every access to memory is checked, and compiled for GPUs that 
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -279,7 +280,7 @@ def other_launches():
     route = table("repeated", 1, 2, 55).long()
     bare = scan_inputs(1, 2, 55, 24, 1, G=2, without=("D", "z", "delta_bias", "initial_state"))
     _run(selective_scan, bare, torch.float32, route=route, merge="sum")
-    _run(causal_conv1d, conv_inputs(1, 2, 55, 24, 2, without=("bias", "initial_state")), torch.float16, merge="sum")
+    _run(causal_conv1d, conv_inputs(1, 1, 55, 24, 2, without=("bias", "initial_state")), torch.float16, merge="sum")
     scan = import_module(f"{KERNELS}.selective_scan")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scan, "split", lambda programs, steps, multiple, device: (2, 32))
@@ -298,3 +299,35 @@ def test_compiles(function, arch):
     assert names >= {"_carry", "_adjoint"} or function == "launches"
     for kernel in kernels:
         assert kernel["shared"] <= LIMITS[arch], kernel
+
+
+# -- tools/gpu_check.py -----------------------------------------------------------------------------------------------
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "gpu_check.py"
+
+
+@outside_interpreter
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_check_says_that_there_is_no_gpu(tmp_path):
+    done = subprocess.run([sys.executable, TOOL, "--out", tmp_path], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "gpu_check: no CUDA GPU here, so nothing was checked or measured\n"
+    assert not list(tmp_path.iterdir())
+
+
+@outside_interpreter
+def test_gpu_check_without_timm():
+    """It checks the scans where timm, which the backbones need, is missing; here with the torch form for a kernel."""
+    code = f"""
+import importlib.util, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "timm" else find(name, *rest)
+sys.modules["timm"] = None  # importing it raises
+sys.path.insert(0, {str(TOOL.parent)!r})
+import torch, gpu_check
+rows = gpu_check.correctness(torch.device("cpu"), 1, "chunked")
+assert len(rows) == len(gpu_check.OPERATORS) and all(row["passed"] and row["repeats"] for row in rows), rows
+page = gpu_check.markdown(dict(machine=dict(chip="C", date="D", copy_bandwidth=1e12), correctness=rows))
+assert page.count("1 of 1 | 1 of 1") == len(rows)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
