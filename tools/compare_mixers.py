@@ -133,12 +133,13 @@ def draw(results: list[dict], to: Path, routes: str, setting: str) -> Figure:
         seconds, top1 = zip(*((p["seconds"], p["top1"]) for p in r["curve"]))
         left.plot(seconds, top1, color=colours[r["mixer"]], linewidth=2, marker="o", markersize=3.5)
     slowest = max(r["step_ms"] for r in results)
-    for r in sorted(results, key=lambda r: -r["step_ms"]):
-        dot = dict(s=60 + 900 * r["step_ms"] / slowest, color=colours[r["mixer"]], linewidth=1.5, edgecolor=PAPER)
-        right.scatter(r["parameters"] / 1e3, r["top1"], alpha=0.75, clip_on=False, **dot)
-        label = f"{r['mixer']}  {r['step_ms']:.0f} ms"
-        right.annotate(label, (r["parameters"] / 1e3, r["top1"]), (0, 5), textcoords="offset points", color=INK,
-                       ha="center", fontsize=8.5, weight="bold")  # fmt: skip
+    for rank, r in enumerate(sorted(results, key=lambda r: -r["top1"])):
+        at, area = (r["parameters"] / 1e3, r["top1"]), 60 + 900 * r["step_ms"] / slowest
+        right.scatter(*at, area, colours[r["mixer"]], linewidth=1.5, edgecolor=PAPER, alpha=0.75, clip_on=False)
+        side = -1 if rank % 2 else 1  # neighbours in rank may be close: one label below, the next above
+        right.annotate(f"{r['mixer']}  {r['step_ms']:.0f} ms", at, (0, side * ((area / np.pi) ** 0.5 + 3)), color=INK,
+                       textcoords="offset points", ha="center", va="top" if rank % 2 else "bottom", fontsize=8.5,
+                       weight="bold")  # fmt: skip
     legend(left, results, colours)
     scale(left, min(p["top1"] for r in results for p in r["curve"]))
     for axis, title, below in (
