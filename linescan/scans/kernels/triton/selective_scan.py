@@ -6,10 +6,10 @@ hide the latency of memory), then stepped through. So each of u, delta and z is 
 the route; B and C are read once for a block of channels rather than once a channel.
 
 Exponentials go through the special function units, 16 a cycle of a multiprocessor. With 16 states a token and channel
-thus takes a cycle at least (on an H200, 1.3 TB/s of bf16 u, delta and y at most; with one state, memory is the limit),
-and four times the arithmetic's 128 lanes are free meanwhile. So everything else must be few instructions: A comes
-multiplied by log2(e), states and parameters lie with the channels last, and tiles are laid out (see below) so that no
-value moves between threads where the mathematics does not sum over them.
+thus takes a cycle at least: by arithmetic, 1.3 TB/s of bf16 u, delta and y on an H200, less than its memory gives. With
+one state, memory is the limit. As the rest of a step goes through the same issue slots, it must be few instructions: A
+comes multiplied by log2(e), B and C as float32 rows, states and parameters with the channels last, and tiles are laid
+out (see below) so that no value moves between threads where the mathematics does not sum over them.
 
 Where there are too few programs to fill the device, time is cut into chunks (`split`): every chunk is first scanned
 from zero, for its last state and its summed step sizes; as a decay over steps is exp(A * their sum), a second, small
@@ -29,9 +29,8 @@ from torch import Tensor
 from ...selective_scan import _selective_scan
 from .common import TokenGradient, is_permutation, launch, load_row, place, rows, split, store_row, visit
 
-__all__ = ["MAX_STATES", "backward", "forward"]
+__all__ = ["backward", "forward"]
 
-MAX_STATES = 64
 LOG2E = math.log2(math.e)
 LN2 = tl.constexpr(math.log(2))
 
