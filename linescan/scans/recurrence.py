@@ -26,7 +26,7 @@ from inspect import signature
 from typing import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
 ]
 
 _forced = ""
+_fitting: set[tuple] = set()  # shapes that have been checked: a small scan takes no longer than checking it again
 _registry: dict[str, "Recurrence"] = {}
 
 
@@ -138,6 +139,15 @@ def check_shapes(name: str, route: Tensor | None, **arguments: tuple[Tensor | No
     A layout names the axes, as in "B K L D"; a name seen before must have the same size again. In a token input "K" is
     the route axis, K or 1 long; everywhere else "R" is the number of routes.
     """
+    signature = None
+    if not torch.compiler.is_compiling():
+        signature = (name, *[None if x is None else x.shape for x, _ in arguments.values()])
+        signature += (None if route is None else (route.shape, route.dtype),)
+        try:
+            if signature in _fitting:
+                return
+        except TypeError:  # symbolic sizes
+            signature = None
     _check_table(name, route)
     tokens = [x for x, layout in arguments.values() if x is not None and layout.startswith("B K L") and x.ndim > 2]
     sizes = {"R": visited(tokens, route)[1]}
@@ -156,6 +166,10 @@ def check_shapes(name: str, route: Tensor | None, **arguments: tuple[Tensor | No
             if size != known:
                 wanted = ", ".join(axes).replace("R", "K")
                 raise ValueError(f"{name}: {key} is ({wanted}) with {axis.replace('R', 'K')} = {known}, got {shape}")
+    if signature is not None:
+        if len(_fitting) > 4096:
+            _fitting.clear()
+        _fitting.add(signature)
 
 
 def call(op: "Recurrence", *inputs, route: Tensor | None, merge: str | None, return_final_state: bool):
@@ -196,6 +210,20 @@ def _apart(outputs: Sequence[Tensor], inputs: Sequence) -> list[Tensor]:
         seen.add(x.untyped_storage().data_ptr())
         separate.append(x)
     return separate
+
+
+def _is_plain(inputs) -> bool:
+    """Whether nobody watches this call: no tracing, no dispatch mode, no functional transform, no tensor subclass.
+
+    Such a call need not go through the dispatcher, which costs as much as the scan of a small image.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return False
+    return all(type(x) in (Tensor, nn.Parameter) for x in inputs if isinstance(x, Tensor))
 
 
 class Recurrence:
@@ -326,10 +354,21 @@ class Recurrence:
             if grad_output is None:
                 shape, dtype, device = ctx.output
                 grad_output = torch.zeros(shape, dtype=dtype, device=device)
-            grads = iter(backward(grad_output, grad_state, *inputs))
+            # a gradient that will be differentiated again has to know that it cannot be
+            plain = not torch.is_grad_enabled() and _is_plain((grad_output, grad_state))
+            grads = iter((self._backward if plain else backward)(grad_output, grad_state, *inputs))
             return tuple(next(grads) if self._has_gradient(x) else None for x in inputs)
 
         forward.register_autograd(differentiate, setup_context=setup_context)
+        self._eager = type(
+            self.name,
+            (torch.autograd.Function,),
+            {
+                "forward": staticmethod(self._forward),
+                "setup_context": staticmethod(setup_context),
+                "backward": staticmethod(differentiate),
+            },
+        )
 
         def no_second_derivative(ctx, *grads):
             raise RuntimeError(
@@ -407,7 +446,11 @@ class Recurrence:
         if _forced == "reference":  # plain torch: differentiable any number of times
             with torch.autocast(inputs[0].device.type, enabled=False):
                 return self.implementations["reference"].forward(*inputs, route, merge)
-        return self.operator(*inputs, route, merge, _forced)
+        if not _is_plain(inputs):
+            return self.operator(*inputs, route, merge, _forced)
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+            return self._eager.apply(*inputs, route, merge, _forced)
+        return self._forward(*inputs, route, merge, _forced)
 
     def _check_route(self, inputs, route: Tensor | None) -> None:
         if route is None:

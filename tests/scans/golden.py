@@ -1,14 +1,14 @@
 """Golden data of the recurrences: tests/parity/data/mixer__NAME.{json,npz}, made with the originals in float64.
 
-    from golden import cases, check
+from golden import cases, check
 
-    @pytest.mark.parametrize("case", cases("mixer__gla"), ids=str)
-    def test_golden(case):
-        def run(q, k, v, g, h0):  # the golden inputs by name, float64 and requiring gradients
-            q, k, v, g = (x.unsqueeze(1) for x in (q, k, v, g))
-            o, state = gla(q, k, v, g, initial_state=h0.unsqueeze(1), return_final_state=True)
-            return o.squeeze(1), state.squeeze(1)
-        check(case, run)
+@pytest.mark.parametrize("case", cases("mixer__gla"), ids=str)
+def test_golden(case):
+    def run(q, k, v, g, h0):  # the golden inputs by name, float64 and requiring gradients
+        q, k, v, g = (x.unsqueeze(1) for x in (q, k, v, g))
+        o, state = gla(q, k, v, g, initial_state=h0.unsqueeze(1), return_final_state=True)
+        return o.squeeze(1), state.squeeze(1)
+    check(case, run)
 """
 
 import json

@@ -22,6 +22,7 @@ from ..selective_scan import _selective_scan
 LIBRARY = Path(__file__).with_name("_cpu.so")
 LANES = {"avx512": 16, "avx2": 8, "baseline": 4}  # floats in a vector
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SERVED = {*_DTYPES, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}  # tokens, and tables of routes
 _SETTING = "LINESCAN_CPU_KERNELS"
 
 _log = logging.getLogger("linescan")
@@ -73,7 +74,7 @@ def _supports(*args) -> bool:
     global _said
     for x in args:
         if isinstance(x, Tensor):
-            if x.device.type != "cpu" or not (x.dtype in _DTYPES or not x.dtype.is_floating_point) or not x.numel():
+            if not x.is_cpu or x.dtype not in _SERVED or not x.numel():
                 return False
     if _missing is not None and not _said:
         _said = True
@@ -86,7 +87,7 @@ def _check(op: Recurrence, *tensors: Tensor | None) -> None:
     if _missing is not None:
         raise RuntimeError(f"{op.name}: the CPU kernels are {_missing}")
     for x in tensors:
-        if x is not None and (x.dtype not in _DTYPES or x.device.type != "cpu" or x.numel() == 0):
+        if x is not None and (x.dtype not in _DTYPES or not x.is_cpu or x.numel() == 0):
             raise ValueError(
                 f"{op.name}: the cpu kernel takes non-empty float32, bfloat16 or float16 tensors on the CPU, "
                 f"got {str(x.dtype)[6:]} {tuple(x.shape)} on {x.device}"
