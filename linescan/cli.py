@@ -414,12 +414,11 @@ def _size(text: str | None, option: str) -> tuple[int, int] | None:
     return int(sides[0]), int(sides[-1])
 
 
-def _answer_files(results, paths: list[str], overlays: bool, description: str):
+def _answer_files(results, sources: list, overlays: bool, description: str):
     """Runs a tool over files: one line for each on stdout, skipped ones on stderr; exit status 1 if there are any."""
-    from linescan.engine.dense_files import find_sources, run
+    from linescan.engine.dense_files import run
     from linescan.engine.progress import console, progress_bar, say
 
-    sources = find_sources(paths, results.out)
     show = console if console.is_terminal and out.is_terminal else out
     broken, done = 0, 0.0
     with progress_bar(description, len(sources)) as advance:
@@ -475,12 +474,12 @@ def segment(
     from linescan.engine.dense_inference import Segmenter
 
     sizes = {"window": _size(window, "--window"), "stride": _size(stride, "--stride")}
-    find_sources(paths, to)  # before a model is read in vain
+    sources = find_sources(paths, to)  # before a model is read in vain
     tool = Segmenter(
         model, checkpoint, device=device, dtype=precision.dtype, batch=batch, **sizes, **_model_args(model_arg)
     )
     to.mkdir(parents=True, exist_ok=True)
-    _answer_files(Masks(tool, to), paths, overlays, "segmenting")
+    _answer_files(Masks(tool, to), sources, overlays, "segmenting")
 
 
 @app.command(
@@ -517,10 +516,10 @@ def detect(
     from linescan.engine.dense_inference import Detector
 
     sizes = {"window": _size(window, "--window"), "stride": _size(stride, "--stride")}
-    find_sources(paths, to)
+    sources = find_sources(paths, to)
     tool = Detector(model, checkpoint, device=device, dtype=precision.dtype, batch=batch, **sizes)
     to.mkdir(parents=True, exist_ok=True)
-    _answer_files(Instances(tool, to, score, annotations), paths, overlays, "detecting")
+    _answer_files(Instances(tool, to, score, annotations), sources, overlays, "detecting")
 
 
 # -- making one -------------------------------------------------------------------------------------------------------

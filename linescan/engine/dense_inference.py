@@ -217,8 +217,9 @@ class Segmenter(_Tool):
         mask = seg("photo.jpg")                                         # (H, W), the class of each pixel
         print(seg.classes[mask[0, 0]])
 
-    Without `window` a picture is tested as its config says: resized, then whole or by windows. With one, windows slide
-    over the picture in its own resolution, and it may be larger than memory.
+    Without `window` a picture is tested as its config says: resized, then whole or by windows; one whose longer side
+    is above 4096 pixels is reduced by a whole factor before. With `window`, windows slide over the picture in its own
+    resolution, and it may be larger than memory.
 
     Args:
         model: an mmseg config: a file, a name of one of linescan's, or "mmseg::..."; or a model by name, such as
@@ -453,12 +454,18 @@ class Detector(_Tool):
             self.classes, masks, self.palette, legend_rows=legend_rows,
         )  # fmt: skip
 
+    def _find(self, pictures: list[np.ndarray]) -> list[Found]:
+        try:
+            return self.model.detect(pictures)
+        except ValueError as error:  # the backbone says which sizes it takes
+            raise InputError(f"pictures of {'x'.join(map(str, pictures[0].shape[:2]))} pixels: {error}") from error
+
     def _answer(self, opened: dict[int, Pixels], progress: Progress) -> dict[int, Detections]:
         if self.window:
             return {i: self._slide(pixels, progress) for i, pixels in opened.items()}
         if not opened:
             return {}
-        found = self.model.detect([_bounded(pixels) for pixels in opened.values()])
+        found = self._find([_bounded(pixels) for pixels in opened.values()])
         answers = {}
         for (i, pixels), one in zip(opened.items(), found):
             answers[i] = _detections(one, pixels.size, scale=-(-max(pixels.size) // LARGEST_WHOLE))
@@ -474,7 +481,7 @@ class Detector(_Tool):
         for at in range(0, len(corners), self.batch):
             together = corners[at : at + self.batch]
             windows = [pixels.read(y, min(y + high, height), x, min(x + wide, width)) for y, x in together]
-            for (y, x), window, found in zip(together, windows, self.model.detect(windows)):
+            for (y, x), window, found in zip(together, windows, self._find(windows)):
                 part = _detections(found, pixels.size, (y, x))
                 inner = np.array([x > 0, y > 0, x + wide < width, y + high < height])
                 border = np.array([x, y, x + window.shape[1], y + window.shape[0]])

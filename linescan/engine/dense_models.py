@@ -4,8 +4,11 @@ Three kinds: mmseg's and mmdet's, from a config and a checkpoint, and SegMAN by 
 Checkpoints are read without unpickling anything but weights and plain data.
 """
 
+import io
+import warnings
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import NamedTuple, Sequence
+from typing import Iterator, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -111,6 +114,10 @@ class _OpenMMLab:
     package: str
 
     def __init__(self, config: str | Path, checkpoint: str | Path | None):
+        with _quiet():
+            self._open(config, checkpoint)
+
+    def _open(self, config: str | Path, checkpoint: str | Path | None):
         cfg = _read_config(config, self.package)
         scope = cfg.get("default_scope") or self.package
         if scope != self.package or "model" not in cfg:
@@ -203,8 +210,9 @@ class MMDetector(_OpenMMLab):
 
     def __init__(self, config: str | Path, checkpoint: str | Path | None):
         super().__init__(config, checkpoint)
-        heads = [m.num_classes for m in self.module.modules() if isinstance(getattr(m, "num_classes", None), int)]
-        self.classes, self.palette = _names(self.meta, heads[-1] if heads else 0)
+        heads = {m.num_classes for m in self.module.modules() if isinstance(getattr(m, "num_classes", None), int)}
+        known = len(self.meta.get("classes", ()))  # the head of the proposals, for one, knows a single class
+        self.classes, self.palette = _names(self.meta, known if known in heads else max(heads, default=known))
 
     def detect(self, pictures: Sequence[np.ndarray]) -> list[Found]:
         """Pictures (H, W, 3) of bytes, RGB -> the instances of each, in its pixels."""
@@ -217,6 +225,14 @@ class MMDetector(_OpenMMLab):
             boxes = getattr(instances.bboxes, "tensor", instances.bboxes)
             found.append(Found(boxes.float(), instances.scores.float(), instances.labels, masks))
         return found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the packages print and warn of while they are imported and build a model for training."""
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _read_config(config: str | Path, package: str):

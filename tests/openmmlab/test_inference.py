@@ -156,7 +156,7 @@ def test_segment_command(linescan_here, segmentor, picture, tmp_path):
     out = tmp_path / "out"
     status, stdout, stderr = linescan_here("segment", tmp_path, "-m", config, "-c", weights, "-o", out)
     assert status == 1 and "broken.jpg" in stderr and "Traceback" not in stderr
-    assert stdout.startswith(f"{picture}: ") and "%" in stdout
+    assert stdout.startswith(f"{picture}: ") and "%" in stdout and len(stdout.splitlines()) == 1
     with Image.open(out / "masks" / "photo.png") as mask:
         np.testing.assert_array_equal(np.asarray(mask), Segmenter(config, weights)(picture))
 
@@ -239,6 +239,10 @@ def test_detect_command(linescan_here, detector, tmp_path):
             np.testing.assert_array_equal(results.annToMask(k), mask)
         with Image.open(out / "overlays" / f"{i}.jpg") as overlay:
             assert overlay.width == 480
+
+    truth.write_text(json.dumps({"images": images, "annotations": [], "categories": categories[:2]}))
+    status, _, stderr = linescan_here("detect", folder, *options, "-o", out, "--annotations", truth)
+    assert status == 2 and "no category 'fox'" in stderr
 
     write_video(folder / "clip.mp4", 3)
     (folder / "cut.png").write_bytes((folder / "0.png").read_bytes()[:300])
