@@ -344,10 +344,12 @@ def test_segment_command(linescan_here, weights, tmp_path):
     Image.fromarray(photo(90, 60, 1)).save(folder / "deep" / "two.jpg")
     (folder / "cut.png").write_bytes((folder / "one.png").read_bytes()[:200])
     write_video(folder / "clip.mp4", 5)
+    (folder / "half.mp4").write_bytes((folder / "clip.mp4").read_bytes()[:900])
     options = ("-m", "segman_tiny", "-c", weights, "-o", out, "--device", "cpu", "--batch", 2, *SMALL_ARGS)
     status, stdout, stderr = linescan_here("segment", folder, "--window", "224", *options)
-    assert status == 1, "one file is broken"
-    assert "skipped" in stderr and "cut.png" in stderr and "3 of 4 done" in stderr and "Traceback" not in stderr
+    assert status == 1, "two files are broken"
+    assert stderr.count("skipped") == 2 and "cut.png" in stderr and "half.mp4" in stderr and "3 of 5 done" in stderr
+    assert "Traceback" not in stderr
     lines = stdout.splitlines()
     assert len(lines) == 3 and any("clip.mp4: 5 frames" in line for line in lines)
     assert json.loads((out / "classes.json").read_text())[1] == {"id": 1, "name": "sea", "color": PALETTE[1]}
