@@ -1,0 +1,228 @@
+"""Whole models side by side: time and memory of a forward (or a training step) against resolution."""
+
+import ctypes
+import gc
+import json
+import math
+import os
+import platform
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from statistics import median
+from typing import Callable, Sequence
+
+import timm
+import torch
+from torch import nn
+
+from .errors import InputError
+from .evaluate import precision
+from .models import build
+
+__all__ = ["Measurement", "benchmark", "crossover", "draw", "write_report"]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One model at one size.
+
+    Attributes:
+        model: timm name.
+        size: side of the square images in pixels.
+        seconds: median of a pass over a batch; CPU time on a CPU, which other work does not lengthen.
+        images_per_second: batch / seconds.
+        memory_mb: what the pass needed on top of weights and input, at its peak; None where it cannot be told.
+    """
+
+    model: str
+    size: int
+    seconds: float
+    images_per_second: float
+    memory_mb: float | None
+
+
+def _at_size(name: str, size: int, in_chans: int) -> nn.Module:
+    """The model built for this size, where it wants to know; others take any."""
+    with suppress(TypeError):
+        return timm.create_model(name, img_size=size, in_chans=in_chans)
+    return build(name, in_chans=in_chans)
+
+
+def _peak_memory(run: Callable, device: torch.device) -> float | None:
+    """Megabytes that a run needs at its peak beyond what was there before it."""
+    gc.collect()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+
+    def kilobytes(key: str) -> int:
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(key))
+
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # or the pass would live on what the one before has freed
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    except OSError:
+        return None
+    before = kilobytes("VmRSS:")
+    run()
+    return max(0, kilobytes("VmHWM:") - before) / 1024
+
+
+def _measure(name: str, size: int, batch: int, device: torch.device, dtype, train: bool, budget: float) -> Measurement:
+    torch.manual_seed(0)
+    model = _at_size(name, size, 3).to(device).train(train)
+    frames = getattr(model, "num_frames", 0)
+    images = torch.randn(batch, 3, *([frames] if frames else []), size, size, device=device)
+
+    def forward():
+        with precision(device, dtype):
+            return model(images)
+
+    def run():
+        if train:
+            forward().float().square().mean().backward()
+            model.zero_grad(set_to_none=True)
+        else:
+            with torch.inference_mode():
+                forward()
+
+    clock = time.process_time
+    if device.type == "cuda":
+
+        def clock():
+            torch.cuda.synchronize(device)
+            return time.perf_counter()
+
+    run()
+    memory = _peak_memory(run, device)
+    times, begin = [], time.perf_counter()
+    while len(times) < 3 or (time.perf_counter() - begin < budget and len(times) < 50):
+        start = clock()
+        run()
+        times.append(clock() - start)
+    seconds = median(times)
+    return Measurement(name, size, seconds, batch / seconds, memory)
+
+
+def benchmark(
+    models: Sequence[str],
+    sizes: Sequence[int],
+    *,
+    batch: int = 1,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    train: bool = False,
+    threads: int = 1,
+    budget: float = 3.0,
+    progress: Callable = lambda *args, **kwargs: None,
+) -> list[Measurement]:
+    """Measures every model at every size, in one run, size by size so that neighbours share the machine's mood.
+
+    Args:
+        models: timm names, linescan's or any other.
+        sizes: sides of square images.
+        batch: images in a pass.
+        device, dtype: where, and under which autocast.
+        train: forward and backward, instead of a forward without gradients.
+        threads: of the CPU.
+        budget: about so many seconds a measurement.
+        progress: called after each measurement, and with `description=` before.
+
+    Raises:
+        InputError: an unknown model, or one that a size does not fit.
+    """
+    device = torch.device(device)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    results = []
+    try:
+        for size in sizes:
+            for name in models:
+                progress(0, description=f"{name} at {size}")
+                try:
+                    results.append(_measure(name, size, batch, device, dtype, train, budget))
+                except ValueError as error:
+                    raise InputError(f"{name} at {size} pixels: {error}") from None
+                progress(1)
+    finally:
+        torch.set_num_threads(before)
+    return results
+
+
+def crossover(results: Sequence[Measurement], model: str, against: str) -> float | None:
+    """The size from which `model` is faster than `against` on, between the measured ones by a power law; else None."""
+    times = {(r.model, r.size): r.seconds for r in results}
+    sizes = sorted({r.size for r in results})
+    lead = [math.log(times[model, s] / times[against, s]) for s in sizes]
+    if lead[-1] > 0:
+        return None
+    for i in range(len(sizes) - 1, 0, -1):
+        if lead[i - 1] > 0:
+            share = lead[i - 1] / (lead[i - 1] - lead[i])
+            return math.exp(math.log(sizes[i - 1]) * (1 - share) + math.log(sizes[i]) * share)
+    return float(sizes[0])
+
+
+def draw(results: Sequence[Measurement], against: str | None, path: str | Path) -> None:
+    """A picture of time and memory against resolution, the crossovers marked."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(dict.fromkeys(r.model for r in results))
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    for i, name in enumerate(names):
+        mine = sorted((r for r in results if r.model == name), key=lambda r: r.size)
+        style = {"color": "#8d99ae", "linestyle": "--"} if name == against else {"color": f"C{i}", "linestyle": "-"}
+        sizes = [r.size for r in mine]
+        axes[0].plot(sizes, [1e3 * r.seconds for r in mine], marker="o", label=name, **style)
+        if all(r.memory_mb is not None for r in mine):
+            axes[1].plot(sizes, [r.memory_mb for r in mine], marker="o", label=name, **style)
+        cross = crossover(results, name, against) if against and name != against else None
+        if cross and cross > min(sizes):
+            axes[0].axvline(cross, color=style["color"], linewidth=0.8, linestyle=":")
+            axes[0].annotate(f"{cross:.0f} px", (cross, 0.02), xycoords=("data", "axes fraction"), rotation=90,
+                             color=style["color"], ha="right")  # fmt: skip
+    for axis, label in zip(axes, ("milliseconds a pass", "MB at the peak, beside weights")):
+        axis.set(xscale="log", yscale="log", xlabel="side of the image in pixels", ylabel=label)
+        ticks = sorted({r.size for r in results})
+        axis.set_xticks(ticks, [str(t) for t in ticks])
+        axis.minorticks_off()
+        axis.grid(alpha=0.25)
+    axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def write_report(results: Sequence[Measurement], against: str | None, out: str | Path, **settings) -> tuple[Path, Path]:
+    """Writes OUT.json (settings, machine, every measurement, crossovers) and OUT.png; returns their paths."""
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    names = list(dict.fromkeys(r.model for r in results))
+    report = {
+        "date": datetime.now().isoformat(timespec="seconds"),
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "load": os.getloadavg()[0],
+            "torch": torch.__version__,
+        },
+        "settings": {k: str(v) for k, v in settings.items()},
+        "against": against,
+        "crossover_px": {n: crossover(results, n, against) for n in names if against and n != against},
+        "results": [asdict(r) for r in results],
+    }
+    json_path, png_path = out.with_suffix(".json"), out.with_suffix(".png")
+    json_path.write_text(json.dumps(report, indent=2) + "\n")
+    draw(results, against, png_path)
+    return json_path, png_path
