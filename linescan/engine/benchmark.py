@@ -46,8 +46,9 @@ class Measurement:
 
 def _at_size(name: str, size: int, in_chans: int) -> nn.Module:
     """The model built for this size, where it wants to know; others take any."""
-    with suppress(TypeError):
-        return timm.create_model(name, img_size=size, in_chans=in_chans)
+    if timm.is_model(name):
+        with suppress(TypeError):
+            return timm.create_model(name, img_size=size, in_chans=in_chans)
     return build(name, in_chans=in_chans)
 
 
