@@ -34,7 +34,7 @@ if find_spec("timm") is None:  # the backbones need timm, the scans do not: impo
     package.__path__ = [str(ROOT / "linescan")]
     sys.modules["linescan"] = package
 
-from linescan.scans import causal_conv1d, gla, recurrences, selective_scan, ssd  # noqa: E402
+from linescan.scans import bi_wkv, causal_conv1d, gla, recurrences, selective_scan, ssd, wkv6  # noqa: E402
 from linescan.scans.recurrence import backend  # noqa: E402
 from linescan.scans.routes import table  # noqa: E402
 
@@ -182,6 +182,23 @@ def ssd_inputs(heads, width, states, routes):
     return make
 
 
+def wkv6_inputs(heads, width, routes):
+    def make(batch, side, dtype, device) -> Inputs:
+        q, k, v, g = head_inputs(heads, width, width, routes)(batch, side, dtype, device).values()
+        return dict(r=q, k=k, v=v, w=g, u=torch.randn(routes, heads, width, device=device))
+
+    return make
+
+
+def bi_wkv_inputs(channels):
+    def make(batch, side, dtype, device) -> Inputs:
+        k, v = (noise(batch, 1, side * side, channels, dtype=dtype, device=device) for _ in "kv")
+        w, u = (torch.randn(1, channels, device=device) for _ in "wu")
+        return dict(k=k, v=v, w=w.exp() / side**2, u=u / side**2)  # Vision-RWKV divides by the number of tokens
+
+    return make
+
+
 LARGE = ((128, 14), (32, 32), (8, 64), (1, 64), (2, 128))  # as many tokens as images of 224 to 2048 px have
 OPERATORS = [
     Operator(
@@ -206,6 +223,16 @@ OPERATORS = [
         "SSD: 2 routes, 6 heads of 64, N 64", "ssd",
         lambda inputs, route, merge: ssd(**inputs, dt_softplus=True, route=route, merge=merge),
         ssd_inputs(6, 64, 64, 2), BOTH, ("x", "dt", "B", "C"), LARGE,
+    ),
+    Operator(
+        "WKV-6, VRWKV6: 2 routes, 6 heads of 32", "wkv6",
+        lambda inputs, route, merge: wkv6(**inputs, route=route, merge=merge),
+        wkv6_inputs(6, 32, 2), BOTH, ("r", "k", "v", "w"), LARGE,
+    ),
+    Operator(
+        "Bi-WKV, VRWKV: 192 channels", "bi_wkv",
+        lambda inputs, route, merge: bi_wkv(**inputs, route=route, merge=merge),
+        bi_wkv_inputs(192), "row", ("k", "v"), LARGE,
     ),
 ]  # fmt: skip
 

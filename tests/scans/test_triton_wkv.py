@@ -49,7 +49,9 @@ def compare(inputs, route=None, merge=None, dtype=torch.float32, tolerance=None)
 @pytest.fixture
 def short_tiles(monkeypatch):
     """Several tiles in a short sequence."""
-    monkeypatch.setattr(import_module("linescan.scans.kernels.triton.bi_wkv"), "TILE", 4)
+    kernels = import_module("linescan.scans.kernels.triton.bi_wkv")
+    monkeypatch.setattr(kernels, "TILE", 4)
+    monkeypatch.setattr(kernels, "TILE_BACKWARD", 4)
 
 
 @in_interpreter

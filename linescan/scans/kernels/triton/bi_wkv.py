@@ -1,6 +1,6 @@
 """Bi-WKV (Vision-RWKV) in Triton: a sum over the past and one over the future of every token.
 
-Time is cut into tiles of `TILE` steps, and the
+Time is cut into tiles of a few steps, and the
 kernels take all tiles of all routes and channels at once:
 
     totals    the sum of each tile, as the past of what follows and as the future of what comes before
@@ -26,6 +26,7 @@ from .common import TokenGradient, is_permutation, load_row, place, rows, store_
 from .gla import merged, per_route
 
 TILE = 16  # steps whose sums stay in registers
+TILE_BACKWARD = 8  # as many registers go to half as many steps of sums and adjoints
 LANES = 32  # channels of a program, which is one warp
 EMPTY = tl.constexpr(-1e38)  # the top of a sum without terms
 
@@ -229,16 +230,16 @@ def _gradients(
 class Tiles:
     """One call of Bi-WKV: its inputs as the kernels take them, and the launches."""
 
-    def __init__(self, k, v, w, u, route):
+    def __init__(self, k, v, w, u, route, tile: int):
         self.k, self.v, self.w, self.u = k, v, w.float().contiguous(), u.float().contiguous()
         self.batch, self.routes, self.length = visited((k, v), route)
         self.route = None if route is None else route.contiguous()
         self.table = self.route, 0 if route is None or route.ndim == 2 else self.route.stride(0)
         self.steps, self.channels = self.length if route is None else route.shape[-1], k.shape[-1]
-        self.tiles = triton.cdiv(self.steps, TILE)
+        self.tiles = triton.cdiv(self.steps, tile)
         self.counts = self.steps, self.routes, self.channels, self.tiles
         self.programs = self.batch * self.routes * triton.cdiv(self.channels, LANES)
-        self.common = dict(TILE=TILE, LANES=LANES, num_warps=1)
+        self.common = dict(TILE=tile, LANES=LANES, num_warps=1)
 
     def _new(self, *shape) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.k.device)
@@ -283,10 +284,10 @@ class Tiles:
 
 
 def forward(k, v, w, u, route, merge):
-    output = Tiles(k, v, w, u, route).forward(torch.float32 if merge else k.dtype)
+    output = Tiles(k, v, w, u, route, TILE).forward(torch.float32 if merge else k.dtype)
     return merged(output, merge, k.dtype), output.new_zeros(*output.shape[:2], 0, dtype=torch.float32)
 
 
 def backward(grad_output, grad_state, k, v, w, u, route, merge):
-    dk, dv, dw, du = Tiles(k, v, w, u, route).backward(per_route(grad_output, merge))
+    dk, dv, dw, du = Tiles(k, v, w, u, route, TILE_BACKWARD).backward(per_route(grad_output, merge))
     return [dk, dv, dw.to(w.dtype), du.to(u.dtype)]
