@@ -168,8 +168,9 @@ class Vim(PlainBackbone):
     def pool(self, x: Tensor) -> Tensor:
         """Class token(s), mean or maximum over all tokens, by `global_pool`."""
         if self.global_pool == "token" and self.class_token is not None:
-            rows = {"middle": [(x.shape[1] - 1) // 2], "head": [0], "double": [0, -1]}[self.class_token]
-            return x[:, rows].mean(1)
+            if self.class_token == "double":
+                return (x[:, 0] + x[:, -1]) / 2
+            return x[:, 0 if self.class_token == "head" else (x.shape[1] - 1) // 2]
         if self.global_pool == "max":
             return x.amax(1)
         return x.mean(1) if self.global_pool else x

@@ -1,0 +1,72 @@
+"""Compiled and exported models keep each recurrence as one operator, and give the eager result."""
+
+import shutil
+
+import pytest
+import timm
+import torch
+
+import linescan  # noqa: F401
+
+
+def small(name, **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=5, **kwargs).eval()
+
+
+CASES = {
+    "vim_tiny_patch16_224": (dict(depth=2, img_size=64), {"selective_scan": 2, "causal_conv1d": 2}),
+    "vmamba_tiny_s1l8": (dict(depths=(1, 1, 1, 1)), {"selective_scan": 4}),
+    "vig_tiny": (dict(depth=2, img_size=64), {"gla": 2}),
+    "vrwkv_tiny": (dict(depth=2), {"bi_wkv": 2}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_exported_graphs_hold_one_operator_a_scan(name):
+    kwargs, expected = CASES[name]
+    model, x = small(name, **kwargs), torch.randn(1, 3, 64, 64)
+    program = torch.export.export(model, (x,))
+    called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    for op, count in expected.items():
+        assert called.count(f"linescan.{op}.default") == count
+    gathers = [c for c in called if c.startswith(("aten.gather", "aten.index", "aten.flip", "aten.roll"))]
+    assert not gathers or name == "vrwkv_tiny", "features are not permuted for a route"
+    with torch.no_grad():
+        assert torch.allclose(program.module()(x), model(x), atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor compiles C++")
+def test_a_package_made_ahead_of_time_gives_the_eager_result(tmp_path):
+    model, x = small("vim_tiny_patch16_224", depth=1, img_size=64), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,))
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "vim.pt2"))
+        packaged = torch._inductor.aoti_load_package(path)
+        assert torch.allclose(packaged(x), model(x), atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor compiles C++")
+def test_inductor_trains_like_eager():
+    model, x = small("vim_tiny_patch16_224", depth=1, img_size=64), torch.randn(2, 3, 64, 64)
+    eager = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    got = torch.autograd.grad(compiled(x).square().sum(), list(model.parameters()))
+    for a, b in zip(eager, got):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-4 * a.abs().max().item())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_cuda_graphs_capture_a_forward():
+    model, x = small("vim_tiny_patch16_224", depth=2).cuda(), torch.randn(1, 3, 224, 224, device="cuda")
+    with torch.no_grad():
+        for _ in range(3):
+            want = model(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = model(x)
+        graph.replay()
+        assert torch.allclose(got, want, atol=1e-4)
