@@ -21,7 +21,7 @@ __all__ = ["RECIPE", "demo"]
 RECIPE = Recipe(
     data="digits",
     model="vim_tiny_patch16_224",
-    model_args=dict(img_size=32, patch_size=8, stride=6, depth=3, embed_dim=64, d_state=8),
+    model_args=dict(img_size=32, patch_size=8, stride=6, depth=3, embed_dim=64, d_state=8, global_pool="avg"),
     epochs=15,
     batch=32,
     lr=3e-3,
