@@ -68,6 +68,7 @@ def slide(
     *,
     batch: int = 1,
     memory: int = 2**30,
+    device: torch.device | str = "cpu",
     progress: Progress = _silent,
 ) -> Iterator[Block]:
     """The mean of the logits of all windows over each pixel, block by block, each pixel once.
@@ -83,6 +84,7 @@ def slide(
         window, stride: (height, width); a window is never larger than the picture.
         batch: windows in one call of `forward`.
         memory: bytes for the sums of logits; never less than what one window takes.
+        device: where `forward` answers.
         progress: gets the shares of the work as they are done, 1 in all.
     """
     height, width = pixels.size
@@ -90,16 +92,16 @@ def slide(
     tops, lefts = positions(height, high, stride[0]), positions(width, wide, stride[1])
     columns = -(-width // max(memory // (channels * high * 4), wide))
     edges = [width * i // columns for i in range(columns + 1)]
+    widest = torch.empty(channels, high, max(b - a for a, b in zip(edges, edges[1:])), device=device)
     for left, right in zip(edges, edges[1:]):
         ours = [x for x in lefts if x < right and x + wide > left]
         across = _cover(ours, wide, left, right)
-        sums = torch.zeros(channels, high, right - left)
+        sums = widest[..., : right - left].zero_()
         for top, following in zip(tops, [*tops[1:], height]):
             strip = pixels.read(top, top + high, ours[0], ours[-1] + wide)
             for at in range(0, len(ours), batch):
                 together = ours[at : at + batch]
                 answers = forward(np.stack([strip[:, x - ours[0] :][:, :wide] for x in together]))
-                sums = sums.to(answers.device)
                 for x, answer in zip(together, answers):
                     a, b = max(x, left), min(x + wide, right)
                     sums[..., a - left : b - left] += answer[..., a - x : b - x]
@@ -270,7 +272,7 @@ class Segmenter(_Tool):
             logits = self.model.logits(tensor).float()
         except ValueError as error:  # the backbone says which sizes it takes
             raise InputError(f"windows of {'x'.join(map(str, pictures.shape[1:3]))} pixels: {error}") from error
-        if not logits.isfinite().all():
+        if not logits.sum().isfinite():  # of the sum: a mask of them all would take memory
             raise InputError("the model answers NaN or infinity; its weights are damaged, or the precision too low")
         return logits
 
@@ -299,7 +301,7 @@ class Segmenter(_Tool):
         window, stride = (self.window, self.stride) if self.window else (self.model.window, self.model.stride)
         return slide(
             pixels, self._forward, self.model.channels, window, stride,
-            batch=self.batch, memory=self.memory, progress=progress,
+            batch=self.batch, memory=self.memory, device=self.device, progress=progress,
         )  # fmt: skip
 
     def _gather(self, pixels: Pixels, progress: Progress) -> Tensor:
