@@ -95,11 +95,9 @@ def test_keys_and_decays_of_any_size(short_tiles):
 
 
 def launches():
-    """Every variant of every kernel: forward and backward, in float32 and bfloat16, with a table and without."""
-    for dtype in (torch.float32, torch.bfloat16):
-        inputs = {key: x.to(dtype) for key, x in make(1, 1, 2, 100, 64).items()}
-        results("triton", inputs, table("permutation", 1, 2, 100), "sum")
-    results("triton", {key: x.float() for key, x in make(1, 2, 2, 100, 64).items()}, None, None)
+    """Every kernel: forward and backward, in float32 along a table and in bfloat16 without one."""
+    for dtype, route, merge in ((torch.float32, table("permutation", 1, 2, 100), "sum"), (torch.bfloat16, None, None)):
+        results("triton", {key: x.to(dtype) for key, x in make(1, 2, 2, 100, 64).items()}, route, merge)
 
 
 @outside_interpreter
