@@ -1,4 +1,5 @@
 # make demo   trains and tries a small Vim on handwritten digits, into runs/demo/
+# make demo-dense   the same for segmentation and detection, with OpenMMLab: digits in scenes, into runs/demo-dense/
 # make test   runs the whole test suite, OpenMMLab included (its first time on a machine compiles mmcv: ten minutes)
 # All make the virtual environment .venv first, where it is not there. Nothing but Python 3.10+ is needed.
 
@@ -6,10 +7,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST ?= $(BIN)/python -m pytest -n auto --maxprocesses=8
 
-.PHONY: demo test test-core lint cases models clean
+.PHONY: demo demo-dense test test-core lint cases models clean
 
 demo: .venv/installed
 	$(BIN)/linescan demo
+
+demo-dense: .venv/openmmlab
+	$(BIN)/linescan demo --dense
 
 test: .venv/openmmlab
 	OMP_NUM_THREADS=1 $(PYTEST)

@@ -21,7 +21,7 @@ from .files import atomic
 from .images import Digits
 from .progress import progress_bar
 
-__all__ = ["CLASSES", "PALETTE", "Scene", "render", "write_scenes"]
+__all__ = ["CLASSES", "PALETTE", "Scene", "read_pixels", "render", "write_scenes"]
 
 CLASSES = ("canvas", *Digits.classes)
 PALETTE = [(38, 40, 56)] + [
@@ -159,3 +159,9 @@ def write_scenes(root: str | Path, split: str, count: int, size: int = 96, seed:
     with atomic(path) as file:
         file.write(json.dumps({"images": images, "annotations": annotations, "categories": categories}).encode())
     return path
+
+
+def read_pixels(path: str | Path) -> np.ndarray:
+    """A picture file's values as they are: (H, W, 3) RGB, or (H, W) classes of a mask."""
+    with Image.open(path) as image:
+        return np.asarray(image)

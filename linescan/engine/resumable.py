@@ -8,9 +8,12 @@ MMEngine's own hook writes in place, points to the new file in place, and remove
 among these leaves nothing to resume from.
 """
 
+import pickle
 from collections import deque
 from pathlib import Path
 
+import numpy as np
+import torch
 from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook, Hook
@@ -18,10 +21,10 @@ from mmengine.logging import HistoryBuffer
 from mmengine.registry import HOOKS
 from mmengine.runner import CheckpointLoader, set_random_seed
 
-from .errors import InputError
+from ..checkpoint import CheckpointError
 from .files import atomic, sweep
 
-__all__ = ["AtomicBackend", "AtomicCheckpointHook", "IterationSeedHook", "refuse_pickles"]
+__all__ = ["AtomicBackend", "AtomicCheckpointHook", "IterationSeedHook", "load_from_disk", "refuse_pickles"]
 
 
 class AtomicBackend(LocalBackend):
@@ -41,12 +44,18 @@ register_backend("atomic", AtomicBackend, force=True)
 class AtomicCheckpointHook(CheckpointHook):
     """MMEngine's, but a process killed at any moment leaves a `last_checkpoint` that names a whole file.
 
+    What is resumed from is read by `load_from_disk`, which runs nothing that a file says.
+
     Args:
         args, kwargs: of `CheckpointHook`, without `backend_args` and `file_client_args`: files are local.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, backend_args={"backend": "atomic"}, **kwargs)
+
+    def before_run(self, runner) -> None:
+        super().before_run(runner)
+        refuse_pickles()
 
     def before_train(self, runner) -> None:
         super().before_train(runner)
@@ -92,3 +101,45 @@ class IterationSeedHook(Hook):
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
         set_random_seed(runner.seed + runner.iter)
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _statistic(owner: object, name: str):
+    """Stands for `getattr` in a checkpoint: the log's buffers refer to their class's methods, nothing else may."""
+    if owner is not HistoryBuffer or name not in ("min", "max", "mean", "current"):
+        raise pickle.UnpicklingError(f"attribute {name} of {owner}")
+    return getattr(owner, name)
+
+
+# What MMEngine saves of a training beside tensors: the log, in numpy arrays.
+TRUSTED = [
+    HistoryBuffer, (_statistic, "builtins.getattr"), np.ndarray, np.dtype, np.dtypes.Float64DType, np.dtypes.Int64DType,
+    np._core.multiarray._reconstruct, np._core.multiarray.scalar,
+]  # fmt: skip
+
+
+def load_from_disk(filename: str | Path, map_location=None) -> dict:
+    """A checkpoint of MMEngine's: tensors, plain values and the log; nothing in the file is run.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or holds other objects.
+    """
+    try:
+        with torch.serialization.safe_globals(TRUSTED):
+            return torch.load(filename, map_location=map_location, weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{filename} does not exist") from None
+    except Exception as error:  # a pickle can raise anything; torch's own advice for it is to trust the file
+        raise CheckpointError(
+            f"{filename} is damaged, or holds other things than tensors and a training's log; refused"
+        ) from error
+
+
+def refuse_pickles() -> None:
+    """From now on MMEngine reads local checkpoints by `load_from_disk`.
+
+    On its own it goes on to unpickle what the restricted reading refuses, which runs whatever the file says.
+    """
+    CheckpointLoader.register_scheme("", load_from_disk, force=True)

@@ -1,0 +1,323 @@
+"""`make demo-dense`: digits found in scenes, pixel by pixel (UPerNet, mmseg) and box by box (Mask R-CNN, mmdet).
+
+Both trainings are MMEngine's own, each in a process and on a core of its own. One is killed half-way, as by a power
+cut, and resumed. What comes out is measured by mmseg's and pycocotools' metrics, and drawn.
+"""
+
+import copy
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.markup import escape
+
+from .digit_scenes import CLASSES, read_pixels, write_scenes
+from .files import atomic
+from .openmmlab_runner import read_config
+from .progress import progress_bar, say
+
+__all__ = ["TASKS", "Training", "demo_dense", "evaluate", "read_log"]
+
+TASKS = {"segmentation": "demo/vmamba_upernet_digits", "detection": "demo/vig_h_mask_rcnn_digits"}
+"""The config of each task."""
+
+
+def demo_dense(
+    out: str | Path = "runs/demo-dense",
+    iterations: int | None = None,
+    scenes: tuple[int, int] = (1000, 200),
+    seed: int = 0,
+    threads: int = 1,
+) -> dict:
+    """Writes the scenes, trains both models, measures and draws them, all in the folder `out`.
+
+    A demo that was there before is replaced.
+
+    Args:
+        out: where everything goes.
+        iterations: of each training; by default as the configs say.
+        scenes: how many to learn from, and how many to judge by.
+        seed: another seed, other networks; the scenes stay.
+        threads: of each of the two trainings.
+
+    Returns:
+        What metrics.json holds.
+
+    Raises:
+        InputError: the OpenMMLab packages are missing.
+        RuntimeError: a training failed; its log is named.
+    """
+    out, started = Path(out), time.monotonic()
+    data = out / "data"
+    options = {task: data_options(config, data) for task, config in TASKS.items()}  # fails early if anything is missing
+    for task in TASKS:
+        shutil.rmtree(out / task, ignore_errors=True)
+    say(f"{scenes[0]} scenes to learn from and {scenes[1]} to judge by are being written to {escape(str(data))}")
+    for split, count in zip(("train", "val"), scenes):
+        write_scenes(data, split, count)
+
+    short = short_options(iterations) if iterations else []
+    trainings = {
+        task: Training(config, out / task, [*options[task], *short, f"randomness.seed={seed}"], threads)
+        for task, config in TASKS.items()
+    }
+    trainings["segmentation"].kill_at = trainings["segmentation"].iterations // 2
+    say("two trainings, side by side; their logs are " + " and ".join(escape(str(t.log)) for t in trainings.values()))
+    run_side_by_side(trainings.values())
+
+    metrics, found = {}, {}
+    for task, training in trainings.items():
+        metrics[task], found[task] = evaluate(training)
+    killed = trainings["segmentation"]
+    metrics["interruption"] = {"killed_at": killed.killed_at, "resumed_from": killed.resumed_from, **killed.replayed()}
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    metrics["seconds"] = {
+        "all": round(time.monotonic() - started, 1), "cpu_training": round(usage.ru_utime + usage.ru_stime, 1)
+    }  # fmt: skip
+    with atomic(out / "metrics.json") as file:
+        file.write(json.dumps(metrics, indent=2).encode())
+
+    from .demo_dense_pictures import draw
+
+    for task, training in trainings.items():
+        draw(task, out / f"{task}.png", data, training, metrics[task], found[task])
+    tell(out, metrics, trainings)
+    return metrics
+
+
+def data_options(config: str, data: str | Path) -> list[str]:
+    """What tells a config, as options of the command line, that the scenes are in the folder `data`.
+
+    Raises:
+        InputError: the OpenMMLab packages are missing.
+    """
+    cfg = read_config(config)
+    options = [f"{part}_dataloader.dataset.data_root={data}" for part in ("train", "val", "test")]
+    if "ann_file" in cfg.val_evaluator:
+        options += [f"{part}_evaluator.ann_file={data}/val/instances.json" for part in ("val", "test")]
+    return options
+
+
+def short_options(iterations: int) -> list[str]:
+    """What makes a training as short as that: its schedule, and how often it logs and saves, shrink with it."""
+    warmup, often = iterations // 4, max(iterations // 8, 1)
+    return [
+        f"train_cfg.max_iters={iterations}", f"train_cfg.val_interval={iterations}", f"param_scheduler.0.end={warmup}",
+        f"param_scheduler.1.begin={warmup}", f"param_scheduler.1.end={iterations}",
+        f"log_processor.window_size={often}", f"default_hooks.logger.interval={often}",
+        f"default_hooks.checkpoint.interval={often}",
+    ]  # fmt: skip
+
+
+def read_log(work_dir: str | Path) -> list[list[dict]]:
+    """The rows that MMEngine logged, one list for each run in `work_dir`, in order."""
+    runs = []
+    for path in sorted(Path(work_dir).glob("*/vis_data/scalars.json")):
+        lines = path.read_text().split("\n")[:-1]  # what a kill cut short has no end of line
+        runs.append([json.loads(line) for line in lines])
+    return runs
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Training:
+    """A training in another process, which may be killed once.
+
+    Attributes:
+        config: its name. `linescan train --config` runs it.
+        work_dir: where MMEngine's logs and checkpoints go.
+        options: `KEY=VALUE` over the config's values.
+        threads: that the process computes with.
+        kill_at: kill it (SIGKILL) as soon as it has logged an iteration beyond this one, then start it again.
+        killed_at, resumed_from: the iterations where that happened.
+    """
+
+    config: str
+    work_dir: Path
+    options: list[str] = field(default_factory=list)
+    threads: int = 1
+    kill_at: int | None = None
+    killed_at: int | None = None
+    resumed_from: int | None = None
+    process: subprocess.Popen | None = field(default=None, repr=False)
+
+    @cached_property
+    def cfg(self):
+        """The `mmengine.Config`."""
+        return read_config(self.config, self.options)
+
+    @property
+    def iterations(self) -> int:
+        return self.cfg.train_cfg.max_iters
+
+    @property
+    def log(self) -> Path:
+        return self.work_dir / "training.log"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The newest one."""
+        return Path((self.work_dir / "last_checkpoint").read_text())
+
+    def start(self) -> None:
+        """Starts the process, which resumes from the newest checkpoint if there is one."""
+        self.work_dir.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "linescan", "train", "--config", self.config, "--resume"]
+        command += ["--work-dir", str(self.work_dir)]
+        for option in self.options:
+            command += ["--cfg-options", option]
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+            )
+
+    def step(self) -> int:
+        """The last iteration that is in the log."""
+        return max((row["step"] for run in read_log(self.work_dir) for row in run if "loss" in row), default=0)
+
+    def poll(self) -> bool:
+        """Whether it is still running. Kills it and starts it again when the time has come.
+
+        Raises:
+            RuntimeError: the process has failed.
+        """
+        status = self.process.poll()
+        if status:
+            raise RuntimeError(f"the training of {self.config} failed; the end of {self.log} says why")
+        if status is None and self.kill_at is not None and self.killed_at is None and self.step() > self.kill_at:
+            self.stop()
+            self.killed_at = self.step()
+            self.resumed_from = int(self.checkpoint.stem.rpartition("_")[2])
+            say(
+                f"[bold]kill -9[/] of {escape(self.config)} at iteration {self.killed_at}; "
+                f"it goes on from its checkpoint of iteration {self.resumed_from}"
+            )
+            self.start()
+            return True
+        return status is None
+
+    def stop(self) -> None:
+        """Kills the process, if it is running."""
+        if self.process and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+    def replayed(self) -> dict:
+        """How the losses that were logged both before the kill and after the resumption compare."""
+        runs = [{row["step"]: row["loss"] for row in run if "loss" in row} for run in read_log(self.work_dir)]
+        first, second = runs if len(runs) == 2 else ({}, {})
+        differences = [abs(first[step] - second[step]) for step in first.keys() & second.keys()]
+        return {"replayed_losses": len(differences), "largest_difference": max(differences, default=None)}
+
+
+def run_side_by_side(trainings) -> None:
+    """Runs all of them to their ends; none outlives an error or Ctrl-C."""
+    trainings = list(trainings)
+    try:
+        for training in trainings:
+            training.start()
+        with progress_bar("training", sum(t.iterations for t in trainings)) as advance:
+            seen = 0
+            while any([training.poll() for training in trainings]):
+                time.sleep(0.3)
+                now = sum(training.step() for training in trainings)
+                advance(now - seen)
+                seen = now
+    finally:
+        for training in trainings:
+            training.stop()
+
+
+# -- judging ----------------------------------------------------------------------------------------------------------
+
+
+def evaluate(training: Training) -> tuple[dict, list]:
+    """Judges the newest checkpoint by the metrics of its config, as MMEngine's `Runner.test` does.
+
+    Returns:
+        (metrics, predictions): mmseg's or pycocotools' numbers, and for each held-out scene the classes (H, W), or a
+        dict of boxes (N, 4) as left, top, right, bottom, labels, scores and masks (N, H, W).
+    """
+    from mmengine.runner import Runner
+
+    from .resumable import refuse_pickles
+
+    refuse_pickles()
+    cfg = copy.deepcopy(training.cfg)
+    cfg.work_dir, cfg.load_from, cfg.log_level = str(training.work_dir / "test"), str(training.checkpoint), "ERROR"
+    with open(training.log, "a") as log, redirect_stdout(log), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # mmseg's and mmdet's, about their own defaults
+        runner = Runner.from_cfg(cfg)
+        metrics = {key: float(value) for key, value in runner.test().items()}
+    predictions = []
+    with torch.inference_mode():
+        for batch in runner.test_loop.dataloader:
+            for sample in runner.model.test_step(batch):
+                if "pred_sem_seg" in sample:
+                    predictions.append(sample.pred_sem_seg.data[0].numpy().astype(np.uint8))
+                else:
+                    predictions.append({key: value.numpy() for key, value in sample.pred_instances.items()})
+    return metrics, predictions
+
+
+def class_iou(data: str | Path, predictions: list[np.ndarray]) -> np.ndarray:
+    """(classes,) intersection over union of each class in the held-out scenes, in per cent."""
+    paths = sorted((Path(data) / "val" / "masks").glob("*.png"))
+    truth = np.stack([read_pixels(path) for path in paths]).ravel().astype(int)
+    counts = np.bincount(truth * len(CLASSES) + np.stack(predictions).ravel(), minlength=len(CLASSES) ** 2)
+    counts = counts.reshape(len(CLASSES), -1)
+    common = counts.diagonal()
+    return 100 * common / (counts.sum(0) + counts.sum(1) - common)
+
+
+# -- telling ----------------------------------------------------------------------------------------------------------
+
+
+def tell(out: Path, metrics: dict, trainings: dict[str, Training]) -> None:
+    """The last lines on the terminal: numbers, places, and what to try next."""
+    boxes, stop, seconds = metrics["detection"], metrics["interruption"], metrics["seconds"]
+    say(
+        f"\n[bold green]{metrics['segmentation']['mIoU']:.1f} % mIoU[/] (UPerNet) and "
+        f"[bold green]{boxes['coco/bbox_mAP']:.3f} box AP[/], {boxes['coco/segm_mAP']:.3f} mask AP (Mask R-CNN), "
+        f"after {seconds['all']:.0f} s"
+    )
+    if stop["replayed_losses"]:
+        same = "the very same" if stop["largest_difference"] == 0 else f"within {stop['largest_difference']:.1e}"
+        say(
+            f"killed at iteration {stop['killed_at']}, resumed from {stop['resumed_from']}: "
+            f"the losses that were run twice are {same}"
+        )
+    for name, what in (
+        ("segmentation.png", "look at this first"),
+        ("detection.png", "and at this"),
+        ("metrics.json", "all numbers"),
+        ("data/", "the scenes: pictures, mask PNGs, COCO json"),
+        ("segmentation/", "MMEngine's log, config and checkpoints of the UPerNet"),
+        ("detection/", "and of the Mask R-CNN"),
+    ):
+        say(f"  [bold]{escape(str(out / name))}[/]  {what}")
+    command = Path(sys.argv[0]).name if shutil.which("linescan") else f"{os.path.relpath(sys.executable)} -m linescan"
+    ours = os.path.relpath(Path(__file__).parents[1] / "configs" / TASKS["segmentation"])
+    say("What to try next:")
+    for line in (
+        *(
+            f"{command} {verb} {out}/data/val/images --model {TASKS[task]} --checkpoint {trainings[task].checkpoint}"
+            for verb, task in (("segment", "segmentation"), ("detect", "detection"))
+        ),
+        f"{command} train --config {TASKS['segmentation']} --cfg-options model.backbone.drop_path_rate=0.1",
+        f"cp {ours}.py my_config.py    # a config to change: the model, its size, your own data",
+    ):
+        say(f"  [cyan]{escape(line)}[/]")
