@@ -15,10 +15,10 @@ OUT = Path(__file__).parents[1] / "docs" / "models.md"
 
 HEAD = """# Models
 
-Written by `make models`. Parameters in millions and multiply-adds in billions: as published, and as measured here on the
-model as registered, for one input of the size given (224 px; 8 frames for video), counted by torch over matrix products,
-convolutions and scans. Papers differ in what they count: most leave scans out, or count 9 N operations a channel and token.
-A dash means that the authors give no number.
+Written by `make models`. Parameters in millions and multiply-adds in billions: as published, and as measured here on
+the model as registered, for one input of its size (224 px; 8 frames for video), counted by torch over matrix products,
+convolutions and scans. Papers differ in what they count: most leave scans out, or count 9 N operations a channel and
+token. A dash means that the authors give no number.
 """
 
 COLUMNS = "| model | params, published | measured | GMACs, published | measured | top-1 | source | licence |\n"

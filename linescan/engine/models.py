@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import linescan  # noqa: F401  (registers the models)
 from linescan.checkpoint import CheckpointError, load_checkpoint
+from linescan.registry import list_models
 
 from .data import Preprocess
 from .errors import InputError
@@ -27,7 +28,7 @@ _KEY = "linescan"  # of our entry in a safetensors file's metadata
 def names(pattern: str = "*") -> list[str]:
     """linescan's own models whose name matches `pattern` (shell wildcards; a plain word matches anywhere)."""
     pattern = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
-    return [n for n in timm.list_models(pattern) if timm.model_entrypoint(n).__module__.startswith("linescan.")]
+    return list_models(pattern)
 
 
 def family(name: str) -> str:

@@ -179,9 +179,7 @@ class Interaction(nn.Module):
         super().__init__()
         self.injector = Injector(dim, **attention)
         self.extractor = Extractor(dim, ffn_ratio, drop_path, **attention)
-        self.extra_extractors = nn.ModuleList(
-            Extractor(dim, ffn_ratio, drop_path, **attention) for _ in range(extra)
-        )
+        self.extra_extractors = nn.ModuleList(Extractor(dim, ffn_ratio, drop_path, **attention) for _ in range(extra))
 
     def forward(
         self, x: Tensor, grid: tuple[int, int], c: Tensor, grids: Grids, blocks: Callable[[Tensor], Tensor]

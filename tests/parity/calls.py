@@ -82,4 +82,5 @@ def pyramid_as_f(module, inputs):
 def segman(module, inputs):
     x = inputs["input"]
     maps = module.forward_features(x)
-    return {f"stage{i + 1}": y for i, y in enumerate(maps)} | {"logits_8": module.decode_head(maps), "logits": module(x)}
+    results = {f"stage{i + 1}": y for i, y in enumerate(maps)}
+    return results | {"logits_8": module.decode_head(maps), "logits": module(x)}
