@@ -84,7 +84,10 @@ class Vim(PlainBackbone):
         self.patch_size = self.min_size = patch_size
         self.stride = stride or patch_size
         self.rope = rope
-        self.native_grid = self.grid_of(*((img_size, img_size) if isinstance(img_size, int) else img_size))
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        if min(height, width) < patch_size:
+            raise ValueError(f"img_size {height}x{width} is smaller than a patch of {patch_size}x{patch_size}")
+        self.native_grid = self.grid_of(height, width)
         self.directions = "row" if bimamba_type == "none" else "row,-row"
 
         self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, self.stride)
