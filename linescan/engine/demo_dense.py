@@ -7,7 +7,6 @@ cut, and resumed. What comes out is measured by mmseg's and pycocotools' metrics
 import copy
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -15,8 +14,8 @@ import time
 import warnings
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ from .files import atomic
 from .openmmlab_runner import read_config
 from .progress import progress_bar, say
 
-__all__ = ["TASKS", "Training", "demo_dense", "evaluate", "read_log"]
+__all__ = ["TASKS", "Training", "configure", "demo_dense", "evaluate", "read_log"]
 
 TASKS = {"segmentation": "demo/vmamba_upernet_digits", "detection": "demo/vig_h_mask_rcnn_digits"}
 """The config of each task."""
@@ -36,7 +35,7 @@ TASKS = {"segmentation": "demo/vmamba_upernet_digits", "detection": "demo/vig_h_
 def demo_dense(
     out: str | Path = "runs/demo-dense",
     iterations: int | None = None,
-    scenes: tuple[int, int] = (1000, 200),
+    scenes: tuple[int, int] = (1500, 200),
     seed: int = 0,
     threads: int = 1,
 ) -> dict:
@@ -60,18 +59,14 @@ def demo_dense(
     """
     out, started = Path(out), time.monotonic()
     data = out / "data"
-    options = {task: data_options(config, data) for task, config in TASKS.items()}  # fails early if anything is missing
+    cfgs = {task: configure(name, data, iterations, seed) for task, name in TASKS.items()}
     for task in TASKS:
         shutil.rmtree(out / task, ignore_errors=True)
     say(f"{scenes[0]} scenes to learn from and {scenes[1]} to judge by are being written to {escape(str(data))}")
     for split, count in zip(("train", "val"), scenes):
         write_scenes(data, split, count)
 
-    short = short_options(iterations) if iterations else []
-    trainings = {
-        task: Training(config, out / task, [*options[task], *short, f"randomness.seed={seed}"], threads)
-        for task, config in TASKS.items()
-    }
+    trainings = {task: Training(cfg, out / task, threads) for task, cfg in cfgs.items()}
     trainings["segmentation"].kill_at = trainings["segmentation"].iterations // 2
     say("two trainings, side by side; their logs are " + " and ".join(escape(str(t.log)) for t in trainings.values()))
     run_side_by_side(trainings.values())
@@ -79,12 +74,14 @@ def demo_dense(
     metrics, found = {}, {}
     for task, training in trainings.items():
         metrics[task], found[task] = evaluate(training)
+    metrics["segmentation"]["IoU"] = class_iou(data, found["segmentation"])
     killed = trainings["segmentation"]
     metrics["interruption"] = {"killed_at": killed.killed_at, "resumed_from": killed.resumed_from, **killed.replayed()}
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = os.times()
     metrics["seconds"] = {
-        "all": round(time.monotonic() - started, 1), "cpu_training": round(usage.ru_utime + usage.ru_stime, 1)
-    }  # fmt: skip
+        "all": time.monotonic() - started,
+        "processor_of_trainings": used.children_user + used.children_system,
+    }
     with atomic(out / "metrics.json") as file:
         file.write(json.dumps(metrics, indent=2).encode())
 
@@ -96,28 +93,28 @@ def demo_dense(
     return metrics
 
 
-def data_options(config: str, data: str | Path) -> list[str]:
-    """What tells a config, as options of the command line, that the scenes are in the folder `data`.
+def configure(name: str, data: str | Path, iterations: int | None = None, seed: int = 0):
+    """The config `name` (an `mmengine.Config`), for the scenes in the folder `data`.
+
+    Given `iterations`, the training is as short as that; its schedule, its log and its checkpoints shrink with it.
 
     Raises:
         InputError: the OpenMMLab packages are missing.
     """
-    cfg = read_config(config)
-    options = [f"{part}_dataloader.dataset.data_root={data}" for part in ("train", "val", "test")]
-    if "ann_file" in cfg.val_evaluator:
-        options += [f"{part}_evaluator.ann_file={data}/val/instances.json" for part in ("val", "test")]
-    return options
-
-
-def short_options(iterations: int) -> list[str]:
-    """What makes a training as short as that: its schedule, and how often it logs and saves, shrink with it."""
-    warmup, often = iterations // 4, max(iterations // 8, 1)
-    return [
-        f"train_cfg.max_iters={iterations}", f"train_cfg.val_interval={iterations}", f"param_scheduler.0.end={warmup}",
-        f"param_scheduler.1.begin={warmup}", f"param_scheduler.1.end={iterations}",
-        f"log_processor.window_size={often}", f"default_hooks.logger.interval={often}",
-        f"default_hooks.checkpoint.interval={often}",
-    ]  # fmt: skip
+    cfg = read_config(name)
+    cfg.randomness.seed = seed
+    for part in ("train", "val", "test"):
+        cfg[f"{part}_dataloader"].dataset.data_root = str(data)
+    for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
+        if "ann_file" in evaluator:
+            evaluator.ann_file = str(Path(data, "val", "instances.json"))
+    if iterations:
+        warmup, decay = cfg.param_scheduler
+        warmup.end = decay.begin = iterations // 4
+        decay.end = cfg.train_cfg.max_iters = cfg.train_cfg.val_interval = iterations
+        hooks, often = cfg.default_hooks, max(iterations // 8, 1)
+        hooks.logger.interval = hooks.checkpoint.interval = cfg.log_processor.window_size = often
+    return cfg
 
 
 def read_log(work_dir: str | Path) -> list[list[dict]]:
@@ -137,27 +134,24 @@ class Training:
     """A training in another process, which may be killed once.
 
     Attributes:
-        config: its name. `linescan train --config` runs it.
+        cfg: its `mmengine.Config`, which is written to `config`, beside the folder `work_dir`.
         work_dir: where MMEngine's logs and checkpoints go.
-        options: `KEY=VALUE` over the config's values.
         threads: that the process computes with.
         kill_at: kill it (SIGKILL) as soon as it has logged an iteration beyond this one, then start it again.
         killed_at, resumed_from: the iterations where that happened.
     """
 
-    config: str
+    cfg: Any
     work_dir: Path
-    options: list[str] = field(default_factory=list)
     threads: int = 1
     kill_at: int | None = None
     killed_at: int | None = None
     resumed_from: int | None = None
     process: subprocess.Popen | None = field(default=None, repr=False)
 
-    @cached_property
-    def cfg(self):
-        """The `mmengine.Config`."""
-        return read_config(self.config, self.options)
+    @property
+    def config(self) -> Path:
+        return self.work_dir.with_name(f"{self.work_dir.name}.py")
 
     @property
     def iterations(self) -> int:
@@ -173,12 +167,11 @@ class Training:
         return Path((self.work_dir / "last_checkpoint").read_text())
 
     def start(self) -> None:
-        """Starts the process, which resumes from the newest checkpoint if there is one."""
+        """Starts `linescan train --config`, which resumes from the newest checkpoint if there is one."""
         self.work_dir.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "linescan", "train", "--config", self.config, "--resume"]
+        self.cfg.dump(self.config)
+        command = [sys.executable, "-m", "linescan", "train", "--config", str(self.config), "--resume"]
         command += ["--work-dir", str(self.work_dir)]
-        for option in self.options:
-            command += ["--cfg-options", option]
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": str(self.threads)}
@@ -202,7 +195,7 @@ class Training:
             self.killed_at = self.step()
             self.resumed_from = int(self.checkpoint.stem.rpartition("_")[2])
             say(
-                f"[bold]kill -9[/] of {escape(self.config)} at iteration {self.killed_at}; "
+                f"[bold]kill -9[/] of {escape(self.work_dir.name)} at iteration {self.killed_at}; "
                 f"it goes on from its checkpoint of iteration {self.resumed_from}"
             )
             self.start()
@@ -273,14 +266,14 @@ def evaluate(training: Training) -> tuple[dict, list]:
     return metrics, predictions
 
 
-def class_iou(data: str | Path, predictions: list[np.ndarray]) -> np.ndarray:
-    """(classes,) intersection over union of each class in the held-out scenes, in per cent."""
-    paths = sorted((Path(data) / "val" / "masks").glob("*.png"))
+def class_iou(data: str | Path, predictions: list[np.ndarray]) -> dict[str, float | None]:
+    """Intersection over union of each class in the held-out scenes, in per cent; None for one that does not occur."""
+    paths = sorted(Path(data, "val", "masks").glob("*.png"))
     truth = np.stack([read_pixels(path) for path in paths]).ravel().astype(int)
     counts = np.bincount(truth * len(CLASSES) + np.stack(predictions).ravel(), minlength=len(CLASSES) ** 2)
     counts = counts.reshape(len(CLASSES), -1)
-    common = counts.diagonal()
-    return 100 * common / (counts.sum(0) + counts.sum(1) - common)
+    common, either = counts.diagonal(), counts.sum(0) + counts.sum(1) - counts.diagonal()
+    return {name: 100 * int(a) / int(b) if b else None for name, a, b in zip(CLASSES, common, either)}
 
 
 # -- telling ----------------------------------------------------------------------------------------------------------
@@ -305,19 +298,19 @@ def tell(out: Path, metrics: dict, trainings: dict[str, Training]) -> None:
         ("detection.png", "and at this"),
         ("metrics.json", "all numbers"),
         ("data/", "the scenes: pictures, mask PNGs, COCO json"),
-        ("segmentation/", "MMEngine's log, config and checkpoints of the UPerNet"),
-        ("detection/", "and of the Mask R-CNN"),
+        ("segmentation.py", "the config of the UPerNet; its logs and checkpoints are in segmentation/"),
+        ("detection.py", "the config of the Mask R-CNN; its logs and checkpoints are in detection/"),
     ):
         say(f"  [bold]{escape(str(out / name))}[/]  {what}")
     command = Path(sys.argv[0]).name if shutil.which("linescan") else f"{os.path.relpath(sys.executable)} -m linescan"
-    ours = os.path.relpath(Path(__file__).parents[1] / "configs" / TASKS["segmentation"])
     say("What to try next:")
     for line in (
         *(
-            f"{command} {verb} {out}/data/val/images --model {TASKS[task]} --checkpoint {trainings[task].checkpoint}"
+            f"{command} {verb} {out}/data/val/images --model {trainings[task].config} "
+            f"--checkpoint {trainings[task].checkpoint}"
             for verb, task in (("segment", "segmentation"), ("detect", "detection"))
         ),
-        f"{command} train --config {TASKS['segmentation']} --cfg-options model.backbone.drop_path_rate=0.1",
-        f"cp {ours}.py my_config.py    # a config to change: the model, its size, your own data",
+        f"{command} train --config {trainings['segmentation'].config} --work-dir {out}/deeper "
+        "--cfg-options model.backbone.depths=[1,1,4,1]",
     ):
         say(f"  [cyan]{escape(line)}[/]")

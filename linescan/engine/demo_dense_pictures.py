@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from .demo_dense import Training, class_iou, read_log
+from .demo_dense import Training, read_log
 from .digit_scenes import CLASSES, PALETTE, read_pixels
 
 __all__ = ["draw"]
@@ -53,7 +53,7 @@ def draw(task: str, path: Path, data: Path, training: Training, metrics: dict, p
     loss, metric, bars = bottom.subplots(1, 3)
     bottom.subplots_adjust(0.05, 0.16, 0.98, 0.86, wspace=0.2)
     _draw_curves(loss, metric, training, *curve)
-    scenes.draw_bars(bars, metrics, data)
+    scenes.draw_bars(bars, metrics)
     for axis in (loss, metric, bars):
         axis.tick_params(colors=_GREY, labelsize=8)
         axis.grid(axis="y", color="#edf0f4")
@@ -84,11 +84,11 @@ class SegmentedScenes:
             for c in set(np.unique(classes)) - {0}:
                 write(axis, *[x.mean() for x in np.nonzero(classes == c)][::-1], CLASSES[c], "white", "center")
 
-    def draw_bars(self, axis, metrics: dict, data: Path) -> None:
+    def draw_bars(self, axis, metrics: dict) -> None:
         """IoU of each class, in its colour."""
-        iou = class_iou(data, self.predictions)
+        iou = [value or 0 for value in metrics["IoU"].values()]
         axis.bar(CLASSES, iou, color=COLOURS)
-        axis.set_ylim(min(50, np.nanmin(iou) // 10 * 10), 100)
+        axis.set_ylim(min(60, min(iou) // 10 * 10), 100)
         axis.set_title("IoU of each class (%)", loc="left", color=_INK, weight="bold")
 
 
@@ -125,7 +125,7 @@ class DetectedScenes:
             axis.add_patch(Rectangle((left - 0.5, top - 0.5), width, height, fill=False, color=colour, linewidth=1.2))
             write(axis, left, max(top - 1, 7), f"{CLASSES[label]}{said}", colour)
 
-    def draw_bars(self, axis, metrics: dict, data: Path) -> None:
+    def draw_bars(self, axis, metrics: dict) -> None:
         """COCO's average precisions."""
         kinds = ("mAP", "mAP_50", "mAP_75")
         for offset, (what, name, colour) in enumerate((("bbox", "boxes", _GOOD), ("segm", "masks", _INK))):

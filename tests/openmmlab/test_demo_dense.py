@@ -18,10 +18,9 @@ from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
 from linescan.checkpoint import CheckpointError  # noqa: E402
 from linescan.engine import files  # noqa: E402
-from linescan.engine.demo_dense import TASKS, Training, data_options, demo_dense, read_log, short_options  # noqa: E402
+from linescan.engine.demo_dense import TASKS, Training, configure, demo_dense, read_log  # noqa: E402
 from linescan.engine.digit_scenes import CLASSES, read_pixels, render, write_scenes  # noqa: E402
 from linescan.engine.images import Digits  # noqa: E402
-from linescan.engine.openmmlab_runner import read_config  # noqa: E402
 from linescan.engine.resumable import load_from_disk  # noqa: E402
 
 SCENES = (16, 8)
@@ -83,7 +82,7 @@ def test_scenes_depend_on_seed_and_number_alone(scenes, tmp_path):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_mmseg_and_mmdet_read_the_scenes(scenes, task):
-    cfg = read_config(TASKS[task], data_options(TASKS[task], scenes))
+    cfg = configure(TASKS[task], scenes)
     init_default_scope(cfg.default_scope)
     for split, loader in (("train", cfg.train_dataloader), ("val", cfg.val_dataloader)):
         dataset = DATASETS.build(loader.dataset)
@@ -108,7 +107,7 @@ def test_mmseg_and_mmdet_read_the_scenes(scenes, task):
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """A demo, cut short: its folder and its metrics."""
-    out = tmp_path_factory.mktemp("demo")
+    out = tmp_path_factory.mktemp("demo") / "a folder, with spaces"
     return out, demo_dense(out, ITERATIONS, SCENES)
 
 
@@ -117,6 +116,8 @@ def test_the_demo_trains_judges_and_draws(demo):
     out, metrics = demo
     assert json.loads((out / "metrics.json").read_text()) == metrics
     assert 0 <= metrics["segmentation"]["mIoU"] <= 100 and -1 <= metrics["detection"]["coco/bbox_mAP"] <= 1
+    occurring = [value for value in metrics["segmentation"]["IoU"].values() if value is not None]
+    assert np.mean(occurring) == pytest.approx(metrics["segmentation"]["mIoU"], abs=0.01)  # mmseg's is rounded
     for task, key in (("segmentation", "mIoU"), ("detection", "coco/bbox_mAP")):
         assert read_pixels(out / f"{task}.png").shape[1] > 1000
         rows = [row for run in read_log(out / task) for row in run]
@@ -134,9 +135,7 @@ def test_killed_and_resumed_it_takes_the_steps_of_one_that_was_not(demo, tmp_pat
     assert stop["resumed_from"] <= stop["killed_at"] and len(read_log(out / "segmentation")) == 2
     assert stop["largest_difference"] in (0, None)  # None: killed right after a checkpoint
 
-    config = TASKS["segmentation"]
-    options = [*data_options(config, out / "data"), *short_options(ITERATIONS), "randomness.seed=0"]
-    calm = Training(config, tmp_path, options)
+    calm = Training(configure(TASKS["segmentation"], out / "data", ITERATIONS), tmp_path / "calm")
     calm.start()
     assert calm.process.wait() == 0, calm.log.read_text()[-2000:]
     ours = load_from_disk(calm.checkpoint)["state_dict"]
@@ -146,8 +145,9 @@ def test_killed_and_resumed_it_takes_the_steps_of_one_that_was_not(demo, tmp_pat
 
 
 def test_a_failed_training_names_its_log(scenes, tmp_path):
-    config = TASKS["segmentation"]
-    training = Training(config, tmp_path, [*data_options(config, scenes), "model.backbone.model=nonsense"])
+    cfg = configure(TASKS["segmentation"], scenes)
+    cfg.model.backbone.model = "nonsense"
+    training = Training(cfg, tmp_path / "run")
     training.start()
     training.process.wait()
     with pytest.raises(RuntimeError, match="training.log says why"):

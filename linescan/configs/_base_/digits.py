@@ -1,21 +1,10 @@
-# What the two trainings on digit scenes (linescan/engine/digit_scenes.py) share: schedule, log and checkpoints.
+# What the two trainings on digit scenes (linescan/engine/digit_scenes.py) share: log and checkpoints.
 data_root = 'runs/demo-dense/data/'
 val_annotations = data_root + 'val/instances.json'
 size = (96, 96)
-max_iters = 800
 
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=200)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
-optim_wrapper = dict(
-    type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
-    paramwise_cfg=dict(norm_decay_mult=0., bias_decay_mult=0.),
-    clip_grad=dict(max_norm=5))
-param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=30),
-    dict(type='CosineAnnealingLR', by_epoch=False, begin=30, end=max_iters, eta_min_ratio=0.01),
-]
 
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),
