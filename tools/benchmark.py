@@ -1,7 +1,9 @@
 #!/usr/bin/env python
 """Measures linescan against its peers on this machine: a table, a JSON file and a plot.
 
-    python tools/benchmark.py scan        the selective scan on the CPU
+    python tools/benchmark.py scan          the selective scan on the CPU
+    python tools/benchmark.py recurrences   the other recurrences: chunked torch against their sequential loops
+    python tools/benchmark.py models        whole models against timm's (`linescan benchmark` with its defaults)
 
 Peers run as their authors publish them: installed packages where there is one, else the published algorithm written
 again from its description, each in its own memory layout. Numbers are medians over many runs on one thread, in CPU time
@@ -247,6 +249,74 @@ def scan(
         axes.legend()
 
     save(out, "scan", results, draw)
+
+
+# -- the other recurrences --------------------------------------------------------------------------------------------
+
+
+@app.command()
+def recurrences(
+    out: Out = Path("runs/benchmark"),
+    lengths: Annotated[str, typer.Option(help="Numbers of tokens.")] = "1024,4096",
+    heads: int = 6,
+    budget: Annotated[float, typer.Option(help="Seconds for each number.")] = 1.5,
+):
+    """GLA and WKV in chunked torch against the sequential loops that define them: keys of 32, values of 64 a head."""
+    from linescan.scans import backend, bi_wkv, gla, simple_gla, wkv4, wkv6
+
+    torch.set_num_threads(1)
+    sizes = [int(length) for length in lengths.split(",")]
+
+    def calls(length: int) -> dict[str, Callable]:
+        torch.manual_seed(0)
+        q, k = torch.randn(2, 1, 1, length, heads, 32).unbind()
+        v, square = torch.randn(1, 1, length, heads, 64), torch.randn(3, 1, 1, length, heads, 32).unbind()
+        gate = torch.nn.functional.logsigmoid(torch.randn_like(q)) / 16
+        flat = torch.randn(2, 1, 1, length, heads * 64).unbind()
+        w, u = torch.rand(heads * 64), torch.randn(heads * 64)
+        return {
+            "gla": lambda: gla(q, k, v, gate),
+            "simple_gla": lambda: simple_gla(q, k, v, gate[..., 0]),
+            "wkv6": lambda: wkv6(*square, gate, torch.zeros(heads, 32)),
+            "wkv4": lambda: wkv4(*flat, w, u),
+            "bi_wkv": lambda: bi_wkv(*flat, w / length, u / length),
+        }
+
+    rows: dict[str, dict[str, float]] = {}
+    with torch.no_grad():
+        for length in sizes:
+            for name, run in calls(length).items():
+                for form in ("chunked", "reference"):
+                    with console.status(f"{name}, {form}, {length} tokens"), backend(form):
+                        rows.setdefault(name, {})[f"{form} {length}"] = 1e3 * seconds(run, budget)
+                rows[name][f"ratio {length}"] = rows[name][f"reference {length}"] / rows[name][f"chunked {length}"]
+    table = Table("ms, forward, 1 thread", *(f"{form} {n}" for n in sizes for form in ("loop", "chunked", "ratio")))
+    for name, row in rows.items():
+        table.add_row(name, *(f"{row[f'{f} {n}']:.2f}" for n in sizes for f in ("reference", "chunked", "ratio")))
+    console.print(table)
+
+    def draw(axes):
+        for name, row in rows.items():
+            axes.plot(sizes, [row[f"ratio {n}"] for n in sizes], marker="o", label=name)
+        axes.axhline(1, color="grey", linewidth=0.8)
+        axes.set(xscale="log", xlabel="tokens", ylabel="loop / chunked, forward")
+        axes.set_xticks(sizes, sizes)
+        axes.set_xticks([], minor=True)
+        axes.legend()
+
+    save(out, "recurrences", {"machine": machine(), "unit": "ms", "rows": rows}, draw)
+
+
+# -- whole models -----------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def models(out: Out = Path("runs/benchmark")):
+    """Vim-Ti against timm's DeiT-Ti with SDPA at 224, 512 and 1024 pixels, one thread."""
+    from linescan.cli import app as command
+
+    names = ["vim_tiny_patch16_224", "--against", "deit_tiny_patch16_224", "--sizes", "224,512,1024"]
+    command(["benchmark", *names, "--out", str(out / "models")], standalone_mode=False)
 
 
 if __name__ == "__main__":
