@@ -8,6 +8,7 @@ import copy
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -35,7 +36,7 @@ TASKS = {"segmentation": "demo/vmamba_upernet_digits", "detection": "demo/vig_h_
 def demo_dense(
     out: str | Path = "runs/demo-dense",
     iterations: int | None = None,
-    scenes: tuple[int, int] = (1500, 200),
+    scenes: tuple[int, int] = (2000, 200),
     seed: int = 0,
     threads: int = 1,
 ) -> dict:
@@ -217,8 +218,9 @@ class Training:
 
 
 def run_side_by_side(trainings) -> None:
-    """Runs all of them to their ends; none outlives an error or Ctrl-C."""
+    """Runs all of them to their ends; none outlives an error, Ctrl-C, or the end of this process by SIGTERM."""
     trainings = list(trainings)
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         for training in trainings:
             training.start()
@@ -230,6 +232,7 @@ def run_side_by_side(trainings) -> None:
                 advance(now - seen)
                 seen = now
     finally:
+        signal.signal(signal.SIGTERM, previous)
         for training in trainings:
             training.stop()
 

@@ -144,6 +144,7 @@ def test_killed_and_resumed_it_takes_the_steps_of_one_that_was_not(demo, tmp_pat
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+@pytest.mark.slow
 def test_a_failed_training_names_its_log(scenes, tmp_path):
     cfg = configure(TASKS["segmentation"], scenes)
     cfg.model.backbone.model = "nonsense"
