@@ -143,7 +143,7 @@ def test_stopped_from_the_keyboard(tmp_path):
     while process.poll() is None and rows_of(tmp_path / "run") < 2:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=300)
     assert process.returncode == 130 and "--resume goes on" in stderr and "Traceback" not in stderr
 
 
