@@ -86,7 +86,7 @@ class Vim(PlainBackbone):
         self.rope = rope
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         if min(height, width) < patch_size:
-            raise ValueError(f"img_size {height}x{width} is smaller than a patch of {patch_size}x{patch_size}")
+            raise ValueError(f"img_size is at least {patch_size}x{patch_size} pixels, not {height}x{width}: one patch")
         self.native_grid = self.grid_of(height, width)
         self.directions = "row" if bimamba_type == "none" else "row,-row"
 

@@ -139,6 +139,7 @@ def test_stopped_from_the_keyboard(tmp_path):
         env=ENVIRONMENT,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job would inherit "ignore"
     )
     while process.poll() is None and rows_of(tmp_path / "run") < 2:
         time.sleep(0.01)
