@@ -36,7 +36,7 @@ TASKS = {"segmentation": "demo/vmamba_upernet_digits", "detection": "demo/vig_h_
 def demo_dense(
     out: str | Path = "runs/demo-dense",
     iterations: int | None = None,
-    scenes: tuple[int, int] = (2000, 200),
+    scenes: tuple[int, int] = (4000, 200),
     seed: int = 0,
     threads: int = 1,
 ) -> dict:
@@ -68,7 +68,8 @@ def demo_dense(
         write_scenes(data, split, count)
 
     trainings = {task: Training(cfg, out / task, threads) for task, cfg in cfgs.items()}
-    trainings["segmentation"].kill_at = trainings["segmentation"].iterations // 2
+    killed = trainings["segmentation"]
+    killed.kill_at = killed.iterations // 2 + killed.cfg.default_hooks.checkpoint.interval // 2
     say("two trainings, side by side; their logs are " + " and ".join(escape(str(t.log)) for t in trainings.values()))
     run_side_by_side(trainings.values())
 
@@ -76,7 +77,6 @@ def demo_dense(
     for task, training in trainings.items():
         metrics[task], found[task] = evaluate(training)
     metrics["segmentation"]["IoU"] = class_iou(data, found["segmentation"])
-    killed = trainings["segmentation"]
     metrics["interruption"] = {"killed_at": killed.killed_at, "resumed_from": killed.resumed_from, **killed.replayed()}
     used = os.times()
     metrics["seconds"] = {
@@ -305,15 +305,15 @@ def tell(out: Path, metrics: dict, trainings: dict[str, Training]) -> None:
         ("detection.py", "the config of the Mask R-CNN; its logs and checkpoints are in detection/"),
     ):
         say(f"  [bold]{escape(str(out / name))}[/]  {what}")
-    command = Path(sys.argv[0]).name if shutil.which("linescan") else f"{os.path.relpath(sys.executable)} -m linescan"
+    command = "linescan" if shutil.which("linescan") else os.path.relpath(Path(sys.executable).parent / "linescan")
     say("What to try next:")
     for line in (
         *(
             f"{command} {verb} {out}/data/val/images --model {trainings[task].config} "
-            f"--checkpoint {trainings[task].checkpoint}"
+            f"--checkpoint {os.path.relpath(trainings[task].checkpoint)}"
             for verb, task in (("segment", "segmentation"), ("detect", "detection"))
         ),
         f"{command} train --config {trainings['segmentation'].config} --work-dir {out}/deeper "
-        "--cfg-options model.backbone.depths=[1,1,4,1]",
+        "--cfg-options 'model.backbone.depths=[1,1,4,1]'",
     ):
         say(f"  [cyan]{escape(line)}[/]")

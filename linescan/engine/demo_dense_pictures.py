@@ -135,7 +135,7 @@ class DetectedScenes:
             for x, y in zip(places, heights):
                 axis.text(x, y + 0.01, f"{y:.2f}", ha="center", fontsize=8, color=_INK)
         axis.set_xticks(range(3), ("AP", "AP at IoU 0.5", "AP at IoU 0.75"))
-        axis.set_ylim(0, 1.1)
+        axis.set_ylim(0, 1.2)
         axis.legend(frameon=False, fontsize=8, labelcolor=_INK, ncols=2, loc="upper right")
         axis.set_title("average precision (COCO)", loc="left", color=_INK, weight="bold")
 

@@ -88,11 +88,11 @@ def _colours(rng: np.random.Generator) -> np.ndarray:
 
 def _written(pixels: np.ndarray, rng: np.random.Generator, room: int) -> np.ndarray:
     """The digit's chalk, (h, w) from 0 to 1, without margins: enlarged to a part of `room`, stretched and turned."""
-    height = rng.uniform(0.4, 0.6) * room
+    height = rng.uniform(0.44, 0.6) * room
     size = round(height * rng.uniform(0.8, 1.05)), round(height)
     large = Image.fromarray(_enlarged(np.pad(pixels / 255, 1), size))
     turned = np.asarray(large.rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC, expand=True))
-    chalk = np.clip((turned - 0.4) * 4 + 0.5, 0, 1)  # a soft edge about the level 0.4: chalk is broad
+    chalk = np.clip((turned - 0.4) * 4 + 0.5, 0, 1)  # a soft edge at the level 0.4
     rows, columns = (np.flatnonzero((chalk > 0.5).any(axis)) for axis in (1, 0))
     return chalk[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 

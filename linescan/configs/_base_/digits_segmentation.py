@@ -36,6 +36,6 @@ optim_wrapper = dict(
     clip_grad=dict(max_norm=5))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=30),
-    dict(type='CosineAnnealingLR', by_epoch=False, begin=30, end=1300, eta_min_ratio=0.01),
+    dict(type='CosineAnnealingLR', by_epoch=False, begin=30, end=1400, eta_min_ratio=0.01),
 ]
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=1300, val_interval=260)
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=1400, val_interval=200)
