@@ -655,7 +655,7 @@ def benchmark(
     device: Device = None,
     numbers: Annotated[Precision, typer.Option("--precision", help="Compute in this precision.")] = Precision.fp32,
     threads: Annotated[int, typer.Option(min=1, help="Threads on a CPU.")] = 1,
-    to: Annotated[Path, typer.Option("--out", "-o", help="OUT.json and OUT.png are written.")] = Path("benchmark"),
+    to: Annotated[Path, typer.Option("--out", "-o", help="OUT.json and OUT.png are written.")] = Path("runs/benchmark"),
 ):
     """Measure time and memory of models against resolution, side by side in one run."""
     try:
