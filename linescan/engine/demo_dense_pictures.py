@@ -67,9 +67,13 @@ class SegmentedScenes:
     """Scenes, their classes, and those that were predicted."""
 
     def __init__(self, folder: Path, predictions: list[np.ndarray]):
-        names = sorted(path.name for path in (folder / "images").glob("*.png"))
-        self.images = [read_pixels(folder / "images" / name) for name in names]
-        self.truth = [read_pixels(folder / "masks" / name) for name in names]
+        coco = json.loads((folder / "instances.json").read_text())
+        files = [image["file_name"] for image in coco["images"]]
+        self.images = [read_pixels(folder / "images" / file) for file in files]
+        self.truth = [read_pixels(folder / "masks" / file) for file in files]
+        self.names = [[] for _ in files]
+        for truth in coco["annotations"]:
+            self.names[truth["image_id"]].append((truth["category_id"], truth["bbox"]))
         self.predictions = predictions
 
     def score(self, i: int) -> float:
@@ -80,9 +84,8 @@ class SegmentedScenes:
     def draw(self, axis, i: int, predicted: bool) -> None:
         classes = (self.predictions if predicted else self.truth)[i]
         show(axis, self.images[i], [(classes == c, c) for c in range(1, len(CLASSES))])
-        if not predicted:
-            for c in set(np.unique(classes)) - {0}:
-                write(axis, *[x.mean() for x in np.nonzero(classes == c)][::-1], CLASSES[c], "white", "center")
+        for label, (left, top, width, height) in [] if predicted else self.names[i]:
+            write(axis, left + width / 2, top + height / 2, CLASSES[label], "white", "center")
 
     def draw_bars(self, axis, metrics: dict) -> None:
         """IoU of each class, in its colour."""
