@@ -72,9 +72,12 @@ def train_config(
     cfg = read_config(name, options)
     from mmengine.runner import Runner
 
+    from .resumable import refuse_pickles
+
     cfg.work_dir = str(work_dir or cfg.get("work_dir") or Path("runs") / Path(name).stem)
     cfg.resume = resume or cfg.get("resume", False)
     if "LOCAL_RANK" in os.environ:
         cfg.launcher = "pytorch"
+    refuse_pickles()  # MMEngine would go on to unpickle what the restricted reading refuses
     Runner.from_cfg(cfg).train()
     return Path(cfg.work_dir)
