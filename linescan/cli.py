@@ -183,6 +183,8 @@ def doctor(as_json: Json = False):
 
     import torch
 
+    from linescan.scans.kernels import backend_info
+
     facts = {"python": platform.python_version(), "system": platform.platform()}
     for package in ("linescan", "torch", "torchvision", "timm", "triton", "numpy", "pillow", "av", "mmengine"):
         try:
@@ -194,21 +196,13 @@ def doctor(as_json: Json = False):
     if torch.cuda.is_available():
         cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         facts["cuda"] = f"{torch.version.cuda}: {', '.join(cards)}"
-    for name, value in _kernels().items():
+    for name, value in backend_info().items():
         facts[f"kernel {name}"] = value
     if as_json:
         print(json.dumps(facts, indent=2))
         return
     for name, value in facts.items():
         out.print(f"  [bold]{name:<22}[/] {escape(str(value))}", soft_wrap=True)
-
-
-def _kernels() -> dict[str, str]:
-    try:
-        from linescan.scans.kernels import backend_info
-    except ImportError:
-        return {"cpu": "none", "triton": "none"}
-    return {str(k): str(v) for k, v in backend_info().items()}
 
 
 @app.command(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..layers.mixers import Mixer
 from ..layers.pos_embed import resample_pos_embed
 from ..layers.stems import ConvDownsample, ConvStem
-from .base import HierarchicalBackbone, PlainBackbone, create_backbone, image_cfg
+from .base import HierarchicalBackbone, PlainBackbone, create_backbone, image_cfg, stochastic_depth
 
 __all__ = ["PlainScanNet", "HierarchicalScanNet"]
 
@@ -50,11 +50,6 @@ def init_linear(module: nn.Module) -> None:
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def stochastic_depth(rate: float, depth: int) -> list[float]:
-    """Drop rates from 0 at the first block to `rate` at the last."""
-    return [rate * i / max(depth - 1, 1) for i in range(depth)]
 
 
 class PlainScanNet(PlainBackbone):

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from ..checkpoint import rename, strip_prefix
 from ..layers.neighborhood import neighborhood_attention
 from ..layers.pos_embed import axial_rope, rotate_pairs
-from ..layers.ss2d import CROSS, S6Scan
+from ..layers.s6 import S6Scan
+from ..layers.ss2d import CROSS
 from ..layers.stems import MapBatchNorm2d, MapConv2d
 from ..registry import published
 from ..scans.routes import parse, table

@@ -24,7 +24,7 @@ from ..layers.norm import RMSNorm
 from ..layers.pos_embed import resample_pos_embed, sinusoid_table
 from ..registry import published
 from ..scans import routes
-from .base import PlainBackbone, create_backbone, image_cfg
+from .base import PlainBackbone, create_backbone, image_cfg, stochastic_depth
 
 __all__ = ["VideoMamba", "VideoMambaDistilled", "VideoMambaPretrain"]
 
@@ -90,13 +90,13 @@ class VideoMamba(PlainBackbone):
         self.blocks = nn.ModuleList(
             MambaBlock(
                 embed_dim,
-                drop_path_rate * i / max(depth - 1, 1),
+                rate,
                 norm_layer,
                 d_state=d_state,
                 d_conv=d_conv,
                 expand=expand,
             )
-            for i in range(depth)
+            for rate in stochastic_depth(drop_path_rate, depth)
         )
         self.norm = norm_layer(embed_dim)
         self.feature_info = [

@@ -22,7 +22,7 @@ from ..layers.pos_embed import grid_rope, resample_pos_embed
 from ..layers.pyramid import RescaledFeatures, SimpleFeaturePyramid
 from ..registry import published
 from ..scans import routes
-from .base import PlainBackbone, create_backbone, image_cfg
+from .base import PlainBackbone, create_backbone, image_cfg, stochastic_depth
 
 __all__ = ["Vim", "VimDense"]
 
@@ -98,7 +98,7 @@ class Vim(PlainBackbone):
         self.blocks = nn.ModuleList(
             MambaBlock(
                 embed_dim,
-                drop_path_rate * i / max(depth - 1, 1),
+                rate,
                 n_routes=1 if bimamba_type == "none" else 2,
                 d_state=d_state,
                 d_conv=d_conv,
@@ -107,7 +107,7 @@ class Vim(PlainBackbone):
                 scale=0.5 if divide_out and bimamba_type == "v2" else 1.0,
                 init_layer_scale=init_layer_scale,
             )
-            for i in range(depth)
+            for rate in stochastic_depth(drop_path_rate, depth)
         )
         self.norm = RMSNorm(embed_dim)
         self.feature_info = [

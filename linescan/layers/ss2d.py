@@ -19,7 +19,7 @@ from ..scans.ssd import ssd
 from .s6 import S6Scan, init_dt_bias, known, project_routes, simple_init
 from .stems import MapConv2d
 
-__all__ = ["CROSS", "S6Scan", "SSDScan", "SS2D", "CascadeSS2D"]
+__all__ = ["CROSS", "SSDScan", "SS2D", "CascadeSS2D"]
 
 CROSS = "row, col, -row, -col"  # VMamba's cross-scan, in the order of its parameters
 
