@@ -12,6 +12,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..checkpoint import load_checkpoint
+from ..layers.linear import through_onednn
 
 __all__ = ["Backbone", "PlainBackbone", "HierarchicalBackbone", "create_backbone", "image_cfg", "stochastic_depth"]
 
@@ -86,6 +87,7 @@ class Backbone(nn.Module):
         self.grad_checkpointing = False
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+        through_onednn(self)
 
     # -- classifier -------------------------------------------------------------------------------------------------
 

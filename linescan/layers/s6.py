@@ -6,10 +6,10 @@ Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..scans import selective_scan
+from .linear import linear
 
 __all__ = ["S6Scan", "init_dt_bias", "project_routes"]
 
@@ -23,8 +23,12 @@ def init_dt_bias(shape: tuple[int, ...], dt_min: float = 1e-3, dt_max: float = 1
 def project_routes(x: Tensor, weight: Tensor) -> Tensor:
     """One linear map a route: x (B, K or 1, L, C), weight (K, C', C) -> (B, K, L, C')."""
     if x.shape[1] == 1:  # one linear map for all routes, from tokens that they share
-        return F.linear(x[:, 0], weight.flatten(0, 1)).unflatten(-1, weight.shape[:2]).movedim(2, 1)
-    return F.linear(x, weight[0]) if weight.shape[0] == 1 else torch.matmul(x, weight.mT)
+        return linear(x[:, 0], weight.flatten(0, 1)).unflatten(-1, weight.shape[:2]).movedim(2, 1)
+    if weight.shape[0] == 1:
+        return linear(x, weight[0])
+    if not x.is_cpu:
+        return torch.matmul(x, weight.mT)
+    return torch.stack([linear(x[:, k], w) for k, w in enumerate(weight)], 1)  # faster there than a batched product
 
 
 class S6Scan(nn.Module):

@@ -43,6 +43,7 @@ __all__ = [
 ]
 
 _forced = ""
+_PLAIN = frozenset((Tensor, nn.Parameter, type(None), bool, int, float))  # types of arguments that hide nothing
 _fitting: set[tuple] = set()  # shapes that have been checked: a small scan takes no longer than checking it again
 _registry: dict[str, "Recurrence"] = {}
 
@@ -83,12 +84,14 @@ class Implementation:
         backward: (grad_output, grad_state, *inputs, route, merge) -> gradients of the floating tensors among `inputs`
             that are not None, in order; `grad_state` may be None. None: differentiate `forward` by running it again.
         supports: (*inputs, route, merge) -> whether this call can be served (device, dtype, shape).
+        check: (*inputs, route, merge) -> None; raises where a call cannot be served though `backend` asks for it.
         kernel: forward and backward return new contiguous tensors, and autocast has no part in them.
     """
 
     forward: Callable
     backward: Callable | None = None
     supports: Callable = lambda *args: True
+    check: Callable = lambda *args: None
     kernel: bool = False
 
 
@@ -212,18 +215,17 @@ def _apart(outputs: Sequence[Tensor], inputs: Sequence) -> list[Tensor]:
     return separate
 
 
-def _is_plain(inputs) -> bool:
+def is_plain(inputs) -> bool:
     """Whether nobody watches this call: no tracing, no dispatch mode, no functional transform, no tensor subclass.
 
     Such a call need not go through the dispatcher, which costs as much as the scan of a small image.
     """
-    if (
+    return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
-    ):
-        return False
-    return all(type(x) in (Tensor, nn.Parameter) for x in inputs if isinstance(x, Tensor))
+        or torch._C._get_tracing_state()
+    ) and _PLAIN.issuperset(map(type, inputs))
 
 
 class Recurrence:
@@ -313,7 +315,9 @@ class Recurrence:
     def pick(self, name: str, *args) -> Implementation:
         """The implementation `name`, or with "" the fastest that supports the call."""
         if name:
-            return self.implementations.get(name) or self.implementations["chunked"]
+            implementation = self.implementations.get(name) or self.implementations["chunked"]
+            implementation.check(*args)
+            return implementation
         for implementation in reversed(self.implementations.values()):
             if implementation.supports(*args):
                 return implementation
@@ -355,17 +359,22 @@ class Recurrence:
                 shape, dtype, device = ctx.output
                 grad_output = torch.zeros(shape, dtype=dtype, device=device)
             # a gradient that will be differentiated again has to know that it cannot be
-            plain = not torch.is_grad_enabled() and _is_plain((grad_output, grad_state))
+            plain = not torch.is_grad_enabled() and is_plain((grad_output, grad_state))
             grads = iter((self._backward if plain else backward)(grad_output, grad_state, *inputs))
             return tuple(next(grads) if self._has_gradient(x) else None for x in inputs)
+
+        # The older form of a Function: with a `setup_context` of its own, torch binds the arguments anew at every call.
+        def forward_eagerly(ctx, *inputs):
+            output = self._forward(*inputs)
+            setup_context(ctx, inputs, output)
+            return output
 
         forward.register_autograd(differentiate, setup_context=setup_context)
         self._eager = type(
             self.name,
             (torch.autograd.Function,),
             {
-                "forward": staticmethod(self._forward),
-                "setup_context": staticmethod(setup_context),
+                "forward": staticmethod(forward_eagerly),
                 "backward": staticmethod(differentiate),
             },
         )
@@ -446,7 +455,7 @@ class Recurrence:
         if _forced == "reference":  # plain torch: differentiable any number of times
             with torch.autocast(inputs[0].device.type, enabled=False):
                 return self.implementations["reference"].forward(*inputs, route, merge)
-        if not _is_plain(inputs):
+        if not is_plain(inputs):
             return self.operator(*inputs, route, merge, _forced)
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
             return self._eager.apply(*inputs, route, merge, _forced)

@@ -284,7 +284,7 @@ class Contract:
             seen = []
             with pytest.MonkeyPatch.context() as patch:
                 operator = self.recurrence.operator
-                patch.setattr("linescan.scans.recurrence._is_plain", lambda inputs: False)  # through the dispatcher
+                patch.setattr("linescan.scans.recurrence.is_plain", lambda inputs: False)  # through the dispatcher
                 patch.setattr(self.recurrence, "operator", lambda *args: seen.append(args) or operator(*args))
                 self.call({key: x.requires_grad_() for key, x in self.make().items()}, route, merge)
             torch.library.opcheck(operator, seen[0])

@@ -173,7 +173,7 @@ def operator_is_sound(mixer):
     registered = op.operator
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(op, "operator", lambda *args: calls.append(args) or registered(*args))
-        patch.setattr("linescan.scans.recurrence._is_plain", lambda inputs: False)  # through the dispatcher
+        patch.setattr("linescan.scans.recurrence.is_plain", lambda inputs: False)  # through the dispatcher
         tokens = {name: x.requires_grad_() for name, x in mixer.inputs(L=5).items()}
         mixer(tokens, route=torch.tensor([[4, 3, 2, 1, 0]]))
     torch.library.opcheck(registered, calls[0])

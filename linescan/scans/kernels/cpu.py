@@ -10,6 +10,7 @@ kernels off ("off").
 
 import logging
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -73,21 +74,20 @@ def _supports(*args) -> bool:
     """Whether the kernel serves a call; says once if it would, were it there."""
     global _said
     for x in args:
-        if isinstance(x, Tensor):
-            if not x.is_cpu or x.dtype not in _SERVED or not x.numel():
-                return False
+        if isinstance(x, Tensor) and not (x.is_cpu and x.dtype in _SERVED and x.numel()):
+            return False
     if _missing is not None and not _said:
         _said = True
         _log.warning("linescan: the CPU kernels are %s. The slower torch form serves instead.", _missing)
     return _missing is None
 
 
-def _check(op: Recurrence, *tensors: Tensor | None) -> None:
-    """For calls that force the kernel by name; `tensors` are the token inputs."""
+def _check(op: Recurrence, *args) -> None:
+    """For calls that ask for the kernel by name."""
     if _missing is not None:
         raise RuntimeError(f"{op.name}: the CPU kernels are {_missing}")
-    for x in tensors:
-        if x is not None and (x.dtype not in _DTYPES or not x.is_cpu or x.numel() == 0):
+    for x in args:
+        if isinstance(x, Tensor) and not (x.is_cpu and x.dtype in _SERVED and x.numel()):
             raise ValueError(
                 f"{op.name}: the cpu kernel takes non-empty float32, bfloat16 or float16 tensors on the CPU, "
                 f"got {str(x.dtype)[6:]} {tuple(x.shape)} on {x.device}"
@@ -96,20 +96,22 @@ def _check(op: Recurrence, *tensors: Tensor | None) -> None:
 
 def _rows(x: Tensor | None) -> Tensor | None:
     """Tokens as the kernels read them: any strides, but for channels that stand next to each other."""
-    return x if x is None or x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
+    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _parameter(x: Tensor | None) -> Tensor | None:
-    return x if x is None else x.float().contiguous()
+    plain = x is None or (x.dtype is torch.float32 and x.is_contiguous())
+    return x if plain else x.float().contiguous()
 
 
 def _table(route: Tensor | None) -> Tensor | None:
     return route if route is None else (route if route.dtype is torch.int64 else route.int()).contiguous()
 
 
-def _output(x: Tensor, batch: int, routes: int, length: int, route: Tensor | None, merge: bool) -> Tensor:
+def _output(x: Tensor, routes: int, route: Tensor | None, merge: bool) -> Tensor:
     """Room for the output: float32 where routes are summed in it, zero where no route may come."""
-    shape = (batch, length, x.shape[-1]) if merge else (batch, routes, length, x.shape[-1])
+    batch, _, length, channels = x.shape
+    shape = (batch, length, channels) if merge else (batch, routes, length, channels)
     dtype = torch.float32 if merge else x.dtype
     return (torch.empty if route is None else torch.zeros)(shape, dtype=dtype)
 
@@ -126,7 +128,8 @@ def _like(x: Tensor | None) -> Tensor | None:
 
 def _finish(grads, inputs) -> list[Tensor]:
     """Gradients of the inputs that are there, in their dtypes."""
-    return [grad.to(x.dtype) for grad, x in zip(grads, inputs) if x is not None]
+    pairs = zip(grads, inputs)
+    return [grad if x.dtype is torch.float32 else grad.to(x.dtype) for grad, x in pairs if x is not None]
 
 
 # -- selective scan ---------------------------------------------------------------------------------------------------
@@ -134,31 +137,29 @@ def _finish(grads, inputs) -> list[Tensor]:
 
 def _scan_inputs(args):
     u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, route, merge = args
-    _check(_selective_scan, u, delta, B, C, z)
-    shape = _selective_scan._visited(args[:-2], route)
     u, delta, B, C, z = map(_rows, (u, delta, B, C, z))
     A, D, delta_bias, initial_state = map(_parameter, (A, D, delta_bias, initial_state))
-    table, routes = _table(route), shape[1]
-    return (u, delta, A, B, C, D, z, delta_bias, initial_state, table, routes, delta_softplus, merge), shape
+    routes = len(A)
+    return u, delta, A, B, C, D, z, delta_bias, initial_state, _table(route), routes, delta_softplus, merge
 
 
 def _scan_forward(*args):
     u, A, route, merge = args[0], args[2], args[-2], args[-1]
-    call, (batch, routes, length) = _scan_inputs(args)
-    y = _output(u, batch, routes, length, route, merge)
-    state = torch.empty(batch, routes, *A.shape[1:])
-    torch.ops.linescan_cpu.selective_scan.default(*call, y, state)
-    return y.to(u.dtype), state
+    y = _output(u, len(A), route, merge)
+    state = torch.empty((len(u), *A.shape))
+    torch.ops.linescan_cpu.selective_scan.default(*_scan_inputs(args), y, state)
+    return y if y.dtype is u.dtype else y.to(u.dtype), state
 
 
 def _scan_backward(grad_output, grad_state, *args):
     u, delta, A, B, C, D, z, delta_bias, _, initial_state, route, _ = args
-    call, (_, routes, _) = _scan_inputs(args)
+    routes = len(A)
     du, ddelta = _gradient(u, routes, route), _gradient(delta, routes, route)
     dB, dC = torch.zeros(B.shape), torch.zeros(C.shape)
     dz = None if z is None else _gradient(z, routes, route)
     dA, dD, dbias, dinitial = _like(A), _like(D), _like(delta_bias), _like(initial_state)
     grads = (du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial)
+    call = _scan_inputs(args)
     torch.ops.linescan_cpu.selective_scan_backward.default(*call, _rows(grad_output), _parameter(grad_state), *grads)
     return _finish(grads, (u, delta, A, B, C, D, z, delta_bias, initial_state))
 
@@ -168,29 +169,26 @@ def _scan_backward(grad_output, grad_state, *args):
 
 def _conv_inputs(args):
     x, weight, bias, silu, initial_state, route, merge = args
-    _check(_causal_conv1d, x)
-    shape = _causal_conv1d._visited(args[:-2], route)
     weight, bias, initial_state = map(_parameter, (weight, bias, initial_state))
-    return (_rows(x), weight, bias, initial_state, _table(route), shape[1], silu, merge), shape
+    return _rows(x), weight, bias, initial_state, _table(route), len(weight), silu, merge
 
 
 def _conv_forward(*args):
     x, weight, *_, route, merge = args
-    call, (batch, routes, length) = _conv_inputs(args)
-    y = _output(x, batch, routes, length, route, merge)
-    state = torch.empty(batch, routes, x.shape[-1], weight.shape[-1] - 1)
-    torch.ops.linescan_cpu.causal_conv1d.default(*call, y, state)
-    return y.to(x.dtype), state
+    y = _output(x, len(weight), route, merge)
+    state = torch.empty((len(x), *weight.shape[:2], weight.shape[-1] - 1))
+    torch.ops.linescan_cpu.causal_conv1d.default(*_conv_inputs(args), y, state)
+    return y if y.dtype is x.dtype else y.to(x.dtype), state
 
 
 def _conv_backward(grad_output, grad_state, *args):
     x, weight, bias, _, initial_state, route, _ = args
-    call, (_, routes, _) = _conv_inputs(args)
-    grads = (_gradient(x, routes, route), _like(weight), _like(bias), _like(initial_state))
+    grads = (_gradient(x, len(weight), route), _like(weight), _like(bias), _like(initial_state))
+    call = _conv_inputs(args)
     torch.ops.linescan_cpu.causal_conv1d_backward.default(*call, _rows(grad_output), _parameter(grad_state), *grads)
     return _finish(grads, (x, weight, bias, initial_state))
 
 
 _missing = _load()
-_selective_scan.register("cpu", _scan_forward, _scan_backward, _supports, kernel=True)
-_causal_conv1d.register("cpu", _conv_forward, _conv_backward, _supports, kernel=True)
+_selective_scan.register("cpu", _scan_forward, _scan_backward, _supports, partial(_check, _selective_scan), kernel=True)
+_causal_conv1d.register("cpu", _conv_forward, _conv_backward, _supports, partial(_check, _causal_conv1d), kernel=True)

@@ -14,26 +14,27 @@ LINESCAN_INLINE void tiles(int64_t N, F f, int64_t first = 0) {
   if constexpr (LARGEST > 1) tiles<LARGEST / 2>(N, f, first);
 }
 
-// h = exp(delta A) h + x B, y += h C over `count` tokens; A comes times log2(e). `stride` separates tokens of delta, x, y.
+// h = exp(delta A) h + delta u B, y = skip u + h C over `count` tokens; A comes times log2(e). Token rows are pointers,
+// of which the vector at `channel` is meant. Tiles of states after the FIRST add to y.
 // KEEP: every state is kept, from the one before the first token on.
-template <int TILE_N, bool OUTPUT, bool KEEP>
-LINESCAN_INLINE void steps(int64_t count, int64_t stride, int64_t N, const float* __restrict delta,
-                                              const float* __restrict x, const float* __restrict A,
-                                              const float* __restrict B, const float* __restrict C,
-                                              float* __restrict state, float* __restrict y, float* __restrict kept) {
+template <int TILE_N, bool FIRST, bool OUTPUT, bool KEEP>
+LINESCAN_INLINE void steps(int64_t count, int64_t channel, int64_t N, float* const* delta, float* const* u,
+                           const float* __restrict skip, const float* __restrict A, const float* __restrict B,
+                           const float* __restrict C, float* __restrict state, float* const* y,
+                           float* __restrict kept) {
   V h[TILE_N];
   for (int n = 0; n < TILE_N; ++n) h[n] = load(state + n * W);
   for (int64_t t = 0; t < count; ++t) {
-    const V step = load(delta + t * stride), input = load(x + t * stride);
+    const V step = load(delta[t] + channel), in = load(u[t] + channel), input = step * in;
     V sum = V{};
-    if (OUTPUT) sum = load(y + t * stride);
+    if (OUTPUT) sum = FIRST ? in * load(skip + channel) : load(y[t] + channel);
 #pragma GCC unroll 16
     for (int n = 0; n < TILE_N; ++n) {
       if (KEEP) store(kept + (t * N + n) * W, h[n]);
       h[n] = exp2(step * load(A + n * W)) * h[n] + input * B[t * N + n];
       if (OUTPUT) sum += h[n] * C[t * N + n];
     }
-    if (OUTPUT) store(y + t * stride, sum);
+    if (OUTPUT) store(y[t] + channel, sum);
   }
   for (int n = 0; n < TILE_N; ++n) {
     store(state + n * W, h[n]);
@@ -50,28 +51,30 @@ LINESCAN_INLINE void steps(int64_t count, int64_t stride, int64_t N, const float
 #define LINESCAN_INTERLEAVED
 #endif
 
-template <int TILE_N>
+template <int TILE_N, bool FIRST>
 __attribute__((noinline, LINESCAN_INTERLEAVED)) static void advance(
-    int64_t count, int64_t stride, int64_t N, const float* __restrict delta, const float* __restrict x,
+    int64_t count, int64_t channel, int64_t N, float* const* delta, float* const* u, const float* __restrict skip,
     const float* __restrict A, const float* __restrict B, const float* __restrict C, float* __restrict state,
-    float* __restrict y) {
-  steps<TILE_N, true, false>(count, stride, N, delta, x, A, B, C, state, y, nullptr);
+    float* const* y) {
+  steps<TILE_N, FIRST, true, false>(count, channel, N, delta, u, skip, A, B, C, state, y, nullptr);
 }
 
-template <int TILE_N, bool OUTPUT, bool KEEP>
-__attribute__((noinline)) static void replay(int64_t count, int64_t stride, int64_t N, const float* __restrict delta,
-                                             const float* __restrict x, const float* __restrict A,
-                                             const float* __restrict B, const float* __restrict C,
-                                             float* __restrict state, float* __restrict y, float* __restrict kept) {
-  steps<TILE_N, OUTPUT, KEEP>(count, stride, N, delta, x, A, B, C, state, y, kept);
+template <int TILE_N, bool FIRST, bool OUTPUT, bool KEEP>
+__attribute__((noinline)) static void replay(int64_t count, int64_t channel, int64_t N, float* const* delta,
+                                             float* const* u, const float* __restrict skip,
+                                             const float* __restrict A, const float* __restrict B,
+                                             const float* __restrict C, float* __restrict state, float* const* y,
+                                             float* __restrict kept) {
+  steps<TILE_N, FIRST, OUTPUT, KEEP>(count, channel, N, delta, u, skip, A, B, C, state, y, kept);
 }
 
 // Back through `count` tokens, from states[0], the one before the first token, to states[count].
-// grad: gradient of the state after the last token, then of the one before the first. ddelta (over ln 2) and dx are added
-// to; so are dB and dC, which keep the lanes apart, but for the FIRST channels.
-template <int TILE_N, bool FIRST>
-__attribute__((noinline)) static void reverse(int64_t count, int64_t stride, int64_t N, const float* __restrict delta,
-                                              const float* __restrict x, const float* __restrict dy,
+// grad: gradient of the state after the last token, then of the one before the first. ddelta (of delta A, over ln 2) and
+// dx (of x = delta u) are rows one after the other; tiles of states after the FIRST add to them, channels after the
+// first vector to dB and dC, which keep the lanes apart.
+template <int TILE_N, bool FIRST, bool FIRST_VECTOR>
+__attribute__((noinline)) static void reverse(int64_t count, int64_t channel, int64_t stride, int64_t N,
+                                              float* const* delta, float* const* u, float* const* dy,
                                               const float* __restrict A, const float* __restrict B,
                                               const float* __restrict C, const float* __restrict states,
                                               float* __restrict grad, float* __restrict dA, float* __restrict dB,
@@ -79,16 +82,17 @@ __attribute__((noinline)) static void reverse(int64_t count, int64_t stride, int
   V g[TILE_N], a[TILE_N];
   for (int n = 0; n < TILE_N; ++n) g[n] = load(grad + n * W), a[n] = load(dA + n * W);
   for (int64_t t = count - 1; t >= 0; --t) {
-    const V step = load(delta + t * stride), input = load(x + t * stride), out = load(dy + t * stride);
-    V dstep = load(ddelta + t * stride), dinput = load(dx + t * stride);
+    const V step = load(delta[t] + channel), input = step * load(u[t] + channel), out = load(dy[t] + channel);
+    V dstep = V{}, dinput = V{};
+    if (!FIRST) dstep = load(ddelta + t * stride), dinput = load(dx + t * stride);
 #pragma GCC unroll 8
     for (int n = 0; n < TILE_N; ++n) {
       const int64_t at = (t * N + n) * W;
       const V rate = load(A + n * W);
       g[n] += out * C[t * N + n];
       const V of_C = out * load(states + at + N * W), of_B = input * g[n];
-      store(dC + at, FIRST ? of_C : load(dC + at) + of_C);
-      store(dB + at, FIRST ? of_B : load(dB + at) + of_B);
+      store(dC + at, FIRST_VECTOR ? of_C : load(dC + at) + of_C);
+      store(dB + at, FIRST_VECTOR ? of_B : load(dB + at) + of_B);
       dinput += g[n] * B[t * N + n];
       g[n] *= exp2(step * rate);
       const V slope = g[n] * load(states + at);  // gradient of delta A
@@ -101,58 +105,58 @@ __attribute__((noinline)) static void reverse(int64_t count, int64_t stride, int
   for (int n = 0; n < TILE_N; ++n) store(grad + n * W, g[n]), store(dA + n * W, a[n]);
 }
 
-// Makes step sizes of the raw ones, inputs x = delta u, and outputs that begin as D u; also softplus' slope if asked for.
-// x may be u.
+// Step sizes of the raw ones, and softplus' slope if asked for.
 template <bool SOFTPLUS, bool SLOPE>
-__attribute__((noinline)) static void prepare(int64_t count, int64_t stride, const float* __restrict bias,
-                                              const float* __restrict skip, float* __restrict delta, const float* u,
-                                              float* x, float* __restrict y, float* __restrict slope) {
+__attribute__((noinline)) static void step_sizes(int64_t count, int64_t stride, const float* __restrict bias,
+                                                 float* const* delta, float* __restrict step,
+                                                 float* __restrict slope) {
   for (int64_t t = 0; t < count; ++t) {
     for (int64_t c = 0; c < stride; c += W) {
-      const int64_t i = t * stride + c;
-      V step = load(delta + i) + load(bias + c), derivative = splat(1.0f);
-      if (SOFTPLUS) step = softplus(step, SLOPE ? &derivative : nullptr);
-      const V input = load(u + i);
-      store(delta + i, step);
-      store(y + i, input * load(skip + c));
-      store(x + i, input * step);
-      if (SLOPE) store(slope + i, derivative);
+      V size = load(delta[t] + c) + load(bias + c), derivative = splat(1.0f);
+      if (SOFTPLUS) size = softplus(size, SLOPE ? &derivative : nullptr);
+      store(step + t * stride + c, size);
+      if (SLOPE) store(slope + t * stride + c, derivative);
     }
   }
 }
 
 // y *= z sigmoid(z)
-__attribute__((noinline)) static void gate_outputs(int64_t size, const float* __restrict z, float* __restrict y) {
-  for (int64_t i = 0; i < size; i += W) {
-    const V gate = load(z + i);
-    store(y + i, load(y + i) * gate * sigmoid(gate));
+__attribute__((noinline)) static void gate_outputs(int64_t count, int64_t stride, float* const* z, float* const* y) {
+  for (int64_t t = 0; t < count; ++t) {
+    for (int64_t c = 0; c < stride; c += W) {
+      const V gate = load(z[t] + c);
+      store(y[t] + c, load(y[t] + c) * gate * sigmoid(gate));
+    }
   }
 }
 
-// The same backwards: from the gradient dy of the gated outputs to that of y; z becomes its own gradient.
-__attribute__((noinline)) static void ungate(int64_t size, const float* __restrict y, float* __restrict z,
-                                             float* __restrict dy) {
-  for (int64_t i = 0; i < size; i += W) {
-    const V gate = load(z + i), open = sigmoid(gate), out = load(dy + i);
-    store(z + i, out * load(y + i) * open * (1.0f + gate * (1.0f - open)));
-    store(dy + i, out * gate * open);
+// The same backwards: from the gradient `out` of the gated outputs to that of y and of z.
+__attribute__((noinline)) static void ungate(int64_t count, int64_t stride, float* const* y, float* const* z,
+                                             float* const* out, float* __restrict dy, float* const* dz) {
+  for (int64_t t = 0; t < count; ++t) {
+    for (int64_t c = 0; c < stride; c += W) {
+      const V gate = load(z[t] + c), open = sigmoid(gate), grad = load(out[t] + c);
+      store(dz[t] + c, grad * load(y[t] + c) * open * (1.0f + gate * (1.0f - open)));
+      store(dy + t * stride + c, grad * gate * open);
+    }
   }
 }
 
-// From the gradients of delta A (over A) and of x = delta u to those of the raw step sizes and of u, in place; adds to
+// From the gradients of delta A (over A and ln 2) and of x = delta u to those of the raw step sizes and of u; adds to
 // the gradients of the parameters of the channels.
-__attribute__((noinline)) static void conclude(int64_t count, int64_t stride, const float* __restrict u,
-                                               const float* __restrict delta, const float* __restrict slope,
-                                               const float* __restrict skip, const float* __restrict dy,
-                                               float* __restrict ddelta, float* __restrict dx, float* __restrict dbias,
-                                               float* __restrict dskip) {
+__attribute__((noinline)) static void conclude(int64_t count, int64_t stride, float* const* u, float* const* delta,
+                                               const float* __restrict slope, const float* __restrict skip,
+                                               float* const* dy, const float* __restrict of_exponent,
+                                               const float* __restrict of_x, float* const* ddelta, float* const* du,
+                                               float* __restrict dbias, float* __restrict dskip) {
   for (int64_t t = 0; t < count; ++t) {
     for (int64_t c = 0; c < stride; c += W) {
       const int64_t i = t * stride + c;
-      const V in = load(u + i), out = load(dy + i), inner = load(dx + i);
-      const V raw = (load(ddelta + i) * LN2 + inner * in) * load(slope + i);
-      store(ddelta + i, raw);
-      store(dx + i, inner * load(delta + i) + out * load(skip + c));
+      const V in = load(u[t] + c), out = load(dy[t] + c), inner = load(of_x + i);
+      V raw = load(of_exponent + i) * LN2 + inner * in;
+      if (slope) raw *= load(slope + i);
+      store(du[t] + c, inner * load(delta[t] + c) + out * load(skip + c));
+      store(ddelta[t] + c, raw);
       store(dbias + c, load(dbias + c) + raw);
       store(dskip + c, load(dskip + c) + out * in);
     }
@@ -161,49 +165,57 @@ __attribute__((noinline)) static void conclude(int64_t count, int64_t stride, co
 
 static void scan_forward(const Scan& s, int64_t begin, int64_t end) {
   constexpr int T = FORWARD_T;
-  const int64_t blocks = s.blocks.count(), stride = (s.blocks.width + W - 1) / W * W, N = s.N;
-  const int64_t rows = T * stride, lanes = stride * N;
-  const auto prepare_forward = s.softplus ? prepare<true, false> : prepare<false, false>;
-  Arena arena(4 * Arena::rounded(rows) + 2 * Arena::rounded(lanes) + 2 * Arena::rounded(T * N) + 2 * Arena::rounded(stride));
-  float *u = arena.take(rows), *delta = arena.take(rows), *y = arena.take(rows), *z = arena.take(rows),
-        *A = arena.take(lanes), *h = arena.take(lanes), *B = arena.take(T * N), *C = arena.take(T * N),
-        *bias = arena.take(stride), *skip = arena.take(stride);
-  zero(bias, stride), zero(skip, stride);
+  const int64_t blocks = s.blocks.count(), widest = (s.blocks.width + W - 1) / W * W, N = s.N;
+  const int64_t area = T * widest, lanes = widest * N;
+  const bool make_steps = s.softplus || s.bias;
+  const auto make = s.softplus ? step_sizes<true, false> : step_sizes<false, false>;
+  Arena arena(5 * Arena::rounded(area) + 2 * Arena::rounded(lanes) + 2 * Arena::rounded(T * N) +
+              2 * Arena::rounded(widest));
+  float *of_u = arena.take(area), *of_delta = arena.take(area), *of_z = arena.take(area), *of_y = arena.take(area),
+        *of_step = arena.take(area), *A = arena.take(lanes), *h = arena.take(lanes), *B = arena.take(T * N),
+        *C = arena.take(T * N), *bias = arena.take(widest), *skip = arena.take(widest);
+  zero(bias, widest), zero(skip, widest);
   int64_t reads[T], writes[T];
+  float *u[T], *delta[T], *step[T], *z[T], *y[T];
 
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t per_sample = s.merge ? blocks : blocks * s.K, b = unit / per_sample, block = unit % blocks;
     const int64_t first_route = s.merge ? 0 : unit % per_sample / blocks, last_route = s.merge ? s.K : first_route + 1;
     int64_t group, channel, width;
     s.blocks.locate(block, group, channel, width);
-    const int64_t vectors = (width + W - 1) / W;
+    const int64_t vectors = (width + W - 1) / W, stride = vectors * W;
     for (int64_t k = first_route; k < last_route; ++k) {
       to_lanes(s.A.at(b, k) + channel * N, width, N, LOG2E, A);
       if (s.initial) to_lanes(s.initial.at(b, k) + channel * N, width, N, 1.0f, h);
-      else zero(h, lanes);
+      else zero(h, stride * N);
       if (s.bias) std::memcpy(bias, s.bias.at(b, k) + channel, width * 4);
       if (s.skip) std::memcpy(skip, s.skip.at(b, k) + channel, width * 4);
+      Target target = s.y;
+      if (s.merge) target.add |= k > 0;
       for (int64_t t0 = 0; t0 < s.S; t0 += T) {
         const int64_t count = s.S - t0 < T ? s.S - t0 : T;
         s.route.steps(b, k, t0, count, reads, writes);
-        gather(s.u, b, k, 0, channel, reads, count, width, stride, u);
-        gather(s.delta, b, k, 0, channel, reads, count, width, stride, delta);
+        read_rows(s.u, b, k, 0, channel, reads, count, width, stride, of_u, u);
+        read_rows(s.delta, b, k, 0, channel, reads, count, width, stride, of_delta, delta);
         gather(s.b, b, k, group, 0, reads, count, N, N, B);
         gather(s.c, b, k, group, 0, reads, count, N, N, C);
-        prepare_forward(count, stride, bias, skip, delta, u, u, y, nullptr);
+        if (make_steps) {
+          make(count, stride, bias, delta, of_step, nullptr);
+          for (int64_t t = 0; t < count; ++t) step[t] = of_step + t * stride;
+        }
+        const bool left = write_rows(target, b, k, channel, writes, count, width, stride, of_y, y);
         for (int64_t v = 0; v < vectors; ++v) {
           tiles<TILE>(N, [&](auto n, int64_t first) {
             const int64_t at = (v * N + first) * W;
-            advance<n()>(count, stride, N, delta + v * W, u + v * W, A + at, B + first, C + first, h + at, y + v * W);
+            const auto go = first ? advance<n(), false> : advance<n(), true>;
+            go(count, v * W, N, make_steps ? step : delta, u, skip, A + at, B + first, C + first, h + at, y);
           });
         }
         if (s.z) {
-          gather(s.z, b, k, 0, channel, reads, count, width, stride, z);
-          gate_outputs(count * stride, z, y);
+          read_rows(s.z, b, k, 0, channel, reads, count, width, stride, of_z, z);
+          gate_outputs(count, stride, z, y);
         }
-        Target target = s.y;
-        if (s.merge) target.add |= k > 0;
-        scatter(target, b, k, channel, writes, count, width, stride, y);
+        if (left) scatter(target, b, k, channel, writes, count, width, stride, of_y);
       }
       from_lanes(h, width, N, s.state.at(b, k) + channel * N);
     }
@@ -214,23 +226,30 @@ static void scan_forward(const Scan& s, int64_t begin, int64_t end) {
 // the second-level cache; where there are several segments, a first pass through time leaves the states they start in.
 static void scan_backward(const Scan& s, int64_t begin, int64_t end) {
   constexpr int T = REVERSE_T;
-  const int64_t blocks = s.blocks.count(), stride = (s.blocks.width + W - 1) / W * W, N = s.N;
-  const int64_t length = s.segment, segments = (s.S + length - 1) / length, rows = length * stride, lanes = stride * N;
+  const int64_t blocks = s.blocks.count(), widest = (s.blocks.width + W - 1) / W * W, N = s.N;
+  const int64_t length = s.segment, segments = (s.S + length - 1) / length, area = length * widest, lanes = widest * N;
   const int64_t taps = (T * N + W - 1) / W * W;  // entries of B in T tokens, as whole vectors
-  const auto prepare_forward = s.softplus ? prepare<true, false> : prepare<false, false>;
-  const auto prepare_backward = s.softplus ? prepare<true, true> : prepare<false, true>;
-  Arena arena(9 * Arena::rounded(rows) + 4 * Arena::rounded(lanes) + Arena::rounded(segments * lanes) +
-              2 * Arena::rounded(length * N) + 4 * Arena::rounded(stride) + 2 * Arena::rounded(taps * W) +
-              Arena::rounded((length + 1) * lanes) + Arena::rounded(taps) + 2 * Arena::rounded(2 * length));
-  float *u = arena.take(rows), *delta = arena.take(rows), *z = arena.take(rows), *x = arena.take(rows),
-        *y = arena.take(rows), *dy = arena.take(rows), *slope = arena.take(rows), *ddelta = arena.take(rows),
-        *dx = arena.take(rows);
+  const bool make_steps = s.softplus || s.bias;
+  const auto make = s.softplus ? step_sizes<true, false> : step_sizes<false, false>;
+  const auto make_sloped = s.softplus ? step_sizes<true, true> : step_sizes<false, false>;
+  const int64_t pointers = Arena::rounded(2 * length);
+  Arena arena(13 * Arena::rounded(area) + 4 * Arena::rounded(lanes) + Arena::rounded(segments * lanes) +
+              2 * Arena::rounded(length * N) + 4 * Arena::rounded(widest) + 2 * Arena::rounded(taps * W) +
+              Arena::rounded((length + 1) * lanes) + Arena::rounded(taps) + 11 * pointers);
+  float *of_u = arena.take(area), *of_delta = arena.take(area), *of_step = arena.take(area), *slope = arena.take(area),
+        *of_z = arena.take(area), *of_y = arena.take(area), *of_out = arena.take(area), *of_dy = arena.take(area),
+        *of_dz = arena.take(area), *of_du = arena.take(area), *of_ddelta = arena.take(area),
+        *of_exponent = arena.take(area), *of_x = arena.take(area);
   float *A = arena.take(lanes), *h = arena.take(lanes), *g = arena.take(lanes), *dA = arena.take(lanes);
-  float *bias = arena.take(stride), *skip = arena.take(stride), *dbias = arena.take(stride), *dskip = arena.take(stride);
+  float *bias = arena.take(widest), *skip = arena.take(widest), *dbias = arena.take(widest), *dskip = arena.take(widest);
   float *starts = arena.take(segments * lanes), *states = arena.take((length + 1) * lanes);
   float *B = arena.take(length * N), *C = arena.take(length * N), *sums = arena.take(taps);
   float *dB = arena.take(taps * W), *dC = arena.take(taps * W);
   zero(dB, taps * W), zero(dC, taps * W);
+  const auto take_pointers = [&] { return reinterpret_cast<float**>(arena.take(2 * length)); };
+  float **u = take_pointers(), **delta = take_pointers(), **step = take_pointers(), **z = take_pointers(),
+        **y = take_pointers(), **dy = take_pointers(), **dz = take_pointers(), **du = take_pointers(),
+        **ddelta = take_pointers();
   int64_t* reads = reinterpret_cast<int64_t*>(arena.take(2 * length));
   int64_t* writes = reinterpret_cast<int64_t*>(arena.take(2 * length));
 
@@ -238,7 +257,7 @@ static void scan_backward(const Scan& s, int64_t begin, int64_t end) {
     const int64_t b = unit / blocks, block = unit % blocks;
     int64_t group, channel, width;
     s.blocks.locate(block, group, channel, width);
-    const int64_t vectors = (width + W - 1) / W;
+    const int64_t vectors = (width + W - 1) / W, stride = vectors * W;
     zero(bias, stride), zero(skip, stride);
     for (int64_t k = 0; k < s.K; ++k) {
       to_lanes(s.A.at(b, k) + channel * N, width, N, LOG2E, A);
@@ -250,23 +269,25 @@ static void scan_backward(const Scan& s, int64_t begin, int64_t end) {
       if (s.skip) std::memcpy(skip, s.skip.at(b, k) + channel, width * 4);
       zero(dA, lanes), zero(dbias, stride), zero(dskip, stride);
 
-      const auto fetch = [&](int64_t t0, int64_t count) {
+      const auto fetch = [&](int64_t t0, int64_t count, bool with_slope) {
         s.route.steps(b, k, t0, count, reads, writes);
-        gather(s.u, b, k, 0, channel, reads, count, width, stride, u);
-        gather(s.delta, b, k, 0, channel, reads, count, width, stride, delta);
+        read_rows(s.u, b, k, 0, channel, reads, count, width, stride, of_u, u);
+        read_rows(s.delta, b, k, 0, channel, reads, count, width, stride, of_delta, delta);
         gather(s.b, b, k, group, 0, reads, count, N, N, B);
+        if (!make_steps) return std::memcpy(step, delta, count * sizeof *step), void();
+        (with_slope ? make_sloped : make)(count, stride, bias, delta, of_step, slope);
+        for (int64_t t = 0; t < count; ++t) step[t] = of_step + t * stride;
       };
       for (int64_t segment = 0; segment < segments; ++segment) {
         std::memcpy(starts + segment * lanes, h, lanes * 4);
         if (segment == segments - 1) break;
         for (int64_t t = 0; t < length; t += T) {
-          fetch(segment * length + t, T);
-          prepare_forward(T, stride, bias, skip, delta, u, x, y, nullptr);
+          fetch(segment * length + t, T, false);
           for (int64_t v = 0; v < vectors; ++v) {
             tiles<TILE>(N, [&](auto n, int64_t first) {
               const int64_t at = (v * N + first) * W;
-              replay<n(), false, false>(T, stride, N, delta + v * W, x + v * W, A + at, B + first, nullptr, h + at,
-                                        nullptr, nullptr);
+              replay<n(), true, false, false>(T, v * W, N, step, u, skip, A + at, B + first, nullptr, h + at, nullptr,
+                                              nullptr);
             });
           }
         }
@@ -275,34 +296,38 @@ static void scan_backward(const Scan& s, int64_t begin, int64_t end) {
       float* partial = s.partial_bc + ((b * s.K + k) * blocks + block) * 2 * s.S * N;
       for (int64_t segment = segments - 1; segment >= 0; --segment) {
         const int64_t t0 = segment * length, count = s.S - t0 < length ? s.S - t0 : length;
-        fetch(t0, count);
+        fetch(t0, count, true);
         gather(s.c, b, k, group, 0, reads, count, N, N, C);
-        gather(s.dy, b, k, 0, channel, writes, count, width, stride, dy);
-        prepare_backward(count, stride, bias, skip, delta, u, x, y, slope);
+        for (int64_t t = 0; t < count; ++t) y[t] = of_y + t * stride;
         for (int64_t v = 0; v < vectors; ++v) {
           tiles<TILE>(N, [&](auto n, int64_t first) {
             const int64_t at = (v * N + first) * W;
-            const auto keep = s.z ? replay<n(), true, true> : replay<n(), false, true>;
-            keep(count, stride, N, delta + v * W, x + v * W, A + at, B + first, C + first,
-                 starts + segment * lanes + at, y + v * W, states + v * (length + 1) * N * W + first * W);
+            const auto keep = !s.z     ? replay<n(), true, false, true>
+                              : !first ? replay<n(), true, true, true>
+                                       : replay<n(), false, true, true>;
+            keep(count, v * W, N, step, u, skip, A + at, B + first, C + first, starts + segment * lanes + at, y,
+                 states + v * (length + 1) * N * W + first * W);
           });
         }
+        read_rows(s.dy, b, k, 0, channel, writes, count, width, stride, of_out, dy);
         if (s.z) {
-          gather(s.z, b, k, 0, channel, reads, count, width, stride, z);
-          ungate(count * stride, y, z, dy);
-          scatter(s.dz, b, k, channel, reads, count, width, stride, z);
+          read_rows(s.z, b, k, 0, channel, reads, count, width, stride, of_z, z);
+          const bool left = write_rows(s.dz, b, k, channel, reads, count, width, stride, of_dz, dz);
+          ungate(count, stride, y, z, dy, of_dy, dz);
+          if (left) scatter(s.dz, b, k, channel, reads, count, width, stride, of_dz);
+          for (int64_t t = 0; t < count; ++t) dy[t] = of_dy + t * stride;
         }
-        zero(ddelta, count * stride), zero(dx, count * stride);
         for (int64_t t = (count - 1) / T * T; t >= 0; t -= T) {
           const int64_t few = count - t < T ? count - t : T;
           for (int64_t v = 0; v < vectors; ++v) {
             const int64_t row = t * stride + v * W;
             tiles<REVERSE_TILE>(N, [&](auto n, int64_t first) {
               const int64_t at = (v * N + first) * W, here = first * W, tap = t * N + first;
-              const auto back = v == 0 ? reverse<n(), true> : reverse<n(), false>;
-              back(few, stride, N, delta + row, x + row, dy + row, A + at, B + tap, C + tap,
-                   states + (v * (length + 1) + t) * N * W + here, g + at, dA + at, dB + here, dC + here, ddelta + row,
-                   dx + row);
+              const auto back = first ? (v ? reverse<n(), false, false> : reverse<n(), false, true>)
+                                      : (v ? reverse<n(), true, false> : reverse<n(), true, true>);
+              back(few, v * W, stride, N, step + t, u + t, dy + t, A + at, B + tap, C + tap,
+                   states + (v * (length + 1) + t) * N * W + here, g + at, dA + at, dB + here, dC + here,
+                   of_exponent + row, of_x + row);
             });
           }
           for (int side = 0; side < 2; ++side) {
@@ -311,9 +336,12 @@ static void scan_backward(const Scan& s, int64_t begin, int64_t end) {
             std::memcpy(partial + (side * s.S + t0 + t) * N, sums, few * N * 4);
           }
         }
-        conclude(count, stride, u, delta, slope, skip, dy, ddelta, dx, dbias, dskip);
-        scatter(s.du, b, k, channel, reads, count, width, stride, dx);
-        scatter(s.ddelta, b, k, channel, reads, count, width, stride, ddelta);
+        const bool left_u = write_rows(s.du, b, k, channel, reads, count, width, stride, of_du, du);
+        const bool left_delta = write_rows(s.ddelta, b, k, channel, reads, count, width, stride, of_ddelta, ddelta);
+        conclude(count, stride, u, step, s.softplus ? slope : nullptr, skip, dy, of_exponent, of_x, ddelta, du, dbias,
+                 dskip);
+        if (left_u) scatter(s.du, b, k, channel, reads, count, width, stride, of_du);
+        if (left_delta) scatter(s.ddelta, b, k, channel, reads, count, width, stride, of_ddelta);
       }
       from_lanes(dA, width, N, s.partial_A + ((b * s.K + k) * s.D + channel) * N);
       float* of_channel = s.partial_channel + (b * s.K + k) * 2 * s.D + channel;

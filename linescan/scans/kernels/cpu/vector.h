@@ -129,6 +129,10 @@ LINESCAN_INLINE V lane_sums(const float* x) {  // of vectors x[0], x[W / COUNT],
   }
 }
 
+LINESCAN_INLINE void zero(float* x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] = 0.0f;
+}
+
 // -- rows of tokens to and from float32 --------------------------------------------------------------------------------
 
 LINESCAN_INLINE float from_bfloat16(uint16_t x) {
@@ -267,6 +271,36 @@ static void scatter(const Target& target, int64_t b, int64_t k, int64_t channel,
     scatter_rows<false>(reinterpret_cast<Float16*>(base), y.token, token, rows, width, stride, in);
 }
 
+// Rows of float32 as the loops read and write them: where they stand, if `direct`, else in a buffer. A token of -1 is the
+// buffer's first row in the first case.
+static bool is_direct(const View& x, int64_t width) { return x.dtype == Dtype::float32 && width % W == 0; }
+
+LINESCAN_INLINE void point(float* base, int64_t pitch, const int64_t* token, int64_t rows, float* missing, float** at) {
+  for (int64_t t = 0; t < rows; ++t) at[t] = token[t] < 0 ? missing : base + token[t] * pitch;
+}
+
+// Inputs: a row that is missing is zero.
+static void read_rows(const View& x, int64_t b, int64_t k, int64_t g, int64_t channel, const int64_t* token,
+                      int64_t rows, int64_t width, int64_t stride, float* buffer, float** at) {
+  if (is_direct(x, width)) {
+    zero(buffer, stride);
+    point(reinterpret_cast<float*>(x.at(b, k, g, channel)), x.token, token, rows, buffer, at);
+  } else {
+    gather(x, b, k, g, channel, token, rows, width, stride, buffer);
+    for (int64_t t = 0; t < rows; ++t) at[t] = buffer + t * stride;
+  }
+}
+
+// Outputs: those in the buffer, and only those, are left to `scatter`. Returns whether there are any.
+static bool write_rows(const Target& target, int64_t b, int64_t k, int64_t channel, const int64_t* token, int64_t rows,
+                       int64_t width, int64_t stride, float* buffer, float** at) {
+  const View& y = target.view;
+  const bool direct = !target.add && is_direct(y, width);
+  if (direct) point(reinterpret_cast<float*>(y.at(b, k, 0, channel)), y.token, token, rows, buffer, at);
+  else for (int64_t t = 0; t < rows; ++t) at[t] = buffer + t * stride;
+  return !direct;
+}
+
 // (channels, n) of a parameter or state to vectors over channels, out[(c / W * n + i) * W + c % W], and back.
 static void to_lanes(const float* x, int64_t channels, int64_t n, float scale, float* out) {
   if (channels % W)
@@ -277,7 +311,4 @@ static void to_lanes(const float* x, int64_t channels, int64_t n, float scale, f
 static void from_lanes(const float* x, int64_t channels, int64_t n, float* out) {
   for (int64_t c = 0; c < channels; ++c)
     for (int64_t i = 0; i < n; ++i) out[c * n + i] = x[(c / W * n + i) * W + c % W];
-}
-LINESCAN_INLINE void zero(float* x, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) x[i] = 0.0f;
 }
