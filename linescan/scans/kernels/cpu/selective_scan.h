@@ -149,17 +149,20 @@ __attribute__((noinline)) static void conclude(int64_t count, int64_t stride, fl
                                                float* const* dy, const float* __restrict of_exponent,
                                                const float* __restrict of_x, float* const* ddelta, float* const* du,
                                                float* __restrict dbias, float* __restrict dskip) {
-  for (int64_t t = 0; t < count; ++t) {
-    for (int64_t c = 0; c < stride; c += W) {
+  for (int64_t c = 0; c < stride; c += W) {
+    const V weight = load(skip + c);
+    V of_bias = load(dbias + c), of_skip = load(dskip + c);
+    for (int64_t t = 0; t < count; ++t) {
       const int64_t i = t * stride + c;
       const V in = load(u[t] + c), out = load(dy[t] + c), inner = load(of_x + i);
       V raw = load(of_exponent + i) * LN2 + inner * in;
       if (slope) raw *= load(slope + i);
-      store(du[t] + c, inner * load(delta[t] + c) + out * load(skip + c));
+      store(du[t] + c, inner * load(delta[t] + c) + out * weight);
       store(ddelta[t] + c, raw);
-      store(dbias + c, load(dbias + c) + raw);
-      store(dskip + c, load(dskip + c) + out * in);
+      of_bias += raw;
+      of_skip += out * in;
     }
+    store(dbias + c, of_bias), store(dskip + c, of_skip);
   }
 }
 

@@ -301,14 +301,43 @@ static bool write_rows(const Target& target, int64_t b, int64_t k, int64_t chann
   return !direct;
 }
 
+// W rows of W numbers, `pitch` apart, to their columns: in each round rows a power of two apart exchange half their lanes.
+template <int STRIDE, int... LANE>
+LINESCAN_INLINE void exchange(V& a, V& b, std::integer_sequence<int, LANE...>) {
+  const V first = __builtin_shufflevector(a, b, (LANE & STRIDE ? W + LANE - STRIDE : LANE)...);
+  b = __builtin_shufflevector(a, b, (LANE & STRIDE ? W + LANE : LANE + STRIDE)...);
+  a = first;
+}
+template <int STRIDE = 1>
+LINESCAN_INLINE void transpose(V* rows) {
+  if constexpr (STRIDE < W) {
+    for (int i = 0; i < W; ++i)
+      if (!(i & STRIDE)) exchange<STRIDE>(rows[i], rows[i + STRIDE], std::make_integer_sequence<int, W>());
+    transpose<2 * STRIDE>(rows);
+  }
+}
+__attribute__((noinline)) static void transpose(const float* x, int64_t pitch, float scale, float* out,
+                                                int64_t out_pitch) {
+  V rows[W];
+  for (int i = 0; i < W; ++i) rows[i] = load(x + i * pitch) * scale;
+  transpose(rows);
+  for (int i = 0; i < W; ++i) store(out + i * out_pitch, rows[i]);
+}
+
 // (channels, n) of a parameter or state to vectors over channels, out[(c / W * n + i) * W + c % W], and back.
 static void to_lanes(const float* x, int64_t channels, int64_t n, float scale, float* out) {
+  const int64_t whole = n % W ? 0 : channels / W * W;
+  for (int64_t c = 0; c < whole; c += W)
+    for (int64_t i = 0; i < n; i += W) transpose(x + c * n + i, n, scale, out + (c * n + i * W), W);
   if (channels % W)
     for (int64_t i = 0; i < n * W; ++i) out[channels / W * n * W + i] = 0.0f;
-  for (int64_t c = 0; c < channels; ++c)
+  for (int64_t c = whole; c < channels; ++c)
     for (int64_t i = 0; i < n; ++i) out[(c / W * n + i) * W + c % W] = x[c * n + i] * scale;
 }
 static void from_lanes(const float* x, int64_t channels, int64_t n, float* out) {
-  for (int64_t c = 0; c < channels; ++c)
+  const int64_t whole = n % W ? 0 : channels / W * W;
+  for (int64_t c = 0; c < whole; c += W)
+    for (int64_t i = 0; i < n; i += W) transpose(x + (c * n + i * W), W, 1.0f, out + c * n + i, n);
+  for (int64_t c = whole; c < channels; ++c)
     for (int64_t i = 0; i < n; ++i) out[c * n + i] = x[(c / W * n + i) * W + c % W];
 }
