@@ -42,14 +42,15 @@ def _scan(ring: _Semiring, a: Tensor, x: Tensor, initial: Tensor, reverse: bool,
         within = a.new_empty(*a.shape[:-2], chunks * size, channels)
         within[..., tokens, :] = a
         within = within.unflatten(-2, (chunks, size))
-    order = range(size)[::-1] if reverse else range(size)
-    for before, i in zip(order[:-1], order[1:]):
-        ring.fold(inside[..., i, :], within[..., i, :], inside[..., before, :])
-        ring.join(within[..., i, :], within[..., before, :])
+    forth = slice(None, None, -1 if reverse else 1)
+    steps, factors = inside.unbind(-2)[forth], within.unbind(-2)[forth]
+    for i in range(1, size):
+        ring.fold(steps[i], factors[i], steps[i - 1])
+        ring.join(factors[i], factors[i - 1])
     within = within.expand(*within.shape[:-3], chunks, size, channels)
-    last = order[-1]
-    for p in range(chunks)[::-1] if reverse else range(chunks):
-        ring.fold(inside[..., p, last, :], within[..., p, last, :], h[..., (p + reverse) * size, :])
+    ends, whole = (x[..., 0 if reverse else -1, :].unbind(-2)[forth] for x in (inside, within))
+    for end, factor, start in zip(ends, whole, h[..., ::size, :].unbind(-2)[forth]):
+        ring.fold(end, factor, start)
     entering = h[..., size::size, :] if reverse else h[..., :-1:size, :]
     rest = slice(1, None) if reverse else slice(size - 1)
     ring.fold(inside[..., rest, :], within[..., rest, :], entering.unsqueeze(-2))

@@ -22,7 +22,9 @@ from .recurrence import call, check_shapes, recurrence
 
 __all__ = ["gla", "simple_gla", "retention", "hgrn2"]
 
-CHUNK = 64  # tokens that one matrix product covers; a power of two
+CHUNK = 32  # tokens that one matrix product covers; a power of two
+_MILD = 16.0  # a chunk's log decay up to which exp of its gates' sums is exact enough, and far from overflow
+_PIECE = {"cpu": 2**18}  # numbers in a tensor that is worked on at a time, which then stays in the cache
 
 
 # -- what the head-wise recurrences share ---------------------------------------------------------------------------
@@ -90,9 +92,18 @@ def _boundaries(before: Tensor, after: Tensor) -> Iterator[tuple[int, Tensor, Te
         size *= 2
 
 
+def _is_mild(g: Tensor) -> bool:
+    """Whether no chunk decays beyond e^-16. On a GPU, where asking would stop its queue, the answer is no."""
+    return g.is_cpu and bool(g.sum(-2).amin() > -_MILD)
+
+
 class _DecayedScores(torch.autograd.Function):
     @staticmethod
     def forward(q, k, g):
+        if _is_mild(g):
+            before = g.cumsum(-2)
+            decay = before.exp()
+            return ((q * decay) @ (k / decay).mT).tril_(), before, before[..., -1:, :] - before
         leading = torch.broadcast_shapes(q.shape[:-1], k.shape[:-1], g.shape[:-1])
         scores = q.new_zeros(*leading, q.shape[-2])
         scores.diagonal(dim1=-2, dim2=-1).copy_((q * k).sum(-1))
@@ -109,12 +120,17 @@ class _DecayedScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, grad_before, grad_after):
         q, k, g = ctx.saved_tensors
-        of_q, of_k = torch.zeros_like(q), torch.zeros_like(k)
-        for size, arriving, leaving in _boundaries(g.clone(), torch.zeros_like(g)):
-            q_right, k_left, corner = _halves(q, size)[1], _halves(k, size)[0], _corners(grad, size)
-            right, left = corner @ (k_left * leaving) * arriving, corner.mT @ (q_right * arriving) * leaving
-            _halves(of_q, size)[1].add_(right.sum_to_size(q_right.shape))
-            _halves(of_k, size)[0].add_(left.sum_to_size(k_left.shape))
+        if _is_mild(g):
+            decay, below = g.cumsum(-2).exp(), grad.tril(-1)
+            of_q = (below @ (k / decay) * decay).sum_to_size(q.shape)
+            of_k = (below.mT @ (q * decay) / decay).sum_to_size(k.shape)
+        else:
+            of_q, of_k = torch.zeros_like(q), torch.zeros_like(k)
+            for size, arriving, leaving in _boundaries(g.clone(), torch.zeros_like(g)):
+                q_right, k_left, corner = _halves(q, size)[1], _halves(k, size)[0], _corners(grad, size)
+                right, left = corner @ (k_left * leaving) * arriving, corner.mT @ (q_right * arriving) * leaving
+                _halves(of_q, size)[1].add_(right.sum_to_size(q_right.shape))
+                _halves(of_k, size)[0].add_(left.sum_to_size(k_left.shape))
         # A score has a factor exp(b_i - b_j), b the running sum of the gates: so b's gradient is q dq - k dk, and a
         # gate's is the sum of b's from there on. The diagonal, without a gate, comes in after it: in b's gradient it
         # would leave the rounding errors of two equal terms.
@@ -132,7 +148,8 @@ def decayed_scores(q: Tensor, k: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Ten
     A block of tokens is two halves. A query in the right half meets a key in the left half across the boundary between
     them, so the decay is a factor exp(gates from the boundary to i) of the query times a factor exp(gates from j to the
     boundary) of the key, and the square of scores is one matrix product. Gates are only ever added, so no exponent is
-    positive and none comes from a difference of long sums.
+    positive and none comes from a difference of long sums. Where whole chunks decay so little that neither matters,
+    one boundary, in front of the first token, serves all of them.
 
     Args:
         q, k: (..., C, d), C a power of two; leading axes broadcast.
@@ -167,8 +184,17 @@ def _sequential(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, initia
 
 
 def _in_chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, initial_state: Tensor | None):
-    """The same in matrix products, a chunk at a time."""
-    length, state = q.shape[2], empty_state(q, v, initial_state)
+    """The same in matrix products, a few chunks at a time on a CPU, so that their tensors stay in its cache."""
+    state, outputs = empty_state(q, v, initial_state), []
+    chunks = max(1, _PIECE.get(q.device.type, 2**30) // (max(q[:, :, 0].numel(), v[:, :, 0].numel()) * CHUNK))
+    for piece in zip(*(x.split(chunks * CHUNK, 2) for x in (q, k, v, g))):
+        output, state = _piece(*piece, scale, state)
+        outputs.append(output)
+    return torch.cat(outputs, 2), state
+
+
+def _piece(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Tensor):
+    length = q.shape[2]
     q, k, v, g = split(scale * q, k, v, g)
     scores, before, after = decayed_scores(q, k, g)
     kept = before[..., -1, :, None].exp()  # what a whole chunk leaves of a state

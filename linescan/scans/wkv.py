@@ -50,11 +50,11 @@ def _read(k: Tensor, v: Tensor, *sums: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     top = k.detach()
     for _, _, other in sums:
         top = torch.maximum(top, other.detach())
-    own = torch.exp(k - top)
+    own = (k - top).exp_()
     num, den = own * v, own
     for sum_num, sum_den, exponent in sums:
-        weight = torch.exp(exponent - top)
-        num, den = torch.addcmul(num, weight, sum_num), torch.addcmul(den, weight, sum_den)
+        weight = (exponent - top).exp_()
+        num, den = num.addcmul_(weight, sum_num), torch.addcmul(den, weight, sum_den)
     return num / den
 
 
@@ -67,7 +67,7 @@ def _running_sum(k, v, w, initial: tuple | None, reverse: bool = False, chunk: i
     num, den, top = initial or _empty_sum(k)
     tops = running_max(-w, k, top, reverse, chunk)
     before, after = (tops[..., 1:, :], tops[..., :-1, :]) if reverse else (tops[..., :-1, :], tops[..., 1:, :])
-    keep, add = torch.exp(before - after - w), torch.exp(k - after)
+    keep, add = (before - after).sub_(w).exp_(), (k - after).exp_()
     start = torch.stack((num, den)) * torch.exp(top - top.detach())
     num, den = linear_scan(keep, torch.stack((add * v, add)), start, reverse, chunk)
     return num, den, tops
