@@ -1,4 +1,4 @@
-"""Elementwise scans in about 2 sqrt(T) vectorised steps: what recurrences without a matrix form are made of."""
+"""What chunked forms are made of: pieces of time, and elementwise scans in about 2 sqrt(T) vectorised steps."""
 
 from math import isqrt
 from typing import Callable, NamedTuple
@@ -6,7 +6,17 @@ from typing import Callable, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["running_max", "linear_scan"]
+__all__ = ["numbers_at_a_time", "steps_at_a_time", "running_max", "linear_scan"]
+
+
+def numbers_at_a_time(device: torch.device) -> int:
+    """Numbers in a tensor that a CPU keeps in its cache, or that a GPU has plenty of room for."""
+    return 2**18 if device.type == "cpu" else 2**25
+
+
+def steps_at_a_time(x: Tensor, tensors: int = 1, multiple: int = 1) -> int:
+    """Steps of tokens x (B, K, T, ...) to take at a time, so that so many tensors like x have that many numbers."""
+    return max(1, numbers_at_a_time(x.device) * x.shape[2] // max(1, x.numel() * tensors * multiple)) * multiple
 
 
 class _Semiring(NamedTuple):

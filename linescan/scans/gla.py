@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .chunks import steps_at_a_time
 from .recurrence import call, check_shapes, recurrence
 
 __all__ = ["gla", "simple_gla", "retention", "hgrn2"]
 
 CHUNK = 32  # tokens that one matrix product covers; a power of two
 _MILD = 16.0  # a chunk's log decay up to which exp of its gates' sums is exact enough, and far from overflow
-_PIECE = {"cpu": 2**18}  # numbers in a tensor that is worked on at a time, which then stays in the cache
 
 
 # -- what the head-wise recurrences share ---------------------------------------------------------------------------
@@ -186,8 +186,8 @@ def _sequential(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, initia
 def _in_chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, initial_state: Tensor | None):
     """The same in matrix products, a few chunks at a time on a CPU, so that their tensors stay in its cache."""
     state, outputs = empty_state(q, v, initial_state), []
-    chunks = max(1, _PIECE.get(q.device.type, 2**30) // (max(q[:, :, 0].numel(), v[:, :, 0].numel()) * CHUNK))
-    for piece in zip(*(x.split(chunks * CHUNK, 2) for x in (q, k, v, g))):
+    steps = steps_at_a_time(max(q, v, key=Tensor.numel), 4, CHUNK)
+    for piece in zip(*(x.split(steps, 2) for x in (q, k, v, g))):
         output, state = _piece(*piece, scale, state)
         outputs.append(output)
     return torch.cat(outputs, 2), state

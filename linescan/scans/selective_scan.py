@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .chunks import numbers_at_a_time
 from .recurrence import call, check_shapes, recurrence
 
 __all__ = ["selective_scan"]
@@ -131,13 +132,12 @@ def _selective_scan(
 # channels last:
 #     step, x, u, y (T, B, K, G, 1, D/G)    B, C (T, B, K, G, N, 1)    A (K, G, N, D/G)    state (B, K, G, N, D/G)
 
-_BUFFER = {"cpu": 2**18, "cuda": 2**25}  # numbers in a buffer
 _STEPS = 16  # a chunk has at least so many, that the states between chunks stay few
 
 
 def _blocks(A: Tensor, batch: int) -> tuple[list[slice], int]:
     """The parts of the batch to do one after the other, and the steps in a chunk."""
-    budget = max(1, _BUFFER.get(A.device.type, 2**18) // A.numel())
+    budget = max(1, numbers_at_a_time(A.device) // A.numel())
     samples = min(batch, max(1, budget // _STEPS))
     return [slice(i, i + samples) for i in range(0, batch, samples)], max(_STEPS, budget // samples)
 

@@ -15,7 +15,7 @@ largest exponent in it.
 import torch
 from torch import Tensor
 
-from .chunks import linear_scan, running_max
+from .chunks import linear_scan, running_max, steps_at_a_time
 from .gla import _in_chunks, empty_state, head_shapes
 from .recurrence import call, check_shapes, recurrence, visited
 
@@ -95,16 +95,18 @@ def _wkv4(k: Tensor, v: Tensor, w: Tensor, u: Tensor, initial_state: Tensor | No
 @_wkv4.chunked
 def _wkv4_chunked(k, v, w, u, initial_state, chunk=None):
     total = None if initial_state is None else initial_state.unbind(-1)
-    num, den, tops = _running_sum(k, v, w, total, chunk=chunk)
-    before = slice(None, -1)
-    y = _read(u[:, None] + k, v, (num[..., before, :], den[..., before, :], tops[..., before, :]))
-    # The last top once more, with a gradient: it is part of the state.
-    steps = torch.arange(k.shape[2] - 1, -1, -1, dtype=k.dtype, device=k.device)
-    top = (k - steps[:, None] * w[:, None]).amax(2)
-    if initial_state is not None:
-        top = torch.maximum(top, initial_state[..., 2] - k.shape[2] * w)
-    scale = torch.exp(tops[..., -1, :] - top)
-    return y, torch.stack((num[..., -1, :] * scale, den[..., -1, :] * scale, top), -1)
+    # The top is part of the state, so here it has a gradient.
+    top = torch.full_like(k[:, :, 0], EMPTY) if initial_state is None else total[2]
+    outputs = []
+    for k_p, v_p in zip(*(x.split(steps_at_a_time(k), 2) for x in (k, v))):
+        sums = _running_sum(k_p, v_p, w, total, chunk=chunk)
+        outputs.append(_read(u[:, None] + k_p, v_p, [x[..., :-1, :] for x in sums]))
+        total = [x[..., -1, :] for x in sums]
+        age = torch.arange(k_p.shape[2] - 1, -1, -1, dtype=k.dtype, device=k.device)
+        top = torch.maximum(top - k_p.shape[2] * w, (k_p - age[:, None] * w[:, None]).amax(2))
+    num, den, last = total
+    scale = torch.exp(last - top)
+    return torch.cat(outputs, 2), torch.stack((num * scale, den * scale, top), -1)
 
 
 def _both_sides_shapes(batch, routes, length, k, *_):

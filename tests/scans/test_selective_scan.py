@@ -48,7 +48,7 @@ class TestSelectiveScan(Contract):
         }
 
     def resize_chunks(self, monkeypatch, size):
-        monkeypatch.setattr(module, "_BUFFER", {"cpu": 1})
+        monkeypatch.setattr(module, "numbers_at_a_time", lambda device: 1)
         monkeypatch.setattr(module, "_STEPS", size)
 
     @pytest.mark.parametrize("d_state", [1, 5])
@@ -106,7 +106,7 @@ class TestSelectiveScan(Contract):
     def test_samples_do_not_depend_on_the_blocks_of_the_batch(self, monkeypatch):
         inputs = self.make(batch=5, length=40)
         want = self.gradients("chunked", inputs)
-        monkeypatch.setattr(module, "_BUFFER", {"cpu": 2 * 24 * 16})  # two samples a block, and one left over
+        monkeypatch.setattr(module, "numbers_at_a_time", lambda device: 2 * 24 * 16)  # two samples, one left over
         assert [b.stop - b.start for b in module._blocks(inputs["A"], 5)[0]] == [2, 2, 2]
         self.same(self.gradients("chunked", inputs), want, 1e-12)
 

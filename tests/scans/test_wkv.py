@@ -247,6 +247,15 @@ def test_chunk_size_does_not_matter(monkeypatch):
         close(results(CAUSAL[1], tokens, "chunked"), want)
 
 
+@pytest.mark.parametrize("mixer", CAUSAL, ids=str)
+def test_pieces_of_time_do_not_matter(mixer, monkeypatch):
+    """States go from one piece to the next, and gradients back."""
+    tokens = mixer.inputs(L=100)
+    want = results(mixer, tokens, "chunked")
+    monkeypatch.setattr("linescan.scans.chunks.numbers_at_a_time", lambda device: 1)
+    close(results(mixer, tokens, "chunked"), want)
+
+
 # -- WKV of RWKV-6 ----------------------------------------------------------------------------------------------------
 
 
