@@ -9,26 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from ..scans import selective_scan
-from .linear import linear
+from ..scans.linear import project_routes
 
-__all__ = ["S6Scan", "init_dt_bias", "project_routes"]
+__all__ = ["S6Scan", "init_dt_bias"]
 
 
 def init_dt_bias(shape: tuple[int, ...], dt_min: float = 1e-3, dt_max: float = 1e-1, floor: float = 1e-4) -> Tensor:
     """Biases whose softplus is log-uniform in [dt_min, dt_max]: the inverse softplus of such steps."""
     dt = torch.exp(torch.rand(shape) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min)).clamp_min(floor)
     return dt + torch.log(-torch.expm1(-dt))
-
-
-def project_routes(x: Tensor, weight: Tensor) -> Tensor:
-    """One linear map a route: x (B, K or 1, L, C), weight (K, C', C) -> (B, K, L, C')."""
-    if x.shape[1] == 1:  # one linear map for all routes, from tokens that they share
-        return linear(x[:, 0], weight.flatten(0, 1)).unflatten(-1, weight.shape[:2]).movedim(2, 1)
-    if weight.shape[0] == 1:
-        return linear(x, weight[0])
-    if not x.is_cpu:
-        return torch.matmul(x, weight.mT)
-    return torch.stack([linear(x[:, k], w) for k, w in enumerate(weight)], 1)  # faster there than a batched product
 
 
 class S6Scan(nn.Module):
@@ -90,7 +79,7 @@ class S6Scan(nn.Module):
         routes = self.A_log.shape[0]
         return selective_scan(
             u,
-            project_routes(dt, self.dt_proj),
+            dt,
             -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))),
             B,
             C,
@@ -98,6 +87,7 @@ class S6Scan(nn.Module):
             z,
             self.dt_bias.expand(routes, -1),
             delta_softplus=True,
+            delta_weight=self.dt_proj,
             route=route,
             merge=merge,
         )

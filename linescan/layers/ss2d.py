@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..scans.linear import project_routes
 from ..scans.multi_route import create_merge
 from ..scans.routes import parse, table
 from ..scans.ssd import ssd
-from .s6 import S6Scan, init_dt_bias, known, project_routes, simple_init
+from .s6 import S6Scan, init_dt_bias, known, simple_init
 from .stems import MapConv2d
 
 __all__ = ["CROSS", "SSDScan", "SS2D", "CascadeSS2D"]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .chunks import numbers_at_a_time
+from .linear import project_routes, project_routes_backward
 from .recurrence import call, check_shapes, recurrence
 
 __all__ = ["selective_scan"]
@@ -25,6 +26,7 @@ def selective_scan(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     *,
+    delta_weight: Tensor | None = None,
     initial_state: Tensor | None = None,
     route: Tensor | None = None,
     merge: str | None = None,
@@ -40,7 +42,7 @@ def selective_scan(
 
     Args:
         u: (B, K or 1, L, D) input. Any of the token inputs may have 1 on the route axis: all routes share it.
-        delta: (B, K, L, D) step sizes.
+        delta: (B, K, L, D) step sizes; with `delta_weight` (B, K, L, R), the few numbers that they are made of.
         A: (K, D, N) negative decay rates.
         B: (B, K, L, N), or (B, K, L, G, N) with one row for each of G groups of D / G neighbouring channels.
         C: as B.
@@ -48,6 +50,8 @@ def selective_scan(
         z: (B, K or 1, L, D) gate of the output.
         delta_bias: (K, D) added to delta.
         delta_softplus: pass the step sizes through softplus.
+        delta_weight: (K or 1, D, R), makes step sizes `delta_weight[k] @ delta_t` of low rank. They are then made again
+            in the backward pass, not stored: in the 2D models, with their four routes, the most of a block's memory.
         initial_state: (B, K, D, N), zeros if None.
         route: integer table (K, S) or (B, K, S): the token that a route reads at each step (see `recurrence`); None
             visits the tokens in order.
@@ -66,19 +70,20 @@ def selective_scan(
         "selective_scan",
         route,
         u=(u, "B K L D"),
-        delta=(delta, "B K L D"),
+        delta=(delta, "B K L D" if delta_weight is None else "B K L rank"),
         A=(A, "R D N"),
         B=(B, "B K L G N"),
         C=(C, "B K L G N"),
         D=(D, "R D"),
         z=(z, "B K L D"),
         delta_bias=(delta_bias, "R D"),
+        delta_weight=(delta_weight, "K D rank"),
         initial_state=(initial_state, "B R D N"),
     )
     channels, groups = u.shape[-1], B.shape[-2]
     if channels % groups:
         raise ValueError(f"selective_scan: {channels} channels do not divide into the {groups} groups of B and C")
-    inputs = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
+    inputs = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, delta_weight)
     return call(_selective_scan, *inputs, route=route, merge=merge, return_final_state=return_final_state)
 
 
@@ -86,9 +91,32 @@ def _shapes(batch, routes, length, u, delta, A, *_):
     return (batch, routes, length, u.shape[-1]), (batch, routes, u.shape[-1], A.shape[-1])
 
 
-def _flops(u, delta, A, *_):
+def _flops(u, delta, A, *others):
     batch, _, length, channels = u
-    return 9 * batch * A[0] * length * channels * A[-1]
+    projection = 0 if others[-1] is None else 2 * batch * max(delta[1], others[-1][0]) * length * channels * delta[-1]
+    return 9 * batch * A[0] * length * channels * A[-1] + projection
+
+
+def widen(*inputs) -> list:
+    """The operator's inputs without `delta_weight`: its step sizes instead, in float32 at least on a CPU."""
+    *inputs, weight = inputs
+    if weight is not None:
+        delta = inputs[1]
+        dtype = delta.dtype if delta.is_cuda else torch.promote_types(delta.dtype, torch.float32)
+        with torch.autocast(delta.device.type, enabled=False):
+            inputs[1] = project_routes(delta.to(dtype), weight.to(dtype))
+    return inputs
+
+
+def narrow(grads, *inputs) -> list[Tensor]:
+    """The gradients of the operator's inputs from those of the widened ones."""
+    delta, weight = inputs[1], inputs[-1]
+    if weight is None:
+        return grads
+    of_steps = grads[1]
+    with torch.autocast(delta.device.type, enabled=False):
+        of_delta, of_weight = project_routes_backward(of_steps, delta.to(of_steps.dtype), weight.to(of_steps.dtype))
+    return [grads[0], of_delta.to(delta.dtype), *grads[2:], of_weight.to(weight.dtype)]
 
 
 def _step_sizes(delta, delta_bias, delta_softplus):
@@ -115,7 +143,10 @@ def _selective_scan(
     delta_bias: Tensor | None,
     delta_softplus: bool,
     initial_state: Tensor | None,
+    delta_weight: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    if delta_weight is not None:
+        delta = (delta[..., None, :] * delta_weight[:, None]).sum(-1)  # no product that autocast knows
     step = _step_sizes(delta, delta_bias, delta_softplus)
     B, C = (x.repeat_interleave(u.shape[-1] // x.shape[-2], -2) for x in (B, C))  # (B, K, T, D, N)
     state = u.new_zeros(*u.shape[:2], *A.shape[1:]) if initial_state is None else initial_state
@@ -217,7 +248,8 @@ def _prepare(u, delta, A, B, C, delta_bias, delta_softplus, initial_state):
 
 
 @_selective_scan.chunked
-def _chunked(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state):
+def _chunked(*inputs):
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state = widen(*inputs)
     step, x, _, A, B_, C_, state = _prepare(u, delta, A, B, C, delta_bias, delta_softplus, initial_state)
     blocks, size = _blocks(A, len(u))
     parts = [_scan(step[:, b], x[:, b], A, B_[:, b], C_[:, b], state[b], size)[:2] for b in blocks]
@@ -226,7 +258,8 @@ def _chunked(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
 
 
 @_selective_scan.chunked_backward
-def _chunked_backward(grad, grad_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state):
+def _chunked_backward(grad, grad_state, *inputs):
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state = widen(*inputs)
     groups = B.shape[-2]
     step, x, u_, A_, B_, C_, state = _prepare(u, delta, A, B, C, delta_bias, delta_softplus, initial_state)
     grad_state = _channels_last(grad_state, groups)
@@ -257,4 +290,4 @@ def _chunked_backward(grad, grad_state, u, delta, A, B, C, D, z, delta_bias, del
         grads.append(grad_delta.sum(2).sum(0))
     if initial_state is not None:
         grads.append(_channels_first(torch.cat(grad_state)))
-    return grads
+    return narrow(grads, *inputs)

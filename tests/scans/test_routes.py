@@ -383,7 +383,7 @@ class Scan(torch.nn.Module):
         route = routes.table(self.spec, x.shape[-2:], x.device)
         u = x.flatten(2).transpose(1, 2)[:, None]
         B = u[..., None, :2]
-        y, _ = _selective_scan(u, u, self.A, B, B, None, None, None, True, None, route=route, merge=True)
+        y, _ = _selective_scan(u, u, self.A, B, B, None, None, None, True, None, None, route=route, merge=True)
         back = routes.inverse_table(self.spec, x.shape[-2:], x.device)
         return y * back.sum(0)[:, None]
 

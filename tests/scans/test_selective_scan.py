@@ -118,6 +118,7 @@ class TestSelectiveScan(Contract):
         grad, state = torch.randn(1, 2, 2048, 64), torch.randn(1, 2, 64, 16)
         arguments = [*inputs.values()]
         arguments.insert(8, True)
+        arguments.append(None)
 
         class Largest(TorchDispatchMode):
             numbers = 0
@@ -132,3 +133,44 @@ class TestSelectiveScan(Contract):
             module._chunked(*arguments)
             module._chunked_backward(grad, state, *arguments)
         assert largest.numbers <= everything / 8
+
+
+class TestLowRankSteps(Contract):
+    """Step sizes made of R = 2 numbers a token."""
+
+    recurrence, function = module._selective_scan, selective_scan
+    tokens, options = TestSelectiveScan.tokens, TestSelectiveScan.options
+    resize_chunks = TestSelectiveScan.resize_chunks
+
+    def inputs(self, batch, routes, length, channels=4):
+        full = TestSelectiveScan.inputs(self, batch, routes, length, channels)
+        return full | {"delta": noise(batch, routes, length, 2), "delta_weight": noise(routes, channels, 2)}
+
+    @pytest.mark.parametrize("weights", [1, 2])
+    @pytest.mark.parametrize("steps", [1, 2])
+    @pytest.mark.parametrize("name", ["reference", "chunked", "picked"])
+    def test_are_the_product(self, name, steps, weights):
+        """One weight for all routes or one a route, numbers that the routes share or not; gradients too."""
+        inputs = self.make(length=23)
+        inputs |= {"delta": inputs["delta"][:, :steps], "delta_weight": inputs["delta_weight"][:weights]}
+        leaves = {key: x.float().requires_grad_() for key, x in inputs.items()}
+        given = {key: x for key, x in leaves.items() if key != "delta_weight"}
+        full = (leaves["delta"] @ leaves["delta_weight"].mT).expand(-1, 2, -1, -1)
+        with form(name):
+            got, want = self.call(leaves)[0], self.call(given | {"delta": full})[0]
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        grads = [torch.autograd.grad(y.square().sum(), list(leaves.values()), retain_graph=True) for y in (got, want)]
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-3)
+
+    def test_are_not_stored(self):
+        """What the forward keeps for the backward is as narrow as what it was given."""
+        inputs = {key: x.float().requires_grad_() for key, x in self.inputs(2, 4, 64, channels=32).items()}
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+            self.call(inputs)
+        assert kept.count((2, 4, 64, 32)) == 2  # u and z
+
+    def test_counts_flops(self):
+        with FlopCounterMode(display=False) as counter:
+            self.call(self.make(length=9))
+        assert counter.get_total_flops() == 9 * (2 * 2 * 9 * 4 * 3) + 2 * (2 * 2 * 9 * 4 * 2)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..causal_conv import _causal_conv1d
 from ..recurrence import Recurrence
-from ..selective_scan import _selective_scan
+from ..selective_scan import _selective_scan, narrow, widen
 
 LIBRARY = Path(__file__).with_name("_cpu.so")
 LANES = {"avx512": 16, "avx2": 8, "baseline": 4}  # floats in a vector
@@ -144,24 +144,27 @@ def _scan_inputs(args):
 
 
 def _scan_forward(*args):
-    u, A, route, merge = args[0], args[2], args[-2], args[-1]
+    *inputs, route, merge = args
+    u, A = inputs[0], inputs[2]
     y = _output(u, len(A), route, merge)
     state = torch.empty((len(u), *A.shape))
-    torch.ops.linescan_cpu.selective_scan.default(*_scan_inputs(args), y, state)
+    torch.ops.linescan_cpu.selective_scan.default(*_scan_inputs((*widen(*inputs), route, merge)), y, state)
     return y if y.dtype is u.dtype else y.to(u.dtype), state
 
 
 def _scan_backward(grad_output, grad_state, *args):
-    u, delta, A, B, C, D, z, delta_bias, _, initial_state, route, _ = args
+    *inputs, route, merge = args
+    wide = widen(*inputs)
+    u, delta, A, B, C, D, z, delta_bias, _, initial_state = wide
     routes = len(A)
     du, ddelta = _gradient(u, routes, route), _gradient(delta, routes, route)
     dB, dC = torch.zeros(B.shape), torch.zeros(C.shape)
     dz = None if z is None else _gradient(z, routes, route)
     dA, dD, dbias, dinitial = _like(A), _like(D), _like(delta_bias), _like(initial_state)
     grads = (du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial)
-    call = _scan_inputs(args)
+    call = _scan_inputs((*wide, route, merge))
     torch.ops.linescan_cpu.selective_scan_backward.default(*call, _rows(grad_output), _parameter(grad_state), *grads)
-    return _finish(grads, (u, delta, A, B, C, D, z, delta_bias, initial_state))
+    return narrow(_finish(grads, (u, delta, A, B, C, D, z, delta_bias, initial_state)), *inputs)
 
 
 # -- causal convolution -----------------------------------------------------------------------------------------------

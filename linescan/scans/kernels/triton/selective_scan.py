@@ -26,7 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...selective_scan import _selective_scan
+from ...recurrence import visited
+from ...selective_scan import narrow, widen
 from .common import TokenGradient, is_permutation, launch, load_row, place, rows, split, store_row, visit
 
 __all__ = ["backward", "forward"]
@@ -470,9 +471,8 @@ class _Call:
     """A call's inputs as the kernels take them."""
 
     def __init__(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, route, merge):
-        self.batch, self.routes, self.length = _selective_scan._visited(
-            (u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state), route
-        )
+        tokens = [x for x in (u, delta, B, C, z) if x is not None]
+        self.batch, self.routes, self.length = visited(tokens, route)
         self.device, self.dtype = u.device, u.dtype
         self.channels, self.states = A.shape[1:]
         self.groups = B.shape[-2]
@@ -579,8 +579,8 @@ def _channels_a_thread(lanes: int, width: int) -> int:
 
 def forward(*args) -> tuple[Tensor, Tensor]:
     """`_selective_scan` in grid order, see `Implementation.forward`."""
-    *_, route, merge = args
-    call = _Call(*args)
+    *inputs, route, merge = args
+    call = _Call(*widen(*inputs), route, merge)
     tile = forward_tile(call.states, call.width)
     every = route is None or is_permutation(call.route, call.length)  # all tokens are written, once a route
     new = call.new if every else lambda *shape, dtype=torch.float32: call.new(*shape, dtype=dtype).zero_()
@@ -604,8 +604,10 @@ def forward(*args) -> tuple[Tensor, Tensor]:
 
 def backward(grad_output: Tensor, grad_state: Tensor | None, *args) -> list[Tensor]:
     """Its gradients, see `Implementation.backward`."""
-    u, delta, A, B, C, D, z, delta_bias, _, initial_state, route, merge = args
-    call = _Call(*args)
+    *inputs, route, merge = args
+    wide = widen(*inputs)
+    u, delta, A, B, C, D, z, delta_bias, _, initial_state = wide
+    call = _Call(*wide, route, merge)
     plan = call.plan(backward_tile(call.states, call.width), call.routes)
     start, sums = plan.starts()
     saved = call.new(call.batch, call.routes, -(-call.steps // plan.tile["T"]), plan.saved_size)
@@ -646,4 +648,4 @@ def backward(grad_output: Tensor, grad_state: Tensor | None, *args) -> list[Tens
     grads = {key: g.finish() for key, g in to.items()}
     grads |= {key: g.to(x.dtype) for key, (x, g) in parameters.items() if x is not None}
     order = ("u", "delta", "A", "B", "C", "D", "z", "bias", "start")
-    return [grads[key] for key in order if key in grads]
+    return narrow([grads[key] for key in order if key in grads], *inputs)

@@ -1,0 +1,57 @@
+"""Linear maps of tokens, one for all or one a route, float32 on a CPU through oneDNN.
+
+torch hands float32 matrices to MKL, which uses the full width of the vectors on Intel's processors only. oneDNN, which
+torch carries for its convolutions, does so on all of them: half the time on AMD's with AVX-512. `linear` takes it where
+nothing records or traces the call; everywhere else it is `torch.nn.functional.linear`.
+"""
+
+import platform
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .recurrence import is_plain
+
+__all__ = ["linear", "project_routes", "project_routes_backward"]
+
+_ONEDNN = (
+    platform.machine().lower() in ("x86_64", "amd64")  # elsewhere torch takes the best library by itself
+    and torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., C), weight (C', C), bias (C',) -> (..., C'): `torch.nn.functional.linear`, faster where it can be."""
+    if (
+        _ONEDNN
+        and x.dtype == weight.dtype == torch.float32
+        and x.is_cpu
+        and x.ndim > 1
+        and x.numel()
+        and x.shape[-1] == weight.shape[-1]
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and not torch.is_autocast_enabled("cpu")
+        and torch.backends.mkldnn.enabled
+        and is_plain((x, weight, bias))
+    ):
+        return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def project_routes(x: Tensor, weight: Tensor) -> Tensor:
+    """One linear map a route: x (B, K or 1, L, C), weight (K or 1, C', C) -> (B, K, L, C')."""
+    if x.shape[1] == 1:  # one linear map for all routes, from tokens that they share
+        return linear(x[:, 0], weight.flatten(0, 1)).unflatten(-1, weight.shape[:2]).movedim(2, 1)
+    if weight.shape[0] == 1:
+        return linear(x, weight[0])
+    if not x.is_cpu:
+        return torch.matmul(x, weight.mT)
+    return torch.stack([linear(x[:, k], w) for k, w in enumerate(weight)], 1)  # faster there than a batched product
+
+
+def project_routes_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """From the gradient (B, K, L, C') of `project_routes(x, weight)` to those of x and weight."""
+    of_x, of_weight = project_routes(grad, weight.mT), torch.matmul(grad.mT, x).sum(0)
+    return of_x.sum_to_size(x.shape), of_weight.sum_to_size(weight.shape)
