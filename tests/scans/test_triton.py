@@ -148,6 +148,14 @@ def test_scan_in_half_precision(module, dtype):
 
 
 @in_interpreter
+@pytest.mark.parametrize("weights", [1, 2])
+def test_scan_of_steps_of_low_rank(module, weights):
+    torch.manual_seed(0)
+    inputs = scan_inputs() | {"delta": noise(1, weights, 7, 2), "delta_weight": noise(weights, 5, 2)}
+    compare(selective_scan, inputs, delta_softplus=True, route=table("permutation", 1, 2, 7), merge="sum")
+
+
+@in_interpreter
 def test_scan_of_groups_without_options(module):
     torch.manual_seed(0)
     inputs = scan_inputs(D=6, G=2, shared=False, without=("D", "z", "delta_bias", "initial_state"))
