@@ -139,15 +139,15 @@ def _scan_inputs(args):
     u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, route, merge = args
     u, delta, B, C, z = map(_rows, (u, delta, B, C, z))
     A, D, delta_bias, initial_state = map(_parameter, (A, D, delta_bias, initial_state))
-    routes = len(A)
+    routes = A.shape[0]
     return u, delta, A, B, C, D, z, delta_bias, initial_state, _table(route), routes, delta_softplus, merge
 
 
 def _scan_forward(*args):
     *inputs, route, merge = args
     u, A = inputs[0], inputs[2]
-    y = _output(u, len(A), route, merge)
-    state = torch.empty((len(u), *A.shape))
+    y = _output(u, A.shape[0], route, merge)
+    state = torch.empty((u.shape[0], *A.shape))
     torch.ops.linescan_cpu.selective_scan.default(*_scan_inputs((*widen(*inputs), route, merge)), y, state)
     return y if y.dtype is u.dtype else y.to(u.dtype), state
 
@@ -156,7 +156,7 @@ def _scan_backward(grad_output, grad_state, *args):
     *inputs, route, merge = args
     wide = widen(*inputs)
     u, delta, A, B, C, D, z, delta_bias, _, initial_state = wide
-    routes = len(A)
+    routes = A.shape[0]
     du, ddelta = _gradient(u, routes, route), _gradient(delta, routes, route)
     dB, dC = torch.zeros(B.shape), torch.zeros(C.shape)
     dz = None if z is None else _gradient(z, routes, route)
@@ -173,20 +173,20 @@ def _scan_backward(grad_output, grad_state, *args):
 def _conv_inputs(args):
     x, weight, bias, silu, initial_state, route, merge = args
     weight, bias, initial_state = map(_parameter, (weight, bias, initial_state))
-    return _rows(x), weight, bias, initial_state, _table(route), len(weight), silu, merge
+    return _rows(x), weight, bias, initial_state, _table(route), weight.shape[0], silu, merge
 
 
 def _conv_forward(*args):
     x, weight, *_, route, merge = args
-    y = _output(x, len(weight), route, merge)
-    state = torch.empty((len(x), *weight.shape[:2], weight.shape[-1] - 1))
+    y = _output(x, weight.shape[0], route, merge)
+    state = torch.empty((x.shape[0], *weight.shape[:2], weight.shape[-1] - 1))
     torch.ops.linescan_cpu.causal_conv1d.default(*_conv_inputs(args), y, state)
     return y if y.dtype is x.dtype else y.to(x.dtype), state
 
 
 def _conv_backward(grad_output, grad_state, *args):
     x, weight, bias, _, initial_state, route, _ = args
-    grads = (_gradient(x, len(weight), route), _like(weight), _like(bias), _like(initial_state))
+    grads = (_gradient(x, weight.shape[0], route), _like(weight), _like(bias), _like(initial_state))
     call = _conv_inputs(args)
     torch.ops.linescan_cpu.causal_conv1d_backward.default(*call, _rows(grad_output), _parameter(grad_state), *grads)
     return _finish(grads, (x, weight, bias, initial_state))

@@ -5,7 +5,7 @@
 // states of W channels are vectors in registers, TILE of them at a time.
 
 constexpr int FORWARD_T = 32, REVERSE_T = 16;
-constexpr int TILE = W == 16 ? 16 : 8, REVERSE_TILE = W == 16 ? 8 : 4;  // 32 vector registers, or 16
+constexpr int TILE = W == 16 ? 16 : 8, REVERSE_TILE = 4;  // for 32 vector registers, or 16
 
 // Calls f(integral_constant<int, n>, first state) until all N states are covered.
 template <int LARGEST, class F>
@@ -79,8 +79,8 @@ __attribute__((noinline)) static void reverse(int64_t count, int64_t channel, in
                                               const float* __restrict C, const float* __restrict states,
                                               float* __restrict grad, float* __restrict dA, float* __restrict dB,
                                               float* __restrict dC, float* __restrict ddelta, float* __restrict dx) {
-  V g[TILE_N], a[TILE_N];
-  for (int n = 0; n < TILE_N; ++n) g[n] = load(grad + n * W), a[n] = load(dA + n * W);
+  V g[TILE_N];
+  for (int n = 0; n < TILE_N; ++n) g[n] = load(grad + n * W);
   for (int64_t t = count - 1; t >= 0; --t) {
     const V step = load(delta[t] + channel), input = step * load(u[t] + channel), out = load(dy[t] + channel);
     V dstep = V{}, dinput = V{};
@@ -96,13 +96,13 @@ __attribute__((noinline)) static void reverse(int64_t count, int64_t channel, in
       dinput += g[n] * B[t * N + n];
       g[n] *= exp2(step * rate);
       const V slope = g[n] * load(states + at);  // gradient of delta A
-      a[n] += slope * step;
+      store(dA + n * W, load(dA + n * W) + slope * step);
       dstep += slope * rate;
     }
     store(ddelta + t * stride, dstep);
     store(dx + t * stride, dinput);
   }
-  for (int n = 0; n < TILE_N; ++n) store(grad + n * W, g[n]), store(dA + n * W, a[n]);
+  for (int n = 0; n < TILE_N; ++n) store(grad + n * W, g[n]);
 }
 
 // Step sizes of the raw ones, and softplus' slope if asked for.
