@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..checkpoint import load_checkpoint
 from ..layers.linear import through_onednn
 
-__all__ = ["Backbone", "PlainBackbone", "HierarchicalBackbone", "create_backbone", "image_cfg", "stochastic_depth"]
+__all__ = ["Backbone", "PlainBackbone", "HierarchicalBackbone", "create_backbone", "image_cfg"]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -60,11 +60,6 @@ def create_backbone(cls: type, name: str, pretrained: bool, **kwargs) -> nn.Modu
         feature_cfg={"out_indices": kwargs.pop("out_indices", cls.default_out_indices), "feature_cls": "getter"},
         **kwargs,
     )
-
-
-def stochastic_depth(rate: float, depth: int) -> list[float]:
-    """Drop rates from 0 at the first block to `rate` at the last."""
-    return [rate * i / max(depth - 1, 1) for i in range(depth)]
 
 
 class Backbone(nn.Module):

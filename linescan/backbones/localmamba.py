@@ -13,7 +13,7 @@ from typing import Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import lecun_normal_, trunc_normal_
+from timm.layers import calculate_drop_path_rates, lecun_normal_, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -237,14 +237,14 @@ class LocalVim(PlainBackbone):
                 embed_dim,
                 spec,
                 class_token,
-                drop_path=drop_path_rate * i / max(depth - 1, 1),
+                drop_path=rate,
                 norm_layer=NORMS[norm_layer],
                 d_state=d_state,
                 d_conv=d_conv,
                 expand=expand,
                 merge=DirectionSearch if directions is None else "channel_attention",
             )
-            for i, spec in enumerate(_routes(directions, depth))
+            for spec, rate in zip(_routes(directions, depth), calculate_drop_path_rates(drop_path_rate, depth))
         )
         self.norm = NORMS[norm_layer](embed_dim)
         self.feature_info = [

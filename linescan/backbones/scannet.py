@@ -9,14 +9,14 @@ along which routes it reads, and how their outputs are merged are arguments:
 
 from typing import Sequence
 
-from timm.layers import DropPath, Mlp, trunc_normal_
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..layers.mixers import Mixer
 from ..layers.pos_embed import resample_pos_embed
 from ..layers.stems import ConvDownsample, ConvStem
-from .base import HierarchicalBackbone, PlainBackbone, create_backbone, image_cfg, stochastic_depth
+from .base import HierarchicalBackbone, PlainBackbone, create_backbone, image_cfg
 
 __all__ = ["PlainScanNet", "HierarchicalScanNet"]
 
@@ -96,7 +96,8 @@ class PlainScanNet(PlainBackbone):
         self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
         self.pos_embed = nn.Parameter(trunc_normal_(self._positions(), std=0.02))
         self.blocks = nn.ModuleList(
-            SequenceBlock(embed_dim, mlp_ratio, rate, **options) for rate in stochastic_depth(drop_path_rate, depth)
+            SequenceBlock(embed_dim, mlp_ratio, rate, **options)
+            for rate in calculate_drop_path_rates(drop_path_rate, depth)
         )
         self.norm = nn.LayerNorm(embed_dim)
         self.feature_info = [
@@ -162,7 +163,7 @@ class HierarchicalScanNet(HierarchicalBackbone):
         self.in_chans = in_chans
         self.num_features = dims[-1]
         options = dict(mixer=mixer, routes=routes, merge=merge, head_dim=head_dim)
-        rates = iter(stochastic_depth(drop_path_rate, sum(depths)))
+        rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
 
         self.patch_embed = ConvStem(in_chans, dims[0])
         self.stages = nn.ModuleList(

@@ -16,7 +16,7 @@ from typing import Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, trunc_normal_
+from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -316,7 +316,7 @@ class SegMANEncoder(HierarchicalBackbone):
         size = (img_size, img_size) if isinstance(img_size, int) else img_size
         tokens = math.prod(math.ceil(n / strides[-1]) for n in size)
 
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
+        rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         self.patch_embed = ConvStem(in_chans, dims[0])
         self.stages = nn.ModuleList()
         for i, dim in enumerate(dims):

@@ -14,7 +14,7 @@ from typing import Callable
 
 import torch
 import torch.nn.functional as F
-from timm.layers import trunc_normal_
+from timm.layers import calculate_drop_path_rates, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -24,7 +24,7 @@ from ..layers.norm import RMSNorm
 from ..layers.pos_embed import resample_pos_embed, sinusoid_table
 from ..registry import published
 from ..scans import routes
-from .base import PlainBackbone, create_backbone, image_cfg, stochastic_depth
+from .base import PlainBackbone, create_backbone, image_cfg
 
 __all__ = ["VideoMamba", "VideoMambaDistilled", "VideoMambaPretrain"]
 
@@ -96,7 +96,7 @@ class VideoMamba(PlainBackbone):
                 d_conv=d_conv,
                 expand=expand,
             )
-            for rate in stochastic_depth(drop_path_rate, depth)
+            for rate in calculate_drop_path_rates(drop_path_rate, depth)
         )
         self.norm = norm_layer(embed_dim)
         self.feature_info = [

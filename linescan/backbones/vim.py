@@ -11,7 +11,7 @@ dense forms for segmentation and detection.
 from typing import Sequence
 
 import torch
-from timm.layers import lecun_normal_, trunc_normal_
+from timm.layers import calculate_drop_path_rates, lecun_normal_, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ from ..layers.pos_embed import grid_rope, resample_pos_embed
 from ..layers.pyramid import RescaledFeatures, SimpleFeaturePyramid
 from ..registry import published
 from ..scans import routes
-from .base import PlainBackbone, create_backbone, image_cfg, stochastic_depth
+from .base import PlainBackbone, create_backbone, image_cfg
 
 __all__ = ["Vim", "VimDense"]
 
@@ -107,7 +107,7 @@ class Vim(PlainBackbone):
                 scale=0.5 if divide_out and bimamba_type == "v2" else 1.0,
                 init_layer_scale=init_layer_scale,
             )
-            for rate in stochastic_depth(drop_path_rate, depth)
+            for rate in calculate_drop_path_rates(drop_path_rate, depth)
         )
         self.norm = RMSNorm(embed_dim)
         self.feature_info = [

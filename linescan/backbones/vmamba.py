@@ -13,7 +13,7 @@ from functools import partial
 from typing import Callable, Sequence
 
 import torch
-from timm.layers import DropPath, GluMlp, Mlp, get_act_layer, trunc_normal_
+from timm.layers import DropPath, GluMlp, Mlp, calculate_drop_path_rates, get_act_layer, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -234,7 +234,7 @@ class VMamba(HierarchicalBackbone):
         if len(per_block) != sum(depths):
             raise ValueError(f"routes are given for {len(per_block)} blocks, depths has {sum(depths)}")
         mixers = iter([mixer_layer if own is None else partial(mixer_layer, routes=own) for own in per_block])
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
+        rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         self.stages = nn.ModuleList(
             VMambaStage(
                 DOWNSAMPLES[downsample](self.dims[i - 1], dim) if i else nn.Identity(),
