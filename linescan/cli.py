@@ -532,7 +532,7 @@ def _option(panel: str, help: str, *names: str, **kwargs):
         "linescan train --data flowers --out runs/flowers --model vim_small_patch16_224 --pretrained --epochs 30 "
         "--mixup 0.8 --cutmix 1 --ema 0.9998 --bf16",
         "linescan train --data flowers --out runs/flowers [dim](the same options)[/] --resume",
-        "torchrun --nproc_per_node=4 -m linescan train --data imagenet --out runs/imagenet --epochs 300",
+        "torchrun --standalone --nproc_per_node=4 -m linescan train --data imagenet --out runs/imagenet --epochs 300",
         "linescan train --config segmentation/vmamba_tiny_upernet_ade20k --cfg-options train_dataloader.batch_size=4",
     )
 )

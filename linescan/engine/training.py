@@ -139,6 +139,8 @@ class Training:
         args = {"num_classes": len(pictures.classes), "in_chans": pictures.channels, **recipe.model_args}
         drop_path = {"drop_path_rate": recipe.drop_path} if recipe.drop_path else {}
         self.bare = build(recipe.model, pretrained=recipe.pretrained and not state, **drop_path, **args)
+        if getattr(self.bare, "num_frames", 0):
+            raise InputError(f"{recipe.model} reads videos; training takes models of pictures")
         if self.bare.num_classes != len(pictures.classes):
             raise InputError(f"num_classes={self.bare.num_classes}, but the data have {len(pictures.classes)} classes")
         if recipe.checkpoint and not state:

@@ -27,6 +27,7 @@ from typing import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 __all__ = [
@@ -225,6 +226,7 @@ def is_plain(inputs) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state()
+        or forward_ad._current_level >= 0
     ) and _PLAIN.issuperset(map(type, inputs))
 
 

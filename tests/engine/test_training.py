@@ -225,3 +225,8 @@ def test_recipes_that_make_no_sense(wrong, said):
 def test_the_number_of_classes_must_be_that_of_the_data(tmp_path):
     with pytest.raises(InputError, match="num_classes=7, but the data have 10 classes"):
         start(tmp_path, model_args={**VIT["model_args"], "num_classes": 7})
+
+
+def test_models_of_videos_are_refused(tmp_path):
+    with pytest.raises(InputError, match="videomamba_video_tiny_patch16_224 reads videos; training takes models of"):
+        start(tmp_path, model="videomamba_video_tiny_patch16_224", model_args={"depth": 1})

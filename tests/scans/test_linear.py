@@ -1,0 +1,81 @@
+"""Linear maps, one for all tokens or one a route, against torch's own."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import linescan  # noqa: F401, registers the models
+from linescan.layers.linear import Linear, through_onednn
+from linescan.scans.linear import linear, project_routes, project_routes_backward
+
+VIEWS = {
+    "contiguous": lambda *shape: torch.randn(*shape),
+    "a slice of the channels": lambda *shape: torch.randn(*shape[:-1], 12)[..., 3:8],
+    "transposed": lambda *shape: torch.randn(*shape).transpose(0, -2),
+    "expanded": lambda *shape: torch.randn(1, *shape[1:]).expand(shape),
+}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("shape", [(3, 5), (2, 7, 5), (1, 2, 9, 5), (2, 0, 5)], ids=str)
+def test_is_torchs_linear(shape, view, bias):
+    torch.manual_seed(0)
+    x, weight, bias = VIEWS[view](*shape), torch.randn(6, 5), torch.randn(6) if bias else None
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias))
+        torch.testing.assert_close(linear(x, weight.T.contiguous().T, bias), F.linear(x, weight, bias))
+
+
+def test_takes_onednn_only_where_nobody_watches():
+    x, weight = torch.randn(4, 5), torch.randn(6, 5)
+
+    def operators(run):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            run()
+        return {event.key for event in profile.key_averages()}
+
+    fast = "mkldnn::_linear_pointwise"
+    if torch.backends.mkldnn.is_available():
+        assert fast in operators(lambda: linear(x, weight))
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert fast not in operators(lambda: linear(x, weight))
+    assert fast not in operators(lambda: linear(x, weight.clone().requires_grad_()))
+    assert fast not in operators(lambda: linear(x.double(), weight.double()))
+    assert fast not in operators(lambda: torch.func.vmap(linear, (0, None))(x, weight))
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        assert torch.autograd.forward_ad.unpack_dual(linear(dual, weight)).tangent is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight).dtype == torch.bfloat16
+
+
+def test_wrong_sizes_fail_as_torch_does():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        linear(torch.randn(3, 4), torch.randn(6, 5))
+
+
+@pytest.mark.parametrize("weights", [1, 3])
+@pytest.mark.parametrize("routes", [1, 3])
+def test_one_map_a_route(routes, weights):
+    torch.manual_seed(0)
+    x = torch.randn(2, routes, 4, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(weights, 6, 5, dtype=torch.float64, requires_grad=True)
+    want = x @ weight.mT
+    torch.testing.assert_close(project_routes(x, weight), want)
+    with torch.no_grad():
+        torch.testing.assert_close(project_routes(x.float(), weight.float()), want.float(), rtol=1e-5, atol=1e-5)
+        grad = torch.randn_like(want)
+        got = project_routes_backward(grad, x, weight)
+    torch.testing.assert_close(got, torch.autograd.grad(want, (x, weight), grad))
+
+
+def test_models_take_it_and_keep_their_weights():
+    plain = nn.Sequential(nn.Linear(5, 6), nn.Sequential(nn.Linear(6, 2)))
+    names = list(plain.state_dict())
+    through_onednn(plain)
+    assert [type(x) for x in (plain[0], plain[1][0])] == [Linear, Linear] and list(plain.state_dict()) == names
+    model = timm.create_model("vmamba_tiny_s1l8", depths=[1, 1, 1, 1])
+    assert {type(x) for x in model.modules() if isinstance(x, nn.Linear)} == {Linear}
