@@ -9,6 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+if sys.version_info < (3, 11):
+    import tomli
+
+    sys.modules["tomllib"] = tomli  # under the name that it has had in Python since
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 # One thread: sums in the same order everywhere, and tests that share the cores fairly.

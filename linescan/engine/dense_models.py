@@ -243,7 +243,7 @@ def _read_config(config: str | Path, package: str):
     for needed in ("mmengine", "mmcv", package):
         if find_spec(needed) is None:
             raise InputError(
-                f"configs of {package} need the OpenMMLab packages ({needed} is missing); "
+                f"{config}: configs of {package} need the OpenMMLab packages ({needed} is missing); "
                 "tools/install_openmmlab.py installs them"
             )
     if package == "mmseg":

@@ -1,4 +1,8 @@
+from importlib.util import find_spec
+
 import pytest
+
+collect_ignore_glob = [] if find_spec("mmengine") else ["test_*.py"]
 
 
 def pytest_collection_modifyitems(items):
