@@ -108,12 +108,11 @@ def _table(route: Tensor | None) -> Tensor | None:
     return route if route is None else (route if route.dtype is torch.int64 else route.int()).contiguous()
 
 
-def _output(x: Tensor, routes: int, route: Tensor | None, merge: bool) -> Tensor:
-    """Room for the output: float32 where routes are summed in it, zero where no route may come."""
+def _output(x: Tensor, routes: int, merge: bool) -> Tensor:
+    """Room for the output: float32 where routes are summed in it."""
     batch, _, length, channels = x.shape
     shape = (batch, length, channels) if merge else (batch, routes, length, channels)
-    dtype = torch.float32 if merge else x.dtype
-    return (torch.empty if route is None else torch.zeros)(shape, dtype=dtype)
+    return torch.empty(shape, dtype=torch.float32 if merge else x.dtype)
 
 
 def _gradient(x: Tensor, routes: int, route: Tensor | None) -> Tensor:
@@ -136,19 +135,18 @@ def _finish(grads, inputs) -> list[Tensor]:
 
 
 def _scan_inputs(args):
-    u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, route, merge = args
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, delta_weight, route, merge = args
     u, delta, B, C, z = map(_rows, (u, delta, B, C, z))
-    A, D, delta_bias, initial_state = map(_parameter, (A, D, delta_bias, initial_state))
+    A, D, delta_bias, state, weight = map(_parameter, (A, D, delta_bias, initial_state, delta_weight))
     routes = A.shape[0]
-    return u, delta, A, B, C, D, z, delta_bias, initial_state, _table(route), routes, delta_softplus, merge
+    return u, delta, A, B, C, D, z, delta_bias, state, weight, _table(route), routes, delta_softplus, merge
 
 
 def _scan_forward(*args):
-    *inputs, route, merge = args
-    u, A = inputs[0], inputs[2]
-    y = _output(u, A.shape[0], route, merge)
+    u, A, merge = args[0], args[2], args[-1]
+    y = _output(u, A.shape[0], merge)
     state = torch.empty((u.shape[0], *A.shape))
-    torch.ops.linescan_cpu.selective_scan.default(*_scan_inputs((*widen(*inputs), route, merge)), y, state)
+    torch.ops.linescan_cpu.selective_scan.default(*_scan_inputs(args), y, state)
     return y if y.dtype is u.dtype else y.to(u.dtype), state
 
 
@@ -162,7 +160,7 @@ def _scan_backward(grad_output, grad_state, *args):
     dz = None if z is None else _gradient(z, routes, route)
     dA, dD, dbias, dinitial = _like(A), _like(D), _like(delta_bias), _like(initial_state)
     grads = (du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial)
-    call = _scan_inputs((*wide, route, merge))
+    call = _scan_inputs((*wide, None, route, merge))
     torch.ops.linescan_cpu.selective_scan_backward.default(*call, _rows(grad_output), _parameter(grad_state), *grads)
     return narrow(_finish(grads, (u, delta, A, B, C, D, z, delta_bias, initial_state)), *inputs)
 
@@ -177,8 +175,8 @@ def _conv_inputs(args):
 
 
 def _conv_forward(*args):
-    x, weight, *_, route, merge = args
-    y = _output(x, weight.shape[0], route, merge)
+    x, weight, *_, merge = args
+    y = _output(x, weight.shape[0], merge)
     state = torch.empty((x.shape[0], *weight.shape[:2], weight.shape[-1] - 1))
     torch.ops.linescan_cpu.causal_conv1d.default(*_conv_inputs(args), y, state)
     return y if y.dtype is x.dtype else y.to(x.dtype), state

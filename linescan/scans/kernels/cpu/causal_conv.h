@@ -48,7 +48,8 @@ static void conv_forward(const Conv& s, int64_t begin, int64_t end) {
       if (s.initial) to_rows(s.initial.at(b, k) + channel * past, width, past, stride, x);
       else zero(x, past * stride);
       Target target = s.y;
-      if (s.merge) target.add |= k > 0;
+      target.add = s.merge && k > 0;
+      if (!target.add) clear_gaps(target.view, s.route, b, k, channel, width);
       for (int64_t t0 = 0; t0 < s.S; t0 += T) {
         const int64_t count = s.S - t0 < T ? s.S - t0 : T;
         s.route.steps(b, k, t0, count, reads, writes);

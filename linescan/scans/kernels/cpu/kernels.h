@@ -43,6 +43,9 @@ struct Route {
   const void* data = nullptr;
   bool wide = false;  // int64 entries, else int32
   int64_t batch = 0, route = 0;
+  // Tokens that no step writes: those of the table's row i are gaps[gaps_begin[i]] to gaps[gaps_begin[i + 1]].
+  const int64_t *gaps = nullptr, *gaps_begin = nullptr;
+  int64_t rows = 0;  // from a sample's first row to the next one's
 
   // Tokens that steps [begin, begin + count) read (-1: padding, all zero) and write (-1: output dropped).
   void steps(int64_t b, int64_t k, int64_t begin, int64_t count, int64_t* reads, int64_t* writes) const {
@@ -85,6 +88,8 @@ struct Scan {
   bool softplus, merge;
   View u, delta, b, c, z;
   Parameter A, skip, bias, initial;
+  Parameter weight;  // (K or 1, D, rank), forward only: delta then has `rank` channels, of which it makes step sizes
+  int64_t rank = 0;
   Route route;
   Blocks blocks;
   // forward

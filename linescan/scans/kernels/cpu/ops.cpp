@@ -1,6 +1,7 @@
 // The operators linescan_cpu::* and the choice of the instruction set. Shapes and dtypes are checked by the caller,
 // linescan/scans/kernels/cpu.py; outputs come allocated.
 
+#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -94,31 +95,53 @@ Parameter state(const Tensor& x) {  // (B, K, ...)
   return p;
 }
 
-template <class T>
-void check_entries(const Tensor& x, int64_t length) {
-  const T* entries = static_cast<const T*>(x.data());
-  int64_t count = 1, wrong = 0;
-  for (int64_t i = 0; i < x.dim(); ++i) count *= x.size(i);
-  for (int64_t i = 0; i < count; ++i) wrong += entries[i] >= length || entries[i] < -length - 1;
-  if (wrong)
-    throw std::runtime_error("linescan: " + std::to_string(wrong) + " entries of a route table lie outside the " +
-                             std::to_string(length) + " tokens");
-}
+// A route table (K, S) or (B, K, S), contiguous, checked, and the tokens that its rows do not write.
+class Table {
+ public:
+  Table() = default;
+  Table(const Tensor& x, int64_t length) {
+    if (!x) return;
+    route.data = x.data();
+    route.wide = x.dtype() == stable::torch().aoti_torch_dtype_int64();
+    if (route.wide) look_through<int64_t>(x, length);
+    else look_through<int32_t>(x, length);
+    route.batch = x.dim() == 3 ? x.stride(0) : 0;
+    route.route = x.stride(-2);
+    route.rows = x.dim() == 3 ? x.size(1) : 0;
+    route.gaps = gaps_.data(), route.gaps_begin = begin_.data();
+  }
 
-Route route(const Tensor& x, int64_t length) {  // (K, S) or (B, K, S), contiguous
-  Route r;
-  if (!x) return r;
-  r.data = x.data();
-  r.wide = x.dtype() == stable::torch().aoti_torch_dtype_int64();
-  if (r.wide) check_entries<int64_t>(x, length);
-  else check_entries<int32_t>(x, length);
-  r.batch = x.dim() == 3 ? x.stride(0) : 0;
-  r.route = x.stride(-2);
-  return r;
-}
+  Route route;  // points into this object
+
+ private:
+  template <class T>
+  void look_through(const Tensor& x, int64_t length) {
+    const T* entries = static_cast<const T*>(x.data());
+    const int64_t steps = x.size(-1), rows = x.size(-2) * (x.dim() == 3 ? x.size(0) : 1);
+    std::vector<char> written(length);
+    int64_t wrong = 0;
+    for (int64_t row = 0; row < rows; ++row, entries += steps) {
+      std::fill(written.begin(), written.end(), 0);
+      int64_t count = 0;
+      for (int64_t t = 0; t < steps; ++t) {
+        if (entries[t] >= length || entries[t] < -length - 1) ++wrong;
+        else if (entries[t] >= 0) count += !written[entries[t]], written[entries[t]] = 1;
+      }
+      if (count < length)
+        for (int64_t i = 0; i < length; ++i)
+          if (!written[i]) gaps_.push_back(i);
+      begin_.push_back(gaps_.size());
+    }
+    if (wrong)
+      throw std::runtime_error("linescan: " + std::to_string(wrong) + " entries of a route table lie outside the " +
+                               std::to_string(length) + " tokens");
+  }
+
+  std::vector<int64_t> gaps_, begin_ = {0};
+};
 
 // An output; the K routes of a merged one meet in its rows.
-Target output(const Tensor& y, bool merged, const Tensor& table) { return {view(y, merged), merged && table}; }
+Target output(const Tensor& y, bool merged) { return {view(y, merged), false}; }
 
 // The gradient of a token input; steps of a route, or the routes that share the input, meet in its rows.
 Target gradient(const Tensor& x, const Tensor& table, int64_t routes) {
@@ -156,22 +179,25 @@ void sum_parts(const float* x, int64_t B, int64_t K, int64_t n, int64_t pitch, c
 
 #define LINESCAN_SCAN_INPUTS                                                                                          \
   "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "                  \
-  "Tensor? initial_state, Tensor? route, int routes, bool delta_softplus, bool merge"
+  "Tensor? initial_state, Tensor? delta_weight, Tensor? route, int routes, bool delta_softplus, bool merge"
 
 struct ScanInputs {
-  Tensor u, delta, A, B, C, D, z, bias, initial, table;
+  Tensor u, delta, A, B, C, D, z, bias, initial, weight, table;
+  Table steps;
   Scan scan;
 
   explicit ScanInputs(Arguments& in) {
     u = in.tensor(), delta = in.tensor(), A = in.tensor(), B = in.tensor(), C = in.tensor();
-    D = in.optional(), z = in.optional(), bias = in.optional(), initial = in.optional(), table = in.optional();
+    D = in.optional(), z = in.optional(), bias = in.optional(), initial = in.optional();
+    weight = in.optional(), table = in.optional();
     Scan& s = scan;
     s.K = in.integer(), s.softplus = in.flag(), s.merge = in.flag();
     s.B = u.size(0), s.L = u.size(2), s.S = table ? table.size(-1) : s.L;
     s.D = u.size(3), s.G = B.size(3), s.N = A.size(-1);
     s.u = view(u), s.delta = view(delta), s.b = view(B), s.c = view(C), s.z = view(z);
     s.A = parameter(A), s.skip = parameter(D), s.bias = parameter(bias), s.initial = state(initial);
-    s.route = route(table, s.L);
+    s.weight = parameter(weight), s.rank = weight ? weight.size(-1) : 0;
+    steps = Table(table, s.L), s.route = steps.route;
     s.blocks.D = s.D, s.blocks.G = s.G;
   }
 };
@@ -182,7 +208,7 @@ void selective_scan(Value* stack, uint64_t, uint64_t) {
   ScanInputs inputs(in);
   const Tensor y = in.tensor(), final_state = in.tensor();
   Scan& s = inputs.scan;
-  s.y = output(y, s.merge, inputs.table), s.state = state(final_state);
+  s.y = output(y, s.merge), s.state = state(final_state);
   const int64_t samples = s.merge ? s.B : s.B * s.K;
   spread(s.blocks, samples);
   const int64_t units = samples * s.blocks.count();
@@ -261,6 +287,7 @@ void selective_scan_backward(Value* stack, uint64_t, uint64_t) {
 
 struct ConvInputs {
   Tensor x, weight, bias, initial, table;
+  Table steps;
   Conv conv;
 
   explicit ConvInputs(Arguments& in) {
@@ -269,7 +296,7 @@ struct ConvInputs {
     s.K = in.integer(), s.silu = in.flag(), s.merge = in.flag();
     s.B = x.size(0), s.L = x.size(2), s.S = table ? table.size(-1) : s.L, s.D = x.size(3), s.W = weight.size(-1);
     s.x = view(x), s.weight = parameter(weight), s.bias = parameter(bias), s.initial = state(initial);
-    s.route = route(table, s.L);
+    steps = Table(table, s.L), s.route = steps.route;
     s.blocks.D = s.D;
   }
 };
@@ -280,7 +307,7 @@ void causal_conv1d(Value* stack, uint64_t, uint64_t) {
   ConvInputs inputs(in);
   const Tensor y = in.tensor(), final_state = in.tensor();
   Conv& s = inputs.conv;
-  s.y = output(y, s.merge, inputs.table), s.state = state(final_state);
+  s.y = output(y, s.merge), s.state = state(final_state);
   const int64_t samples = s.merge ? s.B : s.B * s.K;
   spread(s.blocks, samples);
   const int64_t units = samples * s.blocks.count();

@@ -120,6 +120,24 @@ __attribute__((noinline)) static void step_sizes(int64_t count, int64_t stride, 
   }
 }
 
+// The same of low rank: a step size is the product of a row of `weight` and the token's `rank` numbers. Four tokens at a
+// time share the loads of weights; past the last one there is room.
+template <bool SOFTPLUS>
+__attribute__((noinline)) static void project_steps(int64_t count, int64_t stride, int64_t rank,
+                                                    const float* __restrict bias, const float* __restrict low,
+                                                    const float* __restrict weight, float* __restrict step) {
+  for (int64_t c = 0; c < stride; c += W) {
+    for (int64_t t = 0; t < count; t += 4) {
+      V sums[4] = {load(bias + c), load(bias + c), load(bias + c), load(bias + c)};
+      for (int64_t r = 0; r < rank; ++r) {
+        const V row = load(weight + c * rank + r * W);
+        for (int i = 0; i < 4; ++i) sums[i] += row * low[(t + i) * rank + r];
+      }
+      for (int i = 0; i < 4; ++i) store(step + (t + i) * stride + c, SOFTPLUS ? softplus(sums[i]) : sums[i]);
+    }
+  }
+}
+
 // y *= z sigmoid(z)
 __attribute__((noinline)) static void gate_outputs(int64_t count, int64_t stride, float* const* z, float* const* y) {
   for (int64_t t = 0; t < count; ++t) {
@@ -170,14 +188,16 @@ static void scan_forward(const Scan& s, int64_t begin, int64_t end) {
   constexpr int T = FORWARD_T;
   const int64_t blocks = s.blocks.count(), widest = (s.blocks.width + W - 1) / W * W, N = s.N;
   const int64_t area = T * widest, lanes = widest * N;
-  const bool make_steps = s.softplus || s.bias;
+  const bool make_steps = s.softplus || s.bias || s.rank;
   const auto make = s.softplus ? step_sizes<true, false> : step_sizes<false, false>;
+  const auto project = s.softplus ? project_steps<true> : project_steps<false>;
   Arena arena(5 * Arena::rounded(area) + 2 * Arena::rounded(lanes) + 2 * Arena::rounded(T * N) +
-              2 * Arena::rounded(widest));
+              2 * Arena::rounded(widest) + Arena::rounded(T * s.rank) + Arena::rounded(widest * s.rank));
   float *of_u = arena.take(area), *of_delta = arena.take(area), *of_z = arena.take(area), *of_y = arena.take(area),
         *of_step = arena.take(area), *A = arena.take(lanes), *h = arena.take(lanes), *B = arena.take(T * N),
-        *C = arena.take(T * N), *bias = arena.take(widest), *skip = arena.take(widest);
-  zero(bias, widest), zero(skip, widest);
+        *C = arena.take(T * N), *bias = arena.take(widest), *skip = arena.take(widest), *low = arena.take(T * s.rank),
+        *weight = arena.take(widest * s.rank);
+  zero(bias, widest), zero(skip, widest), zero(low, T * s.rank);
   int64_t reads[T], writes[T];
   float *u[T], *delta[T], *step[T], *z[T], *y[T];
 
@@ -193,19 +213,25 @@ static void scan_forward(const Scan& s, int64_t begin, int64_t end) {
       else zero(h, stride * N);
       if (s.bias) std::memcpy(bias, s.bias.at(b, k) + channel, width * 4);
       if (s.skip) std::memcpy(skip, s.skip.at(b, k) + channel, width * 4);
+      if (s.rank) to_lanes(s.weight.at(b, k) + channel * s.rank, width, s.rank, 1.0f, weight);
       Target target = s.y;
-      if (s.merge) target.add |= k > 0;
+      target.add = s.merge && k > 0;
+      if (!target.add) clear_gaps(target.view, s.route, b, k, channel, width);
       for (int64_t t0 = 0; t0 < s.S; t0 += T) {
         const int64_t count = s.S - t0 < T ? s.S - t0 : T;
         s.route.steps(b, k, t0, count, reads, writes);
         read_rows(s.u, b, k, 0, channel, reads, count, width, stride, of_u, u);
-        read_rows(s.delta, b, k, 0, channel, reads, count, width, stride, of_delta, delta);
         gather(s.b, b, k, group, 0, reads, count, N, N, B);
         gather(s.c, b, k, group, 0, reads, count, N, N, C);
-        if (make_steps) {
-          make(count, stride, bias, delta, of_step, nullptr);
-          for (int64_t t = 0; t < count; ++t) step[t] = of_step + t * stride;
+        if (s.rank) {
+          gather(s.delta, b, k, 0, 0, reads, count, s.rank, s.rank, low);
+          project(count, stride, s.rank, bias, low, weight, of_step);
+        } else {
+          read_rows(s.delta, b, k, 0, channel, reads, count, width, stride, of_delta, delta);
+          if (make_steps) make(count, stride, bias, delta, of_step, nullptr);
         }
+        if (make_steps)
+          for (int64_t t = 0; t < count; ++t) step[t] = of_step + t * stride;
         const bool left = write_rows(target, b, k, channel, writes, count, width, stride, of_y, y);
         for (int64_t v = 0; v < vectors; ++v) {
           tiles<TILE>(N, [&](auto n, int64_t first) {

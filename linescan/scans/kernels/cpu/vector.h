@@ -324,6 +324,14 @@ __attribute__((noinline)) static void transpose(const float* x, int64_t pitch, f
   for (int i = 0; i < W; ++i) store(out + i * out_pitch, rows[i]);
 }
 
+// Zeros for the tokens that a route never writes.
+static void clear_gaps(const View& y, const Route& route, int64_t b, int64_t k, int64_t channel, int64_t width) {
+  if (!route.data) return;
+  const int64_t row = b * route.rows + k, size = y.dtype == Dtype::float32 ? 4 : 2;
+  for (int64_t i = route.gaps_begin[row]; i < route.gaps_begin[row + 1]; ++i)
+    std::memset(y.at(b, k, 0, channel) + route.gaps[i] * y.token * size, 0, width * size);
+}
+
 // (channels, n) of a parameter or state to vectors over channels, out[(c / W * n + i) * W + c % W], and back.
 static void to_lanes(const float* x, int64_t channels, int64_t n, float scale, float* out) {
   const int64_t whole = n % W ? 0 : channels / W * W;
