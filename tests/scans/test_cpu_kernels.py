@@ -14,6 +14,14 @@ compiled = pytest.mark.skipif(cpu.missing() is not None, reason=f"CPU kernels {c
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
 
 
+@pytest.fixture(autouse=True)
+def dirty_memory():
+    """New tensors hold NaN until something is written into them."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(params=list(cpu.LANES))
 def instructions(request):
     """Runs a test with the instruction set capped at each level."""
@@ -121,6 +129,19 @@ def test_selective_scan(case, instructions):
     if not extras:
         inputs["delta"] = inputs["delta"].abs()
     assert_agrees(selective_scan, inputs, **options)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind, rank, own, weights", [("none", 1, 2, 1), ("permuted", 12, 2, 2), ("padded", 17, 1, 2)])
+def test_selective_scan_of_low_rank(kind, rank, own, weights, dtype, instructions):
+    """Step sizes that the kernel makes: from numbers that routes share or not, by one weight or one a route."""
+    inputs = scan_inputs(2, 2, 37, 70, 1, 16)
+    generator = torch.Generator().manual_seed(rank)
+    low = torch.randn(2, own, 37, 2 * rank, generator=generator, dtype=torch.float64)[..., rank:]
+    weight = torch.randn(weights, 70, rank, generator=generator, dtype=torch.float64) / rank
+    inputs |= dict(delta=low, delta_weight=weight)
+    assert_agrees(selective_scan, inputs, dtype, route=orders(2, 37, kind), merge="sum", delta_softplus=True)
 
 
 @compiled

@@ -115,12 +115,6 @@ def _output(x: Tensor, routes: int, merge: bool) -> Tensor:
     return torch.empty(shape, dtype=torch.float32 if merge else x.dtype)
 
 
-def _gradient(x: Tensor, routes: int, route: Tensor | None) -> Tensor:
-    """Room for the gradient of a token input: zero where several steps add to one row."""
-    add = route is not None or x.shape[1] < routes
-    return (torch.zeros if add else torch.empty)(x.shape, dtype=torch.float32)
-
-
 def _like(x: Tensor | None) -> Tensor | None:
     return None if x is None else torch.empty(x.shape, dtype=torch.float32)
 
@@ -138,8 +132,8 @@ def _scan_inputs(args):
     u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, delta_weight, route, merge = args
     u, delta, B, C, z = map(_rows, (u, delta, B, C, z))
     A, D, delta_bias, state, weight = map(_parameter, (A, D, delta_bias, initial_state, delta_weight))
-    routes = A.shape[0]
-    return u, delta, A, B, C, D, z, delta_bias, state, weight, _table(route), routes, delta_softplus, merge
+    table, routes = _table(route), A.shape[0]
+    return u, delta, A, B, C, D, z, delta_bias, state, weight, table, routes, delta_softplus, merge
 
 
 def _scan_forward(*args):
@@ -154,12 +148,8 @@ def _scan_backward(grad_output, grad_state, *args):
     *inputs, route, merge = args
     wide = widen(*inputs)
     u, delta, A, B, C, D, z, delta_bias, _, initial_state = wide
-    routes = A.shape[0]
-    du, ddelta = _gradient(u, routes, route), _gradient(delta, routes, route)
-    dB, dC = torch.zeros(B.shape), torch.zeros(C.shape)
-    dz = None if z is None else _gradient(z, routes, route)
-    dA, dD, dbias, dinitial = _like(A), _like(D), _like(delta_bias), _like(initial_state)
-    grads = (du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial)
+    du, ddelta, dA, dD, dz, dbias, dinitial = map(_like, (u, delta, A, D, z, delta_bias, initial_state))
+    grads = (du, ddelta, dA, torch.zeros(B.shape), torch.zeros(C.shape), dD, dz, dbias, dinitial)
     call = _scan_inputs((*wide, None, route, merge))
     torch.ops.linescan_cpu.selective_scan_backward.default(*call, _rows(grad_output), _parameter(grad_state), *grads)
     return narrow(_finish(grads, (u, delta, A, B, C, D, z, delta_bias, initial_state)), *inputs)
@@ -183,8 +173,8 @@ def _conv_forward(*args):
 
 
 def _conv_backward(grad_output, grad_state, *args):
-    x, weight, bias, _, initial_state, route, _ = args
-    grads = (_gradient(x, weight.shape[0], route), _like(weight), _like(bias), _like(initial_state))
+    x, weight, bias, _, initial_state, *_ = args
+    grads = tuple(map(_like, (x, weight, bias, initial_state)))
     call = _conv_inputs(args)
     torch.ops.linescan_cpu.causal_conv1d_backward.default(*call, _rows(grad_output), _parameter(grad_state), *grads)
     return _finish(grads, (x, weight, bias, initial_state))

@@ -47,8 +47,7 @@ static void conv_forward(const Conv& s, int64_t begin, int64_t end) {
       if (s.bias) std::memcpy(bias, s.bias.at(b, k) + channel, width * 4);
       if (s.initial) to_rows(s.initial.at(b, k) + channel * past, width, past, stride, x);
       else zero(x, past * stride);
-      Target target = s.y;
-      target.add = s.merge && k > 0;
+      const Target target = s.y.of_route(k);
       if (!target.add) clear_gaps(target.view, s.route, b, k, channel, width);
       for (int64_t t0 = 0; t0 < s.S; t0 += T) {
         const int64_t count = s.S - t0 < T ? s.S - t0 : T;
@@ -132,7 +131,7 @@ static void conv_backward(const Conv& s, int64_t begin, int64_t end) {
             store(dx + t * stride + c, sum);
           }
         }
-        scatter(s.dx, b, k, channel, reads, count, width, stride, dx);
+        scatter(s.dx.of_route(k), b, k, channel, reads, count, width, stride, dx);
       }
       for (int64_t i = 0; i < past; ++i) {  // the inputs before the first token: outputs 0 .. i saw input i
         const int64_t kept = i - s.S;

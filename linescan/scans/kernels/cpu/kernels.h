@@ -61,11 +61,13 @@ struct Route {
   }
 };
 
-// A gradient or an output: `add` where several steps can meet in one row (float32 then, zero to begin with).
+// A gradient or an output. Rows are added to, in float32, where several steps of a route can meet in one (`add`; they are
+// zero to begin with), or where all routes share them (`shared`), but for the first route.
 struct Target {
   View view;
-  bool add = false;
+  bool add = false, shared = false;
   explicit operator bool() const { return bool(view); }
+  Target of_route(int64_t k) const { return {view, add || (shared && k > 0), shared}; }
 };
 
 // Work is cut into units of one sample and one block of channels; a block never straddles two groups. In the forward a

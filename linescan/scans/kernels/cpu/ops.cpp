@@ -109,9 +109,11 @@ class Table {
     route.route = x.stride(-2);
     route.rows = x.dim() == 3 ? x.size(1) : 0;
     route.gaps = gaps_.data(), route.gaps_begin = begin_.data();
+    permutes = gaps_.empty() && x.size(-1) == length;
   }
 
   Route route;  // points into this object
+  bool permutes = true;  // every route reads every token once
 
  private:
   template <class T>
@@ -141,11 +143,17 @@ class Table {
 };
 
 // An output; the K routes of a merged one meet in its rows.
-Target output(const Tensor& y, bool merged) { return {view(y, merged), false}; }
+Target output(const Tensor& y, bool merged) { return {view(y, merged), false, merged}; }
 
-// The gradient of a token input; steps of a route, or the routes that share the input, meet in its rows.
-Target gradient(const Tensor& x, const Tensor& table, int64_t routes) {
-  return {view(x), x && (table || (x.size(1) == 1 && routes > 1))};
+// The gradient of a token input. Cleared here where a route may read a token twice, or not at all.
+Target gradient(const Tensor& x, const Table& steps, int64_t routes) {
+  if (!x) return {};
+  if (!steps.permutes) {
+    int64_t count = 1;
+    for (int64_t i = 0; i < x.dim(); ++i) count *= x.size(i);
+    std::memset(x.data(), 0, count * 4);
+  }
+  return {view(x), !steps.permutes, x.size(1) == 1 && routes > 1};
 }
 
 int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -256,7 +264,7 @@ void sum_taps(const Scan& s, int side, const Tensor& out) {
 
 // (inputs, Tensor grad_y, Tensor? grad_state, Tensor(a!) du, Tensor(b!) ddelta, Tensor(c!) dA, Tensor(d!) dB,
 //  Tensor(e!) dC, Tensor(f!)? dD, Tensor(g!)? dz, Tensor(h!)? ddelta_bias, Tensor(i!)? dinitial_state) -> ()
-// All gradients float32 and contiguous; dB and dC begin as zero, the others over tokens where rows can meet.
+// All gradients float32 and contiguous; dB and dC begin as zero.
 void selective_scan_backward(Value* stack, uint64_t, uint64_t) {
   Arguments in(stack);
   ScanInputs inputs(in);
@@ -265,8 +273,8 @@ void selective_scan_backward(Value* stack, uint64_t, uint64_t) {
   const Tensor dD = in.optional(), dz = in.optional(), dbias = in.optional(), dinitial = in.optional();
   Scan& s = inputs.scan;
   s.dy = view(dy, s.merge), s.dstate = state(dstate), s.dinitial = state(dinitial);
-  s.du = gradient(du, inputs.table, s.K), s.ddelta = gradient(ddelta, inputs.table, s.K);
-  s.dz = gradient(dz, inputs.table, s.K);
+  s.du = gradient(du, inputs.steps, s.K), s.ddelta = gradient(ddelta, inputs.steps, s.K);
+  s.dz = gradient(dz, inputs.steps, s.K);
   segment(s);
   const int64_t blocks = s.blocks.count(), units = s.B * blocks;
   const std::unique_ptr<float[]> taps(new float[s.B * s.K * blocks * 2 * s.S * s.N]);
@@ -324,7 +332,7 @@ void causal_conv1d_backward(Value* stack, uint64_t, uint64_t) {
   const Tensor dx = in.tensor(), dweight = in.tensor(), dbias = in.optional(), dinitial = in.optional();
   Conv& s = inputs.conv;
   s.dy = view(dy, s.merge), s.dstate = state(dstate), s.dinitial = state(dinitial);
-  s.dx = gradient(dx, inputs.table, s.K);
+  s.dx = gradient(dx, inputs.steps, s.K);
   s.blocks.width = lesser(64, s.D);
   const int64_t units = s.B * s.blocks.count(), taps = s.W + 1;
   const std::unique_ptr<float[]> partial(new float[s.B * s.K * s.D * taps]);

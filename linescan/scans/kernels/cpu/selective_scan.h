@@ -214,8 +214,7 @@ static void scan_forward(const Scan& s, int64_t begin, int64_t end) {
       if (s.bias) std::memcpy(bias, s.bias.at(b, k) + channel, width * 4);
       if (s.skip) std::memcpy(skip, s.skip.at(b, k) + channel, width * 4);
       if (s.rank) to_lanes(s.weight.at(b, k) + channel * s.rank, width, s.rank, 1.0f, weight);
-      Target target = s.y;
-      target.add = s.merge && k > 0;
+      const Target target = s.y.of_route(k);
       if (!target.add) clear_gaps(target.view, s.route, b, k, channel, width);
       for (int64_t t0 = 0; t0 < s.S; t0 += T) {
         const int64_t count = s.S - t0 < T ? s.S - t0 : T;
@@ -289,6 +288,7 @@ static void scan_backward(const Scan& s, int64_t begin, int64_t end) {
     const int64_t vectors = (width + W - 1) / W, stride = vectors * W;
     zero(bias, stride), zero(skip, stride);
     for (int64_t k = 0; k < s.K; ++k) {
+      const Target to_u = s.du.of_route(k), to_delta = s.ddelta.of_route(k), to_z = s.dz.of_route(k);
       to_lanes(s.A.at(b, k) + channel * N, width, N, LOG2E, A);
       if (s.initial) to_lanes(s.initial.at(b, k) + channel * N, width, N, 1.0f, h);
       else zero(h, lanes);
@@ -341,9 +341,9 @@ static void scan_backward(const Scan& s, int64_t begin, int64_t end) {
         read_rows(s.dy, b, k, 0, channel, writes, count, width, stride, of_out, dy);
         if (s.z) {
           read_rows(s.z, b, k, 0, channel, reads, count, width, stride, of_z, z);
-          const bool left = write_rows(s.dz, b, k, channel, reads, count, width, stride, of_dz, dz);
+          const bool left = write_rows(to_z, b, k, channel, reads, count, width, stride, of_dz, dz);
           ungate(count, stride, y, z, dy, of_dy, dz);
-          if (left) scatter(s.dz, b, k, channel, reads, count, width, stride, of_dz);
+          if (left) scatter(to_z, b, k, channel, reads, count, width, stride, of_dz);
           for (int64_t t = 0; t < count; ++t) dy[t] = of_dy + t * stride;
         }
         for (int64_t t = (count - 1) / T * T; t >= 0; t -= T) {
@@ -365,12 +365,12 @@ static void scan_backward(const Scan& s, int64_t begin, int64_t end) {
             std::memcpy(partial + (side * s.S + t0 + t) * N, sums, few * N * 4);
           }
         }
-        const bool left_u = write_rows(s.du, b, k, channel, reads, count, width, stride, of_du, du);
-        const bool left_delta = write_rows(s.ddelta, b, k, channel, reads, count, width, stride, of_ddelta, ddelta);
+        const bool left_u = write_rows(to_u, b, k, channel, reads, count, width, stride, of_du, du);
+        const bool left_delta = write_rows(to_delta, b, k, channel, reads, count, width, stride, of_ddelta, ddelta);
         conclude(count, stride, u, step, s.softplus ? slope : nullptr, skip, dy, of_exponent, of_x, ddelta, du, dbias,
                  dskip);
-        if (left_u) scatter(s.du, b, k, channel, reads, count, width, stride, of_du);
-        if (left_delta) scatter(s.ddelta, b, k, channel, reads, count, width, stride, of_ddelta);
+        if (left_u) scatter(to_u, b, k, channel, reads, count, width, stride, of_du);
+        if (left_delta) scatter(to_delta, b, k, channel, reads, count, width, stride, of_ddelta);
       }
       from_lanes(dA, width, N, s.partial_A + ((b * s.K + k) * s.D + channel) * N);
       float* of_channel = s.partial_channel + (b * s.K + k) * 2 * s.D + channel;
