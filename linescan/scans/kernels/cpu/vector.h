@@ -111,11 +111,9 @@ LINESCAN_INLINE V softplus(V x, V* slope = nullptr) {
 // Sums of W vectors at once: lane i of the result is the sum over the lanes of x[i].
 template <int STRIDE, int... LANE>
 LINESCAN_INLINE V pairwise(V a, V b, std::integer_sequence<int, LANE...>) {
-  constexpr auto pick = [](int lane, int offset) {
-    const int inner = lane % (2 * STRIDE), base = lane - inner;
-    return (inner < STRIDE ? base + inner : W + base + inner - STRIDE) + offset;
-  };
-  return __builtin_shufflevector(a, b, pick(LANE, 0)...) + __builtin_shufflevector(a, b, pick(LANE, STRIDE)...);
+  const V own = __builtin_shufflevector(a, b, (LANE & STRIDE ? W + LANE : LANE)...);
+  const V other = __builtin_shufflevector(a, b, (LANE & STRIDE ? LANE : W + LANE)...);
+  return own + __builtin_shufflevector(other, other, (LANE ^ STRIDE)...);
 }
 template <int COUNT>
 LINESCAN_INLINE V lane_sums(const float* x) {  // of vectors x[0], x[W / COUNT], ...
