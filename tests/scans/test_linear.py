@@ -52,6 +52,14 @@ def test_takes_onednn_only_where_nobody_watches():
         assert linear(x, weight).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("learned", ["x", "weight", "bias"])
+def test_gradients_reach_whatever_wants_one(learned):
+    inputs = {"x": torch.randn(4, 5), "weight": torch.randn(6, 5), "bias": torch.randn(6)}
+    inputs[learned].requires_grad_()
+    linear(**inputs).sum().backward()
+    assert inputs[learned].grad.abs().sum() > 0
+
+
 def test_wrong_sizes_fail_as_torch_does():
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         linear(torch.randn(3, 4), torch.randn(6, 5))
