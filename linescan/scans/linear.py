@@ -1,8 +1,8 @@
 """Linear maps of tokens, one for all or one a route, float32 on a CPU through oneDNN.
 
 torch hands float32 matrices to MKL, which uses the full width of the vectors on Intel's processors only. oneDNN, which
-torch carries for its convolutions, does so on all of them: half the time on AMD's with AVX-512. `linear` takes it where
-nothing records or traces the call; everywhere else it is `torch.nn.functional.linear`.
+torch carries for its convolutions, does so on all of them: half the time on AMD's with AVX-512, forward and backward.
+`linear` takes it in eager mode; where somebody traces or transforms the call it is `torch.nn.functional.linear`.
 """
 
 import platform
@@ -22,22 +22,46 @@ _ONEDNN = (
 )
 
 
+class _Recorded(torch.autograd.Function):
+    """The product with a derivative, which is made of such products again."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return _through_onednn(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        rows = grad.flatten(0, -2)
+        return (
+            linear(grad, weight.T) if of_x else None,
+            linear(rows.T, x.flatten(0, -2).T) if of_weight else None,
+            rows.sum(0) if of_bias else None,
+        )
+
+
+def _through_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., C), weight (C', C), bias (C',) -> (..., C'): `torch.nn.functional.linear`, faster where it can be."""
-    if (
+    if not (
         _ONEDNN
         and x.dtype == weight.dtype == torch.float32
         and x.is_cpu
         and x.ndim > 1
         and x.numel()
         and x.shape[-1] == weight.shape[-1]
-        and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)))
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.enabled
         and is_plain((x, weight, bias))
     ):
-        return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+        return F.linear(x, weight, bias)
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    return (_Recorded.apply if recorded else _through_onednn)(x, weight, bias)
 
 
 def project_routes(x: Tensor, weight: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def test_is_torchs_linear(shape, view, bias):
         torch.testing.assert_close(linear(x, weight.T.contiguous().T, bias), F.linear(x, weight, bias))
 
 
-def test_takes_onednn_only_where_nobody_watches():
+def test_takes_onednn_in_eager_mode():
     x, weight = torch.randn(4, 5), torch.randn(6, 5)
 
     def operators(run):
@@ -40,9 +40,9 @@ def test_takes_onednn_only_where_nobody_watches():
     fast = "mkldnn::_linear_pointwise"
     if torch.backends.mkldnn.is_available():
         assert fast in operators(lambda: linear(x, weight))
+        assert fast in operators(lambda: linear(x, weight.clone().requires_grad_()).sum().backward())
         with torch.backends.mkldnn.flags(enabled=False):
             assert fast not in operators(lambda: linear(x, weight))
-    assert fast not in operators(lambda: linear(x, weight.clone().requires_grad_()))
     assert fast not in operators(lambda: linear(x.double(), weight.double()))
     assert fast not in operators(lambda: torch.func.vmap(linear, (0, None))(x, weight))
     with torch.no_grad(), torch.autograd.forward_ad.dual_level():
@@ -52,12 +52,20 @@ def test_takes_onednn_only_where_nobody_watches():
         assert linear(x, weight).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("learned", ["x", "weight", "bias"])
-def test_gradients_reach_whatever_wants_one(learned):
-    inputs = {"x": torch.randn(4, 5), "weight": torch.randn(6, 5), "bias": torch.randn(6)}
-    inputs[learned].requires_grad_()
-    linear(**inputs).sum().backward()
-    assert inputs[learned].grad.abs().sum() > 0
+@pytest.mark.parametrize("learned", ["x", "weight", "bias", "x weight", "x weight bias"])
+@pytest.mark.parametrize("shape", [(4, 5), (2, 3, 4, 5)], ids=str)
+def test_gradients(shape, learned):
+    """First and second, of whatever wants one."""
+    torch.manual_seed(0)
+    inputs = {"x": torch.randn(shape), "weight": torch.randn(6, 5), "bias": torch.randn(6)}
+    leaves = [inputs[name].requires_grad_() for name in learned.split()]
+    found = []
+    for function in (linear, F.linear):
+        loss = function(**inputs).square().sum()
+        first = torch.autograd.grad(loss, leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+        found.append((first, second))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-3)
 
 
 def test_wrong_sizes_fail_as_torch_does():
