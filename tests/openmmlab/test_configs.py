@@ -50,6 +50,8 @@ def shrink(cfg):
     backbone.drop_path_rate = 0.0  # for a step in which every block takes part
     if "depths" in known:
         backbone.depths = [1, 1, 1, 1]
+        if "windows" in known:
+            backbone.windows = [3, 3, 3, 1]  # no map may be smaller
     else:
         backbone.depth = 4
         if "img_size" in backbone:
@@ -60,7 +62,9 @@ def shrink(cfg):
             backbone.out_indices = [0, 1, 2, 3]
     if "decode_head" in model:
         model.data_preprocessor.size = (SIDE, SIDE)
-        model.decode_head.channels = model.auxiliary_head.channels = 16
+        model.decode_head.channels = 16
+        if "auxiliary_head" in model:
+            model.auxiliary_head.channels = 16
     else:
         heads = model.roi_head.bbox_head
         for head in heads if isinstance(heads, list) else [heads]:
@@ -133,3 +137,5 @@ def test_every_family_has_every_task():
         names = [name for name in CONFIGS if name.partition("/")[2].startswith(family)]
         for task in ("upernet_ade20k", "upernet_cityscapes", "cascade_mask_rcnn", "mask_rcnn_1x", "mask_rcnn_3x"):
             assert any(task in name for name in names), (family, task)
+    for size in ("tiny", "small", "base", "large"):
+        assert {f"segmentation/segman_{size}_{task}" for task in ("ade20k", "cityscapes")} <= set(CONFIGS)

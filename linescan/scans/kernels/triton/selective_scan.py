@@ -15,9 +15,9 @@ Where there are too few programs to fill the device, time is cut into chunks (`s
 from zero, for its last state and its summed step sizes; as a decay over steps is exp(A * their sum), a second, small
 kernel makes from these the state that each chunk starts in; then all chunks run at once.
 
-Step sizes of low rank (`delta_weight`) come from a matrix product before the scan, and from another before its backward.
-Made in the kernel they would cost R multiply-adds more for each token and channel: with 16 states arithmetic is the limit
-already, and with one state they would about double what a step issues, to save a third of what it reads.
+Step sizes of low rank (`delta_weight`) come from a matrix product before the scan, and from another before its
+backward. Made in the kernel they would cost R multiply-adds more for each token and channel: with 16 states arithmetic
+is the limit already, and with one state they would about double what a step issues, to save a third of what it reads.
 
 The backward keeps the states at every T-th step, remakes those between in registers, and walks back. Sums over
 channels (of B, C) are made within a program, stored, and added up in a fixed order: no atomics, the same bits always.
