@@ -1,8 +1,9 @@
 // The selective scan for one instruction set. Included inside its namespace; hence no include guard.
 //
-// A unit of work is one sample and one block of channels. It walks through time in chunks that stay in the cache: rows
-// are gathered along the route as float32, whatever their dtype and order, so that the loops below know neither; the
-// states of W channels are vectors in registers, TILE of them at a time.
+// A unit of work is one sample and one block of channels. It walks through time in chunks that stay in the cache. The
+// loops below reach the rows of a chunk through pointers, into the tensors where these hold float32, else into copies
+// gathered along the route, so that they know neither dtype nor order. The states of W channels are vectors in registers,
+// TILE of them at a time.
 
 constexpr int FORWARD_T = 32, REVERSE_T = 16;
 constexpr int TILE = W == 16 ? 16 : 8, REVERSE_TILE = 4;  // for 32 vector registers, or 16
