@@ -108,12 +108,22 @@ LINESCAN_INLINE V softplus(V x, V* slope = nullptr) {
   return at_least(x, V{}) + p * s;
 }
 
+// Lanes picked out of a and b, numbered through; GCC has clang's function since version 12.
+template <int... LANE>
+LINESCAN_INLINE V shuffle(V a, V b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, LANE...);
+#else
+  return __builtin_shuffle(a, b, I{LANE...});
+#endif
+}
+
 // Sums of W vectors at once: lane i of the result is the sum over the lanes of x[i].
 template <int STRIDE, int... LANE>
 LINESCAN_INLINE V pairwise(V a, V b, std::integer_sequence<int, LANE...>) {
-  const V own = __builtin_shufflevector(a, b, (LANE & STRIDE ? W + LANE : LANE)...);
-  const V other = __builtin_shufflevector(a, b, (LANE & STRIDE ? LANE : W + LANE)...);
-  return own + __builtin_shufflevector(other, other, (LANE ^ STRIDE)...);
+  const V own = shuffle<(LANE & STRIDE ? W + LANE : LANE)...>(a, b);
+  const V other = shuffle<(LANE & STRIDE ? LANE : W + LANE)...>(a, b);
+  return own + shuffle<(LANE ^ STRIDE)...>(other, other);
 }
 template <int COUNT>
 LINESCAN_INLINE V lane_sums(const float* x) {  // of vectors x[0], x[W / COUNT], ...
@@ -302,8 +312,8 @@ static bool write_rows(const Target& target, int64_t b, int64_t k, int64_t chann
 // W rows of W numbers, `pitch` apart, to their columns: in each round rows a power of two apart exchange half their lanes.
 template <int STRIDE, int... LANE>
 LINESCAN_INLINE void exchange(V& a, V& b, std::integer_sequence<int, LANE...>) {
-  const V first = __builtin_shufflevector(a, b, (LANE & STRIDE ? W + LANE - STRIDE : LANE)...);
-  b = __builtin_shufflevector(a, b, (LANE & STRIDE ? W + LANE : LANE + STRIDE)...);
+  const V first = shuffle<(LANE & STRIDE ? W + LANE - STRIDE : LANE)...>(a, b);
+  b = shuffle<(LANE & STRIDE ? W + LANE : LANE + STRIDE)...>(a, b);
   a = first;
 }
 template <int STRIDE = 1>
