@@ -233,6 +233,10 @@ void segment(Scan& s) {
   s.segment = lesser((fits < 16 ? 16 : fits) / 16 * 16, (s.S + 15) / 16 * 16);
 }
 
+void add(int64_t n, const float* __restrict x, float* __restrict y) {
+  for (int64_t i = 0; i < n; ++i) y[i] += x[i];
+}
+
 // dB or dC (B, K or 1, L, G, N) from the partial sums in time order; blocks and routes are added in their order.
 // Without a route table no two steps meet in a row, and slabs of time can be done at once.
 void sum_taps(const Scan& s, int side, const Tensor& out) {
@@ -242,21 +246,19 @@ void sum_taps(const Scan& s, int side, const Tensor& out) {
   const int64_t units = s.B * ways * s.G * slabs;
   parallel(units, grain(units, s.B * s.K * s.S * blocks * N), [&](int64_t begin, int64_t end) {
     std::vector<int64_t> reads(slab), writes(slab);
-    std::vector<float> sum(N);
+    std::vector<float> sums(slab * N);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t t0 = unit % slabs * slab, count = lesser(slab, s.S - t0);
       const int64_t g = unit / slabs % s.G, way = unit / slabs / s.G % ways, b = unit / slabs / s.G / ways;
       for (int64_t k = apart ? way : 0; k < (apart ? way + 1 : s.K); ++k) {
         s.route.steps(b, k, t0, count, reads.data(), writes.data());
         const float* parts = s.partial_bc + (((b * s.K + k) * blocks + g * per_group) * 2 + side) * s.S * N + t0 * N;
-        for (int64_t t = 0; t < count; ++t) {
-          if (reads[t] < 0) continue;
-          for (int64_t n = 0; n < N; ++n) sum[n] = parts[t * N + n];
-          for (int64_t i = 1; i < per_group; ++i)
-            for (int64_t n = 0; n < N; ++n) sum[n] += parts[(i * 2 * s.S + t) * N + n];
-          float* row = out.floats() + (((b * routes_out + (apart ? way : 0)) * s.L + reads[t]) * s.G + g) * N;
-          for (int64_t n = 0; n < N; ++n) row[n] += sum[n];
-        }
+        std::memcpy(sums.data(), parts, count * N * 4);
+        for (int64_t i = 1; i < per_group; ++i) add(count * N, parts + i * 2 * s.S * N, sums.data());
+        for (int64_t t = 0; t < count; ++t)
+          if (reads[t] >= 0)
+            add(N, sums.data() + t * N,
+                out.floats() + (((b * routes_out + (apart ? way : 0)) * s.L + reads[t]) * s.G + g) * N);
       }
     }
   });

@@ -16,24 +16,24 @@ LINESCAN_INLINE void tiles(int64_t N, F f, int64_t first = 0) {
 }
 
 // h = exp(delta A) h + delta u B, y = skip u + h C over `count` tokens; A comes times log2(e). Token rows are pointers,
-// of which the vector at `channel` is meant. Tiles of states after the FIRST add to y.
+// of which the vector at `channel` and the states from `begin` on are meant. Tiles of states after the FIRST add to y.
 // KEEP: every state is kept, from the one before the first token on.
 template <int TILE_N, bool FIRST, bool OUTPUT, bool KEEP>
-LINESCAN_INLINE void steps(int64_t count, int64_t channel, int64_t N, float* const* delta, float* const* u,
-                           const float* __restrict skip, const float* __restrict A, const float* __restrict B,
-                           const float* __restrict C, float* __restrict state, float* const* y,
-                           float* __restrict kept) {
+LINESCAN_INLINE void steps(int64_t count, int64_t channel, int64_t N, int64_t begin, float* const* delta,
+                           float* const* u, const float* __restrict skip, const float* __restrict A, float* const* B,
+                           float* const* C, float* __restrict state, float* const* y, float* __restrict kept) {
   V h[TILE_N];
   for (int n = 0; n < TILE_N; ++n) h[n] = load(state + n * W);
   for (int64_t t = 0; t < count; ++t) {
     const V step = load(delta[t] + channel), in = load(u[t] + channel), input = step * in;
+    const float *into = B[t] + begin, *from = OUTPUT ? C[t] + begin : nullptr;
     V sum = V{};
     if (OUTPUT) sum = FIRST ? in * load(skip + channel) : load(y[t] + channel);
 #pragma GCC unroll 16
     for (int n = 0; n < TILE_N; ++n) {
       if (KEEP) store(kept + (t * N + n) * W, h[n]);
-      h[n] = exp2(step * load(A + n * W)) * h[n] + input * B[t * N + n];
-      if (OUTPUT) sum += h[n] * C[t * N + n];
+      h[n] = exp2(step * load(A + n * W)) * h[n] + input * into[n];
+      if (OUTPUT) sum += h[n] * from[n];
     }
     if (OUTPUT) store(y[t] + channel, sum);
   }
@@ -54,19 +54,18 @@ LINESCAN_INLINE void steps(int64_t count, int64_t channel, int64_t N, float* con
 
 template <int TILE_N, bool FIRST>
 __attribute__((noinline, LINESCAN_INTERLEAVED)) static void advance(
-    int64_t count, int64_t channel, int64_t N, float* const* delta, float* const* u, const float* __restrict skip,
-    const float* __restrict A, const float* __restrict B, const float* __restrict C, float* __restrict state,
+    int64_t count, int64_t channel, int64_t N, int64_t begin, float* const* delta, float* const* u,
+    const float* __restrict skip, const float* __restrict A, float* const* B, float* const* C, float* __restrict state,
     float* const* y) {
-  steps<TILE_N, FIRST, true, false>(count, channel, N, delta, u, skip, A, B, C, state, y, nullptr);
+  steps<TILE_N, FIRST, true, false>(count, channel, N, begin, delta, u, skip, A, B, C, state, y, nullptr);
 }
 
 template <int TILE_N, bool FIRST, bool OUTPUT, bool KEEP>
-__attribute__((noinline)) static void replay(int64_t count, int64_t channel, int64_t N, float* const* delta,
-                                             float* const* u, const float* __restrict skip,
-                                             const float* __restrict A, const float* __restrict B,
-                                             const float* __restrict C, float* __restrict state, float* const* y,
-                                             float* __restrict kept) {
-  steps<TILE_N, FIRST, OUTPUT, KEEP>(count, channel, N, delta, u, skip, A, B, C, state, y, kept);
+__attribute__((noinline)) static void replay(int64_t count, int64_t channel, int64_t N, int64_t begin,
+                                             float* const* delta, float* const* u, const float* __restrict skip,
+                                             const float* __restrict A, float* const* B, float* const* C,
+                                             float* __restrict state, float* const* y, float* __restrict kept) {
+  steps<TILE_N, FIRST, OUTPUT, KEEP>(count, channel, N, begin, delta, u, skip, A, B, C, state, y, kept);
 }
 
 // Back through `count` tokens, from states[0], the one before the first token, to states[count].
@@ -74,27 +73,28 @@ __attribute__((noinline)) static void replay(int64_t count, int64_t channel, int
 // dx (of x = delta u) are rows one after the other; tiles of states after the FIRST add to them, channels after the
 // first vector to dB and dC, which keep the lanes apart.
 template <int TILE_N, bool FIRST, bool FIRST_VECTOR>
-__attribute__((noinline)) static void reverse(int64_t count, int64_t channel, int64_t stride, int64_t N,
+__attribute__((noinline)) static void reverse(int64_t count, int64_t channel, int64_t stride, int64_t N, int64_t begin,
                                               float* const* delta, float* const* u, float* const* dy,
-                                              const float* __restrict A, const float* __restrict B,
-                                              const float* __restrict C, const float* __restrict states,
+                                              const float* __restrict A, float* const* B, float* const* C,
+                                              const float* __restrict states,
                                               float* __restrict grad, float* __restrict dA, float* __restrict dB,
                                               float* __restrict dC, float* __restrict ddelta, float* __restrict dx) {
   V g[TILE_N];
   for (int n = 0; n < TILE_N; ++n) g[n] = load(grad + n * W);
   for (int64_t t = count - 1; t >= 0; --t) {
     const V step = load(delta[t] + channel), input = step * load(u[t] + channel), out = load(dy[t] + channel);
+    const float *into = B[t] + begin, *from = C[t] + begin;
     V dstep = V{}, dinput = V{};
     if (!FIRST) dstep = load(ddelta + t * stride), dinput = load(dx + t * stride);
 #pragma GCC unroll 8
     for (int n = 0; n < TILE_N; ++n) {
       const int64_t at = (t * N + n) * W;
       const V rate = load(A + n * W);
-      g[n] += out * C[t * N + n];
+      g[n] += out * from[n];
       const V of_C = out * load(states + at + N * W), of_B = input * g[n];
       store(dC + at, FIRST_VECTOR ? of_C : load(dC + at) + of_C);
       store(dB + at, FIRST_VECTOR ? of_B : load(dB + at) + of_B);
-      dinput += g[n] * B[t * N + n];
+      dinput += g[n] * into[n];
       g[n] *= exp2(step * rate);
       const V slope = g[n] * load(states + at);  // gradient of delta A
       store(dA + n * W, load(dA + n * W) + slope * step);
@@ -195,12 +195,12 @@ static void scan_forward(const Scan& s, int64_t begin, int64_t end) {
   Arena arena(5 * Arena::rounded(area) + 2 * Arena::rounded(lanes) + 2 * Arena::rounded(T * N) +
               2 * Arena::rounded(widest) + Arena::rounded(T * s.rank) + Arena::rounded(widest * s.rank));
   float *of_u = arena.take(area), *of_delta = arena.take(area), *of_z = arena.take(area), *of_y = arena.take(area),
-        *of_step = arena.take(area), *A = arena.take(lanes), *h = arena.take(lanes), *B = arena.take(T * N),
-        *C = arena.take(T * N), *bias = arena.take(widest), *skip = arena.take(widest), *low = arena.take(T * s.rank),
+        *of_step = arena.take(area), *A = arena.take(lanes), *h = arena.take(lanes), *of_B = arena.take(T * N),
+        *of_C = arena.take(T * N), *bias = arena.take(widest), *skip = arena.take(widest), *low = arena.take(T * s.rank),
         *weight = arena.take(widest * s.rank);
   zero(bias, widest), zero(skip, widest), zero(low, T * s.rank);
   int64_t reads[T], writes[T];
-  float *u[T], *delta[T], *step[T], *z[T], *y[T];
+  float *u[T], *delta[T], *step[T], *z[T], *y[T], *B[T], *C[T];
 
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t per_sample = s.merge ? blocks : blocks * s.K, b = unit / per_sample, block = unit % blocks;
@@ -221,8 +221,8 @@ static void scan_forward(const Scan& s, int64_t begin, int64_t end) {
         const int64_t count = s.S - t0 < T ? s.S - t0 : T;
         s.route.steps(b, k, t0, count, reads, writes);
         read_rows(s.u, b, k, 0, channel, reads, count, width, stride, of_u, u);
-        gather(s.b, b, k, group, 0, reads, count, N, N, B);
-        gather(s.c, b, k, group, 0, reads, count, N, N, C);
+        read_rows<1>(s.b, b, k, group, 0, reads, count, N, N, of_B, B);
+        read_rows<1>(s.c, b, k, group, 0, reads, count, N, N, of_C, C);
         if (s.rank) {
           gather(s.delta, b, k, 0, 0, reads, count, s.rank, s.rank, low);
           project(count, stride, s.rank, bias, low, weight, of_step);
@@ -237,7 +237,7 @@ static void scan_forward(const Scan& s, int64_t begin, int64_t end) {
           tiles<TILE>(N, [&](auto n, int64_t first) {
             const int64_t at = (v * N + first) * W;
             const auto go = first ? advance<n(), false> : advance<n(), true>;
-            go(count, v * W, N, make_steps ? step : delta, u, skip, A + at, B + first, C + first, h + at, y);
+            go(count, v * W, N, first, make_steps ? step : delta, u, skip, A + at, B, C, h + at, y);
           });
         }
         if (s.z) {
@@ -264,7 +264,7 @@ static void scan_backward(const Scan& s, int64_t begin, int64_t end) {
   const int64_t pointers = Arena::rounded(2 * length);
   Arena arena(13 * Arena::rounded(area) + 4 * Arena::rounded(lanes) + Arena::rounded(segments * lanes) +
               2 * Arena::rounded(length * N) + 4 * Arena::rounded(widest) + 2 * Arena::rounded(taps * W) +
-              Arena::rounded((length + 1) * lanes) + Arena::rounded(taps) + 11 * pointers);
+              Arena::rounded((length + 1) * lanes) + Arena::rounded(taps) + 13 * pointers);
   float *of_u = arena.take(area), *of_delta = arena.take(area), *of_step = arena.take(area), *slope = arena.take(area),
         *of_z = arena.take(area), *of_y = arena.take(area), *of_out = arena.take(area), *of_dy = arena.take(area),
         *of_dz = arena.take(area), *of_du = arena.take(area), *of_ddelta = arena.take(area),
@@ -272,13 +272,13 @@ static void scan_backward(const Scan& s, int64_t begin, int64_t end) {
   float *A = arena.take(lanes), *h = arena.take(lanes), *g = arena.take(lanes), *dA = arena.take(lanes);
   float *bias = arena.take(widest), *skip = arena.take(widest), *dbias = arena.take(widest), *dskip = arena.take(widest);
   float *starts = arena.take(segments * lanes), *states = arena.take((length + 1) * lanes);
-  float *B = arena.take(length * N), *C = arena.take(length * N), *sums = arena.take(taps);
+  float *of_B = arena.take(length * N), *of_C = arena.take(length * N), *sums = arena.take(taps);
   float *dB = arena.take(taps * W), *dC = arena.take(taps * W);
   zero(dB, taps * W), zero(dC, taps * W);
   const auto take_pointers = [&] { return reinterpret_cast<float**>(arena.take(2 * length)); };
   float **u = take_pointers(), **delta = take_pointers(), **step = take_pointers(), **z = take_pointers(),
         **y = take_pointers(), **dy = take_pointers(), **dz = take_pointers(), **du = take_pointers(),
-        **ddelta = take_pointers();
+        **ddelta = take_pointers(), **B = take_pointers(), **C = take_pointers();
   int64_t* reads = reinterpret_cast<int64_t*>(arena.take(2 * length));
   int64_t* writes = reinterpret_cast<int64_t*>(arena.take(2 * length));
 
@@ -303,7 +303,7 @@ static void scan_backward(const Scan& s, int64_t begin, int64_t end) {
         s.route.steps(b, k, t0, count, reads, writes);
         read_rows(s.u, b, k, 0, channel, reads, count, width, stride, of_u, u);
         read_rows(s.delta, b, k, 0, channel, reads, count, width, stride, of_delta, delta);
-        gather(s.b, b, k, group, 0, reads, count, N, N, B);
+        read_rows<1>(s.b, b, k, group, 0, reads, count, N, N, of_B, B);
         if (!make_steps) return std::memcpy(step, delta, count * sizeof *step), void();
         (with_slope ? make_sloped : make)(count, stride, bias, delta, of_step, slope);
         for (int64_t t = 0; t < count; ++t) step[t] = of_step + t * stride;
@@ -316,7 +316,7 @@ static void scan_backward(const Scan& s, int64_t begin, int64_t end) {
           for (int64_t v = 0; v < vectors; ++v) {
             tiles<TILE>(N, [&](auto n, int64_t first) {
               const int64_t at = (v * N + first) * W;
-              replay<n(), true, false, false>(T, v * W, N, step, u, skip, A + at, B + first, nullptr, h + at, nullptr,
+              replay<n(), true, false, false>(T, v * W, N, first, step, u, skip, A + at, B, nullptr, h + at, nullptr,
                                               nullptr);
             });
           }
@@ -327,7 +327,7 @@ static void scan_backward(const Scan& s, int64_t begin, int64_t end) {
       for (int64_t segment = segments - 1; segment >= 0; --segment) {
         const int64_t t0 = segment * length, count = s.S - t0 < length ? s.S - t0 : length;
         fetch(t0, count, true);
-        gather(s.c, b, k, group, 0, reads, count, N, N, C);
+        read_rows<1>(s.c, b, k, group, 0, reads, count, N, N, of_C, C);
         for (int64_t t = 0; t < count; ++t) y[t] = of_y + t * stride;
         for (int64_t v = 0; v < vectors; ++v) {
           tiles<TILE>(N, [&](auto n, int64_t first) {
@@ -335,7 +335,7 @@ static void scan_backward(const Scan& s, int64_t begin, int64_t end) {
             const auto keep = !s.z     ? replay<n(), true, false, true>
                               : !first ? replay<n(), true, true, true>
                                        : replay<n(), false, true, true>;
-            keep(count, v * W, N, step, u, skip, A + at, B + first, C + first, starts + segment * lanes + at, y,
+            keep(count, v * W, N, first, step, u, skip, A + at, B, C, starts + segment * lanes + at, y,
                  states + v * (length + 1) * N * W + first * W);
           });
         }
@@ -352,10 +352,10 @@ static void scan_backward(const Scan& s, int64_t begin, int64_t end) {
           for (int64_t v = 0; v < vectors; ++v) {
             const int64_t row = t * stride + v * W;
             tiles<REVERSE_TILE>(N, [&](auto n, int64_t first) {
-              const int64_t at = (v * N + first) * W, here = first * W, tap = t * N + first;
+              const int64_t at = (v * N + first) * W, here = first * W;
               const auto back = first ? (v ? reverse<n(), false, false> : reverse<n(), false, true>)
                                       : (v ? reverse<n(), true, false> : reverse<n(), true, true>);
-              back(few, v * W, stride, N, step + t, u + t, dy + t, A + at, B + tap, C + tap,
+              back(few, v * W, stride, N, first, step + t, u + t, dy + t, A + at, B + t, C + t,
                    states + (v * (length + 1) + t) * N * W + here, g + at, dA + at, dB + here, dC + here,
                    of_exponent + row, of_x + row);
             });

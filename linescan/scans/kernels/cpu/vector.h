@@ -279,18 +279,20 @@ static void scatter(const Target& target, int64_t b, int64_t k, int64_t channel,
     scatter_rows<false>(reinterpret_cast<Float16*>(base), y.token, token, rows, width, stride, in);
 }
 
-// Rows of float32 as the loops read and write them: where they stand, if `direct`, else in a buffer. A token of -1 is the
-// buffer's first row in the first case.
-static bool is_direct(const View& x, int64_t width) { return x.dtype == Dtype::float32 && width % W == 0; }
+// Rows of float32 as the loops read and write them, in steps of so many numbers: where they stand if they are whole
+// steps of float32, else in a buffer. A token of -1 is the buffer's first row in the first case.
+template <int STEP>
+static bool is_direct(const View& x, int64_t width) { return x.dtype == Dtype::float32 && width % STEP == 0; }
 
 LINESCAN_INLINE void point(float* base, int64_t pitch, const int64_t* token, int64_t rows, float* missing, float** at) {
   for (int64_t t = 0; t < rows; ++t) at[t] = token[t] < 0 ? missing : base + token[t] * pitch;
 }
 
 // Inputs: a row that is missing is zero.
+template <int STEP = W>
 static void read_rows(const View& x, int64_t b, int64_t k, int64_t g, int64_t channel, const int64_t* token,
                       int64_t rows, int64_t width, int64_t stride, float* buffer, float** at) {
-  if (is_direct(x, width)) {
+  if (is_direct<STEP>(x, width)) {
     zero(buffer, stride);
     point(reinterpret_cast<float*>(x.at(b, k, g, channel)), x.token, token, rows, buffer, at);
   } else {
@@ -303,7 +305,7 @@ static void read_rows(const View& x, int64_t b, int64_t k, int64_t g, int64_t ch
 static bool write_rows(const Target& target, int64_t b, int64_t k, int64_t channel, const int64_t* token, int64_t rows,
                        int64_t width, int64_t stride, float* buffer, float** at) {
   const View& y = target.view;
-  const bool direct = !target.add && is_direct(y, width);
+  const bool direct = !target.add && is_direct<W>(y, width);
   if (direct) point(reinterpret_cast<float*>(y.at(b, k, 0, channel)), y.token, token, rows, buffer, at);
   else for (int64_t t = 0; t < rows; ++t) at[t] = buffer + t * stride;
   return !direct;
