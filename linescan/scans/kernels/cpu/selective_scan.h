@@ -262,13 +262,13 @@ static void scan_backward(const Scan& s, int64_t begin, int64_t end) {
   const auto make = s.softplus ? step_sizes<true, false> : step_sizes<false, false>;
   const auto make_sloped = s.softplus ? step_sizes<true, true> : step_sizes<false, false>;
   const int64_t pointers = Arena::rounded(2 * length);
-  Arena arena(13 * Arena::rounded(area) + 4 * Arena::rounded(lanes) + Arena::rounded(segments * lanes) +
+  Arena arena(11 * Arena::rounded(area) + 2 * Arena::rounded(T * widest) + 4 * Arena::rounded(lanes) + Arena::rounded(segments * lanes) +
               2 * Arena::rounded(length * N) + 4 * Arena::rounded(widest) + 2 * Arena::rounded(taps * W) +
               Arena::rounded((length + 1) * lanes) + Arena::rounded(taps) + 13 * pointers);
   float *of_u = arena.take(area), *of_delta = arena.take(area), *of_step = arena.take(area), *slope = arena.take(area),
         *of_z = arena.take(area), *of_y = arena.take(area), *of_out = arena.take(area), *of_dy = arena.take(area),
         *of_dz = arena.take(area), *of_du = arena.take(area), *of_ddelta = arena.take(area),
-        *of_exponent = arena.take(area), *of_x = arena.take(area);
+        *of_exponent = arena.take(T * widest), *of_x = arena.take(T * widest);
   float *A = arena.take(lanes), *h = arena.take(lanes), *g = arena.take(lanes), *dA = arena.take(lanes);
   float *bias = arena.take(widest), *skip = arena.take(widest), *dbias = arena.take(widest), *dskip = arena.take(widest);
   float *starts = arena.take(segments * lanes), *states = arena.take((length + 1) * lanes);
@@ -347,17 +347,18 @@ static void scan_backward(const Scan& s, int64_t begin, int64_t end) {
           if (left) scatter(to_z, b, k, channel, reads, count, width, stride, of_dz);
           for (int64_t t = 0; t < count; ++t) dy[t] = of_dy + t * stride;
         }
+        const bool left_u = write_rows(to_u, b, k, channel, reads, count, width, stride, of_du, du);
+        const bool left_delta = write_rows(to_delta, b, k, channel, reads, count, width, stride, of_ddelta, ddelta);
         for (int64_t t = (count - 1) / T * T; t >= 0; t -= T) {
           const int64_t few = count - t < T ? count - t : T;
           for (int64_t v = 0; v < vectors; ++v) {
-            const int64_t row = t * stride + v * W;
             tiles<REVERSE_TILE>(N, [&](auto n, int64_t first) {
               const int64_t at = (v * N + first) * W, here = first * W;
               const auto back = first ? (v ? reverse<n(), false, false> : reverse<n(), false, true>)
                                       : (v ? reverse<n(), true, false> : reverse<n(), true, true>);
               back(few, v * W, stride, N, first, step + t, u + t, dy + t, A + at, B + t, C + t,
                    states + (v * (length + 1) + t) * N * W + here, g + at, dA + at, dB + here, dC + here,
-                   of_exponent + row, of_x + row);
+                   of_exponent + v * W, of_x + v * W);
             });
           }
           for (int side = 0; side < 2; ++side) {
@@ -365,11 +366,9 @@ static void scan_backward(const Scan& s, int64_t begin, int64_t end) {
             for (int64_t i = 0; i < taps; i += W) store(sums + i, lane_sums<W>(apart + i * W));
             std::memcpy(partial + (side * s.S + t0 + t) * N, sums, few * N * 4);
           }
+          conclude(few, stride, u + t, step + t, s.softplus ? slope + t * stride : nullptr, skip, dy + t, of_exponent,
+                   of_x, ddelta + t, du + t, dbias, dskip);
         }
-        const bool left_u = write_rows(to_u, b, k, channel, reads, count, width, stride, of_du, du);
-        const bool left_delta = write_rows(to_delta, b, k, channel, reads, count, width, stride, of_ddelta, ddelta);
-        conclude(count, stride, u, step, s.softplus ? slope : nullptr, skip, dy, of_exponent, of_x, ddelta, du, dbias,
-                 dskip);
         if (left_u) scatter(to_u, b, k, channel, reads, count, width, stride, of_du);
         if (left_delta) scatter(to_delta, b, k, channel, reads, count, width, stride, of_ddelta);
       }
