@@ -23,6 +23,7 @@ A token that no step of a route writes has output zero on that route. A route wr
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
+from itertools import compress
 from typing import Callable, Iterator, Sequence
 
 import torch
@@ -350,20 +351,23 @@ class Recurrence:
 
         def setup_context(ctx, inputs, output):
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*[x for x in inputs if isinstance(x, Tensor)])
-            ctx.others = [None if isinstance(x, Tensor) else (x,) for x in inputs]
+            ctx.is_tensor = [isinstance(x, Tensor) for x in inputs]
+            ctx.others = [None if tensor else x for x, tensor in zip(inputs, ctx.is_tensor)]
+            ctx.save_for_backward(*compress(inputs, ctx.is_tensor))
             ctx.output = output[0].shape, output[0].dtype, output[0].device
 
         def differentiate(ctx, grad_output, grad_state):
             tensors = iter(ctx.saved_tensors)
-            inputs = [next(tensors) if other is None else other[0] for other in ctx.others]
+            inputs = [next(tensors) if tensor else x for x, tensor in zip(ctx.others, ctx.is_tensor)]
             if grad_output is None:
                 shape, dtype, device = ctx.output
                 grad_output = torch.zeros(shape, dtype=dtype, device=device)
             # a gradient that will be differentiated again has to know that it cannot be
             plain = not torch.is_grad_enabled() and is_plain((grad_output, grad_state))
             grads = iter((self._backward if plain else backward)(grad_output, grad_state, *inputs))
-            return tuple(next(grads) if self._has_gradient(x) else None for x in inputs)
+            return tuple([
+                next(grads) if tensor and x.is_floating_point() else None for x, tensor in zip(inputs, ctx.is_tensor)
+            ])  # fmt: skip
 
         # The older form of a Function: with a `setup_context` of its own, torch binds the arguments anew at every call.
         def forward_eagerly(ctx, *inputs):

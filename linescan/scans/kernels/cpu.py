@@ -112,11 +112,12 @@ def _output(x: Tensor, routes: int, merge: bool) -> Tensor:
     """Room for the output: float32 where routes are summed in it."""
     batch, _, length, channels = x.shape
     shape = (batch, length, channels) if merge else (batch, routes, length, channels)
-    return torch.empty(shape, dtype=torch.float32 if merge else x.dtype)
+    return x.new_empty(shape, dtype=torch.float32 if merge else None)
 
 
-def _like(x: Tensor | None) -> Tensor | None:
-    return None if x is None else torch.empty(x.shape, dtype=torch.float32)
+def _like(x: Tensor | None, new=torch.empty_like) -> Tensor | None:
+    """Room for a gradient."""
+    return None if x is None else new(x, dtype=torch.float32, memory_format=torch.contiguous_format)
 
 
 def _finish(grads, inputs) -> list[Tensor]:
@@ -139,7 +140,7 @@ def _scan_inputs(args):
 def _scan_forward(*args):
     u, A, merge = args[0], args[2], args[-1]
     y = _output(u, A.shape[0], merge)
-    state = torch.empty((u.shape[0], *A.shape))
+    state = A.new_empty((u.shape[0], *A.shape), dtype=torch.float32)
     torch.ops.linescan_cpu.selective_scan.default(*_scan_inputs(args), y, state)
     return y if y.dtype is u.dtype else y.to(u.dtype), state
 
@@ -149,7 +150,8 @@ def _scan_backward(grad_output, grad_state, *args):
     wide = widen(*inputs)
     u, delta, A, B, C, D, z, delta_bias, _, initial_state = wide
     du, ddelta, dA, dD, dz, dbias, dinitial = map(_like, (u, delta, A, D, z, delta_bias, initial_state))
-    grads = (du, ddelta, dA, torch.zeros(B.shape), torch.zeros(C.shape), dD, dz, dbias, dinitial)
+    dB, dC = _like(B, torch.zeros_like), _like(C, torch.zeros_like)
+    grads = (du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial)
     call = _scan_inputs((*wide, None, route, merge))
     torch.ops.linescan_cpu.selective_scan_backward.default(*call, _rows(grad_output), _parameter(grad_state), *grads)
     return narrow(_finish(grads, (u, delta, A, B, C, D, z, delta_bias, initial_state)), *inputs)
@@ -167,7 +169,8 @@ def _conv_inputs(args):
 def _conv_forward(*args):
     x, weight, *_, merge = args
     y = _output(x, weight.shape[0], merge)
-    state = torch.empty((x.shape[0], *weight.shape[:2], weight.shape[-1] - 1))
+    shape = x.shape[0], *weight.shape[:2], weight.shape[-1] - 1
+    state = weight.new_empty(shape, dtype=torch.float32)
     torch.ops.linescan_cpu.causal_conv1d.default(*_conv_inputs(args), y, state)
     return y if y.dtype is x.dtype else y.to(x.dtype), state
 
