@@ -50,14 +50,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., C), weight (C', C), bias (C',) -> (..., C'): `torch.nn.functional.linear`, faster where it can be."""
     if not (
         _ONEDNN
-        and x.dtype == weight.dtype == torch.float32
         and x.is_cpu
+        and is_plain((x, weight, bias))
+        and x.dtype == weight.dtype == torch.float32
         and x.ndim > 1
         and x.numel()
         and x.shape[-1] == weight.shape[-1]
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.enabled
-        and is_plain((x, weight, bias))
     ):
         return F.linear(x, weight, bias)
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
