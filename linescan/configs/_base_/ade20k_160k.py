@@ -1,14 +1,3 @@
 # Swin's schedule on ADE20K: 160 000 iterations of 16 images (8 GPUs with 2 each) of 512x512.
-_base_ = [
-    'mmseg::_base_/datasets/ade20k.py', 'mmseg::_base_/schedules/schedule_160k.py', 'mmseg::_base_/default_runtime.py'
-]
-optim_wrapper = dict(
-    _delete_=True,
-    type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),
-    paramwise_cfg=dict(custom_keys=dict(norm=dict(decay_mult=0.), pos_embed=dict(decay_mult=0.))))
-param_scheduler = [
-    dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=1500),
-    dict(type='PolyLR', eta_min=0.0, power=1.0, begin=1500, end=160000, by_epoch=False),
-]
+_base_ = ['mmseg::_base_/datasets/ade20k.py', './adamw_160k.py', 'mmseg::_base_/default_runtime.py']
 train_dataloader = dict(batch_size=2)

@@ -1,15 +1,3 @@
 # As on ADE20K, 160 000 iterations of 16 images of 512x1024. None of the papers reports Cityscapes.
-_base_ = [
-    'mmseg::_base_/datasets/cityscapes.py', 'mmseg::_base_/schedules/schedule_160k.py',
-    'mmseg::_base_/default_runtime.py'
-]
-optim_wrapper = dict(
-    _delete_=True,
-    type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),
-    paramwise_cfg=dict(custom_keys=dict(norm=dict(decay_mult=0.), pos_embed=dict(decay_mult=0.))))
-param_scheduler = [
-    dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=1500),
-    dict(type='PolyLR', eta_min=0.0, power=1.0, begin=1500, end=160000, by_epoch=False),
-]
+_base_ = ['mmseg::_base_/datasets/cityscapes.py', './adamw_160k.py', 'mmseg::_base_/default_runtime.py']
 train_dataloader = dict(batch_size=2)

@@ -1,10 +1,15 @@
-# What the two trainings on digit scenes (linescan/engine/digit_scenes.py) share: log and checkpoints.
+# What the two trainings on digit scenes (linescan/engine/digit_scenes.py) share: optimiser, log and checkpoints.
 data_root = 'runs/demo-dense/data/'
 val_annotations = data_root + 'val/instances.json'
 size = (96, 96)
 
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
+optim_wrapper = dict(
+    type='OptimWrapper',
+    optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
+    paramwise_cfg=dict(norm_decay_mult=0., bias_decay_mult=0.),
+    clip_grad=dict(max_norm=5))
 
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),

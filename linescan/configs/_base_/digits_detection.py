@@ -36,11 +36,6 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type='CocoMetric', ann_file={{_base_.val_annotations}}, metric=['bbox', 'segm'])
 test_evaluator = val_evaluator
 
-optim_wrapper = dict(
-    type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
-    paramwise_cfg=dict(norm_decay_mult=0., bias_decay_mult=0.),
-    clip_grad=dict(max_norm=5))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=30),
     dict(type='CosineAnnealingLR', by_epoch=False, begin=30, end=400, eta_min_ratio=0.01),
