@@ -70,12 +70,19 @@ def info() -> str:
 # -- what all operators share -----------------------------------------------------------------------------------------
 
 
+def _unfit(args) -> Tensor | None:
+    """The first argument that no kernel takes."""
+    for x in args:
+        if isinstance(x, Tensor) and not (x.is_cpu and x.dtype in _SERVED and x.numel()):
+            return x
+    return None
+
+
 def _supports(*args) -> bool:
     """Whether the kernel serves a call; says once if it would, were it there."""
     global _said
-    for x in args:
-        if isinstance(x, Tensor) and not (x.is_cpu and x.dtype in _SERVED and x.numel()):
-            return False
+    if _unfit(args) is not None:
+        return False
     if _missing is not None and not _said:
         _said = True
         _log.warning("linescan: the CPU kernels are %s. The slower torch form serves instead.", _missing)
@@ -86,12 +93,12 @@ def _check(op: Recurrence, *args) -> None:
     """For calls that ask for the kernel by name."""
     if _missing is not None:
         raise RuntimeError(f"{op.name}: the CPU kernels are {_missing}")
-    for x in args:
-        if isinstance(x, Tensor) and not (x.is_cpu and x.dtype in _SERVED and x.numel()):
-            raise ValueError(
-                f"{op.name}: the cpu kernel takes non-empty float32, bfloat16 or float16 tensors on the CPU, "
-                f"got {str(x.dtype)[6:]} {tuple(x.shape)} on {x.device}"
-            )
+    x = _unfit(args)
+    if x is not None:
+        raise ValueError(
+            f"{op.name}: the cpu kernel takes non-empty float32, bfloat16 or float16 tensors on the CPU, "
+            f"got {str(x.dtype)[6:]} {tuple(x.shape)} on {x.device}"
+        )
 
 
 def _rows(x: Tensor | None) -> Tensor | None:

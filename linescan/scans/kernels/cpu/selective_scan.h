@@ -230,8 +230,7 @@ static void scan_forward(const Scan& s, int64_t begin, int64_t end) {
           read_rows(s.delta, b, k, 0, channel, reads, count, width, stride, of_delta, delta);
           if (make_steps) make(count, stride, bias, delta, of_step, nullptr);
         }
-        if (make_steps)
-          for (int64_t t = 0; t < count; ++t) step[t] = of_step + t * stride;
+        if (make_steps) in_order(of_step, stride, count, step);
         const bool left = write_rows(target, b, k, channel, writes, count, width, stride, of_y, y);
         for (int64_t v = 0; v < vectors; ++v) {
           tiles<TILE>(N, [&](auto n, int64_t first) {
@@ -262,8 +261,8 @@ static void scan_backward(const Scan& s, int64_t begin, int64_t end) {
   const auto make = s.softplus ? step_sizes<true, false> : step_sizes<false, false>;
   const auto make_sloped = s.softplus ? step_sizes<true, true> : step_sizes<false, false>;
   const int64_t pointers = Arena::rounded(2 * length);
-  Arena arena(11 * Arena::rounded(area) + 2 * Arena::rounded(T * widest) + 4 * Arena::rounded(lanes) + Arena::rounded(segments * lanes) +
-              2 * Arena::rounded(length * N) + 4 * Arena::rounded(widest) + 2 * Arena::rounded(taps * W) +
+  Arena arena(11 * Arena::rounded(area) + 2 * Arena::rounded(T * widest) + 4 * Arena::rounded(lanes) +
+              Arena::rounded(segments * lanes) + 2 * Arena::rounded(length * N) + 4 * Arena::rounded(widest) + 2 * Arena::rounded(taps * W) +
               Arena::rounded((length + 1) * lanes) + Arena::rounded(taps) + 13 * pointers);
   float *of_u = arena.take(area), *of_delta = arena.take(area), *of_step = arena.take(area), *slope = arena.take(area),
         *of_z = arena.take(area), *of_y = arena.take(area), *of_out = arena.take(area), *of_dy = arena.take(area),
@@ -276,8 +275,8 @@ static void scan_backward(const Scan& s, int64_t begin, int64_t end) {
   float *dB = arena.take(taps * W), *dC = arena.take(taps * W);
   zero(dB, taps * W), zero(dC, taps * W);
   const auto take_pointers = [&] { return reinterpret_cast<float**>(arena.take(2 * length)); };
-  float **u = take_pointers(), **delta = take_pointers(), **step = take_pointers(), **z = take_pointers(),
-        **y = take_pointers(), **dy = take_pointers(), **dz = take_pointers(), **du = take_pointers(),
+  float **u = take_pointers(), **delta = take_pointers(), **step = make_steps ? take_pointers() : delta,
+        **z = take_pointers(), **y = take_pointers(), **dy = take_pointers(), **dz = take_pointers(), **du = take_pointers(),
         **ddelta = take_pointers(), **B = take_pointers(), **C = take_pointers();
   int64_t* reads = reinterpret_cast<int64_t*>(arena.take(2 * length));
   int64_t* writes = reinterpret_cast<int64_t*>(arena.take(2 * length));
@@ -304,9 +303,9 @@ static void scan_backward(const Scan& s, int64_t begin, int64_t end) {
         read_rows(s.u, b, k, 0, channel, reads, count, width, stride, of_u, u);
         read_rows(s.delta, b, k, 0, channel, reads, count, width, stride, of_delta, delta);
         read_rows<1>(s.b, b, k, group, 0, reads, count, N, N, of_B, B);
-        if (!make_steps) return std::memcpy(step, delta, count * sizeof *step), void();
+        if (!make_steps) return;
         (with_slope ? make_sloped : make)(count, stride, bias, delta, of_step, slope);
-        for (int64_t t = 0; t < count; ++t) step[t] = of_step + t * stride;
+        in_order(of_step, stride, count, step);
       };
       for (int64_t segment = 0; segment < segments; ++segment) {
         std::memcpy(starts + segment * lanes, h, lanes * 4);
@@ -328,7 +327,7 @@ static void scan_backward(const Scan& s, int64_t begin, int64_t end) {
         const int64_t t0 = segment * length, count = s.S - t0 < length ? s.S - t0 : length;
         fetch(t0, count, true);
         read_rows<1>(s.c, b, k, group, 0, reads, count, N, N, of_C, C);
-        for (int64_t t = 0; t < count; ++t) y[t] = of_y + t * stride;
+        in_order(of_y, stride, count, y);
         for (int64_t v = 0; v < vectors; ++v) {
           tiles<TILE>(N, [&](auto n, int64_t first) {
             const int64_t at = (v * N + first) * W;
@@ -345,7 +344,7 @@ static void scan_backward(const Scan& s, int64_t begin, int64_t end) {
           const bool left = write_rows(to_z, b, k, channel, reads, count, width, stride, of_dz, dz);
           ungate(count, stride, y, z, dy, of_dy, dz);
           if (left) scatter(to_z, b, k, channel, reads, count, width, stride, of_dz);
-          for (int64_t t = 0; t < count; ++t) dy[t] = of_dy + t * stride;
+          in_order(of_dy, stride, count, dy);
         }
         const bool left_u = write_rows(to_u, b, k, channel, reads, count, width, stride, of_du, du);
         const bool left_delta = write_rows(to_delta, b, k, channel, reads, count, width, stride, of_ddelta, ddelta);

@@ -284,6 +284,9 @@ static void scatter(const Target& target, int64_t b, int64_t k, int64_t channel,
 template <int STEP>
 static bool is_direct(const View& x, int64_t width) { return x.dtype == Dtype::float32 && width % STEP == 0; }
 
+LINESCAN_INLINE void in_order(float* buffer, int64_t stride, int64_t rows, float** at) {
+  for (int64_t t = 0; t < rows; ++t) at[t] = buffer + t * stride;
+}
 LINESCAN_INLINE void point(float* base, int64_t pitch, const int64_t* token, int64_t rows, float* missing, float** at) {
   for (int64_t t = 0; t < rows; ++t) at[t] = token[t] < 0 ? missing : base + token[t] * pitch;
 }
@@ -297,7 +300,7 @@ static void read_rows(const View& x, int64_t b, int64_t k, int64_t g, int64_t ch
     point(reinterpret_cast<float*>(x.at(b, k, g, channel)), x.token, token, rows, buffer, at);
   } else {
     gather(x, b, k, g, channel, token, rows, width, stride, buffer);
-    for (int64_t t = 0; t < rows; ++t) at[t] = buffer + t * stride;
+    in_order(buffer, stride, rows, at);
   }
 }
 
@@ -307,7 +310,7 @@ static bool write_rows(const Target& target, int64_t b, int64_t k, int64_t chann
   const View& y = target.view;
   const bool direct = !target.add && is_direct<W>(y, width);
   if (direct) point(reinterpret_cast<float*>(y.at(b, k, 0, channel)), y.token, token, rows, buffer, at);
-  else for (int64_t t = 0; t < rows; ++t) at[t] = buffer + t * stride;
+  else in_order(buffer, stride, rows, at);
   return !direct;
 }
 
