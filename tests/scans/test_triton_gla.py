@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contract import table
-from triton_tools import LIMITS, compiled, in_interpreter, interpret, outside_interpreter
+from triton_tools import CALLS, LIMITS, compiled, in_interpreter, interpret, outside_interpreter
 
 from linescan.scans import gla, simple_gla, ssd, wkv6
 from linescan.scans.recurrence import backend
@@ -102,13 +102,7 @@ def test_in_the_interpreter():
 
 
 @in_interpreter
-@pytest.mark.parametrize("kind, merge, dtype, shared", [
-    ("none", None, torch.float32, False),
-    ("permutation", "sum", torch.float32, True),
-    ("per_sample", None, torch.float32, False),
-    ("repeated", "sum", torch.bfloat16, False),
-    ("padded", None, torch.float16, True),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize("kind, merge, dtype, shared", CALLS, ids=str)
 @pytest.mark.parametrize("op", OPS, ids=str)
 def test_is_the_definition(op, kind, merge, dtype, shared):
     torch.manual_seed(0)

@@ -6,7 +6,7 @@ from importlib import import_module
 import pytest
 import torch
 from contract import noise, table
-from triton_tools import LIMITS, compiled, in_interpreter, interpret, outside_interpreter
+from triton_tools import CALLS, LIMITS, compiled, in_interpreter, interpret, outside_interpreter
 
 from linescan.scans import bi_wkv
 from linescan.scans.recurrence import backend
@@ -55,13 +55,7 @@ def short_tiles(monkeypatch):
 
 
 @in_interpreter
-@pytest.mark.parametrize("kind, merge, dtype, shared", [
-    ("none", None, torch.float32, False),
-    ("permutation", "sum", torch.float32, True),
-    ("per_sample", None, torch.float32, False),
-    ("repeated", "sum", torch.bfloat16, False),
-    ("padded", None, torch.float16, True),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize("kind, merge, dtype, shared", CALLS, ids=str)
 def test_is_the_definition(short_tiles, kind, merge, dtype, shared):
     torch.manual_seed(0)
     B, K, L = 2 if kind == "per_sample" else 1, 2, 9

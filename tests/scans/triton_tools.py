@@ -26,9 +26,18 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import torch
+
 HERE = Path(__file__).parent
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 LIMITS = {80: 163 * 1024, 90: 227 * 1024, 120: 99 * 1024}  # shared memory of a block
+CALLS = [  # every kind of route (`contract.table`), merge and dtype, tokens that routes share or not
+    ("none", None, torch.float32, False),
+    ("permutation", "sum", torch.float32, True),
+    ("per_sample", None, torch.float32, False),
+    ("repeated", "sum", torch.bfloat16, False),
+    ("padded", None, torch.float16, True),
+]
 
 
 def _environment(**more: str) -> dict[str, str]:
