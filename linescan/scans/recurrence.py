@@ -146,7 +146,8 @@ def check_shapes(name: str, route: Tensor | None, **arguments: tuple[Tensor | No
     """
     signature = None
     if not torch.compiler.is_compiling():
-        signature = (name, *[None if x is None else x.shape for x, _ in arguments.values()])
+        tensors, layouts = zip(*arguments.values())
+        signature = (name, layouts, *[None if x is None else x.shape for x in tensors])
         signature += (None if route is None else (route.shape, route.dtype),)
         try:
             if signature in _fitting:

@@ -77,6 +77,14 @@ def test_chunk_size_does_not_matter(mixer, monkeypatch):
         close(results(mixer, tokens, "chunked"), want)
 
 
+def test_a_state_that_fits_without_normalization_is_refused_with_it():
+    """The same shapes, another layout: that they were right before must not count."""
+    q, v, state = torch.randn(1, 1, 5, H, 4), torch.randn(1, 1, 5, H, 3), torch.randn(1, 1, H, 4, 3)
+    linear_attention(q, q, v, initial_state=state)
+    with pytest.raises(ValueError, match=r"initial_state is \(B, K, H, dk, 4\)"):
+        linear_attention(q, q, v, initial_state=state, normalize=True)
+
+
 def test_normalized_weights_sum_to_one():
     tokens = MIXERS[1].inputs(L=70)
     ones = torch.ones_like(tokens["v"])
