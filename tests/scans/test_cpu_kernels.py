@@ -238,6 +238,37 @@ def test_accuracy_of_exp_softplus_sigmoid(instructions):
         assert ((got.double() - exact).abs() / ulp).max() < ulps, function.__name__
 
 
+def final_state(initial, delta, A):
+    """The states (D, N) after the tokens of delta (L, D), which bring nothing in."""
+    (channels, states), length = A.shape, len(delta)
+    nothing, none = torch.zeros(1, 1, length, channels), torch.zeros(1, 1, length, states)
+    inputs = dict(u=nothing, delta=delta[None, None], A=A[None], B=none, C=none, initial_state=initial[None, None])
+    return selective_scan(**inputs, return_final_state=True)[1][0, 0]
+
+
+@compiled
+def test_accuracy_of_the_decays(instructions):
+    fast, slow = torch.rand(20_000), 10 ** (-6 * torch.rand(20_000))
+    delta, initial = torch.cat((fast, slow))[None], 1 + torch.rand(40_000, 1)
+    exact = initial.double() * torch.exp(-delta.double()).mT
+    # 1.5e-7 for the product, half a unit for the result, and one for the exponent, whose two factors are rounded
+    assert (final_state(initial, delta, -torch.ones(40_000, 1)) / exact - 1).abs().max() < 2.2e-7
+
+
+@compiled
+def test_a_state_whose_steps_are_0_stays(instructions):
+    initial = 1 + torch.rand(64, 16)
+    after = final_state(initial, torch.zeros(3000, 64), -torch.rand(64, 16))
+    assert (after / initial - 1).abs().max() < 1.2e-7  # one unit in the last place
+
+
+@compiled
+@pytest.mark.parametrize("delta, A, decay", [(3.0, -1e38, 0), (1e38, -1e38, 0), (1.0, -torch.inf, 0), (0.0, -1e38, 1)])
+def test_decays_at_the_ends(instructions, delta, A, decay):
+    after = final_state(torch.ones(20, 2), torch.full((1, 20), delta), torch.full((20, 2), A))
+    assert (after - decay).abs().max() < 1e-36
+
+
 @compiled
 def test_nan_and_infinity_are_not_hidden(instructions):
     special = torch.tensor([torch.nan, -torch.inf, torch.inf, -1000.0, 1000.0])

@@ -165,8 +165,9 @@ int64_t grain(int64_t units, int64_t work) { return work < (int64_t(1) << 18) ? 
 void spread(Blocks& blocks, int64_t others) {
   uint32_t threads = 1;
   stable::check(stable::torch().torch_get_num_threads(&threads));
-  blocks.width = lesser(64, blocks.D / blocks.G);
-  while (threads > 1 && blocks.width > 16 && others * blocks.count() < 2 * int64_t(threads)) blocks.width /= 2;
+  blocks.width = lesser(384, blocks.D / blocks.G);
+  while (threads > 1 && blocks.width > 16 && others * blocks.count() < 2 * int64_t(threads))
+    blocks.width = (blocks.width / 2 + 15) / 16 * 16;
 }
 
 // out[i] = sum over b and k of x[b][k][i], k kept apart if `routes_out` > 1; in this order.

@@ -5,8 +5,8 @@
 // gathered along the route, so that they know neither dtype nor order. The states of W channels are vectors in registers,
 // TILE of them at a time.
 
-constexpr int FORWARD_T = 32, REVERSE_T = 16;
-constexpr int TILE = W == 16 ? 16 : 8, REVERSE_TILE = 4;  // for 32 vector registers, or 16
+constexpr int FORWARD_T = 64, REVERSE_T = 8;  // tokens in a chunk
+constexpr int TILE = W == 16 ? 16 : 8, REVERSE_TILE = 8;  // for 32 vector registers, or 16
 
 // Calls f(integral_constant<int, n>, first state) until all N states are covered.
 template <int LARGEST, class F>
@@ -17,55 +17,44 @@ LINESCAN_INLINE void tiles(int64_t N, F f, int64_t first = 0) {
 
 // h = exp(delta A) h + delta u B, y = skip u + h C over `count` tokens; A comes times log2(e). Token rows are pointers,
 // of which the vector at `channel` and the states from `begin` on are meant. Tiles of states after the FIRST add to y.
-// KEEP: every state is kept, from the one before the first token on.
+// KEEP: every state is kept, from the one before the first token on. Never inlined: `restrict` would be lost.
 template <int TILE_N, bool FIRST, bool OUTPUT, bool KEEP>
-LINESCAN_INLINE void steps(int64_t count, int64_t channel, int64_t N, int64_t begin, float* const* delta,
-                           float* const* u, const float* __restrict skip, const float* __restrict A, float* const* B,
-                           float* const* C, float* __restrict state, float* const* y, float* __restrict kept) {
+LINESCAN_IN_ORDER static void advance(int64_t count, int64_t channel, int64_t N, int64_t begin, float* const* delta,
+                                      float* const* u, const float* __restrict skip, const float* __restrict A,
+                                      float* const* B, float* const* C, float* __restrict state, float* const* y,
+                                      float* __restrict kept) {
   V h[TILE_N];
-  for (int n = 0; n < TILE_N; ++n) h[n] = load(state + n * W);
+  staggered<TILE_N>([&](int n) LINESCAN_STAGE { h[n] = load(state + n * W); });
   for (int64_t t = 0; t < count; ++t) {
     const V step = load(delta[t] + channel), in = load(u[t] + channel), input = step * in;
     const float *into = B[t] + begin, *from = OUTPUT ? C[t] + begin : nullptr;
-    V sum = V{};
-    if (OUTPUT) sum = FIRST ? in * load(skip + channel) : load(y[t] + channel);
-#pragma GCC unroll 16
-    for (int n = 0; n < TILE_N; ++n) {
-      if (KEEP) store(kept + (t * N + n) * W, h[n]);
-      h[n] = exp2(step * load(A + n * W)) * h[n] + input * into[n];
-      if (OUTPUT) sum += h[n] * from[n];
-    }
-    if (OUTPUT) store(y[t] + channel, sum);
+    V sums[2] = {};
+    if (OUTPUT) sums[0] = FIRST ? in * load(skip + channel) : load(y[t] + channel);
+    Power decay[TILE_N];
+    asm volatile("" : "+r"(A));  // else it is A that the compiler keeps in registers, and the states in memory
+    staggered<TILE_N>(
+        [&](int n) LINESCAN_STAGE {
+          if (KEEP) store(kept + (t * N + n) * W, h[n]);
+          decay[n].start(step * load(A + n * W));
+        },
+        [&](int n) LINESCAN_STAGE { decay[n].round(); },
+        [&](int n) LINESCAN_STAGE { decay[n].split(); },
+        [&](int n) LINESCAN_STAGE {
+          decay[n].times(h[n]);
+          V more = input * into[n];
+          pin(more);
+          h[n] = decay[n].plus(more);
+          pin(h[n]);
+        },
+        [&](int n) LINESCAN_STAGE {
+          if (OUTPUT) sums[n % 2] += h[n] * from[n];
+        });
+    if (OUTPUT) store(y[t] + channel, sums[0] + sums[1]);
   }
-  for (int n = 0; n < TILE_N; ++n) {
+  staggered<TILE_N>([&](int n) LINESCAN_STAGE {
     store(state + n * W, h[n]);
     if (KEEP) store(kept + (count * N + n) * W, h[n]);
-  }
-}
-
-// The two uses, never inlined: `restrict` would be lost. Every state is a chain of some 14 dependent instructions, and a
-// processor looks ahead over a few of them only; GCC interleaves them when told to, which gains a tenth here, while the
-// stores of the other use are in its way.
-#if defined(__GNUC__) && !defined(__clang__)
-#define LINESCAN_INTERLEAVED optimize("schedule-insns", "sched-pressure")
-#else
-#define LINESCAN_INTERLEAVED
-#endif
-
-template <int TILE_N, bool FIRST>
-__attribute__((noinline, LINESCAN_INTERLEAVED)) static void advance(
-    int64_t count, int64_t channel, int64_t N, int64_t begin, float* const* delta, float* const* u,
-    const float* __restrict skip, const float* __restrict A, float* const* B, float* const* C, float* __restrict state,
-    float* const* y) {
-  steps<TILE_N, FIRST, true, false>(count, channel, N, begin, delta, u, skip, A, B, C, state, y, nullptr);
-}
-
-template <int TILE_N, bool FIRST, bool OUTPUT, bool KEEP>
-__attribute__((noinline)) static void replay(int64_t count, int64_t channel, int64_t N, int64_t begin,
-                                             float* const* delta, float* const* u, const float* __restrict skip,
-                                             const float* __restrict A, float* const* B, float* const* C,
-                                             float* __restrict state, float* const* y, float* __restrict kept) {
-  steps<TILE_N, FIRST, OUTPUT, KEEP>(count, channel, N, begin, delta, u, skip, A, B, C, state, y, kept);
+  });
 }
 
 // Back through `count` tokens, from states[0], the one before the first token, to states[count].
@@ -73,37 +62,57 @@ __attribute__((noinline)) static void replay(int64_t count, int64_t channel, int
 // dx (of x = delta u) are rows one after the other; tiles of states after the FIRST add to them, channels after the
 // first vector to dB and dC, which keep the lanes apart.
 template <int TILE_N, bool FIRST, bool FIRST_VECTOR>
-__attribute__((noinline)) static void reverse(int64_t count, int64_t channel, int64_t stride, int64_t N, int64_t begin,
-                                              float* const* delta, float* const* u, float* const* dy,
-                                              const float* __restrict A, float* const* B, float* const* C,
-                                              const float* __restrict states,
-                                              float* __restrict grad, float* __restrict dA, float* __restrict dB,
-                                              float* __restrict dC, float* __restrict ddelta, float* __restrict dx) {
-  V g[TILE_N];
-  for (int n = 0; n < TILE_N; ++n) g[n] = load(grad + n * W);
+LINESCAN_IN_ORDER static void reverse(int64_t count, int64_t channel, int64_t stride, int64_t N, int64_t begin,
+                                      float* const* delta, float* const* u, float* const* dy, const float* __restrict A,
+                                      float* const* B, float* const* C, const float* __restrict states,
+                                      float* __restrict grad, float* __restrict dA, float* __restrict dB,
+                                      float* __restrict dC, float* __restrict ddelta, float* __restrict dx) {
+  V g[TILE_N], sum_A[TILE_N];
+  staggered<TILE_N>([&](int n) LINESCAN_STAGE {
+    g[n] = load(grad + n * W);
+    sum_A[n] = load(dA + n * W);
+  });
   for (int64_t t = count - 1; t >= 0; --t) {
     const V step = load(delta[t] + channel), input = step * load(u[t] + channel), out = load(dy[t] + channel);
-    const float *into = B[t] + begin, *from = C[t] + begin;
+    const float *into = B[t] + begin, *from = C[t] + begin, *before = states + t * N * W;
+    float *of_B = dB + t * N * W, *of_C = dC + t * N * W;
     V dstep = V{}, dinput = V{};
     if (!FIRST) dstep = load(ddelta + t * stride), dinput = load(dx + t * stride);
-#pragma GCC unroll 8
-    for (int n = 0; n < TILE_N; ++n) {
-      const int64_t at = (t * N + n) * W;
-      const V rate = load(A + n * W);
-      g[n] += out * from[n];
-      const V of_C = out * load(states + at + N * W), of_B = input * g[n];
-      store(dC + at, FIRST_VECTOR ? of_C : load(dC + at) + of_C);
-      store(dB + at, FIRST_VECTOR ? of_B : load(dB + at) + of_B);
-      dinput += g[n] * into[n];
-      g[n] *= exp2(step * rate);
-      const V slope = g[n] * load(states + at);  // gradient of delta A
-      store(dA + n * W, load(dA + n * W) + slope * step);
-      dstep += slope * rate;
-    }
+    Power decay[TILE_N];
+    asm volatile("" : "+r"(A));
+    staggered<TILE_N>(
+        [&](int n) LINESCAN_STAGE {
+          decay[n].start(step * load(A + n * W));
+          const V after = load(before + (N + n) * W);
+          store(of_C + n * W, FIRST_VECTOR ? out * after : load(of_C + n * W) + out * after);
+        },
+        [&](int n) LINESCAN_STAGE {
+          decay[n].round();
+          g[n] += out * from[n];
+          pin(g[n]);
+        },
+        [&](int n) LINESCAN_STAGE {
+          decay[n].split();
+          store(of_B + n * W, FIRST_VECTOR ? input * g[n] : load(of_B + n * W) + input * g[n]);
+          dinput += g[n] * into[n];
+        },
+        [&](int n) LINESCAN_STAGE {
+          decay[n].times(g[n]);
+          g[n] = decay[n].product();
+          pin(g[n]);
+        },
+        [&](int n) LINESCAN_STAGE {
+          const V slope = g[n] * load(before + n * W);  // gradient of delta A
+          sum_A[n] += slope * step;
+          dstep += slope * load(A + n * W);
+        });
     store(ddelta + t * stride, dstep);
     store(dx + t * stride, dinput);
   }
-  for (int n = 0; n < TILE_N; ++n) store(grad + n * W, g[n]);
+  staggered<TILE_N>([&](int n) LINESCAN_STAGE {
+    store(grad + n * W, g[n]);
+    store(dA + n * W, sum_A[n]);
+  });
 }
 
 // Step sizes of the raw ones, and softplus' slope if asked for.
@@ -235,8 +244,8 @@ static void scan_forward(const Scan& s, int64_t begin, int64_t end) {
         for (int64_t v = 0; v < vectors; ++v) {
           tiles<TILE>(N, [&](auto n, int64_t first) {
             const int64_t at = (v * N + first) * W;
-            const auto go = first ? advance<n(), false> : advance<n(), true>;
-            go(count, v * W, N, first, make_steps ? step : delta, u, skip, A + at, B, C, h + at, y);
+            const auto go = first ? advance<n(), false, true, false> : advance<n(), true, true, false>;
+            go(count, v * W, N, first, make_steps ? step : delta, u, skip, A + at, B, C, h + at, y, nullptr);
           });
         }
         if (s.z) {
@@ -315,8 +324,8 @@ static void scan_backward(const Scan& s, int64_t begin, int64_t end) {
           for (int64_t v = 0; v < vectors; ++v) {
             tiles<TILE>(N, [&](auto n, int64_t first) {
               const int64_t at = (v * N + first) * W;
-              replay<n(), true, false, false>(T, v * W, N, first, step, u, skip, A + at, B, nullptr, h + at, nullptr,
-                                              nullptr);
+              advance<n(), true, false, false>(T, v * W, N, first, step, u, skip, A + at, B, nullptr, h + at, nullptr,
+                                               nullptr);
             });
           }
         }
@@ -331,9 +340,9 @@ static void scan_backward(const Scan& s, int64_t begin, int64_t end) {
         for (int64_t v = 0; v < vectors; ++v) {
           tiles<TILE>(N, [&](auto n, int64_t first) {
             const int64_t at = (v * N + first) * W;
-            const auto keep = !s.z     ? replay<n(), true, false, true>
-                              : !first ? replay<n(), true, true, true>
-                                       : replay<n(), false, true, true>;
+            const auto keep = !s.z     ? advance<n(), true, false, true>
+                              : !first ? advance<n(), true, true, true>
+                                       : advance<n(), false, true, true>;
             keep(count, v * W, N, first, step, u, skip, A + at, B, C, starts + segment * lanes + at, y,
                  states + v * (length + 1) * N * W + first * W);
           });
