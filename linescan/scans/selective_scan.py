@@ -65,22 +65,22 @@ def selective_scan(
     Raises:
         ValueError: a shape does not fit, or `merge` is unknown.
     """
-    B, C = (x.unsqueeze(-2) if x.ndim == 4 else x for x in (B, C))
+    taps = "B K L N" if B.ndim == C.ndim == 4 else "B K L G N"
     check_shapes(
         "selective_scan",
         route,
         u=(u, "B K L D"),
         delta=(delta, "B K L D" if delta_weight is None else "B K L rank"),
         A=(A, "R D N"),
-        B=(B, "B K L G N"),
-        C=(C, "B K L G N"),
+        B=(B, taps),
+        C=(C, taps),
         D=(D, "R D"),
         z=(z, "B K L D"),
         delta_bias=(delta_bias, "R D"),
         delta_weight=(delta_weight, "K D rank"),
         initial_state=(initial_state, "B R D N"),
     )
-    channels, groups = u.shape[-1], B.shape[-2]
+    channels, groups = u.shape[-1], B.shape[3] if B.ndim == 5 else 1
     if channels % groups:
         raise ValueError(f"selective_scan: {channels} channels do not divide into the {groups} groups of B and C")
     inputs = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, delta_weight)
@@ -97,9 +97,17 @@ def _flops(u, delta, A, *others):
     return 9 * batch * A[0] * length * channels * A[-1] + projection
 
 
+def _grouped(x: Tensor) -> Tensor:
+    return x.unsqueeze(-2) if x.ndim == 4 else x
+
+
 def widen(*inputs) -> list:
-    """The operator's inputs without `delta_weight`: its step sizes instead, in float32 at least on a CPU."""
+    """The operator's inputs in their general form: B and C with groups, and without `delta_weight`.
+
+    Step sizes of low rank are made, in float32 at least on a CPU.
+    """
     *inputs, weight = inputs
+    inputs[3:5] = map(_grouped, inputs[3:5])
     if weight is not None:
         delta = inputs[1]
         dtype = delta.dtype if delta.is_cuda else torch.promote_types(delta.dtype, torch.float32)
@@ -111,6 +119,7 @@ def widen(*inputs) -> list:
 def narrow(grads, *inputs) -> list[Tensor]:
     """The gradients of the operator's inputs from those of the widened ones."""
     delta, weight = inputs[1], inputs[-1]
+    grads = [*grads[:3], *(grad.view(x.shape) for grad, x in zip(grads[3:5], inputs[3:5])), *grads[5:]]
     if weight is None:
         return grads
     of_steps = grads[1]
@@ -148,7 +157,7 @@ def _selective_scan(
     if delta_weight is not None:
         delta = (delta[..., None, :] * delta_weight[:, None]).sum(-1)  # no product that autocast knows
     step = _step_sizes(delta, delta_bias, delta_softplus)
-    B, C = (x.repeat_interleave(u.shape[-1] // x.shape[-2], -2) for x in (B, C))  # (B, K, T, D, N)
+    B, C = (x.repeat_interleave(u.shape[-1] // x.shape[-2], -2) for x in map(_grouped, (B, C)))  # (B, K, T, D, N)
     state = u.new_zeros(*u.shape[:2], *A.shape[1:]) if initial_state is None else initial_state
     outputs = []
     for s_t, u_t, B_t, C_t in zip(step.unbind(2), u.unbind(2), B.unbind(2), C.unbind(2)):

@@ -154,14 +154,16 @@ def _scan_forward(*args):
 
 def _scan_backward(grad_output, grad_state, *args):
     *inputs, route, merge = args
-    wide = widen(*inputs)
+    as_it_is = inputs[-1] is None  # no step sizes of low rank
+    wide = inputs[:-1] if as_it_is else widen(*inputs)
     u, delta, A, B, C, D, z, delta_bias, _, initial_state = wide
     du, ddelta, dA, dD, dz, dbias, dinitial = map(_like, (u, delta, A, D, z, delta_bias, initial_state))
     dB, dC = _like(B, torch.zeros_like), _like(C, torch.zeros_like)
     grads = (du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial)
     call = _scan_inputs((*wide, None, route, merge))
     torch.ops.linescan_cpu.selective_scan_backward.default(*call, _rows(grad_output), _parameter(grad_state), *grads)
-    return narrow(_finish(grads, (u, delta, A, B, C, D, z, delta_bias, initial_state)), *inputs)
+    grads = _finish(grads, (u, delta, A, B, C, D, z, delta_bias, initial_state))
+    return grads if as_it_is else narrow(grads, *inputs)
 
 
 # -- causal convolution -----------------------------------------------------------------------------------------------

@@ -202,7 +202,7 @@ struct ScanInputs {
     Scan& s = scan;
     s.K = in.integer(), s.softplus = in.flag(), s.merge = in.flag();
     s.B = u.size(0), s.L = u.size(2), s.S = table ? table.size(-1) : s.L;
-    s.D = u.size(3), s.G = B.size(3), s.N = A.size(-1);
+    s.D = u.size(3), s.G = B.dim() == 5 ? B.size(3) : 1, s.N = A.size(-1);
     s.u = view(u), s.delta = view(delta), s.b = view(B), s.c = view(C), s.z = view(z);
     s.A = parameter(A), s.skip = parameter(D), s.bias = parameter(bias), s.initial = state(initial);
     s.weight = parameter(weight), s.rank = weight ? weight.size(-1) : 0;

@@ -28,6 +28,8 @@ LINESCAN_IN_ORDER static void advance(int64_t count, int64_t channel, int64_t N,
   for (int64_t t = 0; t < count; ++t) {
     const V step = load(delta[t] + channel), in = load(u[t] + channel), input = step * in;
     const float *into = B[t] + begin, *from = OUTPUT ? C[t] + begin : nullptr;
+    fetch_ahead(delta, t, count, channel), fetch_ahead(u, t, count, channel);
+    if (OUTPUT) fetch_ahead(y, t, count, channel);
     V sums[2] = {};
     if (OUTPUT) sums[0] = FIRST ? in * load(skip + channel) : load(y[t] + channel);
     Power decay[TILE_N];
@@ -319,15 +321,13 @@ static void scan_backward(const Scan& s, int64_t begin, int64_t end) {
       for (int64_t segment = 0; segment < segments; ++segment) {
         std::memcpy(starts + segment * lanes, h, lanes * 4);
         if (segment == segments - 1) break;
-        for (int64_t t = 0; t < length; t += T) {
-          fetch(segment * length + t, T, false);
-          for (int64_t v = 0; v < vectors; ++v) {
-            tiles<TILE>(N, [&](auto n, int64_t first) {
-              const int64_t at = (v * N + first) * W;
-              advance<n(), true, false, false>(T, v * W, N, first, step, u, skip, A + at, B, nullptr, h + at, nullptr,
-                                               nullptr);
-            });
-          }
+        fetch(segment * length, length, false);
+        for (int64_t v = 0; v < vectors; ++v) {
+          tiles<TILE>(N, [&](auto n, int64_t first) {
+            const int64_t at = (v * N + first) * W;
+            advance<n(), true, false, false>(length, v * W, N, first, step, u, skip, A + at, B, nullptr, h + at, nullptr,
+                                             nullptr);
+          });
         }
       }
 

@@ -312,7 +312,11 @@ LINESCAN_INLINE void narrow(float x, float& y) { y = x; }
 LINESCAN_INLINE void narrow(float x, BFloat16& y) { y.bits = to_bfloat16(x); }
 LINESCAN_INLINE void narrow(float x, Float16& y) { y.bits = to_float16(x); }
 
-constexpr int AHEAD = 16;  // rows that are on their way from memory
+// Rows that are on their way from memory. A vector of a row is too little for a processor to see where the next one lies.
+constexpr int AHEAD = 16;
+LINESCAN_INLINE void fetch_ahead(float* const* rows, int64_t t, int64_t count, int64_t channel) {
+  __builtin_prefetch(rows[t + AHEAD < count ? t + AHEAD : count - 1] + channel);
+}
 
 template <class T>
 __attribute__((noinline)) static void gather_rows(const T* base, int64_t pitch, const int64_t* token, int64_t rows,
