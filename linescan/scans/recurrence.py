@@ -146,9 +146,8 @@ def check_shapes(name: str, route: Tensor | None, **arguments: tuple[Tensor | No
     """
     signature = None
     if not torch.compiler.is_compiling():
-        tensors, layouts = zip(*arguments.values())
-        signature = (name, layouts, *[None if x is None else x.shape for x in tensors])
-        signature += (None if route is None else (route.shape, route.dtype),)
+        table = None if route is None else (route.shape, route.dtype)
+        signature = (name, table, *[None if x is None else (layout, x.shape) for x, layout in arguments.values()])
         try:
             if signature in _fitting:
                 return

@@ -136,19 +136,18 @@ def _finish(grads, inputs) -> list[Tensor]:
 # -- selective scan ---------------------------------------------------------------------------------------------------
 
 
-def _scan_inputs(args):
-    u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, delta_weight, route, merge = args
+def _scan_inputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, delta_weight, route, merge):
     u, delta, B, C, z = map(_rows, (u, delta, B, C, z))
     A, D, delta_bias, state, weight = map(_parameter, (A, D, delta_bias, initial_state, delta_weight))
-    table, routes = _table(route), A.shape[0]
-    return u, delta, A, B, C, D, z, delta_bias, state, weight, table, routes, delta_softplus, merge
+    return u, delta, A, B, C, D, z, delta_bias, delta_softplus, state, weight, _table(route), merge
 
 
 def _scan_forward(*args):
     u, A, merge = args[0], args[2], args[-1]
     y = _output(u, A.shape[0], merge)
     state = A.new_empty((u.shape[0], *A.shape), dtype=torch.float32)
-    torch.ops.linescan_cpu.selective_scan.default(*_scan_inputs(args), y, state)
+    kernel = torch.ops.linescan_cpu.selective_scan.default
+    kernel(*args, y, state) or kernel(*_scan_inputs(*args), y, state)
     return y if y.dtype is u.dtype else y.to(u.dtype), state
 
 
@@ -160,8 +159,10 @@ def _scan_backward(grad_output, grad_state, *args):
     du, ddelta, dA, dD, dz, dbias, dinitial = map(_like, (u, delta, A, D, z, delta_bias, initial_state))
     dB, dC = _like(B, torch.zeros_like), _like(C, torch.zeros_like)
     grads = (du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial)
-    call = _scan_inputs((*wide, None, route, merge))
-    torch.ops.linescan_cpu.selective_scan_backward.default(*call, _rows(grad_output), _parameter(grad_state), *grads)
+    call = *wide, None, route, merge
+    kernel = torch.ops.linescan_cpu.selective_scan_backward.default
+    if not kernel(*call, grad_output, grad_state, *grads):
+        kernel(*_scan_inputs(*call), _rows(grad_output), _parameter(grad_state), *grads)
     grads = _finish(grads, (u, delta, A, B, C, D, z, delta_bias, initial_state))
     return grads if as_it_is else narrow(grads, *inputs)
 
@@ -169,10 +170,9 @@ def _scan_backward(grad_output, grad_state, *args):
 # -- causal convolution -----------------------------------------------------------------------------------------------
 
 
-def _conv_inputs(args):
-    x, weight, bias, silu, initial_state, route, merge = args
+def _conv_inputs(x, weight, bias, silu, initial_state, route, merge):
     weight, bias, initial_state = map(_parameter, (weight, bias, initial_state))
-    return _rows(x), weight, bias, initial_state, _table(route), weight.shape[0], silu, merge
+    return _rows(x), weight, bias, silu, initial_state, _table(route), merge
 
 
 def _conv_forward(*args):
@@ -180,15 +180,17 @@ def _conv_forward(*args):
     y = _output(x, weight.shape[0], merge)
     shape = x.shape[0], *weight.shape[:2], weight.shape[-1] - 1
     state = weight.new_empty(shape, dtype=torch.float32)
-    torch.ops.linescan_cpu.causal_conv1d.default(*_conv_inputs(args), y, state)
+    kernel = torch.ops.linescan_cpu.causal_conv1d.default
+    kernel(*args, y, state) or kernel(*_conv_inputs(*args), y, state)
     return y if y.dtype is x.dtype else y.to(x.dtype), state
 
 
 def _conv_backward(grad_output, grad_state, *args):
     x, weight, bias, _, initial_state, *_ = args
     grads = tuple(map(_like, (x, weight, bias, initial_state)))
-    call = _conv_inputs(args)
-    torch.ops.linescan_cpu.causal_conv1d_backward.default(*call, _rows(grad_output), _parameter(grad_state), *grads)
+    kernel = torch.ops.linescan_cpu.causal_conv1d_backward.default
+    if not kernel(*args, grad_output, grad_state, *grads):
+        kernel(*_conv_inputs(*args), _rows(grad_output), _parameter(grad_state), *grads)
     return _finish(grads, (x, weight, bias, initial_state))
 
 

@@ -184,11 +184,14 @@ void sum_parts(const float* x, int64_t B, int64_t K, int64_t n, int64_t pitch, c
     }
 }
 
+// The operators take the arguments of the operators in Python, in their order, then the outputs. They answer whether they
+// could read the inputs as they stand; if not, nothing has been done, and the caller brings them into shape.
+
 // -- selective scan -----------------------------------------------------------------------------------------------------
 
 #define LINESCAN_SCAN_INPUTS                                                                                          \
   "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "                  \
-  "Tensor? initial_state, Tensor? delta_weight, Tensor? route, int routes, bool delta_softplus, bool merge"
+  "bool delta_softplus, Tensor? initial_state, Tensor? delta_weight, Tensor? route, bool merge"
 
 struct ScanInputs {
   Tensor u, delta, A, B, C, D, z, bias, initial, weight, table;
@@ -196,12 +199,12 @@ struct ScanInputs {
   Scan scan;
 
   explicit ScanInputs(Arguments& in) {
-    u = in.tensor(), delta = in.tensor(), A = in.tensor(), B = in.tensor(), C = in.tensor();
-    D = in.optional(), z = in.optional(), bias = in.optional(), initial = in.optional();
-    weight = in.optional(), table = in.optional();
     Scan& s = scan;
-    s.K = in.integer(), s.softplus = in.flag(), s.merge = in.flag();
-    s.B = u.size(0), s.L = u.size(2), s.S = table ? table.size(-1) : s.L;
+    u = in.tokens(), delta = in.tokens(), A = in.parameter(), B = in.tokens(), C = in.tokens();
+    D = in.optional_parameter(), z = in.optional_tokens(), bias = in.optional_parameter(), s.softplus = in.flag();
+    initial = in.optional_parameter(), weight = in.optional_parameter(), table = in.table(), s.merge = in.flag();
+    if (!in.fit) return;
+    s.K = A.size(0), s.B = u.size(0), s.L = u.size(2), s.S = table ? table.size(-1) : s.L;
     s.D = u.size(3), s.G = B.dim() == 5 ? B.size(3) : 1, s.N = A.size(-1);
     s.u = view(u), s.delta = view(delta), s.b = view(B), s.c = view(C), s.z = view(z);
     s.A = parameter(A), s.skip = parameter(D), s.bias = parameter(bias), s.initial = state(initial);
@@ -211,11 +214,13 @@ struct ScanInputs {
   }
 };
 
-// (inputs, Tensor(a!) y, Tensor(b!) final_state) -> ()
+// (inputs, Tensor(a!) y, Tensor(b!) final_state) -> bool
 void selective_scan(Value* stack, uint64_t, uint64_t) {
   Arguments in(stack);
   ScanInputs inputs(in);
   const Tensor y = in.tensor(), final_state = in.tensor();
+  stack[0] = Value(in.fit);
+  if (!in.fit) return;
   Scan& s = inputs.scan;
   s.y = output(y, s.merge), s.state = state(final_state);
   const int64_t samples = s.merge ? s.B : s.B * s.K;
@@ -266,14 +271,16 @@ void sum_taps(const Scan& s, int side, const Tensor& out) {
 }
 
 // (inputs, Tensor grad_y, Tensor? grad_state, Tensor(a!) du, Tensor(b!) ddelta, Tensor(c!) dA, Tensor(d!) dB,
-//  Tensor(e!) dC, Tensor(f!)? dD, Tensor(g!)? dz, Tensor(h!)? ddelta_bias, Tensor(i!)? dinitial_state) -> ()
+//  Tensor(e!) dC, Tensor(f!)? dD, Tensor(g!)? dz, Tensor(h!)? ddelta_bias, Tensor(i!)? dinitial_state) -> bool
 // All gradients float32 and contiguous; dB and dC begin as zero.
 void selective_scan_backward(Value* stack, uint64_t, uint64_t) {
   Arguments in(stack);
   ScanInputs inputs(in);
-  const Tensor dy = in.tensor(), dstate = in.optional();
+  const Tensor dy = in.tokens(), dstate = in.optional_parameter();
   const Tensor du = in.tensor(), ddelta = in.tensor(), dA = in.tensor(), dB = in.tensor(), dC = in.tensor();
   const Tensor dD = in.optional(), dz = in.optional(), dbias = in.optional(), dinitial = in.optional();
+  stack[0] = Value(in.fit);
+  if (!in.fit) return;
   Scan& s = inputs.scan;
   s.dy = view(dy, s.merge), s.dstate = state(dstate), s.dinitial = state(dinitial);
   s.du = gradient(du, inputs.steps, s.K), s.ddelta = gradient(ddelta, inputs.steps, s.K);
@@ -294,7 +301,7 @@ void selective_scan_backward(Value* stack, uint64_t, uint64_t) {
 // -- causal convolution -------------------------------------------------------------------------------------------------
 
 #define LINESCAN_CONV_INPUTS                                                                                          \
-  "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? route, int routes, bool silu, bool merge"
+  "Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_state, Tensor? route, bool merge"
 
 struct ConvInputs {
   Tensor x, weight, bias, initial, table;
@@ -302,21 +309,24 @@ struct ConvInputs {
   Conv conv;
 
   explicit ConvInputs(Arguments& in) {
-    x = in.tensor(), weight = in.tensor(), bias = in.optional(), initial = in.optional(), table = in.optional();
     Conv& s = conv;
-    s.K = in.integer(), s.silu = in.flag(), s.merge = in.flag();
-    s.B = x.size(0), s.L = x.size(2), s.S = table ? table.size(-1) : s.L, s.D = x.size(3), s.W = weight.size(-1);
+    x = in.tokens(), weight = in.parameter(), bias = in.optional_parameter(), s.silu = in.flag();
+    initial = in.optional_parameter(), table = in.table(), s.merge = in.flag();
+    if (!in.fit) return;
+    s.K = weight.size(0), s.B = x.size(0), s.L = x.size(2), s.S = table ? table.size(-1) : s.L, s.D = x.size(3), s.W = weight.size(-1);
     s.x = view(x), s.weight = parameter(weight), s.bias = parameter(bias), s.initial = state(initial);
     steps = Table(table, s.L), s.route = steps.route;
     s.blocks.D = s.D;
   }
 };
 
-// (inputs, Tensor(a!) y, Tensor(b!) final_state) -> ()
+// (inputs, Tensor(a!) y, Tensor(b!) final_state) -> bool
 void causal_conv1d(Value* stack, uint64_t, uint64_t) {
   Arguments in(stack);
   ConvInputs inputs(in);
   const Tensor y = in.tensor(), final_state = in.tensor();
+  stack[0] = Value(in.fit);
+  if (!in.fit) return;
   Conv& s = inputs.conv;
   s.y = output(y, s.merge), s.state = state(final_state);
   const int64_t samples = s.merge ? s.B : s.B * s.K;
@@ -327,12 +337,14 @@ void causal_conv1d(Value* stack, uint64_t, uint64_t) {
 }
 
 // (inputs, Tensor grad_y, Tensor? grad_state, Tensor(a!) dx, Tensor(b!) dweight, Tensor(c!)? dbias,
-//  Tensor(d!)? dinitial_state) -> ()
+//  Tensor(d!)? dinitial_state) -> bool
 void causal_conv1d_backward(Value* stack, uint64_t, uint64_t) {
   Arguments in(stack);
   ConvInputs inputs(in);
-  const Tensor dy = in.tensor(), dstate = in.optional();
+  const Tensor dy = in.tokens(), dstate = in.optional_parameter();
   const Tensor dx = in.tensor(), dweight = in.tensor(), dbias = in.optional(), dinitial = in.optional();
+  stack[0] = Value(in.fit);
+  if (!in.fit) return;
   Conv& s = inputs.conv;
   s.dy = view(dy, s.merge), s.dstate = state(dstate), s.dinitial = state(dinitial);
   s.dx = gradient(dx, inputs.steps, s.K);
@@ -380,17 +392,17 @@ struct Registration {
     define("instruction_set(int lanes) -> int", "instruction_set", everywhere, instruction_set);
     define("multiply_add(int rounds) -> int", "multiply_add", everywhere, multiply_add);
     define("unary(int which, Tensor x, Tensor(a!) y) -> ()", "unary", "CPU", unary);
-    define("selective_scan(" LINESCAN_SCAN_INPUTS ", Tensor(a!) y, Tensor(b!) final_state) -> ()", "selective_scan",
+    define("selective_scan(" LINESCAN_SCAN_INPUTS ", Tensor(a!) y, Tensor(b!) final_state) -> bool", "selective_scan",
            "CPU", selective_scan);
     define("selective_scan_backward(" LINESCAN_SCAN_INPUTS
            ", Tensor grad_y, Tensor? grad_state, Tensor(a!) du, Tensor(b!) ddelta, Tensor(c!) dA, Tensor(d!) dB, "
-           "Tensor(e!) dC, Tensor(f!)? dD, Tensor(g!)? dz, Tensor(h!)? ddelta_bias, Tensor(i!)? dinitial_state) -> ()",
+           "Tensor(e!) dC, Tensor(f!)? dD, Tensor(g!)? dz, Tensor(h!)? ddelta_bias, Tensor(i!)? dinitial_state) -> bool",
            "selective_scan_backward", "CPU", selective_scan_backward);
-    define("causal_conv1d(" LINESCAN_CONV_INPUTS ", Tensor(a!) y, Tensor(b!) final_state) -> ()", "causal_conv1d",
+    define("causal_conv1d(" LINESCAN_CONV_INPUTS ", Tensor(a!) y, Tensor(b!) final_state) -> bool", "causal_conv1d",
            "CPU", causal_conv1d);
     define("causal_conv1d_backward(" LINESCAN_CONV_INPUTS
            ", Tensor grad_y, Tensor? grad_state, Tensor(a!) dx, Tensor(b!) dweight, Tensor(c!)? dbias, "
-           "Tensor(d!)? dinitial_state) -> ()",
+           "Tensor(d!)? dinitial_state) -> bool",
            "causal_conv1d_backward", "CPU", causal_conv1d_backward);
   }
 

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace linescan::stable {
 
@@ -93,6 +94,12 @@ class Tensor {
   }
 
   explicit operator bool() const { return handle_ != nullptr; }
+  bool contiguous() const {
+    int64_t step = 1;
+    for (int64_t i = dim_ - 1; i >= 0; step *= sizes_[i--])
+      if (sizes_[i] != 1 && strides_[i] != step) return false;
+    return true;
+  }
   int64_t dim() const { return dim_; }
   int64_t size(int64_t i) const { return sizes_[i < 0 ? i + dim_ : i]; }
   int64_t stride(int64_t i) const { return strides_[i < 0 ? i + dim_ : i]; }
@@ -111,6 +118,8 @@ class Tensor {
 class Arguments {
  public:
   Arguments(Value* stack) : next_(stack) {}
+  bool fit = true;  // whether the kernels can read all of them as they stand
+
   Tensor tensor() { return Tensor(reinterpret_cast<Handle>(*next_++)); }
   Tensor optional() {
     Value* inner = reinterpret_cast<Value*>(*next_++);
@@ -119,10 +128,31 @@ class Arguments {
     delete inner;  // libtorch made it for us with `new`
     return Tensor(handle);
   }
+  // Tokens, whose channels stand next to each other.
+  Tensor tokens() { return adjacent(tensor()); }
+  Tensor optional_tokens() { return adjacent(optional()); }
+  // A float32 parameter or state.
+  Tensor parameter() { return plain(tensor(), torch().aoti_torch_dtype_float32()); }
+  Tensor optional_parameter() { return plain(optional(), torch().aoti_torch_dtype_float32()); }
+  // A table of routes, int32 or int64.
+  Tensor table() {
+    Tensor x = optional();
+    const bool wide = x && x.dtype() == torch().aoti_torch_dtype_int64();
+    return plain(std::move(x), wide ? torch().aoti_torch_dtype_int64() : torch().aoti_torch_dtype_int32());
+  }
   bool flag() { return *reinterpret_cast<const bool*>(next_++); }
   int64_t integer() { return int64_t(*next_++); }
 
  private:
+  Tensor adjacent(Tensor x) {
+    fit &= !x || x.stride(-1) == 1 || x.size(-1) == 1;
+    return x;
+  }
+  Tensor plain(Tensor x, int32_t dtype) {
+    fit &= !x || (x.dtype() == dtype && x.contiguous());
+    return x;
+  }
+
   Value* next_;
 };
 
