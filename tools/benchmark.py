@@ -7,14 +7,17 @@
 
 Peers run as their authors publish them: installed packages where there is one, else the published algorithm written
 again from its description, each in its own memory layout. Numbers are medians over many runs on one thread, in CPU time
-of the process, which other processes do not lengthen; several threads are timed by the wall clock, the best of turns.
+of the process, which other processes lengthen little; what is compared is measured in turns, so that it meets the same
+disturbances. Several threads are timed by the wall clock, the best of turns.
 """
 
 import json
 import os
 import platform
+import sys
 import time
 from datetime import datetime
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -27,7 +30,7 @@ from rich.table import Table
 from torch import Tensor
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 120)  # room for the tables in a file
 Out = Annotated[Path, typer.Option(help="Folder for the JSON file and the plot.")]
 
 
@@ -51,6 +54,15 @@ def seconds(run: Callable[[], object], budget: float = 1.5, pick=median, clock=t
             run()
         times.append((clock() - start) / together)
     return pick(times)
+
+
+def side_by_side(runs: dict[str, Callable[[], object]], budget: float, turns: int = 5) -> dict[str, float]:
+    """Seconds of runs that are compared: the median of `turns` turns of `seconds`, `budget` seconds each in all."""
+    times = {name: [] for name in runs}
+    for _ in range(turns):
+        for name, run in runs.items():
+            times[name].append(seconds(run, budget / turns))
+    return {name: median(several) for name, several in times.items()}
 
 
 def machine() -> dict[str, object]:
@@ -154,9 +166,10 @@ class Linescan:
 
 
 def multiply_add_bound(states: int) -> float:
-    """Seconds a token and channel that the multiply-adds alone must take, at the pace this core reaches just now.
+    """Seconds a token and channel that the multiply-adds of a plain kernel take at the pace this core reaches just now.
 
     Nine a state: five of an exp2 of degree five, delta A, delta u B, and one each for the state and the output.
+    (Ours makes do with seven.)
     """
     rounds = 200_000
     lanes = torch.ops.linescan_cpu.multiply_add(0)
@@ -208,10 +221,12 @@ def scan(
     }
     rows: dict[str, dict[str, float]] = {name: {} for name in forms}
     for length in sizes:
-        for name, form in forms.items():
-            for kind, run in calls(form, length).items():
-                with console.status(f"{name}, {kind}, {length} tokens"):
-                    rows[name][f"{kind} {length}"] = 1e9 * seconds(run, budget) / (length * channels)
+        ready = {name: calls(form, length) for name, form in forms.items()}
+        for kind in ("forward", "forward + backward"):
+            with console.status(f"{kind}, {length} tokens"):
+                runs = {name: kinds[kind] for name, kinds in ready.items() if kind in kinds}
+                for name, taken in side_by_side(runs, budget).items():
+                    rows[name][f"{kind} {length}"] = 1e9 * taken / (length * channels)
     results["rows"] = rows
 
     ours, ratios = rows["linescan"], {}
@@ -291,10 +306,15 @@ def recurrences(
     with torch.no_grad():
         for length in sizes:
             for name, run in calls(length).items():
-                for form in ("chunked", "reference"):
-                    with console.status(f"{name}, {form}, {length} tokens"), backend(form):
-                        rows.setdefault(name, {})[f"{form} {length}"] = 1e3 * seconds(run, budget)
-                rows[name][f"ratio {length}"] = rows[name][f"reference {length}"] / rows[name][f"chunked {length}"]
+
+                def call(form: str, run=run) -> Tensor:
+                    with backend(form):
+                        return run()
+
+                with console.status(f"{name}, {length} tokens"):
+                    taken = side_by_side({form: partial(call, form) for form in ("chunked", "reference")}, budget)
+                row = {f"{form} {length}": 1e3 * several for form, several in taken.items()}
+                rows.setdefault(name, {}).update(row | {f"ratio {length}": taken["reference"] / taken["chunked"]})
     table = Table("ms, forward, 1 thread", *(f"{form} {n}" for n in sizes for form in ("loop", "chunked", "ratio")))
     for name, row in rows.items():
         table.add_row(name, *(f"{row[f'{f} {n}']:.2f}" for n in sizes for f in ("reference", "chunked", "ratio")))
