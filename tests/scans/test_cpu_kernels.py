@@ -154,17 +154,19 @@ def test_selective_scan_half(dtype, merge, instructions):
 
 @compiled
 def test_strided_inputs_are_read_in_place():
-    """Halves of one tensor, channels that are not neighbours, and one route's gradient spread over all."""
+    """Halves of one tensor, numbers that are not neighbours, a short table, and one route's gradient spread over all."""
     inputs = {key: x.float() for key, x in scan_inputs(2, 2, 30, 32, 1, 4).items()}
     both = torch.cat((inputs["u"], inputs["z"]), -1)
     views = inputs | dict(
         u=both[..., :32],
         z=both[..., 32:],
         delta=inputs["delta"].mT.contiguous().mT,
+        A=inputs["A"].mT.contiguous().mT,
         B=torch.stack((inputs["B"], inputs["B"]), -1)[..., 0],
     )
-    expected = results(selective_scan, inputs, "cpu", delta_softplus=True)
-    for key, got in results(selective_scan, views, "cpu", delta_softplus=True).items():
+    route = orders(2, 30, "padded")
+    expected = results(selective_scan, inputs, "cpu", delta_softplus=True, route=route)
+    for key, got in results(selective_scan, views, "cpu", delta_softplus=True, route=route.short()).items():
         assert torch.equal(got, expected[key]), key
     leaf = inputs["u"].clone().requires_grad_()
     selective_scan(**(inputs | dict(u=leaf)), delta_softplus=True, merge="sum").sum().backward()  # an expanded gradient
@@ -331,6 +333,13 @@ def test_missing_kernels_are_said_once():
 
 
 @compiled
+@compiled
+def test_a_library_of_other_sources_is_not_used(monkeypatch):
+    assert cpu._load() is None
+    monkeypatch.setattr(cpu._selective_scan, "parameters", ["x", "y"])
+    assert "other sources" in cpu._load()
+
+
 def test_the_environment_caps_the_instruction_set(monkeypatch):
     before = cpu.instruction_set()
     monkeypatch.setenv("LINESCAN_CPU_KERNELS", "baseline")

@@ -46,6 +46,9 @@ def _load() -> str | None:
         return f"not loadable ({error.__cause__ or error}); run `pip install` of linescan again"
     if not hasattr(torch.ops.linescan_cpu, "selective_scan"):
         return f"made for torch >= 2.10, this is {torch.__version__}"
+    arguments = torch.ops.linescan_cpu.selective_scan.default._schema.arguments
+    if [x.name for x in arguments[: len(_selective_scan.parameters)]] != _selective_scan.parameters:
+        return "compiled from other sources than these; run `pip install` of linescan again"
     if setting:
         instruction_set(setting)
     return None
@@ -147,14 +150,15 @@ def _scan_forward(*args):
     y = _output(u, A.shape[0], merge)
     state = A.new_empty((u.shape[0], *A.shape), dtype=torch.float32)
     kernel = torch.ops.linescan_cpu.selective_scan.default
-    kernel(*args, y, state) or kernel(*_scan_inputs(*args), y, state)
+    if not kernel(*args, y, state):
+        kernel(*_scan_inputs(*args), y, state)
     return y if y.dtype is u.dtype else y.to(u.dtype), state
 
 
 def _scan_backward(grad_output, grad_state, *args):
     *inputs, route, merge = args
-    as_it_is = inputs[-1] is None  # no step sizes of low rank
-    wide = inputs[:-1] if as_it_is else widen(*inputs)
+    low_rank = inputs[-1] is not None
+    wide = widen(*inputs) if low_rank else inputs[:-1]
     u, delta, A, B, C, D, z, delta_bias, _, initial_state = wide
     du, ddelta, dA, dD, dz, dbias, dinitial = map(_like, (u, delta, A, D, z, delta_bias, initial_state))
     dB, dC = _like(B, torch.zeros_like), _like(C, torch.zeros_like)
@@ -164,7 +168,7 @@ def _scan_backward(grad_output, grad_state, *args):
     if not kernel(*call, grad_output, grad_state, *grads):
         kernel(*_scan_inputs(*call), _rows(grad_output), _parameter(grad_state), *grads)
     grads = _finish(grads, (u, delta, A, B, C, D, z, delta_bias, initial_state))
-    return grads if as_it_is else narrow(grads, *inputs)
+    return narrow(grads, *inputs) if low_rank else grads
 
 
 # -- causal convolution -----------------------------------------------------------------------------------------------
@@ -181,7 +185,8 @@ def _conv_forward(*args):
     shape = x.shape[0], *weight.shape[:2], weight.shape[-1] - 1
     state = weight.new_empty(shape, dtype=torch.float32)
     kernel = torch.ops.linescan_cpu.causal_conv1d.default
-    kernel(*args, y, state) or kernel(*_conv_inputs(*args), y, state)
+    if not kernel(*args, y, state):
+        kernel(*_conv_inputs(*args), y, state)
     return y if y.dtype is x.dtype else y.to(x.dtype), state
 
 

@@ -313,7 +313,8 @@ struct ConvInputs {
     x = in.tokens(), weight = in.parameter(), bias = in.optional_parameter(), s.silu = in.flag();
     initial = in.optional_parameter(), table = in.table(), s.merge = in.flag();
     if (!in.fit) return;
-    s.K = weight.size(0), s.B = x.size(0), s.L = x.size(2), s.S = table ? table.size(-1) : s.L, s.D = x.size(3), s.W = weight.size(-1);
+    s.K = weight.size(0), s.B = x.size(0), s.L = x.size(2), s.S = table ? table.size(-1) : s.L;
+    s.D = x.size(3), s.W = weight.size(-1);
     s.x = view(x), s.weight = parameter(weight), s.bias = parameter(bias), s.initial = state(initial);
     steps = Table(table, s.L), s.route = steps.route;
     s.blocks.D = s.D;
