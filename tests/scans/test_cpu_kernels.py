@@ -154,7 +154,7 @@ def test_selective_scan_half(dtype, merge, instructions):
 
 @compiled
 def test_strided_inputs_are_read_in_place():
-    """Halves of one tensor, numbers that are not neighbours, a short table, and one route's gradient spread over all."""
+    """Halves of one tensor, numbers that are not neighbours, a table of int16, one route's gradient spread over all."""
     inputs = {key: x.float() for key, x in scan_inputs(2, 2, 30, 32, 1, 4).items()}
     both = torch.cat((inputs["u"], inputs["z"]), -1)
     views = inputs | dict(
@@ -333,13 +333,13 @@ def test_missing_kernels_are_said_once():
 
 
 @compiled
-@compiled
 def test_a_library_of_other_sources_is_not_used(monkeypatch):
     assert cpu._load() is None
     monkeypatch.setattr(cpu._selective_scan, "parameters", ["x", "y"])
     assert "other sources" in cpu._load()
 
 
+@compiled
 def test_the_environment_caps_the_instruction_set(monkeypatch):
     before = cpu.instruction_set()
     monkeypatch.setenv("LINESCAN_CPU_KERNELS", "baseline")
