@@ -250,15 +250,17 @@ def final_state(initial, delta, A):
 
 @compiled
 def test_accuracy_of_the_decays(instructions):
+    torch.manual_seed(0)
     fast, slow = torch.rand(20_000), 10 ** (-6 * torch.rand(20_000))
     delta, initial = torch.cat((fast, slow))[None], 1 + torch.rand(40_000, 1)
     exact = initial.double() * torch.exp(-delta.double()).mT
-    # 1.5e-7 for the product, half a unit for the result, and one for the exponent, whose two factors are rounded
-    assert (final_state(initial, delta, -torch.ones(40_000, 1)) / exact - 1).abs().max() < 2.2e-7
+    # 1.5e-7 for the product, 0.6e-7 for the result's rounding, 0.5e-7 for that of the exponent and of log2(e)
+    assert (final_state(initial, delta, -torch.ones(40_000, 1)) / exact - 1).abs().max() < 2.6e-7
 
 
 @compiled
 def test_a_state_whose_steps_are_0_stays(instructions):
+    torch.manual_seed(0)
     initial = 1 + torch.rand(64, 16)
     after = final_state(initial, torch.zeros(3000, 64), -torch.rand(64, 16))
     assert (after / initial - 1).abs().max() < 1.2e-7  # one unit in the last place
