@@ -56,6 +56,14 @@ def seconds(run: Callable[[], object], budget: float = 1.5, pick=median, clock=t
     return pick(times)
 
 
+def keep_memory() -> None:
+    """Makes glibc keep what is freed: fresh pages, of which the kernel clears each, would be half of a peer's time.
+
+    The first large block to be freed decides how large the blocks are that go back to the system.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8).fill_(0)
+
+
 def side_by_side(runs: dict[str, Callable[[], object]], budget: float, turns: int = 5) -> dict[str, float]:
     """Seconds of runs that are compared: the median of `turns` turns of `seconds`, `budget` seconds each in all."""
     times = {name: [] for name in runs}
@@ -190,6 +198,7 @@ def scan(
     from linescan.scans.kernels import cpu
 
     torch.set_num_threads(1)
+    keep_memory()
     sizes = [int(length) for length in lengths.split(",")]
     forms = {"linescan": Linescan(), "linescan, chunked torch": Linescan("chunked")}
     if find_spec("mambapy"):
@@ -285,6 +294,7 @@ def recurrences(
     from linescan.scans import backend, bi_wkv, gla, simple_gla, wkv4, wkv6
 
     torch.set_num_threads(1)
+    keep_memory()
     sizes = [int(length) for length in lengths.split(",")]
 
     def calls(length: int) -> dict[str, Callable]:
