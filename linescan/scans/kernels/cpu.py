@@ -130,6 +130,12 @@ def _like(x: Tensor | None, new=torch.empty_like) -> Tensor | None:
     return None if x is None else new(x, dtype=torch.float32, memory_format=torch.contiguous_format)
 
 
+def _run(kernel, inputs, ready, *others) -> None:
+    """Runs a kernel on the inputs as they stand or, where it refuses them, on `ready(*inputs)`."""
+    if not kernel(*inputs, *others):
+        kernel(*ready(*inputs), *others)
+
+
 def _finish(grads, inputs) -> list[Tensor]:
     """Gradients of the inputs that are there, in their dtypes."""
     pairs = zip(grads, inputs)
@@ -149,9 +155,7 @@ def _scan_forward(*args):
     u, A, merge = args[0], args[2], args[-1]
     y = _output(u, A.shape[0], merge)
     state = A.new_empty((u.shape[0], *A.shape), dtype=torch.float32)
-    kernel = torch.ops.linescan_cpu.selective_scan.default
-    if not kernel(*args, y, state):
-        kernel(*_scan_inputs(*args), y, state)
+    _run(torch.ops.linescan_cpu.selective_scan.default, args, _scan_inputs, y, state)
     return y if y.dtype is u.dtype else y.to(u.dtype), state
 
 
@@ -163,10 +167,8 @@ def _scan_backward(grad_output, grad_state, *args):
     du, ddelta, dA, dD, dz, dbias, dinitial = map(_like, (u, delta, A, D, z, delta_bias, initial_state))
     dB, dC = _like(B, torch.zeros_like), _like(C, torch.zeros_like)
     grads = (du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial)
-    call = *wide, None, route, merge
-    kernel = torch.ops.linescan_cpu.selective_scan_backward.default
-    if not kernel(*call, grad_output, grad_state, *grads):
-        kernel(*_scan_inputs(*call), _rows(grad_output), _parameter(grad_state), *grads)
+    others = _rows(grad_output), _parameter(grad_state), *grads
+    _run(torch.ops.linescan_cpu.selective_scan_backward.default, (*wide, None, route, merge), _scan_inputs, *others)
     grads = _finish(grads, (u, delta, A, B, C, D, z, delta_bias, initial_state))
     return narrow(grads, *inputs) if low_rank else grads
 
@@ -184,18 +186,15 @@ def _conv_forward(*args):
     y = _output(x, weight.shape[0], merge)
     shape = x.shape[0], *weight.shape[:2], weight.shape[-1] - 1
     state = weight.new_empty(shape, dtype=torch.float32)
-    kernel = torch.ops.linescan_cpu.causal_conv1d.default
-    if not kernel(*args, y, state):
-        kernel(*_conv_inputs(*args), y, state)
+    _run(torch.ops.linescan_cpu.causal_conv1d.default, args, _conv_inputs, y, state)
     return y if y.dtype is x.dtype else y.to(x.dtype), state
 
 
 def _conv_backward(grad_output, grad_state, *args):
     x, weight, bias, _, initial_state, *_ = args
     grads = tuple(map(_like, (x, weight, bias, initial_state)))
-    kernel = torch.ops.linescan_cpu.causal_conv1d_backward.default
-    if not kernel(*args, grad_output, grad_state, *grads):
-        kernel(*_conv_inputs(*args), _rows(grad_output), _parameter(grad_state), *grads)
+    others = _rows(grad_output), _parameter(grad_state), *grads
+    _run(torch.ops.linescan_cpu.causal_conv1d_backward.default, args, _conv_inputs, *others)
     return _finish(grads, (x, weight, bias, initial_state))
 
 

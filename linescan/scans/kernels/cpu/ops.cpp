@@ -170,6 +170,10 @@ void spread(Blocks& blocks, int64_t others) {
     blocks.width = (blocks.width / 2 + 15) / 16 * 16;
 }
 
+void add(int64_t n, const float* __restrict x, float* __restrict y) {
+  for (int64_t i = 0; i < n; ++i) y[i] += x[i];
+}
+
 // out[i] = sum over b and k of x[b][k][i], k kept apart if `routes_out` > 1; in this order.
 void sum_parts(const float* x, int64_t B, int64_t K, int64_t n, int64_t pitch, const Tensor& out) {
   if (!out) return;
@@ -177,11 +181,7 @@ void sum_parts(const float* x, int64_t B, int64_t K, int64_t n, int64_t pitch, c
   float* y = out.floats();
   std::memset(y, 0, routes_out * n * 4);
   for (int64_t b = 0; b < B; ++b)
-    for (int64_t k = 0; k < K; ++k) {
-      const float* part = x + (b * K + k) * pitch;
-      float* sum = y + (routes_out > 1 ? k * n : 0);
-      for (int64_t i = 0; i < n; ++i) sum[i] += part[i];
-    }
+    for (int64_t k = 0; k < K; ++k) add(n, x + (b * K + k) * pitch, y + (routes_out > 1 ? k * n : 0));
 }
 
 // The operators take the arguments of the operators in Python, in their order, then the outputs. They answer whether they
@@ -237,10 +237,6 @@ void segment(Scan& s) {
   s.blocks.width = lesser(narrow ? 32 : 64, s.D / s.G);
   const int64_t fits = cache / (s.blocks.width * bytes);
   s.segment = lesser((fits < 16 ? 16 : fits) / 16 * 16, (s.S + 15) / 16 * 16);
-}
-
-void add(int64_t n, const float* __restrict x, float* __restrict y) {
-  for (int64_t i = 0; i < n; ++i) y[i] += x[i];
 }
 
 // dB or dC (B, K or 1, L, G, N) from the partial sums in time order; blocks and routes are added in their order.
@@ -362,8 +358,7 @@ void causal_conv1d_backward(Value* stack, uint64_t, uint64_t) {
     for (int64_t k = 0; k < s.K; ++k)
       for (int64_t d = 0; d < s.D; ++d) {
         const float* part = s.partial + ((b * s.K + k) * s.D + d) * taps;
-        float* row = dweight.floats() + ((dweight.size(0) > 1 ? k : 0) * s.D + d) * s.W;
-        for (int64_t j = 0; j < s.W; ++j) row[j] += part[j];
+        add(s.W, part, dweight.floats() + ((dweight.size(0) > 1 ? k : 0) * s.D + d) * s.W);
         if (dbias) dbias.floats()[(dbias.size(0) > 1 ? k : 0) * s.D + d] += part[s.W];
       }
 }

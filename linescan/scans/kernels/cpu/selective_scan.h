@@ -33,7 +33,7 @@ LINESCAN_IN_ORDER static void advance(int64_t count, int64_t channel, int64_t N,
     V sums[2] = {};
     if (OUTPUT) sums[0] = FIRST ? in * load(skip + channel) : load(y[t] + channel);
     Power decay[TILE_N];
-    asm volatile("" : "+r"(A));  // else it is A that the compiler keeps in registers, and the states in memory
+    reload(A);
     staggered<TILE_N>(
         [&](int n) LINESCAN_STAGE {
           if (KEEP) store(kept + (t * N + n) * W, h[n]);
@@ -81,7 +81,7 @@ LINESCAN_IN_ORDER static void reverse(int64_t count, int64_t channel, int64_t st
     V dstep = V{}, dinput = V{};
     if (!FIRST) dstep = load(ddelta + t * stride), dinput = load(dx + t * stride);
     Power decay[TILE_N];
-    asm volatile("" : "+r"(A));
+    reload(A);
     staggered<TILE_N>(
         [&](int n) LINESCAN_STAGE {
           decay[n].start(step * load(A + n * W));

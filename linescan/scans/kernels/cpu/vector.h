@@ -135,6 +135,9 @@ LINESCAN_INLINE void pin(V& x) {
 #endif
 }
 
+// Makes the compiler load what p points to each time it is used: kept in registers, it drives the states out of them.
+LINESCAN_INLINE void reload(const float* __restrict& p) { asm volatile("" : "+r"(p)); }
+
 // 2^x y + z in stages. As `power_of_two`, but the coefficient of r^3 is taken into the table of powers: what is left is
 // ONE + r ((r + SHIFT)^2 + SQUARE), one multiplication less and one addition more, for which processors have units of
 // their own. The coefficient is chosen among those that fit such that all entries of the table are almost float32 numbers
