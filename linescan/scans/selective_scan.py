@@ -65,7 +65,9 @@ def selective_scan(
     Raises:
         ValueError: a shape does not fit, or `merge` is unknown.
     """
-    taps = "B K L N" if B.ndim == C.ndim == 4 else "B K L G N"
+    if B.ndim != C.ndim:
+        B, C = map(_grouped, (B, C))
+    taps = "B K L N" if B.ndim == 4 else "B K L G N"
     check_shapes(
         "selective_scan",
         route,

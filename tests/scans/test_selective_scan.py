@@ -77,6 +77,7 @@ class TestSelectiveScan(Contract):
         one = inputs | {key: inputs[key][..., :1, :] for key in "BC"}
         flat = inputs | {key: inputs[key][..., 0, :] for key in "BC"}  # (B, K, L, N)
         torch.testing.assert_close(self.call(one), self.call(flat))
+        torch.testing.assert_close(self.call(one), self.call(one | {"C": flat["C"]}))
         with pytest.raises(ValueError, match="4 channels do not divide into the 3 groups"):
             self.call(inputs | {key: noise(2, 2, 9, 3, 3) for key in "BC"})
 
