@@ -5,7 +5,7 @@
 
 from . import backbones  # noqa: F401  (registers the models)
 from .checkpoint import CheckpointError, load_checkpoint, read_state_dict
-from .registry import list_models
+from .zoo import list_models
 
 __version__ = "0.1.0"
 __all__ = ["CheckpointError", "list_models", "load_checkpoint", "read_state_dict"]

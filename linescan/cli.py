@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from linescan.checkpoint import CheckpointError
-from linescan.engine.errors import Diverged, InputError
+from linescan.errors import Diverged, InputError
 
 __all__ = ["app", "main"]
 
@@ -103,8 +103,8 @@ def list_models(
     as_json: Json = False,
 ):
     """List the models: family, size, cost, and accuracy as their authors publish them."""
-    from linescan.engine.models import family, names
-    from linescan.registry import PUBLISHED, Published
+    from linescan.engine.cards import family, names
+    from linescan.zoo import PUBLISHED, Published
 
     found = names(pattern)
     if not found:
@@ -136,8 +136,8 @@ def info(
     as_json: Json = False,
 ):
     """Show one model: published facts beside measured ones, weights, input."""
-    from linescan.engine.models import build, family, measure, preprocess_of
-    from linescan.registry import PUBLISHED, Published
+    from linescan.engine.cards import build, family, measure, preprocess_of
+    from linescan.zoo import PUBLISHED, Published
 
     args = _model_args(model_arg) | ({"img_size": img_size} if img_size else {})
     built = build(model, **args)
@@ -273,10 +273,10 @@ def classify(
     as_json: Json = False,
 ):
     """Say what pictures and videos show. A broken one is named and skipped; the exit status is then 1."""
-    from linescan.engine.images import find_images
-    from linescan.engine.inference import Classifier
     from linescan.engine.progress import console, progress_bar, say
-    from linescan.engine.video import Views, find_videos, is_video
+    from linescan.media.images import find_images
+    from linescan.media.video import Views, find_videos, is_video
+    from linescan.tasks.classify import Classifier
 
     for path in paths:
         if not path.exists():
@@ -339,12 +339,12 @@ def evaluate(
     as_json: Json = False,
 ):
     """Measure accuracy on labelled pictures. A broken one is named and left out; the exit status is then 1."""
+    from linescan.engine.cards import restore
     from linescan.engine.data import Samples, evaluation_batches
-    from linescan.engine.evaluate import score
-    from linescan.engine.images import Digits, Folder
-    from linescan.engine.models import restore
+    from linescan.engine.image_sets import Digits, Folder
     from linescan.engine.processes import Processes, pick_device
     from linescan.engine.progress import progress_bar, say
+    from linescan.engine.scores import score
 
     us = Processes(0, 1, pick_device(device))
     restored, card = restore(model, checkpoint, **_model_args(model_arg))
@@ -410,8 +410,8 @@ def _size(text: str | None, option: str) -> tuple[int, int] | None:
 
 def _answer_files(results, sources: list, overlays: bool, description: str):
     """Runs a tool over files: one line for each on stdout, skipped ones on stderr; exit status 1 if there are any."""
-    from linescan.engine.dense_files import run
     from linescan.engine.progress import console, progress_bar, say
+    from linescan.tasks.files import run
 
     show = console if console.is_terminal and out.is_terminal else out
     broken, done = 0, 0.0
@@ -464,8 +464,8 @@ def segment(
 
     A broken file is named and skipped; the exit status is then 1.
     """
-    from linescan.engine.dense_files import Masks, find_sources
-    from linescan.engine.dense_inference import Segmenter
+    from linescan.tasks.files import Masks, find_sources
+    from linescan.tasks.segment import Segmenter
 
     sizes = {"window": _size(window, "--window"), "stride": _size(stride, "--stride")}
     sources = find_sources(paths, to)  # before a model is read in vain
@@ -506,8 +506,8 @@ def detect(
 
     A broken file is named and skipped; the exit status is then 1.
     """
-    from linescan.engine.dense_files import Instances, find_sources
-    from linescan.engine.dense_inference import Detector
+    from linescan.tasks.detect import Detector
+    from linescan.tasks.files import Instances, find_sources
 
     sizes = {"window": _size(window, "--window"), "stride": _size(stride, "--stride")}
     sources = find_sources(paths, to)
@@ -607,7 +607,7 @@ def train(
     from linescan.engine.progress import say
 
     if config:
-        from linescan.engine.openmmlab_runner import train_config
+        from linescan.openmmlab.runner import train_config
 
         train_config(config, to, resume, cfg_options or ())
         return
@@ -697,7 +697,7 @@ def directions(
 ):
     """Read the scan routes that a LocalMamba super-net has learned to keep, and build the model that has them."""
     from linescan.backbones.localmamba import searched_directions
-    from linescan.engine.models import restore
+    from linescan.engine.cards import restore
 
     supernet, _ = restore(model, checkpoint, **_model_args(model_args))
     try:
@@ -727,14 +727,14 @@ def demo(
     With --dense, a UPerNet (mmseg) and a Mask R-CNN (mmdet) instead, on digits in scenes.
     """
     if dense:
-        from linescan.engine.demo_dense import demo_dense
+        from linescan.demos.scenes import demo_dense
 
         demo_dense(to or "runs/demo-dense", seed=seed)
         return
     from dataclasses import replace
 
-    from linescan.engine.demo import RECIPE
-    from linescan.engine.demo import demo as run
+    from linescan.demos.digits import RECIPE
+    from linescan.demos.digits import demo as run
 
     run(to or "runs/demo", replace(RECIPE, seed=seed))
 

@@ -28,7 +28,7 @@ from rich.table import Table  # noqa: E402
 
 from linescan.checkpoint import CheckpointError  # noqa: E402
 from linescan.engine import Classifier, Digits, InputError, Recipe, build, train  # noqa: E402
-from linescan.engine.log import read_metrics  # noqa: E402
+from linescan.engine.metrics import read_metrics  # noqa: E402
 from linescan.engine.progress import console, progress_bar, say  # noqa: E402
 from linescan.layers.mixers import MIXERS  # noqa: E402
 from linescan.scans.draw import draw_routes  # noqa: E402

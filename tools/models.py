@@ -8,8 +8,8 @@ import timm
 import torch
 from rich.progress import track
 
-from linescan.engine.models import family, measure
-from linescan.registry import PUBLISHED, Published, list_models
+from linescan.engine.cards import family, measure
+from linescan.zoo import PUBLISHED, Published, list_models
 
 OUT = Path(__file__).parents[1] / "docs" / "models.md"
 

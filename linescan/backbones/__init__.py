@@ -1,12 +1,3 @@
 """Backbones, one file a system; importing this package registers them all with timm."""
 
-from . import (  # noqa: F401
-    localmamba,
-    scannet,
-    segman,
-    videomamba,
-    vig,
-    vim,
-    vision_rwkv,
-    vmamba,
-)
+from . import localmamba, mixernet, segman, videomamba, vig, vim, vision_rwkv, vmamba  # noqa: F401

@@ -22,10 +22,10 @@ from ..layers.mamba import MambaBlock, take_places
 from ..layers.norm import RMSNorm
 from ..layers.pos_embed import grid_rope, resample_pos_embed, rotate_pairs
 from ..layers.ss2d import SS2D
-from ..registry import published
 from ..scans import routes
 from ..scans.multi_route import ChannelAttention
-from .base import PlainBackbone, create_backbone, image_cfg
+from ..zoo import published
+from .contract import PlainBackbone, create_backbone, image_cfg
 from .vmamba import VANILLA, VMamba, VMambaDense
 
 __all__ = ["LocalVMamba", "LocalVMambaDense", "LocalVim", "LocalVimDense", "searched_directions"]

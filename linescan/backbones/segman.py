@@ -26,9 +26,9 @@ from ..layers.pos_embed import axial_rope, rotate_pairs
 from ..layers.s6 import S6Scan
 from ..layers.ss2d import CROSS
 from ..layers.stems import MapBatchNorm2d, MapConv2d
-from ..registry import published
 from ..scans.routes import parse, table
-from .base import HierarchicalBackbone, create_backbone, image_cfg
+from ..zoo import published
+from .contract import HierarchicalBackbone, create_backbone, image_cfg
 
 __all__ = ["SegMANEncoder", "SegMANDense", "SegMANBlock", "MapScan", "VARIANTS"]
 

@@ -22,9 +22,9 @@ from ..checkpoint import strip_prefix
 from ..layers.mamba import MambaBlock, stack_directions
 from ..layers.norm import RMSNorm
 from ..layers.pos_embed import resample_pos_embed, sinusoid_table
-from ..registry import published
 from ..scans import routes
-from .base import PlainBackbone, create_backbone, image_cfg
+from ..zoo import published
+from .contract import PlainBackbone, create_backbone, image_cfg
 
 __all__ = ["VideoMamba", "VideoMambaDistilled", "VideoMambaPretrain"]
 

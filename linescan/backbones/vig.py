@@ -20,8 +20,8 @@ from ..layers.gla import BiGLA
 from ..layers.norm import RMSNorm
 from ..layers.pos_embed import resample_pos_embed
 from ..layers.stems import ConvDownsample, ConvStem, PatchMerging
-from ..registry import published
-from .base import HierarchicalBackbone, PlainBackbone, create_backbone, image_cfg
+from ..zoo import published
+from .contract import HierarchicalBackbone, PlainBackbone, create_backbone, image_cfg
 
 __all__ = ["ViG", "HierViG", "HierViGDense"]
 

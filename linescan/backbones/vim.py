@@ -20,9 +20,9 @@ from ..layers.mamba import MambaBlock, stack_directions
 from ..layers.norm import RMSNorm
 from ..layers.pos_embed import grid_rope, resample_pos_embed
 from ..layers.pyramid import RescaledFeatures, SimpleFeaturePyramid
-from ..registry import published
 from ..scans import routes
-from .base import PlainBackbone, create_backbone, image_cfg
+from ..zoo import published
+from .contract import PlainBackbone, create_backbone, image_cfg
 
 __all__ = ["Vim", "VimDense"]
 

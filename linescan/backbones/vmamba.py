@@ -21,8 +21,8 @@ from ..checkpoint import strip_prefix
 from ..layers.pos_embed import resample_pos_embed
 from ..layers.ss2d import CROSS, SS2D, CascadeSS2D, SSDScan
 from ..layers.stems import ConvDownsample, ConvStem, PatchMerging, PatchStem
-from ..registry import published
-from .base import HierarchicalBackbone, create_backbone, image_cfg
+from ..zoo import published
+from .contract import HierarchicalBackbone, create_backbone, image_cfg
 
 __all__ = ["VMamba", "VMambaDense", "parse_forward_type"]
 

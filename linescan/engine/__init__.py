@@ -1,26 +1,27 @@
 """Training, evaluating and using models: what stands between a backbone and a person.
 
-    images.py        pictures: reading files, folders of classes, the embedded digits
-    video.py         videos as clips: which frames, which crops, and how they are read
-    data.py          pictures as batches of tensors, in an order that is a function of the step
-    models.py        building, measuring, saving and restoring models
+    image_sets.py    sets of images with labels: folders of classes, the embedded digits
+    data.py          images as batches of tensors, in an order that is a function of the step
+    cards.py         building, measuring, saving and restoring models
     training.py      the training loop
-    evaluate.py      accuracy on a labelled set
-    inference.py     Classifier: pictures and videos in, names out
-    dense_inference.py  Segmenter and Detector: pictures in, masks and boxes out (dense_models.py: of which models)
-    dense_files.py   what they write; overlay.py: what they draw; pixels.py: pictures larger than memory
-    demo.py          `make demo`
-    files.py         files that are either whole or absent
+    scores.py        accuracy on a labelled set
+    metrics.py       metrics.csv and TensorBoard
+    benchmark.py     time and memory against resolution
+    atomic.py        files that are either whole or absent
     processes.py     one process or many
+    progress.py      bars and messages
 
 Every model that timm knows can be trained and used; nothing here knows one from another.
 """
 
-from .dense_inference import Detections, Detector, Segmenter
-from .errors import BrokenImage, BrokenVideo, InputError
-from .images import Digits, Folder, read_image
-from .inference import Classifier, Prediction
-from .models import build
+from ..errors import BrokenImage, BrokenVideo, InputError
+from ..media.images import read_image
+from ..tasks.classify import Classifier, Prediction
+from ..tasks.detect import Detector
+from ..tasks.results import Detections
+from ..tasks.segment import Segmenter
+from .cards import build
+from .image_sets import Digits, Folder
 from .training import Recipe, train
 
 __all__ = [

@@ -18,9 +18,9 @@ import timm
 import torch
 from torch import nn
 
-from .errors import InputError
-from .evaluate import precision
-from .models import build
+from ..errors import InputError
+from .cards import build
+from .scores import precision
 
 __all__ = ["Measurement", "benchmark", "crossover", "draw", "write_report"]
 

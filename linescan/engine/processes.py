@@ -8,7 +8,7 @@ from typing import Iterator
 import torch
 import torch.distributed as dist
 
-from .errors import InputError
+from ..errors import InputError
 
 __all__ = ["Processes", "processes", "pick_device"]
 

@@ -29,15 +29,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from linescan.checkpoint import CheckpointError, load_checkpoint
 
+from ..errors import Diverged, InputError
+from .atomic import atomic, sweep
+from .cards import ModelCard, build, preprocess_of, save_model
 from .data import Samples, Steps, evaluation_batches, seed_all, training_batches
-from .errors import Diverged, InputError
-from .evaluate import Scores, precision, score
-from .files import atomic, sweep
-from .images import open_data
-from .log import Log
-from .models import ModelCard, build, preprocess_of, save_model
+from .image_sets import open_data
+from .metrics import Log
 from .processes import Processes, processes
 from .progress import progress_bar, say
+from .scores import Scores, precision, score
 
 __all__ = ["Recipe", "Training", "train"]
 
@@ -47,14 +47,14 @@ class Recipe:
     """All that decides what a run computes. The defaults suit a tiny model and a folder of pictures.
 
     Attributes:
-        data, val, holdout: see `linescan.engine.images.open_data`.
+        data, val, holdout: see `linescan.engine.image_sets.open_data`.
         model, model_args: `timm.create_model(model, **model_args)`; classes and channels follow the data.
         pretrained: start from the published weights.
         checkpoint: start from the weights in this file; another classifier's are left out.
         epochs, batch, accumulate: `batch` pictures in one forward pass of one process, `accumulate` passes in a step.
         lr, min_lr, warmup: the learning rate rises from 0 over `warmup` epochs and falls to `min_lr` along a cosine.
         weight_decay, layer_decay, clip_grad: of AdamW; of the rate from layer to layer; of the gradient's norm.
-        augment, erasing: see `linescan.engine.data.Preprocess.transform`. None: "light" for digits, else RandAugment.
+        augment, erasing: see `linescan.media.preprocess.Preprocess.transform`. None: by the data.
         mixup, cutmix, smoothing: strengths; 0 for none.
         ema: decay of the moving average of the weights; 0 for none. It starts as a plain average.
         drop_path: stochastic depth.

@@ -1,7 +1,7 @@
 """SegMAN: the decoder that scans three resolutions of the fused features at once (MMSCopE), and the whole model.
 
 Paper: Fu, Lou and Yu, CVPR 2025, arXiv 2412.11890; see `linescan.backbones.segman`. Nothing here needs OpenMMLab: for
-mmseg's configs the same decoder is a decode head in `linescan.heads.segman_mm`.
+mmseg's configs the same decoder is a decode head in `linescan.openmmlab.segman`.
 """
 
 from collections import OrderedDict

@@ -11,7 +11,7 @@ import timm
 import timm.optim
 import torch
 
-from linescan.registry import list_models
+from linescan.zoo import list_models
 
 MODELS = list_models()
 FAMILIES = sorted({timm.model_entrypoint(m).__module__.rpartition(".")[2] for m in MODELS})

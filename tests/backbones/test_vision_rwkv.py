@@ -6,8 +6,9 @@ import torch
 from torch.nn import functional as F
 
 import linescan
-from linescan.backbones.vision_rwkv import QuadShift, SpatialMix, SpatialMix6, VisionRWKV, VisionRWKVAdapter
+from linescan.backbones.vision_rwkv import VisionRWKV, VisionRWKVAdapter
 from linescan.layers.adapter import MSDeformableAttention, deformable_attention, reference_points
+from linescan.layers.rwkv import QuadShift, SpatialMix, SpatialMix6
 
 TINY = dict(img_size=64, embed_dim=32, depth=4, num_classes=5)
 DENSE = dict(img_size=64, embed_dim=32, depth=4, init_values=1.0, conv_width=8, deform_heads=4, deform_ratio=0.5)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from linescan.engine.images import Digits
-from linescan.engine.log import read_metrics
+from linescan.engine.image_sets import Digits
+from linescan.engine.metrics import read_metrics
 
 from ..conftest import ENVIRONMENT, REPOSITORY, SMALL, write_pictures
-from ..engine.test_inference import Bomb
+from ..tasks.test_classify import Bomb
 
 OFFLINE = {**ENVIRONMENT, "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
 
@@ -176,8 +176,8 @@ BAD = {
 @pytest.fixture(scope="session")
 def bad(tmp_path_factory, trained):
     """Files that are wrong, each in its way, by the names that BAD uses."""
-    from linescan.engine.data import Preprocess
-    from linescan.engine.models import ModelCard, build, save_model
+    from linescan.engine.cards import ModelCard, build, save_model
+    from linescan.media.preprocess import Preprocess
 
     root = tmp_path_factory.mktemp("bad")
     checkpoint = trained / "model.safetensors"

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from linescan.engine.log import read_metrics
+from linescan.engine.metrics import read_metrics
 
 from ..conftest import ENVIRONMENT, SMALL, command, write_pictures
 

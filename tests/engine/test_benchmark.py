@@ -9,7 +9,7 @@ import torch
 from linescan.backbones.localmamba import searched_directions
 from linescan.cli import app
 from linescan.engine.benchmark import Measurement, benchmark, crossover
-from linescan.engine.errors import InputError
+from linescan.errors import InputError
 
 
 def timed(model, *milliseconds):

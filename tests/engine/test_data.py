@@ -6,9 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from linescan.engine.data import Preprocess, Samples, Steps, evaluation_batches, seed_all, training_batches
-from linescan.engine.errors import InputError
-from linescan.engine.images import Digits
+from linescan.engine.data import Samples, Steps, evaluation_batches, seed_all, training_batches
+from linescan.engine.image_sets import Digits
+from linescan.errors import InputError
+from linescan.media.preprocess import Preprocess
 
 PREPROCESS = Preprocess((1, 16, 16), (0.5,), (0.25,))
 

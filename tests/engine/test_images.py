@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from linescan.engine.errors import BrokenImage, InputError
-from linescan.engine.images import Digits, Folder, open_data, read_image, to_mode
+from linescan.engine.image_sets import Digits, Folder, open_data
+from linescan.errors import BrokenImage, InputError
+from linescan.media.images import read_image, to_mode
 
 from ..conftest import write_pictures
 

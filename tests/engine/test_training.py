@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from linescan.checkpoint import CheckpointError
-from linescan.engine.errors import Diverged, InputError
-from linescan.engine.log import read_metrics
-from linescan.engine.models import read_card, restore
+from linescan.engine.cards import read_card, restore
+from linescan.engine.metrics import read_metrics
 from linescan.engine.processes import Processes
 from linescan.engine.training import Recipe, Training
+from linescan.errors import Diverged, InputError
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 VIT = dict(model="vit_tiny_patch16_224", model_args=dict(img_size=16, patch_size=8, depth=1, embed_dim=24, num_heads=2))

@@ -98,8 +98,8 @@ def test_mmseg_builds_the_model_and_loads_the_official_file(file):
     pytest.importorskip("mmseg.models.segmentors")
     from mmengine.registry import MODELS
 
-    import linescan.heads.segman_mm  # noqa: F401
     import linescan.openmmlab  # noqa: F401
+    import linescan.openmmlab.segman  # noqa: F401
 
     head = dict(type="SegMANDecoder", in_channels=[16, 32, 48, 64], norm_cfg=dict(type="SyncBN"), **HEAD)
     backbone = dict(type="LinescanBackbone", model="segman_tiny", **ENCODER)

@@ -16,7 +16,7 @@ from mmengine.registry import MODELS  # noqa: E402
 from mmengine.runner.checkpoint import load_checkpoint  # noqa: E402
 
 from linescan import CheckpointError, list_models  # noqa: E402
-from linescan.backbones.dense import architecture  # noqa: E402
+from linescan.backbones.feature_maps import architecture  # noqa: E402
 from linescan.openmmlab import find_config, list_configs  # noqa: E402
 from tests.parity import check, recipe  # noqa: E402
 

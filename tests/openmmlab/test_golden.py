@@ -14,7 +14,7 @@ pytest.importorskip("mmengine")
 from mmengine.registry import MODELS  # noqa: E402
 
 import linescan.openmmlab  # noqa: E402, F401
-from linescan.backbones.dense import DENSE_FORMS  # noqa: E402
+from linescan.backbones.feature_maps import DENSE_FORMS  # noqa: E402
 from tests.parity import check  # noqa: E402
 
 PARITY = Path(check.__file__).parent

@@ -19,11 +19,11 @@ from mmengine.runner import save_checkpoint  # noqa: E402
 import linescan.openmmlab  # noqa: E402, F401
 from linescan.checkpoint import CheckpointError  # noqa: E402
 from linescan.engine import Detector, InputError, Segmenter  # noqa: E402
-from linescan.engine.dense_models import _read_config  # noqa: E402
 from linescan.openmmlab import CONFIGS  # noqa: E402
+from linescan.openmmlab.models import _read_config  # noqa: E402
 
-from ..engine.test_dense_inference import photo, write_video  # noqa: E402
-from ..engine.test_inference import Bomb  # noqa: E402
+from ..tasks.test_classify import Bomb  # noqa: E402
+from ..tasks.test_dense import photo, write_video  # noqa: E402
 
 SEGMENTOR = f"""
 _base_ = ['{CONFIGS}/_base_/upernet.py']

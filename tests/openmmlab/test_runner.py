@@ -13,8 +13,8 @@ mmseg = pytest.importorskip("mmseg")
 from typer.testing import CliRunner  # noqa: E402
 
 from linescan import cli  # noqa: E402
-from linescan.engine.errors import InputError  # noqa: E402
-from linescan.engine.openmmlab_runner import parse_options, read_config, train_config  # noqa: E402
+from linescan.errors import InputError  # noqa: E402
+from linescan.openmmlab.runner import parse_options, read_config, train_config  # noqa: E402
 
 BASES = Path(mmseg.__file__).parent / ".mim" / "configs" / "_base_"
 

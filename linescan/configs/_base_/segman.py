@@ -1,6 +1,6 @@
 # SegMAN with its own decoder and no auxiliary head (arXiv 2412.11890).
 _base_ = ['./linescan.py']
-custom_imports = dict(imports=['linescan.openmmlab', 'linescan.heads.segman_mm'])
+custom_imports = dict(imports=['linescan.openmmlab', 'linescan.openmmlab.segman'])
 model = dict(
     type='EncoderDecoder',
     data_preprocessor=dict(

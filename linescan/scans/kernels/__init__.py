@@ -7,7 +7,7 @@ from ..recurrence import recurrences
 from . import triton
 
 # isort: split
-from . import cpu  # the last one registered is the first one asked
+from . import cpu
 
 __all__ = ["backend_info", "cpu", "triton"]
 

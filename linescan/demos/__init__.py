@@ -1,0 +1,1 @@
+"""The demos: small trainings that need no download."""

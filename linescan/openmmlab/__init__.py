@@ -1,0 +1,14 @@
+"""The bridge to OpenMMLab: `custom_imports = dict(imports=['linescan.openmmlab'])` registers the backbone.
+
+backbone.py      LinescanBackbone, layer-wise learning rates, the configs that come with linescan
+models.py        segmentors and detectors of configs, as the inference tools see them
+runner.py        training from a config; resumable.py: so that it can be killed at any moment
+segman.py        SegMAN's decode head for mmseg
+"""
+
+from importlib.util import find_spec
+
+if find_spec("mmengine"):  # without it, the other modules say in one line what is missing
+    from .backbone import LayerDecayOptimWrapperConstructor, LinescanBackbone, find_config, list_configs
+
+    __all__ = ["LayerDecayOptimWrapperConstructor", "LinescanBackbone", "find_config", "list_configs"]

@@ -1,0 +1,197 @@
+"""linescan for OpenMMLab: the backbone and the layer-wise learning rates, in MMEngine's registries.
+
+    custom_imports = dict(imports=['linescan.openmmlab'])
+    model = dict(backbone=dict(type='LinescanBackbone', model='vig_h_tiny'), ...)
+
+Both are registered at the root, so that mmsegmentation and mmdetection see them. The configs that come with linescan
+are found by name (`find_config`).
+"""
+
+from collections import defaultdict
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Sequence
+
+import timm
+from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.logging import print_log
+from mmengine.model import BaseModule
+from mmengine.optim import DefaultOptimWrapperConstructor
+from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.utils import is_installed
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..backbones.feature_maps import FeatureMaps
+
+__all__ = ["LayerDecayOptimWrapperConstructor", "LinescanBackbone", "find_config", "list_configs"]
+
+# MMEngine looks for "mmseg::" configs in the distribution that upstream calls mmsegmentation; the maintained fork is
+# named otherwise, and is found by the name of its module.
+if not is_installed(MODULE2PACKAGE["mmseg"]) and find_spec("mmseg"):
+    MODULE2PACKAGE["mmseg"] = "mmseg"
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@MODELS.register_module()
+class LinescanBackbone(FeatureMaps, BaseModule):
+    """Any linescan backbone for OpenMMLab: images -> a list of maps (B, C, H, W).
+
+    Args:
+        model: a registered name; `linescan list` shows them.
+        out_indices, neck, out_channels, kwargs: of `FeatureMaps`, which has their defaults.
+        frozen_stages: 0 freezes the stem, n also the first n stages (or blocks of a plain backbone); -1 nothing.
+        norm_eval: keep BatchNorm layers (of adapters and necks) in evaluation mode.
+        with_cp: gradient checkpointing, block by block.
+        pretrained: as `init_cfg=dict(type='Pretrained', checkpoint=pretrained)`.
+        init_cfg: `dict(type='Pretrained', checkpoint=...)`: a file, classification or dense, official or of a training
+            here; its URL; or `linescan://NAME` for the official file of a registered model.
+
+    Raises:
+        ValueError: unknown model, indices that it does not have, or another kind of `init_cfg`.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        out_indices: Sequence[int] | None = None,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        pretrained: str | None = None,
+        init_cfg: dict | None = None,
+        **kwargs,
+    ):
+        if pretrained:
+            init_cfg = {"type": "Pretrained", "checkpoint": pretrained}
+        if init_cfg and (init_cfg.get("type") != "Pretrained" or "checkpoint" not in init_cfg):
+            raise ValueError(f"init_cfg is dict(type='Pretrained', checkpoint=...) or None, not {dict(init_cfg)}")
+        super().__init__(model, out_indices, **kwargs)
+        self.init_cfg = init_cfg
+        self.norm_eval = norm_eval
+        self.trunk.set_grad_checkpointing(with_cp)
+        self.freeze(frozen_stages)
+        self.register_load_state_dict_pre_hook(_translate_keys)
+
+    def train(self, mode: bool = True):
+        """As usual, but for what `frozen_stages` and `norm_eval` keep in evaluation mode."""
+        super().train(mode)
+        if mode and getattr(self, "norm_eval", False):
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def init_weights(self) -> None:
+        """Loads what `init_cfg` names; otherwise the model is initialised since it was built."""
+        if self.init_cfg and not self._is_init:
+            checkpoint = self.init_cfg["checkpoint"]
+            dropped, new = self.load_pretrained(_fetch(checkpoint))
+            said = [f"LinescanBackbone: loaded {checkpoint}"]
+            said += [f"its classifier is dropped ({', '.join(dropped)})"] if dropped else []
+            said += [f"{len(new)} parameters are new (first: {new[0]})"] if new else []
+            print_log("; ".join(said), logger="current")
+        self._is_init = True
+
+
+def _translate_keys(module: LinescanBackbone, state: dict, prefix: str, *_) -> None:
+    """Before `load_state_dict`: the keys of an official segmentor's or detector's backbone become ours, in place."""
+    inside = {key.removeprefix(prefix): key for key in state if key.startswith(prefix)}
+    if inside and not any(key.startswith("body.") for key in inside):
+        own = module.checkpoint_filter({key: state.pop(full) for key, full in inside.items()})
+        state.update({prefix + key: value for key, value in own.items()})
+
+
+def _fetch(checkpoint: str) -> str:
+    """The local path of a file, a URL, or `linescan://NAME`; what is fetched stays in torch's and the Hub's caches."""
+    if checkpoint.startswith("linescan://"):
+        name = checkpoint.removeprefix("linescan://")
+        cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+        if cfg and cfg.hf_hub_id and cfg.hf_hub_filename:
+            from huggingface_hub import hf_hub_download
+
+            return hf_hub_download(cfg.hf_hub_id, cfg.hf_hub_filename)
+        checkpoint = cfg.url if cfg else ""
+        if not checkpoint:
+            raise ValueError(f"no official file of {name!r} is known; give a path or a URL")
+    if checkpoint.startswith(("http://", "https://")):
+        from timm.models._hub import download_cached_file
+
+        return download_cached_file(checkpoint, check_hash=False)
+    return checkpoint
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
+    """Learning rates that fall by a factor from each block of the backbone to the one below, the stem's the lowest.
+
+        optim_wrapper = dict(
+            constructor='LayerDecayOptimWrapperConstructor', paramwise_cfg=dict(decay_rate=0.9), ...)
+
+    Heads and what is new in the backbone (output norms, necks, adapters) learn at the full rate. Weight decay skips
+    vectors, biases, and what the backbone's `no_weight_decay` names. `paramwise_cfg` takes what MMEngine's default
+    constructor takes besides; `custom_keys` there go first.
+
+    Raises:
+        ValueError: no `decay_rate` in `paramwise_cfg`, or no LinescanBackbone in the model.
+    """
+
+    def add_params(self, params: list[dict], module: nn.Module, prefix: str = "", is_dcn_module=None) -> None:
+        super().add_params(params, module, prefix, is_dcn_module)
+        if prefix:  # of the recursion; what follows is done once, for the whole model
+            return
+        rate = self.paramwise_cfg.get("decay_rate")
+        backbones = {name: m for name, m in module.named_modules() if isinstance(m, LinescanBackbone)}
+        if rate is None or not backbones:
+            raise ValueError("layer decay needs paramwise_cfg=dict(decay_rate=...) and a LinescanBackbone in the model")
+        names = {parameter: name for name, parameter in module.named_parameters()}
+        layers, depth, no_decay = {}, {}, set()
+        for name, backbone in backbones.items():
+            dot = name + "." if name else ""
+            ids = backbone.layer_ids()
+            layers |= {dot + key: i for key, i in ids.items()}
+            depth |= dict.fromkeys((dot + key for key in ids), max(ids.values()))
+            no_decay |= {dot + key for key in backbone.no_weight_decay()}
+        custom = self.paramwise_cfg.get("custom_keys", {})
+        merged = defaultdict(list)
+        for group in params:
+            (parameter,) = group.pop("params")
+            name = names[parameter]
+            scale = rate ** (depth[name] - layers[name]) if name in layers else 1.0
+            group["lr"] = group.get("lr", self.base_lr) * scale
+            free = parameter.ndim == 1 or name.endswith(".bias") or name in no_decay
+            if free and not any(key in name for key in custom):
+                group["weight_decay"] = 0.0
+            merged[tuple(sorted(group.items()))].append(parameter)
+        params[:] = [{"params": parameters, **dict(options)} for options, parameters in merged.items()]
+
+
+# -- configs ----------------------------------------------------------------------------------------------------------
+
+
+def list_configs() -> list[str]:
+    """Names of the configs that come with linescan, such as `segmentation/vmamba_tiny_upernet_ade20k`."""
+    found = (path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.glob("*/*.py"))
+    return sorted(name for name in found if not name.startswith("_base_"))
+
+
+def find_config(name: str | Path) -> Path:
+    """The path of a config: of a file as it is, or of one that comes with linescan by its name.
+
+    Raises:
+        ValueError: there is no such config; the line names those that are near.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    known = list_configs()
+    wanted = str(name).removeprefix("configs/").removesuffix(".py")
+    matches = [c for c in known if c == wanted or c.rpartition("/")[2] == wanted]
+    if len(matches) == 1:
+        return CONFIGS / f"{matches[0]}.py"
+    near = get_close_matches(wanted, known + [c.rpartition("/")[2] for c in known], 3, 0.5)
+    raise ValueError(
+        f"no config {str(name)!r}, neither a file nor one of linescan's"
+        + (f"; near it: {', '.join(near)}" if near else f"; there are {', '.join(known[:3])} and {len(known) - 3} more")
+    )

@@ -1,0 +1,83 @@
+"""Training from OpenMMLab configs, with MMEngine's Runner."""
+
+import os
+from pathlib import Path
+from typing import Sequence
+
+from ..errors import InputError
+
+__all__ = ["parse_options", "read_config", "train_config"]
+
+
+def parse_options(pairs: Sequence[str]) -> dict:
+    """`["train_cfg.max_iters=10", "model.backbone.depths=[1,1,1,1]"]` as keys and values, read as MMEngine reads them.
+
+    Raises:
+        InputError: one of them is not KEY=VALUE.
+    """
+    from mmengine.config import DictAction
+
+    options = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
+            raise InputError(f"--cfg-options takes KEY=VALUE, not {pair!r}")
+        options[key] = DictAction._parse_iterable(value)
+    return options
+
+
+def read_config(name: str | Path, options: Sequence[str] = ()):
+    """The `mmengine.Config` of a file or of one of linescan's configs, with options of the command line over it.
+
+    Raises:
+        InputError: the OpenMMLab packages are missing, there is no such config, or it cannot be read.
+    """
+    try:
+        from mmengine.config import Config, ConfigDict  # noqa: F401
+
+        from .backbone import find_config
+    except ModuleNotFoundError as error:
+        raise InputError(f"configs need the OpenMMLab packages ({error}); tools/install_openmmlab.py installs them")
+    try:
+        path = find_config(name)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    try:
+        cfg = Config.fromfile(path)
+        cfg.merge_from_dict(parse_options(options))
+    except InputError:
+        raise
+    except Exception as error:  # a config is a program: it may raise anything at all
+        raise InputError(f"cannot read {path}: {str(error).strip() or type(error).__name__}") from error
+    return cfg
+
+
+def train_config(
+    name: str | Path, work_dir: str | Path | None = None, resume: bool = False, options: Sequence[str] = ()
+) -> Path:
+    """Trains as a config says; under torchrun, with one process a GPU.
+
+    Args:
+        name: a file, or the name of one of linescan's configs (`linescan.openmmlab.list_configs`).
+        work_dir: for logs and checkpoints; by default the config's own, or runs/NAME.
+        resume: go on from the last checkpoint there, if there is one.
+        options: `KEY=VALUE` over the config's values.
+
+    Returns:
+        The folder of logs and checkpoints.
+
+    Raises:
+        InputError: see `read_config`.
+    """
+    cfg = read_config(name, options)
+    from mmengine.runner import Runner
+
+    from .resumable import refuse_pickles
+
+    cfg.work_dir = str(work_dir or cfg.get("work_dir") or Path("runs") / Path(name).stem)
+    cfg.resume = resume or cfg.get("resume", False)
+    if "LOCAL_RANK" in os.environ:
+        cfg.launcher = "pytorch"
+    refuse_pickles()  # MMEngine would go on to unpickle what the restricted reading refuses
+    Runner.from_cfg(cfg).train()
+    return Path(cfg.work_dir)

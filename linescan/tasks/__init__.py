@@ -1,0 +1,1 @@
+"""One file a task: its training side (batch -> losses; scores) and its user side (files in, answers out)."""

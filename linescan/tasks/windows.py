@@ -1,0 +1,131 @@
+"""Sliding windows over images of any size.
+
+Windows are read from the image, answered and blended strip by strip, so that memory does not grow with the image: what
+is kept of the logits is a strip one window high and as wide as `memory` allows.
+"""
+
+from typing import Callable, Iterator, NamedTuple, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..media.large import Pixels
+
+__all__ = ["Block", "enlarge", "positions", "slide"]
+
+Progress = Callable[[float], None]
+Size = tuple[int, int]
+
+
+def _silent(share: float) -> None:
+    pass
+
+
+def positions(length: int, window: int, stride: int) -> list[int]:
+    """Where windows start along a side: `stride` apart, the last one at the end."""
+    count = max(-(-(length - window) // stride), 0) + 1
+    return [max(min(i * stride, length - window), 0) for i in range(count)]
+
+
+class Block(NamedTuple):
+    """A part of a picture and its logits (C, bottom - top, right - left)."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+    logits: Tensor
+
+
+def slide(
+    pixels: Pixels,
+    forward: Callable[[np.ndarray], Tensor],
+    channels: int,
+    window: Size,
+    stride: Size,
+    *,
+    batch: int = 1,
+    memory: int = 2**30,
+    device: torch.device | str = "cpu",
+    progress: Progress = _silent,
+) -> Iterator[Block]:
+    """The mean of the logits of all windows over each pixel, block by block, each pixel once.
+
+    The logits of a block are good until the next one is asked for.
+
+    The sums are kept for a strip as high as a window. Where a strip as wide as the picture would take more than
+    `memory` bytes, the picture is done in several columns, and windows across their borders once in each.
+
+    Args:
+        pixels: the picture.
+        forward: windows (B, h, w, 3) -> logits (B, channels, h, w).
+        window, stride: (height, width); a window is never larger than the picture.
+        batch: windows in one call of `forward`.
+        memory: bytes for the sums of logits; never less than what one window takes.
+        device: where `forward` answers.
+        progress: gets the shares of the work as they are done, 1 in all.
+    """
+    height, width = pixels.size
+    high, wide = min(window[0], height), min(window[1], width)
+    tops, lefts = positions(height, high, stride[0]), positions(width, wide, stride[1])
+    columns = -(-width // max(memory // (channels * high * 4), wide))
+    edges = [width * i // columns for i in range(columns + 1)]
+    widest = torch.empty(channels, high, max(b - a for a, b in zip(edges, edges[1:])), device=device)
+    for left, right in zip(edges, edges[1:]):
+        ours = [x for x in lefts if x < right and x + wide > left]
+        across = _cover(ours, wide, left, right)
+        sums = widest[..., : right - left].zero_()
+        for top, following in zip(tops, [*tops[1:], height]):
+            strip = pixels.read(top, top + high, ours[0], ours[-1] + wide)
+            for at in range(0, len(ours), batch):
+                together = ours[at : at + batch]
+                answers = forward(np.stack([strip[:, x - ours[0] :][:, :wide] for x in together]))
+                for x, answer in zip(together, answers):
+                    a, b = max(x, left), min(x + wide, right)
+                    sums[..., a - left : b - left] += answer[..., a - x : b - x]
+                progress(len(together) / (len(tops) * len(ours) * columns))
+            done = following - top
+            counts = np.outer(_cover(tops, high, top, following), across)
+            yield Block(top, following, left, right, sums[:, :done].div_(torch.from_numpy(counts).to(sums)))
+            sums[:, : high - done] = sums[:, done:].clone()
+            sums[:, high - done :] = 0
+
+
+def _cover(starts: Sequence[int], length: int, first: int, last: int) -> np.ndarray:
+    """How many of the windows that start at `starts` lie over each position from `first` to `last`."""
+    at = np.arange(first, last)
+    return sum(((start <= at) & (at < start + length)).astype(int) for start in starts)
+
+
+def enlarge(logits: Tensor, size: Size, align_corners: bool = False, memory: int = 2**30) -> Iterator[Block]:
+    """Logits (C, h, w) as `F.interpolate(logits, size, mode="bilinear")` has them, in strips of `memory` bytes."""
+    height, width = size
+    above, below, share_y = _neighbours(logits.shape[1], height, align_corners, logits.device)
+    before, after, share_x = _neighbours(logits.shape[2], width, align_corners, logits.device)
+    rows = max(memory // (4 * logits.shape[0] * width * 4), 1)  # four of them at a time, at the most
+    for top in range(0, height, rows):
+        at = slice(top, top + rows)
+        strip = torch.lerp(logits[:, above[at]], logits[:, below[at]], share_y[at, None])
+        yield Block(top, min(top + rows, height), 0, width, torch.lerp(strip[..., before], strip[..., after], share_x))
+
+
+def _neighbours(small: int, large: int, align_corners: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """For each position of a side of `large` the two of `small` that it lies between, and how near to the second."""
+    at = torch.arange(large, dtype=torch.float32, device=device)
+    if align_corners:
+        at = at * ((small - 1) / max(large - 1, 1))
+    else:
+        at = ((at + 0.5) * (small / large) - 0.5).clamp(min=0)
+    first = at.long().clamp(max=small - 1)
+    return first, (first + 1).clamp(max=small - 1), at - first
+
+
+def _pair(value: int | Size | None, name: str) -> Size | None:
+    if value is None:
+        return None
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or any(not isinstance(side, int) or side < 1 for side in pair):
+        raise InputError(f"a {name} is (height, width) in pixels, not {value!r}")
+    return pair

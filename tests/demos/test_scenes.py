@@ -1,0 +1,233 @@
+"""`make demo-dense` on a small scale: its scenes, its trainings with MMEngine's Runner, a kill -9 between them."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("mmdet")
+pytest.importorskip("mmseg")
+
+from mmengine.registry import DATASETS, init_default_scope  # noqa: E402
+from mmengine.runner import Runner, find_latest_checkpoint  # noqa: E402
+from pycocotools.coco import COCO  # noqa: E402
+from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
+
+from linescan.checkpoint import CheckpointError  # noqa: E402
+from linescan.demos.killable import Training, read_log  # noqa: E402
+from linescan.demos.render import CLASSES, read_pixels, render, write_scenes  # noqa: E402
+from linescan.demos.scenes import TASKS, configure, demo_dense  # noqa: E402
+from linescan.engine import atomic as files  # noqa: E402
+from linescan.engine.image_sets import Digits  # noqa: E402
+from linescan.openmmlab.resumable import load_from_disk  # noqa: E402
+
+SCENES = (16, 8)
+ITERATIONS = 8
+
+
+# -- scenes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """A folder with a few scenes of both splits."""
+    root = tmp_path_factory.mktemp("scenes")
+    for split in ("train", "val"):
+        write_scenes(root, split, SCENES[1])
+    return root
+
+
+def test_masks_boxes_and_classes_are_of_the_same_digits(scenes):
+    coco = COCO(str(scenes / "train" / "instances.json"))
+    assert [coco.cats[i]["name"] for i in sorted(coco.cats)] == list(CLASSES[1:])
+    for image in coco.imgs.values():
+        picture, classes = (read_pixels(scenes / "train" / kind / image["file_name"]) for kind in ("images", "masks"))
+        assert picture.shape == (image["height"], image["width"], 3) and classes.shape == picture.shape[:2]
+        annotations = coco.imgToAnns[image["id"]]
+        assert 1 <= len(annotations) <= 4
+        painted = np.zeros_like(classes)
+        for annotation in annotations:
+            mask = coco.annToMask(annotation).astype(bool)
+            left, top, width, height = map(int, annotation["bbox"])
+            inside = mask[top : top + height, left : left + width]
+            assert mask.sum() == inside.sum() == annotation["area"] > 50
+            assert all(edge.any() for edge in (inside[0], inside[-1], inside[:, 0], inside[:, -1]))
+            assert not painted[mask].any()
+            painted[mask] = annotation["category_id"]
+        assert np.array_equal(painted, classes)
+
+
+def test_a_digit_stands_out_and_is_of_its_split():
+    held_out, others = Digits(held_out=True), Digits(held_out=False)
+    assert not {p.tobytes() for p in held_out.pixels} & {p.tobytes() for p in others.pixels}
+    for seed in range(8):
+        scene = render(others, np.random.default_rng(seed))
+        written, grey = scene.semantic > 0, scene.image.mean(-1)
+        assert grey[written].mean() > grey[~written].mean() + 40
+        assert len(scene.labels) == len(scene.masks) == len(scene.boxes)
+
+
+def test_scenes_depend_on_seed_and_number_alone(scenes, tmp_path):
+    write_scenes(tmp_path, "val", 3)
+    write_scenes(tmp_path / "other", "val", 1, seed=1)
+    for kind in ("images", "masks"):
+        for i in range(3):
+            name = Path("val", kind, f"{i:05}.png")
+            assert (tmp_path / name).read_bytes() == (scenes / name).read_bytes()
+    first = [root / "images" / "00000.png" for root in (scenes / "val", scenes / "train", tmp_path / "other" / "val")]
+    assert len({path.read_bytes() for path in first}) == 3
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_mmseg_and_mmdet_read_the_scenes(scenes, task):
+    cfg = configure(TASKS[task], scenes)
+    init_default_scope(cfg.default_scope)
+    for split, loader in (("train", cfg.train_dataloader), ("val", cfg.val_dataloader)):
+        dataset = DATASETS.build(loader.dataset)
+        assert len(dataset) == SCENES[1]
+        sample = dataset[2]["data_samples"]
+        if task == "segmentation":
+            assert np.array_equal(sample.gt_sem_seg.data[0], read_pixels(scenes / split / "masks" / "00002.png"))
+            assert tuple(dataset.metainfo["classes"]) == CLASSES
+        else:
+            coco = COCO(str(scenes / split / "instances.json"))
+            annotations = coco.imgToAnns[2]
+            corners = [(x, y, x + w, y + h) for x, y, w, h in (a["bbox"] for a in annotations)]
+            assert np.array_equal(sample.gt_instances.bboxes.tensor, corners)
+            assert sample.gt_instances.labels.tolist() == [a["category_id"] - 1 for a in annotations]
+            masks = np.stack([coco.annToMask(a) for a in annotations])
+            assert np.array_equal(sample.gt_instances.masks.masks, masks)
+
+
+# -- trainings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A demo, cut short: its folder and its metrics."""
+    out = tmp_path_factory.mktemp("demo") / "a folder, with spaces"
+    return out, demo_dense(out, ITERATIONS, SCENES)
+
+
+@pytest.mark.slow
+def test_the_demo_trains_judges_and_draws(demo):
+    out, metrics = demo
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    assert 0 <= metrics["segmentation"]["mIoU"] <= 100 and -1 <= metrics["detection"]["coco/bbox_mAP"] <= 1
+    occurring = [value for value in metrics["segmentation"]["IoU"].values() if value is not None]
+    assert np.mean(occurring) == pytest.approx(metrics["segmentation"]["mIoU"], abs=0.01)  # mmseg's is rounded
+    for task, key in (("segmentation", "mIoU"), ("detection", "coco/bbox_mAP")):
+        assert read_pixels(out / f"{task}.png").shape[1] > 1000
+        rows = [row for run in read_log(out / task) for row in run]
+        losses = [row["loss"] for row in rows if "loss" in row]
+        assert np.isfinite(losses).all() and losses[-1] < losses[0]
+        (logged,) = [row[key] for row in rows if key in row]
+        assert logged == pytest.approx(metrics[task][key], abs=0.01)  # the last checkpoint is what was judged
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_it_takes_the_steps_of_one_that_was_not(demo, tmp_path):
+    out, metrics = demo
+    stop = metrics["interruption"]
+    assert ITERATIONS // 2 < stop["killed_at"] <= ITERATIONS
+    assert stop["resumed_from"] <= stop["killed_at"] and len(read_log(out / "segmentation")) == 2
+    assert stop["largest_difference"] in (0, None)  # None: killed right after a checkpoint
+
+    calm = Training(configure(TASKS["segmentation"], out / "data", ITERATIONS), tmp_path / "calm")
+    calm.start()
+    assert calm.process.wait() == 0, calm.log.read_text()[-2000:]
+    ours = load_from_disk(calm.checkpoint)["state_dict"]
+    theirs = load_from_disk(find_latest_checkpoint(str(out / "segmentation")))["state_dict"]
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.slow
+def test_a_failed_training_names_its_log(scenes, tmp_path):
+    cfg = configure(TASKS["segmentation"], scenes)
+    cfg.model.backbone.model = "nonsense"
+    training = Training(cfg, tmp_path / "run")
+    training.start()
+    training.process.wait()
+    with pytest.raises(RuntimeError, match="training.log says why"):
+        training.poll()
+    assert "nonsense" in training.log.read_text()
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+class Crash(BaseException):
+    """Stands for the end of the process."""
+
+
+def toy_runner(work_dir, **kwargs):
+    """MMEngine's Runner, of a line through points, that saves after every iteration."""
+    from mmengine.model import BaseModel
+
+    hook = {"type": "AtomicCheckpointHook", "by_epoch": False, "interval": 1, "max_keep_ckpts": 2}
+
+    class Line(BaseModel):
+        def __init__(self):
+            super().__init__()
+            self.line = torch.nn.Linear(1, 1)
+
+        def forward(self, x, mode="tensor"):
+            return {"loss": (self.line(x) - 3 * x).square().mean()}
+
+    return Runner(
+        Line(), str(work_dir), train_dataloader=DataLoader(TensorDataset(torch.rand(8, 1))),
+        train_cfg={"type": "IterBasedTrainLoop", "max_iters": 6},
+        optim_wrapper={"type": "OptimWrapper", "optimizer": {"type": "Adam", "lr": 0.1}}, log_level="ERROR",
+        default_hooks={"checkpoint": hook}, experiment_name=f"toy_{len(os.listdir(work_dir))}", **kwargs,
+    )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("step", range(1, 13, 3))
+@pytest.mark.parametrize("call", ["replace", "fsync"])
+def test_whenever_it_ends_there_is_something_to_go_on_from(tmp_path, monkeypatch, call, step):
+    calls, real = [], getattr(os, call)
+
+    def crash(*args):
+        calls.append(args)
+        if len(calls) == step:
+            raise Crash
+        return real(*args)
+
+    monkeypatch.setattr(files.os, call, crash)
+    with pytest.raises(Crash):
+        toy_runner(tmp_path).train()
+    monkeypatch.undo()
+    latest = find_latest_checkpoint(str(tmp_path))
+    if latest is None:
+        assert step <= 3  # before the first was whole
+    else:
+        assert load_from_disk(latest)["meta"]["iter"] == int(Path(latest).stem[5:])
+    toy_runner(tmp_path, resume=True).train()
+    assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["iter_5.pth", "iter_6.pth"]
+    assert find_latest_checkpoint(str(tmp_path)) == str(tmp_path / "iter_6.pth")
+    assert not list(tmp_path.glob(".*"))
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["LINESCAN_TEST_BOMB"],)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_resumed_training_unpickles_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("LINESCAN_TEST_BOMB", str(tmp_path / "exploded"))
+    torch.save({"state_dict": {}, "meta": Bomb()}, tmp_path / "iter_1.pth")
+    (tmp_path / "last_checkpoint").write_text(str(tmp_path / "iter_1.pth"))
+    with pytest.raises(CheckpointError, match="refused"):
+        toy_runner(tmp_path, resume=True).train()
+    assert not (tmp_path / "exploded").exists()
+    (tmp_path / "iter_1.pth").write_bytes(b"PK\x03\x04 cut short")
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_from_disk(tmp_path / "iter_1.pth")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load_from_disk(tmp_path / "iter_2.pth")
