@@ -225,7 +225,7 @@ def routes(
         raise InputError(f"--size is HEIGHTxWIDTH, as in 14x14, not {size!r}")
     if picture.suffix.lower() not in (".png", ".svg", ".pdf", ".jpg"):
         raise InputError(f"--out is a .png, .svg, .pdf or .jpg file, not {picture}")
-    from linescan.scans.draw import draw_routes
+    from linescan.scans.routes.draw import draw_routes
 
     try:
         drawing = draw_routes(spec, grid)

@@ -31,8 +31,8 @@ from linescan.engine import Classifier, Digits, InputError, Recipe, build, train
 from linescan.engine.metrics import read_metrics  # noqa: E402
 from linescan.engine.progress import console, progress_bar, say  # noqa: E402
 from linescan.layers.mixers import MIXERS  # noqa: E402
-from linescan.scans.draw import draw_routes  # noqa: E402
 from linescan.scans.routes import parse  # noqa: E402
+from linescan.scans.routes.draw import draw_routes  # noqa: E402
 
 PAPER, INK, GREY, RULE = "#fdfdfb", "#2b2d42", "#8d99ae", "#edf0f4"
 COLOURS = "#e76f51 #2a9d8f #3d5a98 #e9a23b #8e5ea2 #5aa9e6 #b5446e #6a994e #774936 #9a8c98 #00798c #d1495b #30638e #555"

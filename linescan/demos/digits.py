@@ -162,7 +162,7 @@ def _draw_routes(figure, classifier: Classifier, picture) -> None:
 
     from matplotlib.image import imread
 
-    from linescan.scans.draw import draw_routes
+    from linescan.scans.routes.draw import draw_routes
 
     preprocess: Preprocess = classifier.card.preprocess
     seen = classifier.tensor(picture) * torch.tensor(preprocess.std)[:, None, None]

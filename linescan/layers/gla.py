@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..scans import routes
-from ..scans.gla import gla
+from ..scans import gla, routes
 from .norm import RMSNorm
 from .stems import MapConv2d
 

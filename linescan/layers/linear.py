@@ -1,8 +1,8 @@
-"""`nn.Linear` on the fast path of `linescan.scans.linear`."""
+"""`nn.Linear` on the fast path of `linescan.scans.matmul`."""
 
 from torch import Tensor, nn
 
-from ..scans.linear import linear
+from ..scans.matmul import linear
 
 __all__ = ["Linear", "through_onednn"]
 

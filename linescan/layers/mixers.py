@@ -13,12 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..scans.delta import delta_rule, gated_delta_rule, kda, rwkv7
-from ..scans.gla import gla, hgrn2, retention
-from ..scans.linear_attention import linear_attention
+from ..scans import (
+    bi_wkv,
+    delta_rule,
+    gated_delta_rule,
+    gla,
+    hgrn2,
+    kda,
+    linear_attention,
+    retention,
+    rwkv7,
+    wkv4,
+    wkv6,
+)
 from ..scans.multi_route import create_merge
 from ..scans.routes import parse, table
-from ..scans.wkv import bi_wkv, wkv4, wkv6
 from .norm import RMSNorm
 from .s6 import S6Scan
 from .ss2d import SSDScan

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, LayerScale
 from torch import Tensor, nn
 
-from ..scans.wkv import bi_wkv, bi_wkv6
+from ..scans import bi_wkv, bi_wkv6
 
 __all__ = ["ChannelMix", "QuadShift", "RWKVBlock", "SpatialMix", "SpatialMix6"]
 

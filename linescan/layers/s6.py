@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..scans import selective_scan
-from ..scans.linear import project_routes
+from ..scans.matmul import project_routes
 
 __all__ = ["S6Scan", "init_dt_bias"]
 

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..scans.linear import project_routes
+from ..scans import ssd
+from ..scans.matmul import project_routes
 from ..scans.multi_route import create_merge
 from ..scans.routes import parse, table
-from ..scans.ssd import ssd
 from .s6 import S6Scan, init_dt_bias, known, simple_init
 from .stems import MapConv2d
 

@@ -1,22 +1,22 @@
 """Scans: routes over grids and points, and the linear recurrences that read through them. Needs torch alone.
 
-    routes          orders over grids and points, by name
-    MultiRoute      any recurrence along any routes, and a merge of their outputs
-    backend         forces one implementation; recurrences() lists them all
+routes          orders over grids and points, by name
+MultiRoute      any recurrence along any routes, and a merge of their outputs
+backend         forces one implementation; recurrences() lists them all
 """
 
 from . import kernels, routes
-from .causal_conv import causal_conv1d
-from .delta import delta_rule, dplr, gated_delta_rule, kda, rwkv7
-from .gla import gla, hgrn2, retention, simple_gla
-from .hgrn import hgrn
-from .linear_attention import global_linear_attention, linear_attention
-from .log_linear import log_linear_attention
 from .multi_route import MultiRoute, create_merge
+from .ops.causal_conv import causal_conv1d
+from .ops.delta import delta_rule, dplr, gated_delta_rule, kda, rwkv7
+from .ops.gla import gla, hgrn2, retention, simple_gla
+from .ops.hgrn import hgrn
+from .ops.linear_attention import global_linear_attention, linear_attention
+from .ops.log_linear import log_linear_attention
+from .ops.selective_scan import selective_scan
+from .ops.ssd import ssd
+from .ops.wkv import bi_wkv, bi_wkv6, wkv4, wkv6
 from .recurrence import backend, recurrences
-from .selective_scan import selective_scan
-from .ssd import ssd
-from .wkv import bi_wkv, bi_wkv6, wkv4, wkv6
 
 __all__ = [
     "MultiRoute",

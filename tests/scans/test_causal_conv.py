@@ -1,16 +1,13 @@
 """Causal convolution: torch's own convolution, and the promises of every recurrence."""
 
-from importlib import import_module
-
 import pytest
 import torch
 import torch.nn.functional as F
 from contract import Contract, noise
 
 from linescan.scans import causal_conv1d
+from linescan.scans.ops import causal_conv as module
 from linescan.scans.recurrence import backend
-
-module = import_module("linescan.scans.causal_conv")
 
 
 @pytest.mark.parametrize("width", [1, 2, 4, 7])

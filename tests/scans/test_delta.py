@@ -1,5 +1,4 @@
 import re
-from importlib import import_module
 
 import pytest
 import torch
@@ -8,10 +7,9 @@ from golden import cases, check
 from properties import FORMS, LAWS, Mixer, close, forms_agree, gate, half_precision, results, routes_permute
 from torch.utils.flop_counter import FlopCounterMode
 
-from linescan.scans.delta import delta_rule, dplr, gated_delta_rule, kda, rwkv7
+from linescan.scans import chunks
+from linescan.scans.ops.delta import delta_rule, dplr, gated_delta_rule, kda, rwkv7
 from linescan.scans.recurrence import backend
-
-module = import_module("linescan.scans.gla")  # the name in the package is the function
 
 H = 2
 
@@ -71,7 +69,7 @@ def test_chunk_size_does_not_matter(mixer, monkeypatch):
     tokens = mixer.inputs(L=100)
     want = results(mixer, tokens, "chunked")
     for size in (1, 8, 32, 128):
-        monkeypatch.setattr(module, "CHUNK", size)
+        monkeypatch.setattr(chunks, "CHUNK", size)
         close(results(mixer, tokens, "chunked"), want)
 
 

@@ -1,5 +1,4 @@
 import re
-from importlib import import_module
 
 import pytest
 import torch
@@ -7,10 +6,9 @@ from golden import cases, check
 from properties import FORMS, LAWS, Mixer, close, gate, results
 from torch.utils.flop_counter import FlopCounterMode
 
-from linescan.scans.gla import gla, hgrn2, retention, simple_gla
+from linescan.scans import chunks
+from linescan.scans.ops.gla import gla, hgrn2, retention, simple_gla
 from linescan.scans.recurrence import backend
-
-module = import_module("linescan.scans.gla")  # the name in the package is the function
 
 H = 2
 GLA = Mixer(gla, "gla", lambda make: dict(q=make(H, 4), k=make(H, 4), v=make(H, 3), g=gate(make(H, 4))))
@@ -87,7 +85,7 @@ def test_chunk_size_does_not_matter(mixer, monkeypatch):
     tokens = mixer.inputs(L=100)
     want = results(mixer, tokens, "chunked")
     for size in (1, 8, 32, 128):
-        monkeypatch.setattr(module, "CHUNK", size)
+        monkeypatch.setattr(chunks, "CHUNK", size)
         close(results(mixer, tokens, "chunked"), want)
 
 

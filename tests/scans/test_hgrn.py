@@ -3,7 +3,7 @@ import torch
 from golden import cases, check
 from properties import FORMS, LAWS, Mixer, close, gate, results
 
-from linescan.scans.hgrn import hgrn
+from linescan.scans.ops.hgrn import hgrn
 from linescan.scans.recurrence import backend
 
 HGRN = Mixer(hgrn, "hgrn", lambda make: dict(x=make(5), g=gate(make(5))))

@@ -1,14 +1,11 @@
-from importlib import import_module
-
 import pytest
 import torch
 from golden import cases, check
 from properties import FORMS, LAWS, Mixer, close, results
 
-from linescan.scans.linear_attention import global_linear_attention, linear_attention
+from linescan.scans import chunks
+from linescan.scans.ops.linear_attention import global_linear_attention, linear_attention
 from linescan.scans.recurrence import backend
-
-chunks = import_module("linescan.scans.gla")  # the name in the package is the function
 
 H = 2
 

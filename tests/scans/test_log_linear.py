@@ -1,16 +1,13 @@
-from importlib import import_module
-
 import pytest
 import torch
 import torch.nn.functional as F
 from golden import cases, check
 from properties import FORMS, LAWS, Mixer, close, gate, gradients_hold, results
 
-from linescan.scans.gla import simple_gla
-from linescan.scans.log_linear import log_linear_attention
+from linescan.scans import chunks
+from linescan.scans.ops.gla import simple_gla
+from linescan.scans.ops.log_linear import log_linear_attention
 from linescan.scans.recurrence import backend
-
-chunks = import_module("linescan.scans.gla")  # the name in the package is the function
 
 H = 2
 

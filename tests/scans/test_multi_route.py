@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from linescan.scans import routes
-from linescan.scans.causal_conv import causal_conv1d
 from linescan.scans.multi_route import ChannelAttention, MultiRoute, create_merge
-from linescan.scans.selective_scan import selective_scan
-from linescan.scans.ssd import ssd
+from linescan.scans.ops.causal_conv import causal_conv1d
+from linescan.scans.ops.selective_scan import selective_scan
+from linescan.scans.ops.ssd import ssd
 
 MERGES = ["sum", "mean", "gate", "concat", "channel_attention"]
 CROSS = "row, -row, col, -col"

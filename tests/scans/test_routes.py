@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from linescan.scans import routes
-from linescan.scans.curves import CURVES, hilbert_keys, zorder_keys
-from linescan.scans.routes import insert_tokens, inverse, pad_slots, parse, point_table, table
-from linescan.scans.selective_scan import _selective_scan
+from linescan.scans.ops.selective_scan import _selective_scan
+from linescan.scans.routes import insert_tokens, inverse, orders, pad_slots, parse, point_table, points, table, tables
+from linescan.scans.routes.curves import CURVES, hilbert_keys, zorder_keys
 
 DATA = Path(__file__).parent / "data"
 MAMBAAD = json.loads((DATA / "mambaad__scan_tables.json").read_text())
@@ -141,8 +141,8 @@ def test_turns_are_what_numpy_does_to_the_map():
 
 # -- properties ---------------------------------------------------------------------------------------------------
 
-TURNS = st.sampled_from(list(routes._TURNS))
-AXES = st.sampled_from(routes._AXES)
+TURNS = st.sampled_from(list(orders.TURNS))
+AXES = st.sampled_from(orders.AXES)
 SIZES = st.integers(1, 5)
 
 
@@ -267,7 +267,7 @@ def test_inverse_drops_repeated_visits_and_takes_a_table_a_sample():
 
 
 def test_a_table_made_during_inference_can_be_saved_for_backward():
-    routes._table.cache_clear()
+    tables._table.cache_clear()
     with torch.inference_mode():
         index = table("hilbert", (3, 5))
     x = torch.randn(15, requires_grad=True)
@@ -347,7 +347,7 @@ def test_cell_rule_takes_the_depth_of_the_largest_cell(extent):
     depth = int(cells.max()).bit_length()
     got = point_table(cells.double() + 0.5, "hilbert,zorder", cell=1.0)
     keys = hilbert_keys(cells, depth)
-    assert torch.equal(routes._deep_hilbert_keys(cells, torch.tensor(depth)), keys)
+    assert torch.equal(points._deep_hilbert_keys(cells, torch.tensor(depth)), keys)
     assert torch.equal(got[:, 0].long(), keys.argsort(dim=-1, stable=True))
     assert torch.equal(got[:, 1].long(), zorder_keys(cells, depth).argsort(dim=-1, stable=True))
 
@@ -398,8 +398,8 @@ def test_tables_are_constants_of_traced_graphs(how, spec, cached):
     model, x = Scan(SPECS[spec]), torch.randn(2, 3, 4, 6)
     expected = model(x)
     if not cached:
-        routes._table.cache_clear()
-        routes._inverse_table.cache_clear()
+        tables._table.cache_clear()
+        tables._inverse_table.cache_clear()
     torch._dynamo.reset()
     if how.startswith("compile"):
         dynamic = how.endswith("dynamic") or None
@@ -424,9 +424,9 @@ def test_nothing_is_recomputed_in_a_compiled_forward():
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     compiled(x)
-    before = routes._table.cache_info(), routes._inverse_table.cache_info()
+    before = tables._table.cache_info(), tables._inverse_table.cache_info()
     compiled(x)
-    assert before == (routes._table.cache_info(), routes._inverse_table.cache_info())
+    assert before == (tables._table.cache_info(), tables._inverse_table.cache_info())
 
 
 def test_a_default_device_is_respected():
@@ -523,7 +523,7 @@ def test_other_errors(call, message):
 )
 def test_pictures(spec, grid, image, tmp_path):
     pytest.importorskip("matplotlib")
-    from linescan.scans.draw import draw_routes
+    from linescan.scans.routes.draw import draw_routes
 
     figure = draw_routes(spec, grid, tmp_path / "routes.png", image)
     titles = [axis.get_title() for axis in figure.axes if axis.get_title()]

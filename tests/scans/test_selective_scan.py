@@ -1,7 +1,5 @@
 """S6: golden data of Mamba, the promises of every recurrence, and its own groups, options, chunks and memory."""
 
-from importlib import import_module
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,8 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from linescan.scans import selective_scan
-
-module = import_module("linescan.scans.selective_scan")  # its function has the same name
+from linescan.scans.ops import selective_scan as module
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

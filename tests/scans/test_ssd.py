@@ -1,18 +1,15 @@
 """SSD: golden data of Mamba-2, the promises of every recurrence, and its own limits and groups."""
 
-from importlib import import_module
-
 import pytest
 import torch
 import torch.nn.functional as F
 from contract import Contract, form, noise
 from golden import cases, check
 
+from linescan.scans.ops import ssd as module
+from linescan.scans.ops.selective_scan import selective_scan
+from linescan.scans.ops.ssd import ssd
 from linescan.scans.recurrence import backend
-from linescan.scans.selective_scan import selective_scan
-from linescan.scans.ssd import ssd
-
-module = import_module("linescan.scans.ssd")  # its function has the same name
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

@@ -1,5 +1,4 @@
 import re
-from importlib import import_module
 
 import pytest
 import torch
@@ -7,11 +6,10 @@ from golden import cases, check
 from properties import FORMS, LAWS, Mixer, close, gate, half_precision, operator_is_sound, padding_steps, results
 from torch.utils.flop_counter import FlopCounterMode
 
-from linescan.scans import wkv as module
+from linescan.scans import chunks
+from linescan.scans.ops import wkv as module
+from linescan.scans.ops.wkv import bi_wkv, bi_wkv6, wkv4, wkv6
 from linescan.scans.recurrence import backend
-from linescan.scans.wkv import bi_wkv, bi_wkv6, wkv4, wkv6
-
-matrix_chunks = import_module("linescan.scans.gla")  # the name in the package is the function
 
 H, D = 2, 4
 W = torch.tensor([0.0, 0.1, 0.7, 3.0], dtype=torch.float64)
@@ -243,7 +241,7 @@ def test_chunk_size_does_not_matter(monkeypatch):
     tokens = CAUSAL[1].inputs(L=100)
     want = results(CAUSAL[1], tokens, "chunked")
     for size in (1, 8, 32, 128):
-        monkeypatch.setattr(matrix_chunks, "CHUNK", size)
+        monkeypatch.setattr(chunks, "CHUNK", size)
         close(results(CAUSAL[1], tokens, "chunked"), want)
 
 

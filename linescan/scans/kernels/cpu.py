@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..causal_conv import _causal_conv1d
+from ..ops.causal_conv import _causal_conv1d
+from ..ops.selective_scan import _selective_scan, narrow, widen
 from ..recurrence import Recurrence
-from ..selective_scan import _selective_scan, narrow, widen
 
 LIBRARY = Path(__file__).with_name("_cpu.so")
 LANES = {"avx512": 16, "avx2": 8, "baseline": 4}  # floats in a vector

@@ -13,12 +13,12 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from ...causal_conv import _causal_conv1d
-from ...gla import _gla, _simple_gla
+from ...ops.causal_conv import _causal_conv1d
+from ...ops.gla import _gla, _simple_gla
+from ...ops.selective_scan import _selective_scan
+from ...ops.ssd import _ssd
+from ...ops.wkv import _bi_wkv, _wkv6
 from ...recurrence import Recurrence
-from ...selective_scan import _selective_scan
-from ...ssd import _ssd
-from ...wkv import _bi_wkv, _wkv6
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

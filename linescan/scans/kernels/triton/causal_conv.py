@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...causal_conv import _causal_conv1d
+from ...ops.causal_conv import _causal_conv1d
 from .common import TokenGradient, is_permutation, launch, load_row, place, rows, store_row, visit
 
 __all__ = ["backward", "forward"]

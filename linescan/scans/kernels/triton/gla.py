@@ -11,7 +11,7 @@ Backwards the same three run with the roles of (k, v) and (q, output gradient) e
 dq, dk and the gates'. Only the inputs are saved; states are computed again. No kernel adds to memory that another
 program writes, so results are the same in every run.
 
-Scores under a gate a channel come by halving, as in `linescan.scans.gla.decayed_scores`: across the boundary between
+Scores under a gate a channel come by halving, as in `linescan.scans.chunks.decayed_scores`: across the boundary between
 two halves, the decay is a factor of the query times a factor of the key. Gates are only ever added: no exponent is
 positive, and a gate of -inf is as good as any other.
 

@@ -30,8 +30,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...ops.selective_scan import narrow, widen
 from ...recurrence import visited
-from ...selective_scan import narrow, widen
 from .common import TokenGradient, is_permutation, launch, load_row, place, rows, split, store_row, visit
 
 __all__ = ["backward", "forward"]

@@ -7,8 +7,8 @@ and the gate of the output are plain torch as well, in grid order.
 import torch
 from torch import Tensor
 
+from ...ops.ssd import _output, _step_sizes
 from ...recurrence import visited
-from ...ssd import _output, _step_sizes
 from .common import TokenGradient, is_permutation
 from .gla import Chunks, merged, per_route
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .gla import empty_state, head_flops, join, split
-from .recurrence import call, check_shapes, recurrence
+from ..chunks import empty_state, head_flops, join, split
+from ..recurrence import call, check_shapes, recurrence
 
 __all__ = ["linear_attention", "global_linear_attention"]
 

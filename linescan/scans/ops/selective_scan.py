@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .chunks import numbers_at_a_time
-from .linear import project_routes, project_routes_backward
-from .recurrence import call, check_shapes, recurrence
+from ..chunks import numbers_at_a_time
+from ..matmul import project_routes, project_routes_backward
+from ..recurrence import call, check_shapes, recurrence
 
 __all__ = ["selective_scan"]
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import linescan  # noqa: F401, registers the models
 from linescan.layers.linear import Linear, through_onednn
-from linescan.scans.linear import linear, project_routes, project_routes_backward
+from linescan.scans.matmul import linear, project_routes, project_routes_backward
 
 VIEWS = {
     "contiguous": lambda *shape: torch.randn(*shape),

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .gla import decayed_scores, join, split
-from .recurrence import call, check_shapes, recurrence
+from ..chunks import decayed_scores, join, split
+from ..recurrence import call, check_shapes, recurrence
 
 __all__ = ["log_linear_attention"]
 

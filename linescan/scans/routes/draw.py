@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Sequence
 import numpy as np
 
 from .curves import Grid
-from .routes import Route, RouteLike, as_grid, parse, stored_cells
+from .orders import Route, RouteLike, as_grid
+from .spec import parse
+from .tables import stored_cells
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,9 +7,8 @@ in its real form.
 import torch
 from torch import Tensor
 
-from .chunks import linear_scan
-from .gla import running
-from .recurrence import call, check_shapes, recurrence
+from ..chunks import linear_scan, running
+from ..recurrence import call, check_shapes, recurrence
 
 __all__ = ["hgrn"]
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .recurrence import call, check_shapes, recurrence
+from ..recurrence import call, check_shapes, recurrence
 
 __all__ = ["causal_conv1d"]
 

@@ -16,8 +16,8 @@ of a chunk is an affine map of the state that enters it.
 import torch
 from torch import Tensor
 
-from .gla import decayed_scores, empty_state, head_shapes, join, split
-from .recurrence import call, check_shapes, recurrence
+from ..chunks import decayed_scores, empty_state, head_shapes, join, split
+from ..recurrence import call, check_shapes, recurrence
 
 __all__ = ["delta_rule", "gated_delta_rule", "kda", "dplr", "rwkv7"]
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .gla import running
-from .recurrence import call, check_shapes, recurrence
+from ..chunks import running
+from ..recurrence import call, check_shapes, recurrence
 
 __all__ = ["ssd"]
 

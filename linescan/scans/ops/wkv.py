@@ -15,9 +15,8 @@ largest exponent in it.
 import torch
 from torch import Tensor
 
-from .chunks import linear_scan, running_max, steps_at_a_time
-from .gla import _in_chunks, empty_state, head_shapes
-from .recurrence import call, check_shapes, recurrence, visited
+from ..chunks import empty_state, gated_outer_products, head_shapes, linear_scan, running_max, steps_at_a_time
+from ..recurrence import call, check_shapes, recurrence, visited
 
 __all__ = ["wkv4", "bi_wkv", "wkv6", "bi_wkv6"]
 
@@ -242,7 +241,7 @@ def _wkv6(
 def _wkv6_chunked(r, k, v, w, u, scale, initial_state):
     """Gated linear attention one step late: what a token reads is the state that the token before it left."""
     late = [torch.cat((torch.zeros_like(x[:, :, :1]), x[:, :, :-1]), 2) for x in (k, v, w)]
-    y, state = _in_chunks(r, *late, scale, initial_state)
+    y, state = gated_outer_products(r, *late, scale, initial_state)
     y = y + scale * (r * u[:, None] * k).sum(-1, keepdim=True) * v
     return y, w[:, :, -1].exp()[..., None] * state + k[:, :, -1, :, :, None] * v[:, :, -1, :, None]
 
