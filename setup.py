@@ -38,7 +38,7 @@ class PlatformWheel(bdist_wheel):
 
 kernels = Extension(
     "linescan.scans.kernels._cpu",
-    sources=[f"{FOLDER}/{name}.cpp" for name in ("ops", "avx512", "avx2", "baseline")],
+    sources=[f"{FOLDER}/{name}.cpp" for name in ("ops", "points", "avx512", "avx2", "baseline")],
     depends=[
         f"{FOLDER}/{name}.h"
         for name in ("kernels", "instruction_set", "vector", "selective_scan", "causal_conv", "stable")

@@ -14,6 +14,7 @@ namespace {
 using stable::Arguments;
 using stable::Tensor;
 using stable::Value;
+using stable::define;
 using stable::parallel;
 
 // -- instruction sets ---------------------------------------------------------------------------------------------------
@@ -382,8 +383,6 @@ void multiply_add(Value* stack, uint64_t, uint64_t) {
 
 struct Registration {
   Registration() {
-    const stable::Interface& torch = stable::torch();
-    if (!torch.complete) return;  // the caller sees that there are no operators
     const char* everywhere = "CompositeExplicitAutograd";
     define("instruction_set(int lanes) -> int", "instruction_set", everywhere, instruction_set);
     define("multiply_add(int rounds) -> int", "multiply_add", everywhere, multiply_add);
@@ -400,16 +399,6 @@ struct Registration {
            ", Tensor grad_y, Tensor? grad_state, Tensor(a!) dx, Tensor(b!) dweight, Tensor(c!)? dbias, "
            "Tensor(d!)? dinitial_state) -> bool",
            "causal_conv1d_backward", "CPU", causal_conv1d_backward);
-  }
-
-  // The library handles live as long as the process.
-  static void define(const char* schema, const char* name, const char* key, stable::Boxed function) {
-    const stable::Interface& torch = stable::torch();
-    stable::Library fragment, kernels;
-    stable::check(torch.aoti_torch_library_init_fragment("linescan_cpu", __FILE__, __LINE__, &fragment));
-    stable::check(torch.aoti_torch_library_def(fragment, schema));
-    stable::check(torch.aoti_torch_library_init_impl("linescan_cpu", key, __FILE__, __LINE__, &kernels));
-    stable::check(torch.torch_library_impl(kernels, name, function, stable::VERSION));
   }
 } registration;
 

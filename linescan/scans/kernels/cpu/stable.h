@@ -167,4 +167,15 @@ void parallel(int64_t count, int64_t grain, const F& f) {
   check(torch().torch_parallel_for(0, count, grain, loop, const_cast<F*>(&f)));
 }
 
+// Adds an operator linescan_cpu::NAME with an implementation for `key`; nothing with a torch that is too old. The library
+// handles live as long as the process.
+inline void define(const char* schema, const char* name, const char* key, Boxed function) {
+  if (!torch().complete) return;  // the caller sees that there is no operator
+  Library fragment, kernels;
+  check(torch().aoti_torch_library_init_fragment("linescan_cpu", __FILE__, __LINE__, &fragment));
+  check(torch().aoti_torch_library_def(fragment, schema));
+  check(torch().aoti_torch_library_init_impl("linescan_cpu", key, __FILE__, __LINE__, &kernels));
+  check(torch().torch_library_impl(kernels, name, function, VERSION));
+}
+
 }  // namespace linescan::stable
