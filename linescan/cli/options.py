@@ -1,0 +1,98 @@
+"""The `linescan` application, and what several of its commands share: options, and how they are read.
+
+Command modules import torch, and what imports it, inside their functions only: help and completion start at once.
+"""
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Callable, Optional
+
+import typer
+from rich.console import Console
+
+from linescan.errors import InputError
+
+# pretty_exceptions: a traceback is for whoever debugs linescan, and a plain one can be pasted.
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Linear-time vision backbones: see, try, train and measure them.",
+    epilog="Start with  [bold]linescan demo[/], then  [bold]linescan list[/].",
+)
+out = Console(highlight=False)
+
+
+def command(*examples: str, name: str | None = None) -> Callable:
+    """Makes a function a command of `linescan`, with `examples` below its help."""
+    epilog = "\n\n".join(["Examples:", *(f"  [cyan]{line}[/]" for line in examples)])
+    return app.command(name, epilog=epilog)
+
+
+# -- options ----------------------------------------------------------------------------------------------------------
+
+Model = Annotated[
+    Optional[str], typer.Option("--model", "-m", help="A timm name; `linescan list` shows linescan's own.")
+]
+Checkpoint = Annotated[
+    Optional[Path],
+    typer.Option(
+        "--checkpoint", "-c", help="A file of weights (.safetensors, .pth). One of linescan's names its model."
+    ),
+]
+ModelArgs = Annotated[
+    Optional[list[str]],
+    typer.Option("--model-arg", metavar="KEY=VALUE", help="An argument for timm.create_model; may be repeated."),
+]
+Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, ...; default: CUDA where there is one.")]
+Batch = Annotated[int, typer.Option("--batch", "-b", min=1, help="Images (or frames) in one forward pass.")]
+Workers = Annotated[
+    Optional[int], typer.Option(min=0, help="Processes that load images; default: 4 for files, none for the digits.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+class Precision(str, Enum):
+    """Names of floating-point types."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+    @property
+    def dtype(self):
+        """As torch calls it."""
+        import torch
+
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.value]
+
+
+# -- reading them -----------------------------------------------------------------------------------------------------
+
+
+def model_args(pairs: list[str] | None) -> dict:
+    """["depth=4", "rope=true", "class_token=head"] -> {"depth": 4, "rope": True, "class_token": "head"}."""
+    args = {}
+    for pair in pairs or ():
+        key, equals, value = pair.partition("=")
+        if not key.isidentifier() or not equals:
+            raise InputError(f"--model-arg takes KEY=VALUE, not {pair!r}")
+        try:
+            args[key] = json.loads({"True": "true", "False": "false", "None": "null"}.get(value, value))
+        except json.JSONDecodeError:
+            args[key] = value
+    return args
+
+
+def worker_count(workers: int | None, data: str) -> int:
+    """The number of processes that load images from `data`."""
+    import os
+
+    return (0 if data == "digits" else min(4, os.cpu_count() or 1)) if workers is None else workers
+
+
+def number(value: float | None, pattern: str) -> str:
+    """A table's cell: the number, or a dash where there is none."""
+    return "-" if value is None else format(value, pattern)
