@@ -84,7 +84,7 @@ def _few(values: Sequence) -> str:
     return ", ".join(map(str, values[:4])) + (", ..." if len(values) > 4 else "")
 
 
-class _Clouds:
+class Clouds:
     """A batch of clouds in padded form, whatever form it came in.
 
     Attributes:
@@ -157,7 +157,7 @@ def farthest_points(points: Tensor, count: int, lengths: Lengths = None, rule: s
         raise ValueError(f"farthest_points: the rule is plain or pointnet2, got {rule!r}")
     if count < 0:
         raise ValueError(f"farthest_points: cannot choose {count} points")
-    clouds = _Clouds("farthest_points", points.detach(), lengths)
+    clouds = Clouds("farthest_points", points.detach(), lengths)
     xyz, present = clouds.points, clouds.present
     batch, longest = present.shape
     if not (batch and longest and count):
@@ -235,7 +235,7 @@ def knn(
     Raises:
         ValueError: a shape is wrong.
     """
-    clouds, asked = _Clouds("knn", points, lengths), _Clouds("knn", queries, query_lengths)
+    clouds, asked = Clouds("knn", points, lengths), Clouds("knn", queries, query_lengths)
     row = _neighbours("knn", clouds, asked, k)
     difference = asked.points[:, :, None] - _take(clouds.points, row)
     distance = torch.linalg.vector_norm(difference, dim=-1).masked_fill(row < 0, float("inf"))
@@ -243,7 +243,7 @@ def knn(
 
 
 @torch.no_grad()
-def _neighbours(what: str, clouds: _Clouds, asked: _Clouds, k: int) -> Tensor:
+def _neighbours(what: str, clouds: Clouds, asked: Clouds, k: int) -> Tensor:
     """Rows (B, M, k) of the padded clouds, nearest first; -1 where there are no more."""
     points, queries = clouds.points.detach(), asked.points.detach()
     if len(points) != len(queries) or points.shape[-1] != queries.shape[-1]:
@@ -365,7 +365,7 @@ def ball_query(
     """
     if k < 1:
         raise ValueError(f"ball_query: k is at least 1, got {k}")
-    clouds, asked = _Clouds("ball_query", points, lengths), _Clouds("ball_query", queries, query_lengths)
+    clouds, asked = Clouds("ball_query", points, lengths), Clouds("ball_query", queries, query_lengths)
     points, queries = clouds.points, asked.points
     batch, length, _ = points.shape
     row = torch.full((batch, queries.shape[1], k), -1, device=points.device)
@@ -428,7 +428,7 @@ def interpolate(
     """
     if features.shape[:-1] != points.shape[:-1]:
         raise ValueError(f"interpolate: features {tuple(features.shape)} are not those of points {tuple(points.shape)}")
-    clouds, asked = _Clouds("interpolate", points, lengths), _Clouds("interpolate", queries, query_lengths)
+    clouds, asked = Clouds("interpolate", points, lengths), Clouds("interpolate", queries, query_lengths)
     row = _neighbours("interpolate", clouds, asked, k)
     square = (asked.points[:, :, None] - _take(clouds.points, row)).square().sum(-1)
     weight = (1 / (square + 1e-8)).masked_fill(row < 0, 0)
@@ -455,7 +455,7 @@ def chamfer(a: Tensor, b: Tensor, a_lengths: Lengths = None, b_lengths: Lengths 
     """
     if norm not in ("l1", "l2"):
         raise ValueError(f"chamfer: the norm is l1 or l2, got {norm!r}")
-    first, second = _Clouds("chamfer", a, a_lengths), _Clouds("chamfer", b, b_lengths)
+    first, second = Clouds("chamfer", a, a_lengths), Clouds("chamfer", b, b_lengths)
     means = []
     for clouds, asked in ((second, first), (first, second)):
         row = _neighbours("chamfer", clouds, asked, 1)
@@ -498,14 +498,14 @@ def patches(points: Tensor, groups: int, size: int, lengths: Lengths = None, rul
     Raises:
         ValueError: a shape is wrong, or a cloud has fewer than `size` points.
     """
-    clouds = _Clouds("patches", points.detach(), lengths)
+    clouds = Clouds("patches", points.detach(), lengths)
     fewest = int(clouds.present.sum(1).min()) if len(clouds.lengths) else size
     if fewest < size:
         raise ValueError(f"a cloud has {fewest} points, fewer than a group of {size}")
     number = farthest_points(points, groups, lengths, rule)
     row = number - clouds.first[:, None]
     centres = _take(clouds.points, row)
-    everyone = _Clouds("patches", centres, None)
+    everyone = Clouds("patches", centres, None)
     index = _neighbours("patches", clouds, everyone, size)
     relative = _take(clouds.points, index) - centres[:, :, None]
     return Patches(centres, relative, clouds.number(index))
