@@ -17,6 +17,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from .errors import CheckpointError
+
 __all__ = ["CheckpointError", "read_meta", "read_state_dict", "load_checkpoint", "rename", "strip_prefix"]
 
 # Where published files keep their weights, in order of preference; the plain weights come before an average of them,
@@ -35,10 +37,6 @@ BENIGN = (
     "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.core.multiarray._reconstruct",
     "numpy._core.multiarray._reconstruct", "numpy.dtype", "numpy.ndarray", "builtins.getattr",
 )  # fmt: skip
-
-
-class CheckpointError(RuntimeError):
-    """A file that is not a readable checkpoint, or not one of the model it is loaded into; one line says why."""
 
 
 class _Inert:

@@ -1,4 +1,8 @@
-"""Errors that are the caller's to mend."""
+"""Errors that the user can fix, and how text from outside is shown."""
+
+import re
+
+__all__ = ["BrokenImage", "BrokenVideo", "CheckpointError", "Diverged", "InputError", "visible"]
 
 
 class InputError(ValueError):
@@ -6,12 +10,33 @@ class InputError(ValueError):
 
 
 class BrokenImage(InputError):
-    """A file that Pillow cannot read as a picture."""
+    """A file that cannot be read as an image."""
 
 
 class BrokenVideo(InputError):
     """A file or folder that cannot be read as a video."""
 
 
+class CheckpointError(RuntimeError):
+    """A file that is not a readable checkpoint, or not one of the model it is loaded into; one line says why."""
+
+
 class Diverged(RuntimeError):
-    """Training has come to a loss that is not a number."""
+    """The loss of a training is no longer a number."""
+
+
+# Control characters, line and paragraph separators, marks that turn the direction of text, undecodable bytes.
+_INVISIBLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """`text` with the characters that a terminal would obey, instead of showing them, as escapes: one line.
+
+    Bytes of a file name that are no text (surrogates in Python) are shown as `\\xe9`.
+    """
+    return _INVISIBLE.sub(_escape, text)
+
+
+def _escape(found: re.Match) -> str:
+    code = ord(found[0])
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else found[0].encode("unicode_escape").decode()

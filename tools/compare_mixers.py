@@ -60,7 +60,8 @@ def compare(
         args = dict(shape, mixer=name, routes=routes, merge=merge)
         recipe = Recipe("digits", model="scan_tiny", model_args=args, epochs=epochs, batch=32, lr=3e-3, warmup=1,
                         seed=seed)  # fmt: skip
-        say(f"\n[bold]{name}[/]: {MIXERS[name].__doc__.splitlines()[0]}")
+        say()
+        say((name, "bold"), f": {MIXERS[name].__doc__.splitlines()[0]}")
         train(recipe, to / name, device="cpu", resume=True)
         parameters, step_ms = cost(recipe)
         points = curve(to / name, step_ms)
@@ -69,7 +70,7 @@ def compare(
     page = draw(results, to, routes, f"{dim} channels, depth {depth}, 64 tokens, routes {routes} merged by {merge}")
     page.savefig(to / "compare.png")
     console.print(table(results))
-    say(f"[bold]{to / 'compare.png'}[/]  look at this; the numbers are in compare.csv and compare.json beside it")
+    say((str(to / "compare.png"), "bold"), "  look at this; the numbers are in compare.csv and compare.json beside it")
 
 
 def cost(recipe: Recipe) -> tuple[int, float]:

@@ -1,6 +1,7 @@
 """The `linescan` command.
 
 options.py     the application, and the options that several commands share
+names.py       names for shell completion
 show.py        list, info, doctor, routes
 predict.py     classify, segment, detect
 train.py       train, evaluate
@@ -8,11 +9,12 @@ measure.py     benchmark, directions
 demo.py        demo
 """
 
+import os
 import sys
+from contextlib import suppress
 from importlib import import_module
 
-from linescan.checkpoint import CheckpointError
-from linescan.errors import Diverged, InputError
+from linescan.errors import CheckpointError, Diverged, InputError, visible
 
 from .options import app
 
@@ -23,23 +25,51 @@ for module in ("show", "predict", "train", "measure", "demo"):  # the order of -
 
 
 def main() -> None:
-    """Runs the command; what the user can fix is told in one line, with exit status 2."""
+    """Runs the command. What the user can fix is told in one line, with exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):
+            stream.reconfigure(errors="backslashreplace")  # a file's name need not be text in the terminal's encoding
     try:
+        if sys.stdout is None:
+            raise InputError("standard output is closed")
         status = app(sys.argv[1:] or ["--help"], prog_name="linescan", standalone_mode=False) or 0
-    except (InputError, CheckpointError) as error:
-        status = _complain(error, 2)
-    except Diverged as error:
-        status = _complain(error, 1)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         status = 130
+    except Diverged as error:
+        status = _complain(str(error), 1)
     except Exception as error:
-        if not hasattr(error, "format_message"):  # not one of the command line parser's
+        if (line := _fixable(error)) is None:
             raise
-        status = _complain(error.format_message(), error.exit_code)
+        status = _complain(line, 2)
     sys.exit(status)
 
 
-def _complain(error: object, status: int) -> int:
-    line = " ".join(str(error).split())
-    print(f"linescan: {line}", file=sys.stderr)
+def _fixable(error: Exception) -> str | None:
+    """One line about an error that the user can fix; None for one that is a bug."""
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error) or type(error).__name__
+        if isinstance(error, FileExistsError):
+            reason = "a file of this name is where a folder is needed"
+        return f"{error.filename}: {reason}" if error.filename else reason
+    if isinstance(error, MemoryError):
+        return "out of memory; a smaller --batch takes less"
+    if hasattr(error, "format_message"):  # the command line's parser
+        return error.format_message()
+    if isinstance(error, (InputError, CheckpointError)):
+        return str(error)
+    if type(error).__module__ == "torch":  # its own classes are those of devices: out of memory, lost
+        return str(error).splitlines()[0]
+    return None
+
+
+def _complain(line: str, status: int) -> int:
+    """Prints the line; returns the status."""
+    with suppress(OSError, ValueError):
+        print(f"linescan: {visible(line.strip())}", file=sys.stderr)
+    with suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
+        return status
+    with suppress(OSError, ValueError, AttributeError):  # else the interpreter fails at the same text as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return status

@@ -6,12 +6,12 @@ from typing import Annotated, Optional
 
 import typer
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 
+from linescan.engine.progress import progress_bar, show, show_table
 from linescan.errors import InputError
 
-from .options import Device, Model, ModelArgs, Precision, command, number, out
+from .options import Device, Model, ModelArgs, Precision, command, model_args, number
 
 
 @command(
@@ -39,7 +39,6 @@ def benchmark(
     from linescan.engine.benchmark import benchmark as run
     from linescan.engine.benchmark import crossover, write_report
     from linescan.engine.processes import pick_device
-    from linescan.engine.progress import progress_bar
 
     every = list(dict.fromkeys([*models, *([against] if against else [])]))
     on, sides = pick_device(device), sorted(set(sides))
@@ -55,35 +54,38 @@ def benchmark(
         ratio = [f"{r.seconds / reference[r.size]:.2f}"] if against else []
         cells = f"{1e3 * r.seconds:.1f}", f"{r.images_per_second:.2f}", number(r.memory_mb, ".0f"), *ratio
         table.add_row(r.model, str(r.size), *cells)
-    out.print(table)
+    show_table(table)
     for name in every if against else []:
         if name != against:
             cross = crossover(results, name, against)
             where = f"faster than {against} from about {cross:.0f} pixels on" if cross else f"not faster than {against}"
-            out.print(f"{name}: {where}" + ("" if cross else f" up to {sides[-1]} pixels"), soft_wrap=True)
+            show(f"{name}: {where}" + ("" if cross else f" up to {sides[-1]} pixels"))
     for path in write_report(results, against, to, **settings):
-        out.print(escape(str(path)), soft_wrap=True)
+        show(str(path))
 
 
 @command("linescan directions runs/search/model.safetensors --out table.json")
 def directions(
     checkpoint: Annotated[Path, typer.Argument(help="A trained LocalMamba super-net (a *_search model).")],
     model: Model = None,
-    model_args: ModelArgs = None,
+    model_arg: ModelArgs = None,
     keep: Annotated[int, typer.Option(min=1, help="Routes kept in every layer.")] = 4,
     to: Annotated[Optional[Path], typer.Option("--out", "-o", help="Write the table as JSON.")] = None,
 ):
     """Read the scan routes that a LocalMamba super-net has learned to keep, and build the model that has them."""
     from linescan.backbones.localmamba import searched_directions
+    from linescan.engine.atomic import atomic
     from linescan.engine.cards import restore
 
-    supernet, _ = restore(model, checkpoint, **model_args(model_args))
+    supernet, _ = restore(model, checkpoint, **model_args(model_arg))
     try:
         table, found = searched_directions(supernet, keep)
     except (AttributeError, ValueError, TypeError) as error:
         raise InputError(f"{checkpoint} holds no LocalMamba super-net ({error})") from None
     millions = sum(p.numel() for p in found.parameters()) / 1e6
-    out.print(f"{type(found).__name__} with these routes: {millions:.3f} M parameters")
+    show(f"{type(found).__name__} with these routes: {millions:.3f} M parameters")
     if to:
-        to.write_text(json.dumps([list(layer) for layer in table], indent=1) + "\n")
-        out.print(escape(str(to)), soft_wrap=True)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(to) as file:
+            file.write(json.dumps([list(layer) for layer in table], indent=1).encode() + b"\n")
+        show(str(to))

@@ -5,30 +5,56 @@ Command modules import torch, and what imports it, inside their functions only: 
 
 import json
 from enum import Enum
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Callable, Optional
+from typing import Annotated, Any, Callable, Optional
 
 import typer
-from rich.console import Console
 
+from linescan import __version__
 from linescan.errors import InputError
 
 # pretty_exceptions: a traceback is for whoever debugs linescan, and a plain one can be pasted.
 app = typer.Typer(
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Linear-time vision backbones: see, try, train and measure them.",
+    help="Linear-time vision models: see, try, train and measure them.",
     epilog="Start with  [bold]linescan demo[/], then  [bold]linescan list[/].",
 )
-out = Console(highlight=False)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"linescan {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _linescan(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+):
+    pass
 
 
 def command(*examples: str, name: str | None = None) -> Callable:
     """Makes a function a command of `linescan`, with `examples` below its help."""
     epilog = "\n\n".join(["Examples:", *(f"  [cyan]{line}[/]" for line in examples)])
-    return app.command(name, epilog=epilog)
+
+    def register(function: Callable) -> Callable:
+        @wraps(function)
+        def run(*args, **kwargs):
+            try:
+                return function(*args, **kwargs)
+            except BrokenPipeError:  # the parser would end the process without a word
+                raise InputError("standard output was closed before all was written") from None
+
+        app.command(name, epilog=epilog)(run)
+        return function
+
+    return register
 
 
 # -- options ----------------------------------------------------------------------------------------------------------
@@ -69,7 +95,7 @@ class Precision(str, Enum):
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.value]
 
 
-# -- reading them -----------------------------------------------------------------------------------------------------
+# -- reading them, and printing ---------------------------------------------------------------------------------------
 
 
 def model_args(pairs: list[str] | None) -> dict:
@@ -96,3 +122,8 @@ def worker_count(workers: int | None, data: str) -> int:
 def number(value: float | None, pattern: str) -> str:
     """A table's cell: the number, or a dash where there is none."""
     return "-" if value is None else format(value, pattern)
+
+
+def show_json(value: Any) -> None:
+    """Prints a value as JSON."""
+    print(json.dumps(value, indent=2))

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
-from rich.markup import escape
 
+from linescan.engine.progress import progress_bar, say, show
 from linescan.errors import InputError
 
-from .options import Batch, Checkpoint, Device, Json, Model, ModelArgs, Precision, command, model_args, out
+from .options import Batch, Checkpoint, Device, Json, Model, ModelArgs, Precision, command, model_args
 
 
 @command(
@@ -44,7 +44,6 @@ def classify(
     as_json: Json = False,
 ):
     """Say what pictures and videos show. A broken one is named and skipped; the exit status is then 1."""
-    from linescan.engine.progress import console, progress_bar, say
     from linescan.media.images import find_images
     from linescan.media.video import Views, find_videos, is_video
     from linescan.tasks.classify import Classifier
@@ -65,8 +64,6 @@ def classify(
         if not inside:
             raise InputError(f"{path} holds no {'videos' if classifier.clips else 'pictures'}")
         files += inside
-    # On a terminal, lines must pass through the bar's console, which makes room for them.
-    show = console if console.is_terminal and out.is_terminal else out
     results, broken, done = [], 0, 0.0
     with progress_bar("classifying", len(files)) as advance:
 
@@ -80,13 +77,12 @@ def classify(
             if isinstance(answer, InputError):
                 broken += 1
                 results.append({kind: str(path), "error": str(answer)})
-                say(f"[yellow]skipped[/] {escape(str(answer))}")
+                say(("skipped", "yellow"), f" {answer}")
                 continue
             [guesses] = classifier.name(answer[None], topk)
             results.append({kind: str(path), "guesses": [g._asdict() for g in guesses]})
             if not as_json:
-                best, *others = [f"{escape(g.label)} {100 * g.probability:.1f} %" for g in guesses]
-                show.print(f"{escape(str(path))}: " + ", ".join([f"[bold green]{best}[/]", *others]), soft_wrap=True)
+                show(f"{path}: " + ", ".join(f"{g.label} {100 * g.probability:.1f} %" for g in guesses))
     if as_json:
         print(json.dumps(results, indent=2))
     raise typer.Exit(1 if broken else 0)
@@ -126,10 +122,8 @@ def _size(text: str | None, option: str) -> tuple[int, int] | None:
 
 def _answer_files(results, sources: list, overlays: bool, description: str):
     """Runs a tool over files: one line for each on stdout, skipped ones on stderr; exit status 1 if there are any."""
-    from linescan.engine.progress import console, progress_bar, say
     from linescan.tasks.files import run
 
-    show = console if console.is_terminal and out.is_terminal else out
     broken, done = 0, 0.0
     with progress_bar(description, len(sources)) as advance:
 
@@ -141,12 +135,12 @@ def _answer_files(results, sources: list, overlays: bool, description: str):
         for i, (source, answer) in enumerate(run(sources, results, overlays, progress), 1):
             if isinstance(answer, InputError):
                 broken += 1
-                say(f"[yellow]skipped[/] {escape(str(answer))}")
+                say(("skipped", "yellow"), f" {answer}")
             else:
-                show.print(f"{escape(str(source.path))}: {escape(answer)}", soft_wrap=True)
+                show(f"{source.path}: {answer}")
             if done < i:
                 progress(i - done)
-    say(f"{len(sources) - broken} of {len(sources)} done, in {escape(str(results.out))}")
+    say(f"{len(sources) - broken} of {len(sources)} done, in {results.out}")
     raise typer.Exit(1 if broken else 0)
 
 

@@ -1,17 +1,16 @@
 """What there is: models, one model, this machine, the routes."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 
+from linescan.engine.progress import console, show, show_table
 from linescan.errors import InputError
 
-from .options import Json, ModelArgs, command, model_args, number, out
+from .options import Json, ModelArgs, command, model_args, number, show_json
 
 
 @command("linescan list", "linescan list vim", "linescan list 'vim_*_stride8_*' --json", name="list")
@@ -28,7 +27,7 @@ def list_models(
         raise InputError(f"no model's name matches {pattern!r}; `linescan list` shows all")
     facts = {name: PUBLISHED.get(name, Published()) for name in found}
     if as_json:
-        print(json.dumps([{"model": n, "family": family(n), **vars(f)} for n, f in facts.items()], indent=2))
+        show_json([{"model": n, "family": family(n), **vars(f)} for n, f in facts.items()])
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("model", min_width=max(map(len, found)))
@@ -39,8 +38,8 @@ def list_models(
     for name, fact in facts.items():
         numbers = number(fact.params, ".2f"), number(fact.gmacs, ".2f"), number(fact.top1, ".1f")
         table.add_row(name, family(name), *numbers, fact.licence or "-")
-    out.print(table)
-    out.print(f"{len(found)} models; numbers as published (- where they are not). `linescan info MODEL` measures one.")
+    show_table(table)
+    show(f"{len(found)} models; numbers as published (- where they are not). `linescan info MODEL` measures one.")
 
 
 @command("linescan info vim_tiny_patch16_224", "linescan info vim_small_patch16_224 --img-size 384")
@@ -57,7 +56,7 @@ def info(
     args = model_args(model_arg) | ({"img_size": img_size} if img_size else {})
     built = build(model, **args)
     preprocess = preprocess_of(built, args.get("in_chans"), args.get("img_size"))
-    with out.status("measuring"):
+    with console.status("measuring"):
         params, macs = measure(built, preprocess.size)
     fact, cfg = PUBLISHED.get(model, Published()), built.pretrained_cfg
     if cfg.get("hf_hub_id"):
@@ -69,13 +68,13 @@ def info(
     if as_json:
         measured = {"params": params, "macs": macs, "input_size": preprocess.size}
         facts = {"model": model, "family": family(model), "measured": measured, "published": vars(fact)}
-        print(json.dumps({**facts, "weights": weights}, indent=2))
+        show_json({**facts, "weights": weights})
         return
     table = Table(model, "published", "measured", box=box.SIMPLE_HEAD)
     table.add_row("parameters (M)", number(fact.params, ".2f"), f"{params / 1e6:.2f}")
     table.add_row("GMACs", number(fact.gmacs, ".2f"), f"{macs / 1e9:.2f} at {' x '.join(map(str, preprocess.size))}")
     table.add_row("ImageNet top-1 (%)", number(fact.top1, ".1f"), "`linescan evaluate` measures it")
-    out.print(table)
+    show_table(table)
     for name, value in (
         ("family", family(model)),
         ("paper", fact.paper),
@@ -87,7 +86,7 @@ def info(
         ),
     ):
         if value:
-            out.print(f"  [bold]{name:<8}[/] {escape(str(value))}", soft_wrap=True)
+            show("  ", (f"{name:<8}", "bold"), f" {value}")
 
 
 @command("linescan doctor")
@@ -114,10 +113,10 @@ def doctor(as_json: Json = False):
     for name, value in backend_info().items():
         facts[f"kernel {name}"] = value
     if as_json:
-        print(json.dumps(facts, indent=2))
+        show_json(facts)
         return
     for name, value in facts.items():
-        out.print(f"  [bold]{name:<22}[/] {escape(str(value))}", soft_wrap=True)
+        show("  ", (f"{name:<22}", "bold"), f" {value}")
 
 
 @command(
@@ -138,12 +137,16 @@ def routes(
         raise InputError(f"--size is HEIGHTxWIDTH, as in 14x14, not {size!r}")
     if picture.suffix.lower() not in (".png", ".svg", ".pdf", ".jpg"):
         raise InputError(f"--out is a .png, .svg, .pdf or .jpg file, not {picture}")
+    from linescan.engine.atomic import atomic
+    from linescan.extras import require
     from linescan.scans.routes.draw import draw_routes
 
+    require("matplotlib", "plot")
     try:
         drawing = draw_routes(spec, grid)
     except ValueError as error:
         raise InputError(str(error)) from None
     picture.parent.mkdir(parents=True, exist_ok=True)
-    drawing.savefig(picture, bbox_inches="tight")
-    out.print(f"{escape(str(picture))}", soft_wrap=True)
+    with atomic(picture) as file:
+        drawing.savefig(file, format=picture.suffix[1:], bbox_inches="tight")
+    show(str(picture))

@@ -1,12 +1,11 @@
 """Training and evaluating."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
-from rich.markup import escape
 
+from linescan.engine.progress import progress_bar, say, show
 from linescan.errors import InputError
 
 from .options import (
@@ -20,7 +19,7 @@ from .options import (
     Workers,
     command,
     model_args,
-    out,
+    show_json,
     worker_count,
 )
 
@@ -108,7 +107,6 @@ def train(
     The folder of the run gets model.safetensors (last epoch), best.safetensors, metrics.csv, and what TensorBoard reads
     where that is installed. Several processes: see the last example.
     """
-    from linescan.engine.progress import say
 
     if config:
         from linescan.openmmlab.runner import train_config
@@ -131,7 +129,7 @@ def train(
     try:
         run(recipe, to, device=device, resume=resume, workers=workers, save_every=save_every, log_every=log_every)
     except KeyboardInterrupt:
-        say(f"stopped; the same command with --resume goes on from the last state saved in {escape(str(to))}")
+        say(f"stopped; the same command with --resume goes on from the last state saved in {to}")
         raise typer.Exit(130) from None
 
 
@@ -155,7 +153,6 @@ def evaluate(
     from linescan.engine.data import Samples, evaluation_batches
     from linescan.engine.image_sets import Digits, Folder
     from linescan.engine.processes import Processes, pick_device
-    from linescan.engine.progress import progress_bar, say
     from linescan.engine.scores import score
 
     us = Processes(0, 1, pick_device(device))
@@ -174,13 +171,13 @@ def evaluate(
     with progress_bar("evaluating", len(samples)) as advance:
         scores = score(restored.to(us.device), batches, us, precision.dtype, advance)
     for index in scores.broken:
-        say(f"[yellow]left out[/] {escape(pictures.names[index])}: not a picture, or damaged")
+        say(("left out", "yellow"), f" {pictures.names[index]}: not an image, or damaged")
     if as_json:
-        print(json.dumps({**vars(scores), "broken": [pictures.names[i] for i in scores.broken]}, indent=2))
+        show_json({**vars(scores), "broken": [pictures.names[i] for i in scores.broken]})
     else:
-        out.print(
-            f"top-1 [bold green]{scores.top1:.2f} %[/], top-5 {scores.top5:.2f} %, loss {scores.loss:.4f} on "
-            f"{scores.images} pictures",
-            soft_wrap=True,
+        show(
+            "top-1 ",
+            (f"{scores.top1:.2f} %", "bold green"),
+            f", top-5 {scores.top5:.2f} %, loss {scores.loss:.4f} on {scores.images} images",
         )
     raise typer.Exit(1 if scores.broken else 0)

@@ -1,13 +1,11 @@
 """`make demo`: a small Vim learns handwritten digits, is tried on some it has not seen, and all of it is drawn."""
 
-import os
 import shutil
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.markup import escape
 
 from ..engine.image_sets import Digits
 from ..engine.metrics import read_metrics
@@ -15,6 +13,7 @@ from ..engine.progress import say
 from ..engine.training import Recipe, train
 from ..media.preprocess import Preprocess
 from ..tasks.classify import Classifier
+from .telling import tell_commands, tell_files
 
 __all__ = ["RECIPE", "demo"]
 
@@ -61,25 +60,28 @@ def demo(out: str | Path = "runs/demo", recipe: Recipe = RECIPE) -> float:
         pictures[i].save(out / "images" / f"{i:02}_is_{held_out.labels[i]}.png")
     _draw(out, classifier, pictures, probabilities, truth, accuracy)
 
+    say()
     say(
-        f"\n[bold green]{accuracy:.2f} %[/] of {len(pictures)} held-out digits right after {seconds:.0f} s of training."
+        (f"{accuracy:.2f} %", "bold green"),
+        f" of {len(pictures)} held-out digits right after {seconds:.0f} s of training.",
     )
-    for name, what in (
-        ("demo.png", "look at this first"),
-        ("model.safetensors", "the model: weights, classes, and how it wants its pictures"),
-        ("metrics.csv", "losses and accuracies, step by step"),
-        ("images/", "a dozen digits that it has not learned from"),
-    ):
-        say(f"  [bold]{escape(str(out / name))}[/]  {what}")
-    command = "linescan" if shutil.which("linescan") else os.path.relpath(Path(os.sys.executable).parent / "linescan")
-    say("What to try next:")
-    for line in (
-        f"{command} classify {out}/images --checkpoint {out}/model.safetensors --topk 3",
-        f"{command} routes hilbert --size 16x16 --out hilbert.png",
-        f"{command} list",
-        f"{command} train --help",
-    ):
-        say(f"  [cyan]{escape(line)}[/]")
+    tell_files(
+        out,
+        {
+            "demo.png": "look at this first",
+            "model.safetensors": "the model: weights, classes, and how it wants its images",
+            "metrics.csv": "losses and accuracies, step by step",
+            "images/": "a dozen held-out digits",
+        },
+    )
+    tell_commands(
+        (
+            f"classify {out}/images --checkpoint {out}/model.safetensors --topk 3",
+            "routes hilbert --size 16x16 --out hilbert.png",
+            "list",
+            "train --help",
+        )
+    )
     return accuracy
 
 

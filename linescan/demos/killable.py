@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-
 from ..engine.progress import progress_bar, say
 
 __all__ = ["Training", "read_log", "run_side_by_side"]
@@ -92,8 +90,9 @@ class Training:
             self.killed_at = self.step()
             self.resumed_from = int(self.checkpoint.stem.rpartition("_")[2])
             say(
-                f"[bold]kill -9[/] of {escape(self.work_dir.name)} at iteration {self.killed_at}; "
-                f"it goes on from its checkpoint of iteration {self.resumed_from}"
+                ("kill -9", "bold"),
+                f" of {self.work_dir.name} at iteration {self.killed_at}; "
+                f"it goes on from its checkpoint of iteration {self.resumed_from}",
             )
             self.start()
             return True

@@ -8,7 +8,6 @@ import copy
 import json
 import os
 import shutil
-import sys
 import time
 import warnings
 from contextlib import redirect_stdout
@@ -16,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.markup import escape
 
 from ..engine.atomic import atomic
 from ..engine.progress import say
 from ..openmmlab.runner import read_config
 from .killable import Training, run_side_by_side
 from .render import CLASSES, read_pixels, write_scenes
+from .telling import tell_commands, tell_files
 
 __all__ = ["TASKS", "configure", "demo_dense", "evaluate"]
 
@@ -60,14 +59,14 @@ def demo_dense(
     cfgs = {task: configure(name, data, iterations, seed) for task, name in TASKS.items()}
     for task in TASKS:
         shutil.rmtree(out / task, ignore_errors=True)
-    say(f"{scenes[0]} scenes to learn from and {scenes[1]} to judge by are being written to {escape(str(data))}")
+    say(f"{scenes[0]} scenes to learn from and {scenes[1]} to judge by are being written to {data}")
     for split, count in zip(("train", "val"), scenes):
         write_scenes(data, split, count)
 
     trainings = {task: Training(cfg, out / task, threads) for task, cfg in cfgs.items()}
     killed = trainings["segmentation"]
     killed.kill_at = killed.iterations // 2 + killed.cfg.default_hooks.checkpoint.interval // 2
-    say("two trainings, side by side; their logs are " + " and ".join(escape(str(t.log)) for t in trainings.values()))
+    say("two trainings, side by side; their logs are " + " and ".join(str(t.log) for t in trainings.values()))
     run_side_by_side(trainings.values())
 
     metrics, found = {}, {}
@@ -166,10 +165,12 @@ def class_iou(data: str | Path, predictions: list[np.ndarray]) -> dict[str, floa
 def tell(out: Path, metrics: dict, trainings: dict[str, Training]) -> None:
     """The last lines on the terminal: numbers, places, and what to try next."""
     boxes, stop, seconds = metrics["detection"], metrics["interruption"], metrics["seconds"]
+    say()
     say(
-        f"\n[bold green]{metrics['segmentation']['mIoU']:.1f} % mIoU[/] (UPerNet) and "
-        f"[bold green]{boxes['coco/bbox_mAP']:.3f} box AP[/], {boxes['coco/segm_mAP']:.3f} mask AP (Mask R-CNN), "
-        f"after {seconds['all']:.0f} s"
+        (f"{metrics['segmentation']['mIoU']:.1f} % mIoU", "bold green"),
+        " (UPerNet) and ",
+        (f"{boxes['coco/bbox_mAP']:.3f} box AP", "bold green"),
+        f", {boxes['coco/segm_mAP']:.3f} mask AP (Mask R-CNN), after {seconds['all']:.0f} s",
     )
     if stop["replayed_losses"]:
         same = "the very same" if stop["largest_difference"] == 0 else f"within {stop['largest_difference']:.1e}"
@@ -177,24 +178,25 @@ def tell(out: Path, metrics: dict, trainings: dict[str, Training]) -> None:
             f"killed at iteration {stop['killed_at']}, resumed from {stop['resumed_from']}: "
             f"the losses that were run twice are {same}"
         )
-    for name, what in (
-        ("segmentation.png", "look at this first"),
-        ("detection.png", "and at this"),
-        ("metrics.json", "all numbers"),
-        ("data/", "the scenes: pictures, mask PNGs, COCO json"),
-        ("segmentation.py", "the config of the UPerNet; its logs and checkpoints are in segmentation/"),
-        ("detection.py", "the config of the Mask R-CNN; its logs and checkpoints are in detection/"),
-    ):
-        say(f"  [bold]{escape(str(out / name))}[/]  {what}")
-    command = "linescan" if shutil.which("linescan") else os.path.relpath(Path(sys.executable).parent / "linescan")
-    say("What to try next:")
-    for line in (
-        *(
-            f"{command} {verb} {out}/data/val/images --model {trainings[task].config} "
-            f"--checkpoint {os.path.relpath(trainings[task].checkpoint)}"
-            for verb, task in (("segment", "segmentation"), ("detect", "detection"))
-        ),
-        f"{command} train --config {trainings['segmentation'].config} --work-dir {out}/deeper "
-        "--cfg-options 'model.backbone.depths=[1,1,4,1]'",
-    ):
-        say(f"  [cyan]{escape(line)}[/]")
+    tell_files(
+        out,
+        {
+            "segmentation.png": "look at this first",
+            "detection.png": "and at this",
+            "metrics.json": "all numbers",
+            "data/": "the scenes: images, mask PNGs, COCO json",
+            "segmentation.py": "the config of the UPerNet; its logs and checkpoints are in segmentation/",
+            "detection.py": "the config of the Mask R-CNN; its logs and checkpoints are in detection/",
+        },
+    )
+    tell_commands(
+        (
+            *(
+                f"{verb} {out}/data/val/images --model {trainings[task].config} "
+                f"--checkpoint {os.path.relpath(trainings[task].checkpoint)}"
+                for verb, task in (("segment", "segmentation"), ("detect", "detection"))
+            ),
+            f"train --config {trainings['segmentation'].config} --work-dir {out}/deeper "
+            "--cfg-options 'model.backbone.depths=[1,1,4,1]'",
+        )
+    )

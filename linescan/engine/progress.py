@@ -1,28 +1,69 @@
-"""What a person sees while waiting."""
+"""What a person sees while waiting: lines and progress bars.
+
+A line is made of parts: plain strings, and (text, style) pairs such as `("skipped", "yellow")`. No text is ever read as
+markup, and control characters are shown as escapes, so that file names and messages from anywhere can be parts.
+"""
 
 from contextlib import contextmanager
-from typing import Callable, Iterator
+from typing import Any, Callable, Iterator
 
-from rich.console import Console
+from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
-__all__ = ["console", "say", "progress_bar"]
+from ..errors import visible
 
-console = Console(stderr=True, highlight=False)
+__all__ = ["console", "out", "progress_bar", "say", "show", "show_table", "styled"]
+
+Part = str | tuple[str, str]
 
 
-def say(line: str) -> None:
-    """One line of news on stderr (rich markup), however long it is."""
-    console.print(line, soft_wrap=True)
+class Console(RichConsole):
+    """A console that prints text as it is, and leaves a closed pipe to its caller."""
+
+    def __init__(self, stderr: bool = False):
+        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+    def on_broken_pipe(self) -> None:
+        raise  # rich would end the process
+
+
+console, out = Console(stderr=True), Console()
+
+
+def styled(*parts: Part) -> Text:
+    """The text that the parts make."""
+    pairs = ((part, "") if isinstance(part, str) else part for part in parts)
+    return Text.assemble(*((visible(text), style) for text, style in pairs))
+
+
+def say(*parts: Part) -> None:
+    """Prints a line of news on stderr, however long it is."""
+    console.print(styled(*parts), soft_wrap=True)
+
+
+def show(*parts: Part) -> None:
+    """Prints a line of results on stdout; while a progress bar is on the same terminal, above it."""
+    (console if console.is_terminal and out.is_terminal else out).print(styled(*parts), soft_wrap=True)
+
+
+def show_table(table: Table) -> None:
+    """Prints a table on stdout, as wide as its cells are: no cell is cut, whatever the width of the terminal."""
+    out.print(table, width=max(out.width, out.measure(table).maximum), crop=False, soft_wrap=True)
 
 
 @contextmanager
-def progress_bar(description: str, total: int, done: int = 0, show: bool = True) -> Iterator[Callable]:
+def progress_bar(description: str, total: int, done: int = 0, show: bool = True) -> Iterator[Callable[..., Any]]:
     """A bar on the terminal; yields `advance(n=1, description=None)`. Silent where stderr is not a terminal."""
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("<"),
-        TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("<"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal)) as progress:
-        task = progress.add_task(description, total=total, completed=done)
-        yield lambda n=1, description=None: progress.update(task, advance=n, description=description)
+        task = progress.add_task(visible(description), total=total, completed=done)
+
+        def advance(n: float = 1, description: str | None = None) -> None:
+            progress.update(task, advance=n, description=None if description is None else visible(description))
+
+        yield advance

@@ -316,7 +316,7 @@ class Training:
     def _name_broken(self, names: list[str]) -> None:
         for name in names:
             if name not in self.broken:
-                say(f"[yellow]left out[/] {name}: not a picture, or damaged")
+                say(("left out", "yellow"), f" {name}: not an image, or damaged")
         self.broken |= set(names)
 
     # -- what is written --------------------------------------------------------------------------------------------
@@ -325,8 +325,9 @@ class Training:
         recipe, us = self.recipe, self.us
         count = sum(p.numel() for p in self.bare.parameters())
         say(
-            f"[bold]{recipe.model}[/]  {count / 1e6:.2f} M parameters, {len(self.card.classes)} classes, "
-            f"{len(self.samples)} pictures to learn from, {len(self.held_out)} held out"
+            (recipe.model, "bold"),
+            f"  {count / 1e6:.2f} M parameters, {len(self.card.classes)} classes, "
+            f"{len(self.samples)} pictures to learn from, {len(self.held_out)} held out",
         )
         say(
             f"{recipe.epochs} epochs of {self.steps.per_epoch} steps of {self.steps.per_step} pictures on "
