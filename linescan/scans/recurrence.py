@@ -122,12 +122,20 @@ def read(x: Tensor, route: Tensor | None) -> Tensor:
     return out
 
 
-def write(y: Tensor, route: Tensor | None, length: int) -> Tensor:
-    """Puts time-ordered outputs back: y (B, K, S, ...) -> (B, K, L, ...); the inverse of `read` for permutations."""
+def write(y: Tensor, route: Tensor | None, length: int, merge: bool = False) -> Tensor:
+    """Puts time-ordered outputs back: y (B, K, S, ...) -> (B, K, L, ...); the inverse of `read` for permutations.
+
+    With `merge` the sum over routes, (B, L, ...).
+    """
     if route is None:
-        return y
-    batch, routes = y.shape[:2]
+        return y.sum(1) if merge else y
+    batch, routes, steps = y.shape[:3]
     _, table = _steps(route, batch, length)
+    if merge and steps < length:  # routes through parts of the tokens: K whole maps would be mostly zeros
+        first = torch.arange(batch, device=y.device)[:, None, None] * length
+        target = torch.where(table < 0, batch * length, first + table).flatten()
+        out = y.new_zeros(batch * length + 1, *y.shape[3:]).index_add(0, target, y.flatten(0, 2))
+        return out[:-1].reshape(batch, length, *y.shape[3:])
     row = torch.arange(batch * routes, device=y.device).reshape(batch, routes, 1)
     slots = batch * routes * length  # one more takes what is dropped
     target = torch.where(table < 0, slots, row * length + table).flatten()
@@ -135,7 +143,8 @@ def write(y: Tensor, route: Tensor | None, length: int) -> Tensor:
     out = y.flatten(0, 2).index_select(0, step.clamp_min(0))  # gathering is faster than copying to an index
     if (step < 0).any():
         out = out.masked_fill((step < 0).reshape(-1, *[1] * (y.ndim - 3)), 0)
-    return out.reshape(batch, routes, length, *y.shape[3:])
+    out = out.reshape(batch, routes, length, *y.shape[3:])
+    return out.sum(1) if merge else out
 
 
 def check_shapes(name: str, route: Tensor | None, **arguments: tuple[Tensor | None, str]) -> None:
@@ -285,9 +294,7 @@ class Recurrence:
         def forward(*args):
             *inputs, route, merge = args
             output, state = core(*self._in_time_order(inputs, route))
-            output = write(output, route, self._visited(inputs, route)[2])
-            if merge:
-                output = output.sum(1)
+            output = write(output, route, self._visited(inputs, route)[2], merge)
             return output.to(self._tokens(inputs)[0].dtype), state
 
         return forward
@@ -301,7 +308,9 @@ class Recurrence:
             compute = self._compute_dtype(inputs)
             grad_output = grad_output.to(compute)
             if merge:
-                grad_output = grad_output.unsqueeze(1).expand(-1, routes, *grad_output.shape[1:])
+                grad_output = grad_output.unsqueeze(1)
+                if route is None:
+                    grad_output = grad_output.expand(-1, routes, *grad_output.shape[2:])
             if route is not None:  # a visit whose output is dropped has gradient zero, as padding has input zero
                 grad_output = read(grad_output, route.clamp_min(-1))
             if grad_state is None:

@@ -347,9 +347,37 @@ def test_cell_rule_takes_the_depth_of_the_largest_cell(extent):
     depth = int(cells.max()).bit_length()
     got = point_table(cells.double() + 0.5, "hilbert,zorder", cell=1.0)
     keys = hilbert_keys(cells, depth)
-    assert torch.equal(points._deep_hilbert_keys(cells, torch.tensor(depth)), keys)
+    assert torch.equal(points._deep_hilbert_keys(cells, torch.tensor([[depth]])), keys)
     assert torch.equal(got[:, 0].long(), keys.argsort(dim=-1, stable=True))
     assert torch.equal(got[:, 1].long(), zorder_keys(cells, depth).argsort(dim=-1, stable=True))
+
+
+def test_each_sample_may_have_a_curve_of_its_own_depth():
+    near, far = torch.rand(1, 50, 3), 900 * torch.rand(1, 50, 3)
+    both = torch.cat((near, far))
+    for curves in ("hilbert", "hilbert-trans, -hilbert", "zorder"):
+        alone = torch.cat([point_table(x, curves, cell=0.02) for x in (near, far)])
+        assert torch.equal(point_table(both, curves, cell=0.02, together=False), alone)
+    published = point_table(both, "hilbert", cell=0.02)
+    assert not torch.equal(published[:1], point_table(near, "hilbert", cell=0.02))
+    assert torch.equal(published[1:], point_table(far, "hilbert", cell=0.02))
+
+
+@pytest.mark.parametrize("options", [dict(), dict(cell=0.02), dict(cell=0.02, together=False)])
+def test_what_is_no_point_is_not_visited(options):
+    coords = torch.randn(3, 20, 3)
+    lengths = [20, 7, 0]
+    coords[1, 7:] = 1e6  # what is there does not matter
+    coords[0, 4] = float("nan")
+    curves = "hilbert, -hilbert-trans, zorder, -axis2"
+    got = point_table(coords, curves, lengths=lengths, **options)
+    assert torch.equal(point_table(coords, curves, lengths=torch.tensor(lengths), **options), got)
+    there = torch.cat((coords[:1, :4], coords[:1, 5:]), 1)
+    first = point_table(there, curves, **options)[0]
+    assert torch.equal(got[0, :, :19], torch.where(first >= 4, first + 1, first))
+    assert torch.equal(got[1, :, :7].sort(-1).values, torch.arange(7).int().expand(4, 7))
+    assert (got[0, :, 19:] == -1).all() and (got[1, :, 7:] == -1).all() and (got[2] == -1).all()
+    assert point_table(coords[:, :0], curves, **options).shape == (3, 4, 0)
 
 
 def test_equal_points_keep_their_order():

@@ -25,11 +25,13 @@ from .orders import Route, RouteLike, as_grid
 from .points import point_table
 from .spec import parse, spatial_first, temporal_first, window
 from .tables import inverse, inverse_table, pad_slots, table
+from .voxels import group_table, window_order
 
 __all__ = [
     "Route",
     "RouteLike",
     "as_grid",
+    "group_table",
     "insert_tokens",
     "inverse",
     "inverse_table",
@@ -40,4 +42,5 @@ __all__ = [
     "table",
     "temporal_first",
     "window",
+    "window_order",
 ]
