@@ -1,11 +1,12 @@
-"""linescan: linear-time vision backbones (Mamba, RWKV, gated linear attention) for timm and OpenMMLab.
+"""linescan: linear-time vision models (Mamba, RWKV, gated linear attention) for timm, OpenMMLab and the command line.
 
-`import linescan` registers every backbone with timm; `timm.create_model("vim_tiny_patch16_224")` then works.
+`import linescan` registers every model: `linescan.create_model(NAME)` builds those of all tasks, and
+`timm.create_model("vim_tiny_patch16_224")` the classifiers.
 """
 
-from . import backbones  # noqa: F401  (registers the models)
+from . import backbones, heads  # noqa: F401  (register the models)
 from .checkpoint import CheckpointError, load_checkpoint, read_state_dict
-from .zoo import list_models
+from .zoo import create_model, list_models
 
 __version__ = "0.1.0"
-__all__ = ["CheckpointError", "list_models", "load_checkpoint", "read_state_dict"]
+__all__ = ["CheckpointError", "create_model", "list_models", "load_checkpoint", "read_state_dict"]

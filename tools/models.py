@@ -8,8 +8,8 @@ import timm
 import torch
 from rich.progress import track
 
-from linescan.engine.cards import family, measure
-from linescan.zoo import PUBLISHED, Published, list_models
+from linescan import zoo
+from linescan.engine.cards import measure
 
 OUT = Path(__file__).parents[1] / "docs" / "models.md"
 
@@ -25,7 +25,7 @@ COLUMNS = "| model | params, published | measured | GMACs, published | measured 
 
 
 def row(name: str) -> str:
-    facts = PUBLISHED.get(name, Published())
+    facts = zoo.find(name)
     with torch.device("meta"):
         model = timm.create_model(name)
     params, macs = measure(model, model.pretrained_cfg["input_size"])
@@ -35,16 +35,16 @@ def row(name: str) -> str:
 
     cells = (
         f"`{name}`", show(facts.params, 3), f"{params / 1e6:.3f}", show(facts.gmacs, 2), f"{macs / 1e9:.2f}",
-        show(facts.top1, 1), facts.paper or "-", facts.licence or "-",
+        show(facts.metrics.get("top1"), 1), facts.paper, facts.licence,
     )  # fmt: skip
     return "| " + " | ".join(cells) + " |\n"
 
 
 def main() -> None:
     parts = [HEAD]
-    names = sorted(list_models(), key=lambda n: (family(n), n))
+    names = [entry.name for entry in zoo.entries(task="classification")]
     rows = {name: row(name) for name in track(names, "measuring")}
-    for group, members in groupby(names, family):
+    for group, members in groupby(names, lambda name: zoo.find(name).family):
         parts += [f"\n## {group}\n\n", COLUMNS, "|---" * 8 + "|\n", *(rows[n] for n in members)]
     OUT.parent.mkdir(exist_ok=True)
     OUT.write_text("".join(parts))

@@ -1,3 +1,3 @@
-"""Backbones, one file a system; importing this package registers them all with timm."""
+"""Backbones, one file a system; importing this package registers them all."""
 
 from . import localmamba, mixernet, segman, videomamba, vig, vim, vision_rwkv, vmamba  # noqa: F401

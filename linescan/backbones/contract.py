@@ -4,62 +4,167 @@
 states its architecture and its checkpoint filter; what timm and OpenMMLab expect of any backbone is here.
 """
 
-from typing import Callable, Sequence
+import inspect
+import sys
+from dataclasses import replace
+from typing import Callable, Iterable, Mapping, Sequence, get_args
 
+import timm
 import torch
-from timm.models import build_model_with_cfg, checkpoint
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint,
+    generate_default_cfgs,
+    register_model,
+    resolve_pretrained_cfg,
+)
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from .. import zoo
 from ..checkpoint import load_checkpoint
+from ..errors import InputError
 from ..layers.linear import through_onednn
 
-__all__ = ["Backbone", "PlainBackbone", "HierarchicalBackbone", "create_backbone", "image_cfg"]
+__all__ = ["Backbone", "PlainBackbone", "HierarchicalBackbone", "architecture", "create_backbone", "register"]
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# How classifiers of ImageNet are evaluated, where a table states nothing else.
+IMAGENET = {
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+    "interpolation": "bicubic",
+    "crop_pct": 0.875,
+}
 
 
-def image_cfg(**kwargs) -> dict:
-    """A pretrained_cfg for ImageNet classification at 224: bicubic resize, crop 0.875, the usual mean and deviation.
+def register(cls: type | None, models: Mapping[str, Mapping], **common) -> None:
+    """Adds a family's classifiers to the zoo (`linescan.zoo.register`) and to timm.
 
-    `hf_hub_id` with `hf_hub_filename`, or `url`, names the official file.
+    By default a model reads an image of (3, 224, 224) prepared as for ImageNet (`IMAGENET`) and its classifier is
+    `head`. The module that defines the classes gets the entry points, and `default_cfgs` as timm's own modules have.
     """
+    facts = {"task": "classification", "inputs": ((3, 224, 224),), "classifier": "head", "build": _through_timm}
+    preprocess = {**IMAGENET, **common.pop("preprocess", {})}
+    added = zoo.register(cls, models, **{**facts, **common, "preprocess": preprocess})
+    for module in {entry.cls.__module__: sys.modules[entry.cls.__module__] for entry in added}.values():
+        own = {e.full_name: _timm_cfg(e) for e in added if e.cls.__module__ == module.__name__}
+        module.default_cfgs = {**getattr(module, "default_cfgs", {}), **generate_default_cfgs(own)}
+    for name in models:
+        register_model(_entry_point(name))
+
+
+def _entry_point(name: str) -> Callable:
+    def entry_point(pretrained: bool = False, **kwargs) -> nn.Module:
+        return create_backbone(name, pretrained, **kwargs)
+
+    entry_point.__name__ = entry_point.__qualname__ = name
+    entry_point.__module__ = zoo.find(name).cls.__module__
+    return entry_point
+
+
+def _timm_cfg(entry: zoo.Entry) -> dict:
+    """timm's `pretrained_cfg` of an entry."""
+    channels, *_, height, width = entry.inputs[0]
     return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_MEAN,
-        "std": IMAGENET_STD,
-        "classifier": "head",
-        **kwargs,
+        "url": entry.url,
+        "hf_hub_id": entry.hub if entry.file else None,
+        "hf_hub_filename": entry.file,
+        "origin_url": entry.page or entry.code,
+        "num_classes": entry.args.get("num_classes", 1000),
+        "input_size": (channels, height, width),
+        "first_conv": entry.first_conv,
+        "classifier": entry.classifier,
+        "license": entry.licence.lower(),
+        "paper_ids": f"arXiv:{entry.arxiv}" if entry.arxiv else None,
+        **entry.preprocess,
     }
 
 
-def create_backbone(cls: type, name: str, pretrained: bool, **kwargs) -> nn.Module:
-    """Builds `cls` as timm's registry asks for it; weights come through `linescan.load_checkpoint`, never a pickle.
+def _through_timm(entry: zoo.Entry, pretrained: bool, **args) -> nn.Module:
+    """Builds as `timm.create_model` does. It takes None for "not given": where None is a value, it goes as a word."""
+    optional = _optional(entry.cls)
+    args = {k: "none" if v is None and k in optional else v for k, v in args.items()}
+    return timm.create_model(entry.full_name, pretrained, **args)
+
+
+def _optional(cls: type) -> set[str]:
+    """The arguments of a class, and of those it extends, for which None is a value."""
+    parameters = {p.name: p for base in reversed(cls.__mro__) for p in _parameters(base)}
+    return {name for name, p in parameters.items() if type(None) in get_args(p.annotation)}
+
+
+def _parameters(cls: type) -> Iterable[inspect.Parameter]:
+    return inspect.signature(cls.__init__).parameters.values() if "__init__" in vars(cls) else ()
+
+
+def _entry(name: str, pretrained_cfg) -> zoo.Entry:
+    """The entry of a model and of the tag that timm's `pretrained_cfg` stands for: a tag, a configuration, or None."""
+    if isinstance(pretrained_cfg, str):
+        return zoo.find(f"{name}.{pretrained_cfg}")
+    if pretrained_cfg is None:
+        return zoo.find(name)
+    tag = pretrained_cfg.get("tag") if isinstance(pretrained_cfg, dict) else pretrained_cfg.tag
+    return next((entry for entry in zoo.tags(name) if entry.tag == tag), zoo.find(name))
+
+
+def architecture(name: str, **kwargs) -> tuple[type["Backbone"], dict]:
+    """The class behind a registered backbone and the arguments it is built with, `kwargs` over the name's own.
+
+    The word "none" stands for None where None is a value: timm drops arguments that are None.
+
+    Raises:
+        InputError: there is no such backbone.
+    """
+    entry = zoo.find(name)
+    if not issubclass(entry.cls, Backbone):
+        raise InputError(f"{name} is a whole model for {entry.task}, not a backbone")
+    optional = _optional(entry.cls)
+    kwargs = {k: None if v == "none" and k in optional else v for k, v in kwargs.items()}
+    return entry.cls, {**entry.args, **kwargs}
+
+
+def create_backbone(name: str, pretrained: bool = False, **kwargs) -> nn.Module:
+    """Builds a registered backbone as timm's registry asks for it.
+
+    Weights come through `linescan.load_checkpoint`, never a pickle. The tag decides the arguments, too: the classes
+    and frames of the model are those of its weights.
 
     Args:
-        cls: a `Backbone` class.
-        name: the registered model name.
+        name: the registered name, without a tag.
         pretrained: load the official weights, or the file that `pretrained_cfg_overlay={"file": PATH}` names.
-        kwargs: the model's arguments and timm's (`features_only`, `out_indices`, `pretrained_cfg_overlay`, ...). With
-            `architecture_only` nothing is built: returns `cls` and the arguments, for `dense.architecture`.
+        kwargs: the model's arguments and timm's (`features_only`, `out_indices`, `pretrained_cfg_overlay`, ...).
+
+    Raises:
+        InputError: the weights cannot be fetched.
     """
-    if kwargs.pop("architecture_only", False):
-        return cls, kwargs
+    entry = _entry(name, kwargs.get("pretrained_cfg"))
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
+    if pretrained:
+        cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), overlay)
+        if not (cfg.source or cfg.file or cfg.state_dict):
+            source = replace(entry, hub=cfg.hf_hub_id, file=cfg.hf_hub_filename, url=cfg.url)
+            overlay["file"] = str(zoo.fetch(source, kwargs.get("cache_dir")))
     overlay.setdefault("custom_load", "hf")  # timm then hands the file's path to Backbone.load_pretrained
+    given = {key: kwargs.pop(key) for key in _TIMMS & kwargs.keys()}
+    cls, args = architecture(entry.full_name, **kwargs)
+    if "num_classes" not in kwargs:
+        args.pop("num_classes", None)  # timm takes them from the configuration, which may be another file's
     return build_model_with_cfg(
         cls,
         name,
         pretrained,
         pretrained_cfg_overlay=overlay,
         pretrained_filter_fn=lambda state, model: model.checkpoint_filter(state),
-        feature_cfg={"out_indices": kwargs.pop("out_indices", cls.default_out_indices), "feature_cls": "getter"},
-        **kwargs,
+        feature_cfg={"out_indices": given.pop("out_indices", cls.default_out_indices), "feature_cls": "getter"},
+        **given,
+        **args,
     )
+
+
+# What `build_model_with_cfg` takes for itself.
+_TIMMS = {
+    "pretrained_cfg", "features_only", "out_indices", "feature_cls", "cache_dir", "pretrained_model_args", "pruned",
+}  # fmt: skip
 
 
 class Backbone(nn.Module):

@@ -10,12 +10,11 @@ import re
 from pathlib import Path
 from typing import Sequence
 
-import timm
 from torch import Tensor, nn
 
 from ..checkpoint import CheckpointError, read_state_dict, strip_prefix
 from ..layers.pyramid import RescaledFeatures, SimpleFeaturePyramid
-from .contract import Backbone, PlainBackbone
+from .contract import Backbone, PlainBackbone, architecture
 from .localmamba import LocalVim, LocalVimDense, LocalVMamba, LocalVMambaDense
 from .segman import SegMANDense, SegMANEncoder
 from .vig import HierViG, HierViGDense
@@ -23,7 +22,7 @@ from .vim import Vim, VimDense
 from .vision_rwkv import VisionRWKV, VisionRWKVAdapter
 from .vmamba import VMamba, VMambaDense
 
-__all__ = ["DENSE_FORMS", "FeatureMaps", "NormedMaps", "architecture"]
+__all__ = ["DENSE_FORMS", "FeatureMaps", "NormedMaps"]
 
 DENSE_FORMS: dict[type, type] = {
     Vim: VimDense,
@@ -38,17 +37,6 @@ DENSE_FORMS: dict[type, type] = {
 
 # What a classifier has and a dense backbone has no use for.
 CLASSIFIER = re.compile(r"^(norm|head|head_inner|cls_token)(\.|$)")
-
-
-def architecture(name: str, **kwargs) -> tuple[type[Backbone], dict]:
-    """The class behind a registered name and the arguments it is built with, `kwargs` over the name's own.
-
-    Raises:
-        ValueError: there is no such linescan model.
-    """
-    if not timm.is_model(name) or not timm.model_entrypoint(name).__module__.startswith("linescan."):
-        raise ValueError(f"unknown linescan model {name!r}; `linescan list` shows all")
-    return timm.model_entrypoint(name)(architecture_only=True, **kwargs)
 
 
 class NormedMaps(nn.Module):

@@ -14,7 +14,6 @@ from typing import Sequence
 import torch
 import torch.nn.functional as F
 from timm.layers import calculate_drop_path_rates, lecun_normal_, trunc_normal_
-from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..checkpoint import strip_prefix
@@ -24,8 +23,7 @@ from ..layers.pos_embed import grid_rope, resample_pos_embed, rotate_pairs
 from ..layers.ss2d import SS2D
 from ..scans import routes
 from ..scans.multi_route import ChannelAttention
-from ..zoo import published
-from .contract import PlainBackbone, create_backbone, image_cfg
+from .contract import PlainBackbone, register
 from .vmamba import VANILLA, VMamba, VMambaDense
 
 __all__ = ["LocalVMamba", "LocalVMambaDense", "LocalVim", "LocalVimDense", "searched_directions"]
@@ -435,110 +433,87 @@ class LocalVMambaDense(VMambaDense, LocalVMamba):
     """LocalVMamba as a backbone for segmentation and detection; see `VMambaDense`."""
 
 
-# -- entry points ----------------------------------------------------------------------------------------------------
+# -- models -----------------------------------------------------------------------------------------------------------
 
+PUBLISHED = {
+    "paper": "2024, arXiv 2403.09338",
+    "code": "https://github.com/hunto/LocalMamba",
+    "licence": "Apache-2.0",
+    "data": "ImageNet-1K",
+}
+RELEASE = "https://github.com/hunto/LocalMamba/releases/download/v1.0.0/"
 
-def _cfg(file: str = "", first_conv: str = "patch_embed") -> dict:
-    url = {"url": f"https://github.com/hunto/LocalMamba/releases/download/v1.0.0/{file}"} if file else {}
-    return image_cfg(first_conv=first_conv, license="apache-2.0", paper_ids="arXiv:2403.09338", **url)
-
-
-default_cfgs = generate_default_cfgs(
-    {
-        "local_vim_tiny.in1k": _cfg("local_vim_tiny.ckpt"),
-        "local_vim_tiny_middle_cls_token.in1k": _cfg("local_vim_tiny_middle_cls_token.ckpt"),
-        "local_vim_tiny_wo_search": _cfg(),
-        "local_vim_tiny_search": _cfg(),
-        "local_vim_small": _cfg(),
-        "local_vim_small_wo_search": _cfg(),
-        "local_vssm_tiny": _cfg(first_conv="patch_embed.conv"),
-        "local_vssm_tiny_search": _cfg(first_conv="patch_embed.conv"),
-        "local_vssm_small.in1k": _cfg("local_vssm_small.ckpt", "patch_embed.conv"),
-        "local_vssm_small_search": _cfg(first_conv="patch_embed.conv"),
-    }
+register(
+    LocalVim,
+    **PUBLISHED,
+    first_conv="patch_embed",
+    models={
+        "local_vim_tiny": {
+            "args": {"embed_dim": 192},
+            "params": 7.994,
+            "gmacs": 1.5,
+            "weights": {"in1k": {"url": RELEASE + "local_vim_tiny.ckpt", "metrics": {"top1": 76.2}}},
+        },
+        # A class token in the middle instead of rotary embeddings.
+        "local_vim_tiny_middle_cls_token": {
+            "args": {"embed_dim": 192, "class_token": True},
+            "params": 7.995,
+            "gmacs": 1.5,
+            "weights": {"in1k": {"url": RELEASE + "local_vim_tiny_middle_cls_token.ckpt", "metrics": {"top1": 77.8}}},
+        },
+        # Rows and 2x2 windows in every block. In the official code the small one's definition overwrites that of
+        # `local_vim_small`, whose name it has.
+        "local_vim_tiny_wo_search": {
+            "args": {"embed_dim": 192, "directions": WITHOUT_SEARCH},
+            "params": 7.994,
+            "gmacs": 1.5,
+            "weights": {"in1k": {"metrics": {"top1": 75.8}}},
+        },
+        "local_vim_small": {
+            "args": {"embed_dim": 384},
+            "params": 27.784,
+            "gmacs": 4.8,
+            "weights": {"in1k": {"metrics": {"top1": 81.1}}},
+        },
+        "local_vim_small_wo_search": {
+            "args": {"embed_dim": 384, "directions": WITHOUT_SEARCH},
+            "params": 27.784,
+            "gmacs": 4.8,
+            "weights": {"in1k": {"metrics": {"top1": 81.0}}},
+        },
+        # The super-net of the search, for T and S alike.
+        "local_vim_tiny_search": {
+            "args": {"embed_dim": 128, "directions": None},
+            "params": 5.473,
+        },
+    },
 )
 
-for name, params, gmacs, top1 in (
-    ("local_vim_tiny", 7.994, 1.5, 76.2),
-    ("local_vim_tiny_middle_cls_token", 7.995, 1.5, 77.8),
-    ("local_vim_tiny_wo_search", 7.994, 1.5, 75.8),
-    ("local_vim_tiny_search", 5.473, None, None),
-    ("local_vim_small", 27.784, 4.8, 81.1),
-    ("local_vim_small_wo_search", 27.784, 4.8, 81.0),
-    ("local_vssm_tiny", 25.527, 5.7, 82.7),
-    ("local_vssm_tiny_search", 4.577, None, None),
-    ("local_vssm_small", 49.749, 11.4, 83.7),
-    ("local_vssm_small_search", 9.149, None, None),
-):
-    published(name, params=params, gmacs=gmacs, top1=top1, paper="2024, arXiv 2403.09338", licence="Apache-2.0")
-
-
-@register_model
-def local_vim_tiny(pretrained: bool = False, **kwargs) -> LocalVim:
-    """LocalVim-T: 8.0 M parameters, 76.2 % top-1."""
-    return create_backbone(LocalVim, "local_vim_tiny", pretrained, **{"embed_dim": 192} | kwargs)
-
-
-@register_model
-def local_vim_tiny_middle_cls_token(pretrained: bool = False, **kwargs) -> LocalVim:
-    """LocalVim-T with a class token in the middle instead of rotary embeddings: 8.0 M parameters, 77.8 % top-1."""
-    args = {"embed_dim": 192, "class_token": True}
-    return create_backbone(LocalVim, "local_vim_tiny_middle_cls_token", pretrained, **args | kwargs)
-
-
-@register_model
-def local_vim_tiny_wo_search(pretrained: bool = False, **kwargs) -> LocalVim:
-    """LocalVim-T with rows and 2x2 windows in every block: 8.0 M parameters, 75.8 % top-1."""
-    args = {"embed_dim": 192, "directions": WITHOUT_SEARCH}
-    return create_backbone(LocalVim, "local_vim_tiny_wo_search", pretrained, **args | kwargs)
-
-
-@register_model
-def local_vim_tiny_search(pretrained: bool = False, **kwargs) -> LocalVim:
-    """The super-net of LocalVim's search, for T and S alike: 5.5 M parameters."""
-    args = {"embed_dim": 128, "directions": None}
-    return create_backbone(LocalVim, "local_vim_tiny_search", pretrained, **args | kwargs)
-
-
-@register_model
-def local_vim_small(pretrained: bool = False, **kwargs) -> LocalVim:
-    """LocalVim-S with the searched directions: 27.8 M parameters, 81.1 % top-1."""
-    return create_backbone(LocalVim, "local_vim_small", pretrained, **{"embed_dim": 384} | kwargs)
-
-
-@register_model
-def local_vim_small_wo_search(pretrained: bool = False, **kwargs) -> LocalVim:
-    """LocalVim-S with rows and 2x2 windows in every block: 27.8 M parameters, 81.0 % top-1.
-
-    The official code builds this one by the name `local_vim_small`, whose first definition it overwrites.
-    """
-    args = {"embed_dim": 384, "directions": WITHOUT_SEARCH}
-    return create_backbone(LocalVim, "local_vim_small_wo_search", pretrained, **args | kwargs)
-
-
-@register_model
-def local_vssm_tiny(pretrained: bool = False, **kwargs) -> LocalVMamba:
-    """LocalVMamba-T: 25.5 M parameters, 82.7 % top-1; its weights were not published."""
-    args = {"depths": (2, 2, 9, 2), "directions": LOCAL_VMAMBA_TINY}
-    return create_backbone(LocalVMamba, "local_vssm_tiny", pretrained, **args | kwargs)
-
-
-@register_model
-def local_vssm_tiny_search(pretrained: bool = False, **kwargs) -> LocalVMamba:
-    """The super-net of LocalVMamba-T's search: 4.6 M parameters."""
-    args = {"depths": (2, 2, 9, 2), "dims": 32, "directions": None}
-    return create_backbone(LocalVMamba, "local_vssm_tiny_search", pretrained, **args | kwargs)
-
-
-@register_model
-def local_vssm_small(pretrained: bool = False, **kwargs) -> LocalVMamba:
-    """LocalVMamba-S: 49.7 M parameters, 83.7 % top-1."""
-    args = {"depths": (2, 2, 27, 2), "directions": LOCAL_VMAMBA_SMALL}
-    return create_backbone(LocalVMamba, "local_vssm_small", pretrained, **args | kwargs)
-
-
-@register_model
-def local_vssm_small_search(pretrained: bool = False, **kwargs) -> LocalVMamba:
-    """The super-net of LocalVMamba-S's search: 9.1 M parameters."""
-    args = {"depths": (2, 2, 27, 2), "dims": 32, "directions": None}
-    return create_backbone(LocalVMamba, "local_vssm_small_search", pretrained, **args | kwargs)
+register(
+    LocalVMamba,
+    **PUBLISHED,
+    first_conv="patch_embed.conv",
+    models={
+        "local_vssm_tiny": {
+            "args": {"depths": (2, 2, 9, 2), "directions": LOCAL_VMAMBA_TINY},
+            "params": 25.527,
+            "gmacs": 5.7,
+            "weights": {"in1k": {"metrics": {"top1": 82.7}}},
+        },
+        "local_vssm_small": {
+            "args": {"depths": (2, 2, 27, 2), "directions": LOCAL_VMAMBA_SMALL},
+            "params": 49.749,
+            "gmacs": 11.4,
+            "weights": {"in1k": {"url": RELEASE + "local_vssm_small.ckpt", "metrics": {"top1": 83.7}}},
+        },
+        # The super-nets of the search.
+        "local_vssm_tiny_search": {
+            "args": {"depths": (2, 2, 9, 2), "dims": 32, "directions": None},
+            "params": 4.577,
+        },
+        "local_vssm_small_search": {
+            "args": {"depths": (2, 2, 27, 2), "dims": 32, "directions": None},
+            "params": 9.149,
+        },
+    },
+)

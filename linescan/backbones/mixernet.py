@@ -10,13 +10,12 @@ along which routes it reads, and how their outputs are merged are arguments:
 from typing import Sequence
 
 from timm.layers import DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
-from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..layers.mixers import Mixer
 from ..layers.pos_embed import resample_pos_embed
 from ..layers.stems import ConvDownsample, ConvStem
-from .contract import HierarchicalBackbone, PlainBackbone, create_backbone, image_cfg
+from .contract import HierarchicalBackbone, PlainBackbone, register
 
 __all__ = ["PlainScanNet", "HierarchicalScanNet"]
 
@@ -181,60 +180,28 @@ class HierarchicalScanNet(HierarchicalBackbone):
         return x.mean((1, 2)) if self.global_pool else x
 
 
-# -- entry points -----------------------------------------------------------------------------------------------------
+# -- models -----------------------------------------------------------------------------------------------------------
 
-PLAIN = {"tiny": 192, "small": 384, "base": 768}
-HIERARCHICAL = {
-    "tiny": {"dims": (96, 192, 384, 768), "depths": (2, 2, 6, 2)},
-    "small": {"dims": (96, 192, 384, 768), "depths": (2, 2, 18, 2)},
-    "base": {"dims": (128, 256, 512, 1024), "depths": (2, 2, 18, 2)},
-}
+OWN = {"paper": "linescan's own", "licence": "Apache-2.0"}
 
-default_cfgs = generate_default_cfgs(
-    {f"scan_{size}": image_cfg(first_conv="patch_embed") for size in PLAIN}
-    | {f"scanh_{size}": image_cfg(first_conv="patch_embed.conv1") for size in HIERARCHICAL}
+register(
+    PlainScanNet,
+    **OWN,
+    first_conv="patch_embed",
+    models={
+        "scan_tiny": {"args": {"embed_dim": 192}},
+        "scan_small": {"args": {"embed_dim": 384}},
+        "scan_base": {"args": {"embed_dim": 768}},
+    },
 )
 
-
-def _plain(size: str, pretrained: bool, **kwargs) -> PlainScanNet:
-    return create_backbone(PlainScanNet, f"scan_{size}", pretrained, **{"embed_dim": PLAIN[size]} | kwargs)
-
-
-def _hierarchical(size: str, pretrained: bool, **kwargs) -> HierarchicalScanNet:
-    return create_backbone(HierarchicalScanNet, f"scanh_{size}", pretrained, **HIERARCHICAL[size] | kwargs)
-
-
-@register_model
-def scan_tiny(pretrained: bool = False, **kwargs) -> PlainScanNet:
-    """Plain, 192 channels, 12 blocks: `mixer`, `routes` and `merge` as you like."""
-    return _plain("tiny", pretrained, **kwargs)
-
-
-@register_model
-def scan_small(pretrained: bool = False, **kwargs) -> PlainScanNet:
-    """Plain, 384 channels, 12 blocks: `mixer`, `routes` and `merge` as you like."""
-    return _plain("small", pretrained, **kwargs)
-
-
-@register_model
-def scan_base(pretrained: bool = False, **kwargs) -> PlainScanNet:
-    """Plain, 768 channels, 12 blocks: `mixer`, `routes` and `merge` as you like."""
-    return _plain("base", pretrained, **kwargs)
-
-
-@register_model
-def scanh_tiny(pretrained: bool = False, **kwargs) -> HierarchicalScanNet:
-    """Hierarchical, 96 to 768 channels, 12 blocks: `mixer`, `routes` and `merge` as you like."""
-    return _hierarchical("tiny", pretrained, **kwargs)
-
-
-@register_model
-def scanh_small(pretrained: bool = False, **kwargs) -> HierarchicalScanNet:
-    """Hierarchical, 96 to 768 channels, 24 blocks: `mixer`, `routes` and `merge` as you like."""
-    return _hierarchical("small", pretrained, **kwargs)
-
-
-@register_model
-def scanh_base(pretrained: bool = False, **kwargs) -> HierarchicalScanNet:
-    """Hierarchical, 128 to 1024 channels, 24 blocks: `mixer`, `routes` and `merge` as you like."""
-    return _hierarchical("base", pretrained, **kwargs)
+register(
+    HierarchicalScanNet,
+    **OWN,
+    first_conv="patch_embed.conv1",
+    models={
+        "scanh_tiny": {"args": {"dims": (96, 192, 384, 768), "depths": (2, 2, 6, 2)}},
+        "scanh_small": {"args": {"dims": (96, 192, 384, 768), "depths": (2, 2, 18, 2)}},
+        "scanh_base": {"args": {"dims": (128, 256, 512, 1024), "depths": (2, 2, 18, 2)}},
+    },
+)

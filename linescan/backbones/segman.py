@@ -17,7 +17,6 @@ from typing import Sequence
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_
-from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..checkpoint import rename, strip_prefix
@@ -27,8 +26,7 @@ from ..layers.s6 import S6Scan
 from ..layers.ss2d import CROSS
 from ..layers.stems import MapBatchNorm2d, MapConv2d
 from ..scans.routes import parse, table
-from ..zoo import published
-from .contract import HierarchicalBackbone, create_backbone, image_cfg
+from .contract import HierarchicalBackbone, register
 
 __all__ = ["SegMANEncoder", "SegMANDense", "SegMANBlock", "MapScan", "VARIANTS"]
 
@@ -442,36 +440,7 @@ class SegMANDense(SegMANEncoder):
         return {k: v for k, v in state.items() if not k.startswith(("norm.", "head."))}
 
 
-# -- entry points ----------------------------------------------------------------------------------------------------
-
-
-def _cfg(crop_pct: float = 0.9) -> dict:
-    return image_cfg(
-        origin_url="https://drive.google.com/drive/folders/1QYU7nhpe0ddH7bPxI7VH4drc__07uEHs",
-        crop_pct=crop_pct,
-        first_conv="patch_embed.0",
-        license="apache-2.0",
-        paper_ids="arXiv:2412.11890",
-    )
-
-
-default_cfgs = generate_default_cfgs(
-    {
-        "segman_tiny.in1k": _cfg(),
-        "segman_small.in1k": _cfg(),
-        "segman_base.in1k": _cfg(0.95),
-        "segman_large.in1k": _cfg(0.95),
-    }
-)
-
-for name, params, top1 in (
-    ("segman_tiny", 3.506, 76.2),
-    ("segman_small", 25.508, 84.0),
-    ("segman_base", 45.021, 85.1),
-    ("segman_large", 80.985, 85.5),
-):
-    published(name, params=params, top1=top1, paper="CVPR 2025, arXiv 2412.11890", licence="Apache-2.0")
-
+# -- models -----------------------------------------------------------------------------------------------------------
 
 VARIANTS = {
     "segman_tiny": {
@@ -492,30 +461,42 @@ VARIANTS = {
     },
 }  # fmt: skip
 
+PUBLISHED = {
+    "paper": "CVPR 2025, arXiv 2412.11890",
+    "code": "https://github.com/yunxiangfu2001/SegMAN",
+    "licence": "Apache-2.0",
+}
 
-def _create(name: str, pretrained: bool, **kwargs) -> SegMANEncoder:
-    return create_backbone(SegMANEncoder, name, pretrained, **VARIANTS[name] | kwargs)
-
-
-@register_model
-def segman_tiny(pretrained: bool = False, **kwargs) -> SegMANEncoder:
-    """SegMAN-T encoder: 3.5 M parameters, 76.2 % top-1."""
-    return _create("segman_tiny", pretrained, **kwargs)
-
-
-@register_model
-def segman_small(pretrained: bool = False, **kwargs) -> SegMANEncoder:
-    """SegMAN-S encoder: 25.5 M parameters, 84.0 % top-1."""
-    return _create("segman_small", pretrained, **kwargs)
-
-
-@register_model
-def segman_base(pretrained: bool = False, **kwargs) -> SegMANEncoder:
-    """SegMAN-B encoder: 45.0 M parameters, 85.1 % top-1."""
-    return _create("segman_base", pretrained, **kwargs)
-
-
-@register_model
-def segman_large(pretrained: bool = False, **kwargs) -> SegMANEncoder:
-    """SegMAN-L encoder: 81.0 M parameters, 85.5 % top-1."""
-    return _create("segman_large", pretrained, **kwargs)
+register(
+    SegMANEncoder,
+    **PUBLISHED,
+    data="ImageNet-1K",
+    page="https://drive.google.com/drive/folders/1QYU7nhpe0ddH7bPxI7VH4drc__07uEHs",
+    first_conv="patch_embed.0",
+    models={
+        "segman_tiny": {
+            "args": VARIANTS["segman_tiny"],
+            "preprocess": {"crop_pct": 0.9},
+            "params": 3.506,
+            "weights": {"in1k": {"metrics": {"top1": 76.2}}},
+        },
+        "segman_small": {
+            "args": VARIANTS["segman_small"],
+            "preprocess": {"crop_pct": 0.9},
+            "params": 25.508,
+            "weights": {"in1k": {"metrics": {"top1": 84.0}}},
+        },
+        "segman_base": {
+            "args": VARIANTS["segman_base"],
+            "preprocess": {"crop_pct": 0.95},
+            "params": 45.021,
+            "weights": {"in1k": {"metrics": {"top1": 85.1}}},
+        },
+        "segman_large": {
+            "args": VARIANTS["segman_large"],
+            "preprocess": {"crop_pct": 0.95},
+            "params": 80.985,
+            "weights": {"in1k": {"metrics": {"top1": 85.5}}},
+        },
+    },
+)

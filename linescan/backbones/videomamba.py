@@ -9,13 +9,11 @@ Also here: the student of masked pretraining, the visual encoder of the video-te
 self-distillation.
 """
 
-import re
-from typing import Callable
+from typing import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from timm.layers import calculate_drop_path_rates, trunc_normal_
-from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..checkpoint import strip_prefix
@@ -23,8 +21,7 @@ from ..layers.mamba import MambaBlock, stack_directions
 from ..layers.norm import RMSNorm
 from ..layers.pos_embed import resample_pos_embed, sinusoid_table
 from ..scans import routes
-from ..zoo import published
-from .contract import PlainBackbone, create_backbone, image_cfg
+from .contract import PlainBackbone, register
 
 __all__ = ["VideoMamba", "VideoMambaDistilled", "VideoMambaPretrain"]
 
@@ -360,7 +357,7 @@ class VideoMambaPretrain(VideoMamba):
         return super().checkpoint_filter(state) | extra
 
 
-# -- entry points -----------------------------------------------------------------------------------------------------
+# -- models -----------------------------------------------------------------------------------------------------------
 
 WIDTHS = {
     "tiny": {"embed_dim": 192, "depth": 24},
@@ -368,122 +365,131 @@ WIDTHS = {
     "middle": {"embed_dim": 576, "depth": 32},
     "base": {"embed_dim": 768, "depth": 24},
 }
+PUBLISHED = {
+    "paper": "ECCV 2024, arXiv 2403.06977",
+    "code": "https://github.com/OpenGVLab/VideoMamba",
+    "licence": "Apache-2.0",
+    "hub": "OpenGVLab/VideoMamba",
+    "first_conv": "patch_embed",
+}
 
 
-def _cfg(file: str, **kwargs) -> dict:
-    hub = {"hf_hub_id": "OpenGVLab/VideoMamba", "hf_hub_filename": f"videomamba_{file}.pth"}
-    facts = {"first_conv": "patch_embed", "license": "apache-2.0", "paper_ids": "arXiv:2403.06977"}
-    return image_cfg(**facts, **hub, **kwargs)
+def _image_weights(letter: str, top1: float, larger: Sequence[tuple[int, float, float]] = ()) -> dict:
+    """The files for images: of 224 pixels, and fine-tuned at each larger side (side, top-1, GMACs) in turn."""
+    name = f"videomamba_{letter}16_in1k_res224"
+    weights = {"in1k": {"file": f"{name}.pth", "metrics": {"top1": top1}}}
+    for side, accuracy, gmacs in larger:
+        name += f"to{side}"
+        weights[f"in1k_{side}"] = {
+            "file": f"{name}.pth",
+            "args": {"img_size": side},
+            "inputs": ((3, side, side),),
+            "metrics": {"top1": accuracy},
+            "gmacs": gmacs,
+        }
+    return weights
 
 
-def _sized(side: int) -> dict:
-    return {"input_size": (3, side, side)}
-
-
-def _video_cfgs() -> dict:
-    """The tags of the published video models, e.g. `videomamba_video_small_patch16_224.ssv2_f16`."""
-    classes = {"k400": 400, "ssv2": 174, "breakfast": 10, "coin": 180}
-    frames = {"k400": (8, 16, 32, 64), "ssv2": (8, 16), "breakfast": (32, 64), "coin": (32, 64)}
-    evaluation = {"crop_pct": 1.0, "interpolation": "bilinear"}  # as published: crops as high as the short side
-    cfgs = {}
-    for size, letter in (("tiny", "t"), ("small", "s"), ("middle", "m")):
-        model = f"videomamba_video_{size}_patch16_224"
-        for data, counts in frames.items():
-            for count in counts:
-                cfg = {"num_classes": classes[data], **evaluation}
-                cfgs[f"{model}.{data}_f{count}"] = _cfg(f"{letter}16_{data}_f{count}_res224", **cfg)
-                if size == "middle":
-                    file = f"{letter}16_{data}_mask_ft_f{count}_res224"
-                    cfgs[f"{model}.{data}_mask_ft_f{count}"] = _cfg(file, **cfg)
-        for data, count, side in (("k400", 64, 384), ("ssv2", 16, 288)):
-            cfg = {"num_classes": classes[data], **evaluation, **_sized(side)}
-            cfgs[f"{model}.{data}_f{count}_res{side}"] = _cfg(f"{letter}16_{data}_f{count}_res224to{side}", **cfg)
-    return cfgs
-
-
-default_cfgs = generate_default_cfgs(
-    {
-        "videomamba_tiny_patch16_224.in1k": _cfg("t16_in1k_res224"),
-        "videomamba_tiny_patch16_224.in1k_448": _cfg("t16_in1k_res224to448", **_sized(448)),
-        "videomamba_tiny_patch16_224.in1k_576": _cfg("t16_in1k_res224to448to576", **_sized(576)),
-        "videomamba_small_patch16_224.in1k": _cfg("s16_in1k_res224"),
-        "videomamba_small_patch16_224.in1k_448": _cfg("s16_in1k_res224to448", **_sized(448)),
-        "videomamba_small_patch16_224.in1k_576": _cfg("s16_in1k_res224to448to576", **_sized(576)),
-        "videomamba_middle_patch16_224.in1k": _cfg("m16_in1k_res224"),
-        "videomamba_middle_patch16_224.in1k_448": _cfg("m16_in1k_res224to448", **_sized(448)),
-        "videomamba_middle_patch16_224.in1k_576": _cfg("m16_in1k_res224to448to576", **_sized(576)),
-        "videomamba_base_patch16_224.in1k": _cfg("b16_in1k_res224"),
-        **_video_cfgs(),
-    }
+register(
+    VideoMamba,
+    **PUBLISHED,
+    data="ImageNet-1K",
+    models={
+        "videomamba_tiny_patch16_224": {
+            "args": WIDTHS["tiny"],
+            "params": 7.148,
+            "gmacs": 1.1,
+            "weights": _image_weights("t", 76.9, ((448, 79.3, 4.3), (576, 79.6, 7.1))),
+        },
+        "videomamba_small_patch16_224": {
+            "args": WIDTHS["small"],
+            "params": 25.797,
+            "gmacs": 4.3,
+            "weights": _image_weights("s", 81.2, ((448, 83.2, 16.9), (576, 83.5, 28.0))),
+        },
+        # Middle and base: distilled from a smaller VideoMamba.
+        "videomamba_middle_patch16_224": {
+            "args": WIDTHS["middle"],
+            "params": 74.217,
+            "gmacs": 12.7,
+            "weights": _image_weights("m", 82.8, ((448, 83.8, 50.4), (576, 84.0, 83.1))),
+        },
+        "videomamba_base_patch16_224": {
+            "args": WIDTHS["base"],
+            "params": 97.598,
+            "gmacs": 16.9,
+            "weights": _image_weights("b", 82.7),
+        },
+    },
 )
 
-for name, params, gmacs, top1 in (
-    ("videomamba_tiny_patch16_224", 7.148, 1.1, 76.9),
-    ("videomamba_small_patch16_224", 25.797, 4.3, 81.2),
-    ("videomamba_middle_patch16_224", 74.217, 12.7, 82.8),
-    ("videomamba_base_patch16_224", 97.598, 16.9, 82.7),
-):
-    published(name, params=params, gmacs=gmacs, top1=top1, paper="ECCV 2024, arXiv 2403.06977", licence="Apache-2.0")
-
-for name, params in (
-    ("videomamba_video_tiny_patch16_224", 7.034),
-    ("videomamba_video_small_patch16_224", None),
-    ("videomamba_video_middle_patch16_224", 73.876),
-):
-    published(name, params=params, paper="ECCV 2024, arXiv 2403.06977", licence="Apache-2.0")
+# Of each data set: its classes, and the (frames, side) of the published files, in the order of the results below.
+VIDEO_SETS = {
+    "k400": ("Kinetics-400", 400, ((8, 224), (16, 224), (32, 224), (64, 224), (64, 384))),
+    "ssv2": ("Something-Something V2", 174, ((8, 224), (16, 224), (16, 288))),
+    "breakfast": ("Breakfast", 10, ((32, 224), (64, 224))),
+    "coin": ("COIN", 180, ((32, 224), (64, 224))),
+}
 
 
-def _create_video(size: str, pretrained: bool, **kwargs) -> VideoMamba:
-    tag = str(kwargs.get("pretrained_cfg") or "")
-    frames = re.search(r"_f(\d+)", tag)
-    side = re.search(r"_res(\d+)", tag)
-    defaults = {
-        "num_frames": int(frames[1]) if frames else 8,
-        "img_size": int(side[1]) if side else 224,
-        "num_classes": 400,
-    }
-    return create_backbone(
-        VideoMamba, f"videomamba_video_{size}_patch16_224", pretrained, **WIDTHS[size] | defaults | kwargs
-    )
+def _video_weights(letter: str, results: dict[str, Sequence[float]]) -> dict:
+    """The files for clips, by tags such as `ssv2_f16_res288`; `results` has the top-1 of each file of a data set.
+
+    "mask_ft" in a tag: fine-tuned after masked pretraining.
+    """
+    weights = {}
+    for start, accuracies in results.items():
+        data, classes, shapes = VIDEO_SETS[start.partition("_")[0]]
+        for (frames, side), top1 in zip(shapes, accuracies, strict=True):
+            tag = f"{start}_f{frames}" + (f"_res{side}" if side != 224 else "")
+            size = "res224" if side == 224 else f"res224to{side}"
+            weights[tag] = {
+                "file": f"videomamba_{letter}16_{start}_f{frames}_{size}.pth",
+                "args": {"num_frames": frames, "img_size": side, "num_classes": classes},
+                "inputs": ((3, frames, side, side),),
+                "data": data,
+                "metrics": {"top1": top1},
+            }
+    return weights
 
 
-@register_model
-def videomamba_tiny_patch16_224(pretrained: bool = False, **kwargs) -> VideoMamba:
-    """VideoMamba-Ti for images: 7.1 M parameters, 76.9 % top-1."""
-    return create_backbone(VideoMamba, "videomamba_tiny_patch16_224", pretrained, **WIDTHS["tiny"] | kwargs)
-
-
-@register_model
-def videomamba_small_patch16_224(pretrained: bool = False, **kwargs) -> VideoMamba:
-    """VideoMamba-S for images: 25.8 M parameters, 81.2 % top-1."""
-    return create_backbone(VideoMamba, "videomamba_small_patch16_224", pretrained, **WIDTHS["small"] | kwargs)
-
-
-@register_model
-def videomamba_middle_patch16_224(pretrained: bool = False, **kwargs) -> VideoMamba:
-    """VideoMamba-M for images: 74.2 M parameters, 82.8 % top-1 (self-distilled)."""
-    return create_backbone(VideoMamba, "videomamba_middle_patch16_224", pretrained, **WIDTHS["middle"] | kwargs)
-
-
-@register_model
-def videomamba_base_patch16_224(pretrained: bool = False, **kwargs) -> VideoMamba:
-    """VideoMamba-B for images: 97.6 M parameters, 82.7 % top-1 (self-distilled)."""
-    return create_backbone(VideoMamba, "videomamba_base_patch16_224", pretrained, **WIDTHS["base"] | kwargs)
-
-
-@register_model
-def videomamba_video_tiny_patch16_224(pretrained: bool = False, **kwargs) -> VideoMamba:
-    """VideoMamba-Ti for clips; the tag sets the frames: `videomamba_video_tiny_patch16_224.k400_f16`."""
-    return _create_video("tiny", pretrained, **kwargs)
-
-
-@register_model
-def videomamba_video_small_patch16_224(pretrained: bool = False, **kwargs) -> VideoMamba:
-    """VideoMamba-S for clips; the tag sets the frames: `videomamba_video_small_patch16_224.k400_f16`."""
-    return _create_video("small", pretrained, **kwargs)
-
-
-@register_model
-def videomamba_video_middle_patch16_224(pretrained: bool = False, **kwargs) -> VideoMamba:
-    """VideoMamba-M for clips; the tag sets the frames: `videomamba_video_middle_patch16_224.k400_mask_ft_f16`."""
-    return _create_video("middle", pretrained, **kwargs)
+register(
+    VideoMamba,
+    **PUBLISHED,
+    preprocess={"crop_pct": 1.0, "interpolation": "bilinear"},  # as published: crops as high as the short side
+    models={
+        "videomamba_video_tiny_patch16_224": {
+            "args": WIDTHS["tiny"],
+            "params": 7.034,
+            "weights": _video_weights("t", {
+                "k400": (76.9, 78.1, 78.8, 79.6, 80.3),
+                "ssv2": (65.1, 66.0, 66.2),
+                "breakfast": (94.3, 94.3),
+                "coin": (86.2, 87.0),
+            }),
+        },
+        "videomamba_video_small_patch16_224": {
+            "args": WIDTHS["small"],
+            "weights": _video_weights("s", {
+                "k400": (79.3, 80.8, 81.5, 81.8, 82.7),
+                "ssv2": (66.6, 67.7, 68.1),
+                "breakfast": (95.3, 97.4),
+                "coin": (88.4, 88.7),
+            }),
+        },
+        "videomamba_video_middle_patch16_224": {
+            "args": WIDTHS["middle"],
+            "params": 73.876,
+            "weights": _video_weights("m", {
+                "k400": (80.6, 81.9, 82.4, 82.8, 83.3),
+                "k400_mask_ft": (82.0, 83.4, 83.9, 84.3, 85.0),
+                "ssv2": (67.3, 68.3, 68.4),
+                "ssv2_mask_ft": (70.2, 71.0, 71.4),
+                "breakfast": (94.8, 95.8),
+                "breakfast_mask_ft": (97.9, 96.9),
+                "coin": (88.3, 89.5),
+                "coin_mask_ft": (89.6, 90.4),
+            }),
+        },
+    },
+)  # fmt: skip

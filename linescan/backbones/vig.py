@@ -12,7 +12,6 @@ from typing import Callable, Sequence
 
 import torch
 from timm.layers import DropPath, GluMlp, LayerScale, Mlp, calculate_drop_path_rates, trunc_normal_
-from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..checkpoint import rename, strip_prefix
@@ -20,8 +19,7 @@ from ..layers.gla import BiGLA
 from ..layers.norm import RMSNorm
 from ..layers.pos_embed import resample_pos_embed
 from ..layers.stems import ConvDownsample, ConvStem, PatchMerging
-from ..zoo import published
-from .contract import HierarchicalBackbone, PlainBackbone, create_backbone, image_cfg
+from .contract import HierarchicalBackbone, PlainBackbone, register
 
 __all__ = ["ViG", "HierViG", "HierViGDense"]
 
@@ -364,67 +362,62 @@ HIERARCHICAL_KEYS = [
 ]
 
 
-# -- entry points ------------------------------------------------------------------------------------------------------
+# -- models -----------------------------------------------------------------------------------------------------------
 
+PUBLISHED = {
+    "paper": "AAAI 2025, arXiv 2405.18425",
+    "code": "https://github.com/hustvl/ViG",
+    "licence": "MIT",
+    "data": "ImageNet-1K",
+    "first_conv": "patch_embed.conv1",
+    "page": "https://huggingface.co/hustvl/ViG/tree/main",  # the authors name this folder, not the six files in it
+}
 
-def _cfg(**kwargs) -> dict:
-    # The authors name a folder for all six files, not the files.
-    return image_cfg(
-        first_conv="patch_embed.conv1", license="mit", paper_ids="arXiv:2405.18425", hf_hub_id="hustvl/ViG", **kwargs
-    )
-
-
-default_cfgs = generate_default_cfgs(
-    {
-        f"{name}.in1k": _cfg()
-        for name in ("vig_tiny", "vig_small", "vig_base", "vig_h_tiny", "vig_h_small", "vig_h_base")
-    }
+register(
+    ViG,
+    **PUBLISHED,
+    models={
+        "vig_tiny": {
+            "args": {"embed_dim": 192, "num_heads": 3, "conv_act": True, "out_act": True},
+            "params": 5.835,
+            "gmacs": 1.11,
+            "weights": {"in1k": {"metrics": {"top1": 77.2}}},
+        },
+        "vig_small": {
+            "args": {"embed_dim": 384, "num_heads": 6},
+            "params": 22.615,
+            "gmacs": 4.37,
+            "weights": {"in1k": {"metrics": {"top1": 81.7}}},
+        },
+        "vig_base": {
+            "args": {"embed_dim": 768, "num_heads": 12},
+            "params": 89.022,
+            "gmacs": 17.32,
+            "weights": {"in1k": {"metrics": {"top1": 82.6}}},
+        },
+    },
 )
 
-for name, params, gmacs, top1 in (
-    ("vig_tiny", 5.835, 1.11, 77.2),
-    ("vig_small", 22.615, 4.37, 81.7),
-    ("vig_base", 89.022, 17.32, 82.6),
-    ("vig_h_tiny", 28.601, 4.41, 82.8),
-    ("vig_h_small", 50.052, 8.61, 83.8),
-    ("vig_h_base", 88.904, 15.36, 84.2),
-):
-    published(name, params=params, gmacs=gmacs, top1=top1, paper="AAAI 2025, arXiv 2405.18425", licence="MIT")
-
-
-@register_model
-def vig_tiny(pretrained: bool = False, **kwargs) -> ViG:
-    """ViG-T: 5.8 M parameters, 77.2 % top-1; the only one with activations around the mixer."""
-    kwargs = {"embed_dim": 192, "num_heads": 3, "conv_act": True, "out_act": True, **kwargs}
-    return create_backbone(ViG, "vig_tiny", pretrained, **kwargs)
-
-
-@register_model
-def vig_small(pretrained: bool = False, **kwargs) -> ViG:
-    """ViG-S: 22.6 M parameters, 81.7 % top-1."""
-    return create_backbone(ViG, "vig_small", pretrained, **{"embed_dim": 384, "num_heads": 6, **kwargs})
-
-
-@register_model
-def vig_base(pretrained: bool = False, **kwargs) -> ViG:
-    """ViG-B: 89.0 M parameters, 82.6 % top-1."""
-    return create_backbone(ViG, "vig_base", pretrained, **{"embed_dim": 768, "num_heads": 12, **kwargs})
-
-
-@register_model
-def vig_h_tiny(pretrained: bool = False, **kwargs) -> HierViG:
-    """ViG-H-T: 28.6 M parameters, 82.8 % top-1."""
-    return create_backbone(HierViG, "vig_h_tiny", pretrained, **kwargs)
-
-
-@register_model
-def vig_h_small(pretrained: bool = False, **kwargs) -> HierViG:
-    """ViG-H-S: 50.1 M parameters, 83.8 % top-1."""
-    return create_backbone(HierViG, "vig_h_small", pretrained, **{"depths": (2, 2, 17, 2), **kwargs})
-
-
-@register_model
-def vig_h_base(pretrained: bool = False, **kwargs) -> HierViG:
-    """ViG-H-B: 88.9 M parameters, 84.2 % top-1."""
-    kwargs = {"dims": 128, "depths": (2, 2, 17, 2), "num_heads": (4, 8, 16, 32), **kwargs}
-    return create_backbone(HierViG, "vig_h_base", pretrained, **kwargs)
+register(
+    HierViG,
+    **PUBLISHED,
+    models={
+        "vig_h_tiny": {
+            "params": 28.601,
+            "gmacs": 4.41,
+            "weights": {"in1k": {"metrics": {"top1": 82.8}}},
+        },
+        "vig_h_small": {
+            "args": {"depths": (2, 2, 17, 2)},
+            "params": 50.052,
+            "gmacs": 8.61,
+            "weights": {"in1k": {"metrics": {"top1": 83.8}}},
+        },
+        "vig_h_base": {
+            "args": {"dims": 128, "depths": (2, 2, 17, 2), "num_heads": (4, 8, 16, 32)},
+            "params": 88.904,
+            "gmacs": 15.36,
+            "weights": {"in1k": {"metrics": {"top1": 84.2}}},
+        },
+    },
+)

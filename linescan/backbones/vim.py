@@ -12,7 +12,6 @@ from typing import Sequence
 
 import torch
 from timm.layers import calculate_drop_path_rates, lecun_normal_, trunc_normal_
-from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..checkpoint import strip_prefix
@@ -21,8 +20,7 @@ from ..layers.norm import RMSNorm
 from ..layers.pos_embed import grid_rope, resample_pos_embed
 from ..layers.pyramid import RescaledFeatures, SimpleFeaturePyramid
 from ..scans import routes
-from ..zoo import published
-from .contract import PlainBackbone, create_backbone, image_cfg
+from .contract import PlainBackbone, register
 
 __all__ = ["Vim", "VimDense"]
 
@@ -286,59 +284,71 @@ class VimDense(Vim):
         return super().checkpoint_filter(state)
 
 
-# -- entry points -----------------------------------------------------------------------------------------------------
+# -- models -----------------------------------------------------------------------------------------------------------
 
-
-def _cfg(repository: str | None = None, file: str | None = None, **kwargs) -> dict:
-    hub = {"hf_hub_id": f"hustvl/{repository}", "hf_hub_filename": file} if repository else {}
-    return image_cfg(first_conv="patch_embed", license="apache-2.0", paper_ids="arXiv:2401.09417", **hub, **kwargs)
-
-
-default_cfgs = generate_default_cfgs(
-    {
-        "vim_tiny_patch16_224.in1k": _cfg("Vim-tiny-midclstok", "vim_t_midclstok_76p1acc.pth"),
-        "vim_small_patch16_224.in1k": _cfg("Vim-small-midclstok", "vim_s_midclstok_80p5acc.pth"),
-        "vim_base_patch16_224.in1k": _cfg("Vim-base-midclstok", "vim_b_midclstok_81p9acc.pth"),
-        "vim_tiny_patch16_stride8_224.in1k": _cfg("Vim-tiny-midclstok", "vim_t_midclstok_ft_78p3acc.pth"),
-        "vim_small_patch16_stride8_224.in1k": _cfg("Vim-small-midclstok", "vim_s_midclstok_ft_81p6acc.pth"),
-    }
+register(
+    Vim,
+    paper="ICML 2024, arXiv 2401.09417",
+    code="https://github.com/hustvl/Vim",
+    licence="Apache-2.0",
+    data="ImageNet-1K",
+    first_conv="patch_embed",
+    models={
+        "vim_tiny_patch16_224": {
+            "args": {"embed_dim": 192},
+            "params": 7.148,
+            "weights": {
+                "in1k": {
+                    "hub": "hustvl/Vim-tiny-midclstok",
+                    "file": "vim_t_midclstok_76p1acc.pth",
+                    "metrics": {"top1": 76.1},
+                },
+            },
+        },
+        "vim_small_patch16_224": {
+            "args": {"embed_dim": 384},
+            "params": 25.797,
+            "weights": {
+                "in1k": {
+                    "hub": "hustvl/Vim-small-midclstok",
+                    "file": "vim_s_midclstok_80p5acc.pth",
+                    "metrics": {"top1": 80.5},
+                },
+            },
+        },
+        "vim_base_patch16_224": {
+            "args": {"embed_dim": 768},
+            "params": 97.598,
+            "weights": {
+                "in1k": {
+                    "hub": "hustvl/Vim-base-midclstok",
+                    "file": "vim_b_midclstok_81p9acc.pth",
+                    "metrics": {"top1": 81.9},
+                },
+            },
+        },
+        # Fine-tuned with patches every 8 pixels.
+        "vim_tiny_patch16_stride8_224": {
+            "args": {"embed_dim": 192, "stride": 8},
+            "params": 7.250,
+            "weights": {
+                "in1k": {
+                    "hub": "hustvl/Vim-tiny-midclstok",
+                    "file": "vim_t_midclstok_ft_78p3acc.pth",
+                    "metrics": {"top1": 78.3},
+                },
+            },
+        },
+        "vim_small_patch16_stride8_224": {
+            "args": {"embed_dim": 384, "stride": 8},
+            "params": 26.001,
+            "weights": {
+                "in1k": {
+                    "hub": "hustvl/Vim-small-midclstok",
+                    "file": "vim_s_midclstok_ft_81p6acc.pth",
+                    "metrics": {"top1": 81.6},
+                },
+            },
+        },
+    },
 )
-
-for name, params, top1 in (
-    ("vim_tiny_patch16_224", 7.148, 76.1),
-    ("vim_small_patch16_224", 25.797, 80.5),
-    ("vim_base_patch16_224", 97.598, 81.9),
-    ("vim_tiny_patch16_stride8_224", 7.250, 78.3),
-    ("vim_small_patch16_stride8_224", 26.001, 81.6),
-):
-    published(name, params=params, top1=top1, paper="ICML 2024, arXiv 2401.09417", licence="Apache-2.0")
-
-
-@register_model
-def vim_tiny_patch16_224(pretrained: bool = False, **kwargs) -> Vim:
-    """Vim-Ti: 7.1 M parameters, 76.1 % top-1."""
-    return create_backbone(Vim, "vim_tiny_patch16_224", pretrained, **{"embed_dim": 192} | kwargs)
-
-
-@register_model
-def vim_small_patch16_224(pretrained: bool = False, **kwargs) -> Vim:
-    """Vim-S: 25.8 M parameters, 80.5 % top-1."""
-    return create_backbone(Vim, "vim_small_patch16_224", pretrained, **{"embed_dim": 384} | kwargs)
-
-
-@register_model
-def vim_base_patch16_224(pretrained: bool = False, **kwargs) -> Vim:
-    """Vim-B: 97.6 M parameters, 81.9 % top-1."""
-    return create_backbone(Vim, "vim_base_patch16_224", pretrained, **{"embed_dim": 768} | kwargs)
-
-
-@register_model
-def vim_tiny_patch16_stride8_224(pretrained: bool = False, **kwargs) -> Vim:
-    """Vim-Ti fine-tuned with patches every 8 pixels: 7.3 M parameters, 78.3 % top-1."""
-    return create_backbone(Vim, "vim_tiny_patch16_stride8_224", pretrained, **{"embed_dim": 192, "stride": 8} | kwargs)
-
-
-@register_model
-def vim_small_patch16_stride8_224(pretrained: bool = False, **kwargs) -> Vim:
-    """Vim-S fine-tuned with patches every 8 pixels: 26.0 M parameters, 81.6 % top-1."""
-    return create_backbone(Vim, "vim_small_patch16_stride8_224", pretrained, **{"embed_dim": 384, "stride": 8} | kwargs)

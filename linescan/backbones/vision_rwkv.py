@@ -16,15 +16,13 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from timm.layers import calculate_drop_path_rates, trunc_normal_
-from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..checkpoint import rename, strip_prefix
 from ..layers.adapter import ViTAdapter
 from ..layers.pos_embed import resample_pos_embed
 from ..layers.rwkv import HEAD_DIM, QuadShift, RWKVBlock, SpatialMix, SpatialMix6
-from ..zoo import published
-from .contract import PlainBackbone, create_backbone, image_cfg
+from .contract import PlainBackbone, register
 
 __all__ = ["VisionRWKV", "VisionRWKVAdapter"]
 
@@ -271,89 +269,68 @@ class VisionRWKVAdapter(VisionRWKV):
         return state
 
 
-# -- entry points ------------------------------------------------------------------------------------------------------
+# -- models -----------------------------------------------------------------------------------------------------------
 
-
-def _cfg(file: str, **kwargs) -> dict:
-    return image_cfg(
-        first_conv="patch_embed",
-        license="apache-2.0",
-        paper_ids="arXiv:2403.02308",
-        hf_hub_id="OpenGVLab/Vision-RWKV",
-        hf_hub_filename=file,
-        **kwargs,
-    )
-
-
-default_cfgs = generate_default_cfgs(
-    {
-        "vrwkv_tiny.in1k": _cfg("vrwkv_t_in1k_224.pth"),
-        "vrwkv_small.in1k": _cfg("vrwkv_s_in1k_224.pth"),
-        "vrwkv_base.in1k": _cfg("vrwkv_b_in1k_224.pth"),
-        "vrwkv_large.in22k_ft_in1k": _cfg(
-            "vrwkv_l_22kto1k_384.pth", input_size=(3, 384, 384), classifier=("head", "head_inner.0")
-        ),
-        "vrwkv6_tiny.in1k": _cfg("vrwkv6_t_in1k_224.pth"),
-        "vrwkv6_small.in1k": _cfg("vrwkv6_s_in1k_224.pth"),
-        "vrwkv6_base.in1k": _cfg("vrwkv6_b_in1k_224.pth"),
-    }
+register(
+    VisionRWKV,
+    paper="ICLR 2025, arXiv 2403.02308",
+    code="https://github.com/OpenGVLab/Vision-RWKV",
+    licence="Apache-2.0",
+    data="ImageNet-1K",
+    hub="OpenGVLab/Vision-RWKV",
+    first_conv="patch_embed",
+    models={
+        "vrwkv_tiny": {
+            "params": 6.155,
+            "gmacs": 1.2,
+            "weights": {"in1k": {"file": "vrwkv_t_in1k_224.pth", "metrics": {"top1": 75.1}}},
+        },
+        "vrwkv_small": {
+            "args": {"embed_dim": 384, "post_norm": True, "init_values": 1.0},
+            "params": 23.820,
+            "gmacs": 4.6,
+            "weights": {"in1k": {"file": "vrwkv_s_in1k_224.pth", "metrics": {"top1": 80.1}}},
+        },
+        "vrwkv_base": {
+            "args": {"embed_dim": 768, "post_norm": True, "init_values": 1e-5},
+            "params": 93.646,
+            "gmacs": 18.2,
+            "weights": {"in1k": {"file": "vrwkv_b_in1k_224.pth", "metrics": {"top1": 82.0}}},
+        },
+        # Fine-tuned at 384 pixels after ImageNet-22K; its positions are of 192 pixels.
+        "vrwkv_large": {
+            "args": {
+                "img_size": 192,
+                "embed_dim": 1024,
+                "depth": 24,
+                "post_norm": True,
+                "key_norm": True,
+                "init_values": 1e-5,
+                "head_hidden": 3072,
+            },
+            "inputs": ((3, 384, 384),),
+            "classifier": ("head", "head_inner.0"),
+            "params": 334.882,
+            "gmacs": 189.5,
+            "weights": {"in22k_ft_in1k": {"file": "vrwkv_l_22kto1k_384.pth", "metrics": {"top1": 86.0}}},
+        },  # fmt: skip
+        "vrwkv6_tiny": {
+            "args": {"version": 6},
+            "params": 7.641,
+            "gmacs": 1.6,
+            "weights": {"in1k": {"file": "vrwkv6_t_in1k_224.pth", "metrics": {"top1": 76.6}}},
+        },
+        "vrwkv6_small": {
+            "args": {"version": 6, "embed_dim": 384, "post_norm": True, "init_values": 1e-5},
+            "params": 27.677,
+            "gmacs": 5.6,
+            "weights": {"in1k": {"file": "vrwkv6_s_in1k_224.pth", "metrics": {"top1": 81.1}}},
+        },
+        "vrwkv6_base": {
+            "args": {"version": 6, "embed_dim": 768, "post_norm": True, "init_values": 1e-5},
+            "params": 104.898,
+            "gmacs": 20.9,
+            "weights": {"in1k": {"file": "vrwkv6_b_in1k_224.pth", "metrics": {"top1": 82.6}}},
+        },
+    },
 )
-
-for name, params, gmacs, top1 in (
-    ("vrwkv_tiny", 6.155, 1.2, 75.1),
-    ("vrwkv_small", 23.820, 4.6, 80.1),
-    ("vrwkv_base", 93.646, 18.2, 82.0),
-    ("vrwkv_large", 334.882, 189.5, 86.0),
-    ("vrwkv6_tiny", 7.641, 1.6, 76.6),
-    ("vrwkv6_small", 27.677, 5.6, 81.1),
-    ("vrwkv6_base", 104.898, 20.9, 82.6),
-):
-    published(name, params=params, gmacs=gmacs, top1=top1, paper="ICLR 2025, arXiv 2403.02308", licence="Apache-2.0")
-
-
-@register_model
-def vrwkv_tiny(pretrained: bool = False, **kwargs) -> VisionRWKV:
-    """VRWKV-T: 6.2 M parameters, 75.1 % top-1."""
-    return create_backbone(VisionRWKV, "vrwkv_tiny", pretrained, **kwargs)
-
-
-@register_model
-def vrwkv_small(pretrained: bool = False, **kwargs) -> VisionRWKV:
-    """VRWKV-S: 23.8 M parameters, 80.1 % top-1."""
-    kwargs = {"embed_dim": 384, "post_norm": True, "init_values": 1.0, **kwargs}
-    return create_backbone(VisionRWKV, "vrwkv_small", pretrained, **kwargs)
-
-
-@register_model
-def vrwkv_base(pretrained: bool = False, **kwargs) -> VisionRWKV:
-    """VRWKV-B: 93.6 M parameters, 82.0 % top-1."""
-    kwargs = {"embed_dim": 768, "post_norm": True, "init_values": 1e-5, **kwargs}
-    return create_backbone(VisionRWKV, "vrwkv_base", pretrained, **kwargs)
-
-
-@register_model
-def vrwkv_large(pretrained: bool = False, **kwargs) -> VisionRWKV:
-    """VRWKV-L: 334.9 M parameters, 86.0 % top-1 at 384 pixels after ImageNet-22k; positions are of 192 pixels."""
-    large = {"embed_dim": 1024, "depth": 24, "post_norm": True, "key_norm": True, "init_values": 1e-5}
-    kwargs = {"img_size": 192, "head_hidden": 3072, **large, **kwargs}
-    return create_backbone(VisionRWKV, "vrwkv_large", pretrained, **kwargs)
-
-
-@register_model
-def vrwkv6_tiny(pretrained: bool = False, **kwargs) -> VisionRWKV:
-    """VRWKV6-T: 7.6 M parameters, 76.6 % top-1."""
-    return create_backbone(VisionRWKV, "vrwkv6_tiny", pretrained, **{"version": 6, **kwargs})
-
-
-@register_model
-def vrwkv6_small(pretrained: bool = False, **kwargs) -> VisionRWKV:
-    """VRWKV6-S: 27.7 M parameters, 81.1 % top-1."""
-    kwargs = {"version": 6, "embed_dim": 384, "post_norm": True, "init_values": 1e-5, **kwargs}
-    return create_backbone(VisionRWKV, "vrwkv6_small", pretrained, **kwargs)
-
-
-@register_model
-def vrwkv6_base(pretrained: bool = False, **kwargs) -> VisionRWKV:
-    """VRWKV6-B: 104.9 M parameters, 82.6 % top-1."""
-    kwargs = {"version": 6, "embed_dim": 768, "post_norm": True, "init_values": 1e-5, **kwargs}
-    return create_backbone(VisionRWKV, "vrwkv6_base", pretrained, **kwargs)

@@ -14,15 +14,13 @@ from typing import Callable, Sequence
 
 import torch
 from timm.layers import DropPath, GluMlp, Mlp, calculate_drop_path_rates, get_act_layer, trunc_normal_
-from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..checkpoint import strip_prefix
 from ..layers.pos_embed import resample_pos_embed
 from ..layers.ss2d import CROSS, SS2D, CascadeSS2D, SSDScan
 from ..layers.stems import ConvDownsample, ConvStem, PatchMerging, PatchStem
-from ..zoo import published
-from .contract import HierarchicalBackbone, create_backbone, image_cfg
+from .contract import HierarchicalBackbone, register
 
 __all__ = ["VMamba", "VMambaDense", "parse_forward_type"]
 
@@ -367,121 +365,109 @@ class VMambaDense(VMamba):
         return {re.sub(r"^outnorm(\d+)", r"out_norms.\1", k): v for k, v in state.items()}
 
 
-# -- entry points ----------------------------------------------------------------------------------------------------
-
-
-def _cfg(file: str, first_conv: str) -> dict:
-    return image_cfg(
-        url=f"https://github.com/MzeroMiko/VMamba/releases/download/%23{file}",
-        first_conv=f"patch_embed.{first_conv}",
-        license="mit",
-        paper_ids="arXiv:2401.10166",
-    )
-
-
-default_cfgs = generate_default_cfgs(
-    {
-        "vmamba_tiny_s1l8.in1k": _cfg("v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth", "conv1"),
-        "vmamba_small_s2l15.in1k": _cfg("v2cls/vssm_small_0229_ckpt_epoch_222.pth", "conv1"),
-        "vmamba_base_s2l15.in1k": _cfg("v2cls/vssm_base_0229_ckpt_epoch_237.pth", "conv1"),
-        "vmamba_tiny_s2l5.in1k": _cfg("v2cls/vssm_tiny_0230_ckpt_epoch_262.pth", "conv1"),
-        "vmamba_small_s1l20.in1k": _cfg("v2cls/vssm1_small_0229s_ckpt_epoch_240.pth", "conv1"),
-        "vmamba_base_s1l20.in1k": _cfg("v2cls/vssm1_base_0229s_ckpt_epoch_225.pth", "conv1"),
-        "vmamba_tiny_0220.in1k": _cfg("20240220/vssmtiny_dp02_ckpt_epoch_258.pth", "conv1"),
-        "vmamba_vanilla_tiny.in1k": _cfg("v0cls/vssmtiny_dp01_ckpt_epoch_292.pth", "conv"),
-        "vmamba_vanilla_small.in1k": _cfg("v0cls/vssmsmall_dp03_ckpt_epoch_238.pth", "conv"),
-        "vmamba_vanilla_base.in1k": _cfg("v0cls/vssmbase_dp06_ckpt_epoch_241.pth", "conv"),
-    }
-)
-
-for name, params, gmacs, top1 in (
-    ("vmamba_tiny_s1l8", 30.249, 4.9, 82.6),
-    ("vmamba_small_s2l15", 50.148, 8.7, 83.6),
-    ("vmamba_base_s2l15", 88.558, 15.4, 83.9),
-    ("vmamba_tiny_s2l5", 30.706, 4.9, 82.5),
-    ("vmamba_small_s1l20", 49.013, 8.6, 83.3),
-    ("vmamba_base_s1l20", 86.615, 15.2, 83.8),
-    ("vmamba_tiny_0220", 32.485, 5.0, 82.5),
-    ("vmamba_vanilla_tiny", 22.893, 5.6, 82.2),
-    ("vmamba_vanilla_small", 44.417, 11.2, 83.5),
-    ("vmamba_vanilla_base", 76.254, 18.0, 83.7),
-):
-    published(name, params=params, gmacs=gmacs, top1=top1, paper="NeurIPS 2024, arXiv 2401.10166", licence="MIT")
+# -- models -----------------------------------------------------------------------------------------------------------
 
 # The three generations; what they share is the default of `VMamba`.
 CURRENT = {"forward_type": "v05_noz"}
-GATED = {"forward_type": "v3", "expand": 2.0}
+GATED = {"forward_type": "v3", "expand": 2.0}  # of February 2024, with the gate
 VANILLA = {
     "forward_type": "v0", "expand": 2.0, "d_state": 16, "conv_bias": True, "mlp_ratio": 0.0,
     "patch_embed": "v1", "downsample": "v1",
 }  # fmt: skip
 
+RELEASES = "https://github.com/MzeroMiko/VMamba/releases/download/%23"
 
-@register_model
-def vmamba_tiny_s1l8(pretrained: bool = False, **kwargs) -> VMamba:
-    """VMamba-T: 30.2 M parameters, 82.6 % top-1."""
-    args = CURRENT | {"depths": (2, 2, 8, 2), "dims": 96, "expand": 1.0}
-    return create_backbone(VMamba, "vmamba_tiny_s1l8", pretrained, **args | kwargs)
-
-
-@register_model
-def vmamba_small_s2l15(pretrained: bool = False, **kwargs) -> VMamba:
-    """VMamba-S: 50.1 M parameters, 83.6 % top-1."""
-    args = CURRENT | {"depths": (2, 2, 15, 2), "dims": 96, "expand": 2.0}
-    return create_backbone(VMamba, "vmamba_small_s2l15", pretrained, **args | kwargs)
-
-
-@register_model
-def vmamba_base_s2l15(pretrained: bool = False, **kwargs) -> VMamba:
-    """VMamba-B: 88.6 M parameters, 83.9 % top-1."""
-    args = CURRENT | {"depths": (2, 2, 15, 2), "dims": 128, "expand": 2.0}
-    return create_backbone(VMamba, "vmamba_base_s2l15", pretrained, **args | kwargs)
-
-
-@register_model
-def vmamba_tiny_s2l5(pretrained: bool = False, **kwargs) -> VMamba:
-    """VMamba-T, wider scans in fewer blocks: 30.7 M parameters, 82.5 % top-1."""
-    args = CURRENT | {"depths": (2, 2, 5, 2), "dims": 96, "expand": 2.0}
-    return create_backbone(VMamba, "vmamba_tiny_s2l5", pretrained, **args | kwargs)
-
-
-@register_model
-def vmamba_small_s1l20(pretrained: bool = False, **kwargs) -> VMamba:
-    """VMamba-S, narrower scans in more blocks: 49.0 M parameters, 83.3 % top-1."""
-    args = CURRENT | {"depths": (2, 2, 20, 2), "dims": 96, "expand": 1.0}
-    return create_backbone(VMamba, "vmamba_small_s1l20", pretrained, **args | kwargs)
-
-
-@register_model
-def vmamba_base_s1l20(pretrained: bool = False, **kwargs) -> VMamba:
-    """VMamba-B, narrower scans in more blocks: 86.6 M parameters, 83.8 % top-1."""
-    args = CURRENT | {"depths": (2, 2, 20, 2), "dims": 128, "expand": 1.0}
-    return create_backbone(VMamba, "vmamba_base_s1l20", pretrained, **args | kwargs)
-
-
-@register_model
-def vmamba_tiny_0220(pretrained: bool = False, **kwargs) -> VMamba:
-    """VMamba-T of February 2024, which still has the gate: 32.5 M parameters, 82.5 % top-1."""
-    args = GATED | {"depths": (2, 2, 4, 2), "dims": 96}
-    return create_backbone(VMamba, "vmamba_tiny_0220", pretrained, **args | kwargs)
-
-
-@register_model
-def vmamba_vanilla_tiny(pretrained: bool = False, **kwargs) -> VMamba:
-    """VMamba-T, first generation: 22.9 M parameters, 82.2 % top-1."""
-    args = VANILLA | {"depths": (2, 2, 9, 2), "dims": 96}
-    return create_backbone(VMamba, "vmamba_vanilla_tiny", pretrained, **args | kwargs)
-
-
-@register_model
-def vmamba_vanilla_small(pretrained: bool = False, **kwargs) -> VMamba:
-    """VMamba-S, first generation: 44.4 M parameters, 83.5 % top-1."""
-    args = VANILLA | {"depths": (2, 2, 27, 2), "dims": 96}
-    return create_backbone(VMamba, "vmamba_vanilla_small", pretrained, **args | kwargs)
-
-
-@register_model
-def vmamba_vanilla_base(pretrained: bool = False, **kwargs) -> VMamba:
-    """VMamba-B, first generation: 76.3 M parameters, 83.7 % top-1."""
-    args = VANILLA | {"depths": (2, 2, 27, 2), "dims": 128}
-    return create_backbone(VMamba, "vmamba_vanilla_base", pretrained, **args | kwargs)
+# s2l15: scans twice as wide as the stream, 15 blocks in the third stage.
+register(
+    VMamba,
+    paper="NeurIPS 2024, arXiv 2401.10166",
+    code="https://github.com/MzeroMiko/VMamba",
+    licence="MIT",
+    data="ImageNet-1K",
+    first_conv="patch_embed.conv1",
+    models={
+        "vmamba_tiny_s1l8": {
+            "args": CURRENT | {"depths": (2, 2, 8, 2), "dims": 96, "expand": 1.0},
+            "params": 30.249,
+            "gmacs": 4.9,
+            "weights": {
+                "in1k": {"url": RELEASES + "v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth", "metrics": {"top1": 82.6}}
+            },
+        },
+        "vmamba_small_s2l15": {
+            "args": CURRENT | {"depths": (2, 2, 15, 2), "dims": 96, "expand": 2.0},
+            "params": 50.148,
+            "gmacs": 8.7,
+            "weights": {
+                "in1k": {"url": RELEASES + "v2cls/vssm_small_0229_ckpt_epoch_222.pth", "metrics": {"top1": 83.6}}
+            },
+        },
+        "vmamba_base_s2l15": {
+            "args": CURRENT | {"depths": (2, 2, 15, 2), "dims": 128, "expand": 2.0},
+            "params": 88.558,
+            "gmacs": 15.4,
+            "weights": {
+                "in1k": {"url": RELEASES + "v2cls/vssm_base_0229_ckpt_epoch_237.pth", "metrics": {"top1": 83.9}}
+            },
+        },
+        "vmamba_tiny_s2l5": {
+            "args": CURRENT | {"depths": (2, 2, 5, 2), "dims": 96, "expand": 2.0},
+            "params": 30.706,
+            "gmacs": 4.9,
+            "weights": {
+                "in1k": {"url": RELEASES + "v2cls/vssm_tiny_0230_ckpt_epoch_262.pth", "metrics": {"top1": 82.5}}
+            },
+        },
+        "vmamba_small_s1l20": {
+            "args": CURRENT | {"depths": (2, 2, 20, 2), "dims": 96, "expand": 1.0},
+            "params": 49.013,
+            "gmacs": 8.6,
+            "weights": {
+                "in1k": {"url": RELEASES + "v2cls/vssm1_small_0229s_ckpt_epoch_240.pth", "metrics": {"top1": 83.3}}
+            },
+        },
+        "vmamba_base_s1l20": {
+            "args": CURRENT | {"depths": (2, 2, 20, 2), "dims": 128, "expand": 1.0},
+            "params": 86.615,
+            "gmacs": 15.2,
+            "weights": {
+                "in1k": {"url": RELEASES + "v2cls/vssm1_base_0229s_ckpt_epoch_225.pth", "metrics": {"top1": 83.8}}
+            },
+        },
+        "vmamba_tiny_0220": {
+            "args": GATED | {"depths": (2, 2, 4, 2), "dims": 96},
+            "params": 32.485,
+            "gmacs": 5.0,
+            "weights": {
+                "in1k": {"url": RELEASES + "20240220/vssmtiny_dp02_ckpt_epoch_258.pth", "metrics": {"top1": 82.5}}
+            },
+        },
+        "vmamba_vanilla_tiny": {
+            "args": VANILLA | {"depths": (2, 2, 9, 2), "dims": 96},
+            "first_conv": "patch_embed.conv",
+            "params": 22.893,
+            "gmacs": 5.6,
+            "weights": {
+                "in1k": {"url": RELEASES + "v0cls/vssmtiny_dp01_ckpt_epoch_292.pth", "metrics": {"top1": 82.2}}
+            },
+        },
+        "vmamba_vanilla_small": {
+            "args": VANILLA | {"depths": (2, 2, 27, 2), "dims": 96},
+            "first_conv": "patch_embed.conv",
+            "params": 44.417,
+            "gmacs": 11.2,
+            "weights": {
+                "in1k": {"url": RELEASES + "v0cls/vssmsmall_dp03_ckpt_epoch_238.pth", "metrics": {"top1": 83.5}}
+            },
+        },
+        "vmamba_vanilla_base": {
+            "args": VANILLA | {"depths": (2, 2, 27, 2), "dims": 128},
+            "first_conv": "patch_embed.conv",
+            "params": 76.254,
+            "gmacs": 18.0,
+            "weights": {
+                "in1k": {"url": RELEASES + "v0cls/vssmbase_dp06_ckpt_epoch_241.pth", "metrics": {"top1": 83.7}}
+            },
+        },
+    },
+)

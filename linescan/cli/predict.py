@@ -146,7 +146,7 @@ def _answer_files(results, sources: list, overlays: bool, description: str):
 
 @command(
     "linescan segment street.jpg --model segmentation/vmamba_tiny_upernet_ade20k --checkpoint vmamba.pth",
-    "linescan segment photos 'more/**/*.png' drive.mp4 --model segman_tiny --checkpoint segman_t_ade.pth -o out",
+    "linescan segment photos 'more/**/*.png' drive.mp4 --model segman_seg_tiny --checkpoint segman.pth -o out",
     "linescan segment orthophoto.tif --model my_config.py -c best.pth --window 1024 --batch 8 --precision fp16",
 )
 def segment(
@@ -154,8 +154,8 @@ def segment(
     model: Annotated[
         str,
         typer.Option(
-            "--model", "-m", help="An mmseg config (a file, one of linescan's by name, or mmseg::...), or segman_tiny, "
-            "segman_small, segman_base, segman_large, which need no OpenMMLab."
+            "--model", "-m", help="An mmseg config (a file, one of linescan's by name, or mmseg::...), or the name "
+            "of a segmentation model (segman_seg_tiny), which needs no OpenMMLab."
         ),
     ],
     checkpoint: DenseCheckpoint = None,

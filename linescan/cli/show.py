@@ -19,25 +19,24 @@ def list_models(
     as_json: Json = False,
 ):
     """List the models: family, size, cost, and accuracy as their authors publish them."""
-    from linescan.engine.cards import family, names
-    from linescan.zoo import PUBLISHED, Published
+    from linescan import zoo
 
-    found = names(pattern)
+    found = zoo.entries("" if pattern == "*" else pattern)
     if not found:
         raise InputError(f"no model's name matches {pattern!r}; `linescan list` shows all")
-    facts = {name: PUBLISHED.get(name, Published()) for name in found}
     if as_json:
-        show_json([{"model": n, "family": family(n), **vars(f)} for n, f in facts.items()])
+        show_json([entry.facts() for entry in found])
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("model", min_width=max(map(len, found)))
+    table.add_column("model", min_width=max(len(entry.name) for entry in found))
     table.add_column("family")
     for column in ("M params", "GMACs", "top-1 %"):
         table.add_column(column, justify="right")
     table.add_column("licence")
-    for name, fact in facts.items():
-        numbers = number(fact.params, ".2f"), number(fact.gmacs, ".2f"), number(fact.top1, ".1f")
-        table.add_row(name, family(name), *numbers, fact.licence or "-")
+    for entry in found:
+        top1 = entry.metrics.get("top1")
+        numbers = number(entry.params, ".2f"), number(entry.gmacs, ".2f"), number(top1, ".1f")
+        table.add_row(entry.name, entry.family, *numbers, entry.licence)
     show_table(table)
     show(f"{len(found)} models; numbers as published (- where they are not). `linescan info MODEL` measures one.")
 
@@ -50,36 +49,31 @@ def info(
     as_json: Json = False,
 ):
     """Show one model: published facts beside measured ones, weights, input."""
-    from linescan.engine.cards import build, family, measure, preprocess_of
-    from linescan.zoo import PUBLISHED, Published
+    from linescan import zoo
+    from linescan.engine.cards import build, measure, preprocess_of
 
     args = model_args(model_arg) | ({"img_size": img_size} if img_size else {})
     built = build(model, **args)
     preprocess = preprocess_of(built, args.get("in_chans"), args.get("img_size"))
     with console.status("measuring"):
         params, macs = measure(built, preprocess.size)
-    fact, cfg = PUBLISHED.get(model, Published()), built.pretrained_cfg
-    if cfg.get("hf_hub_id"):
-        weights = f"https://huggingface.co/{cfg['hf_hub_id']}" + (
-            f"/blob/main/{cfg['hf_hub_filename']}" if cfg.get("hf_hub_filename") else ""
-        )
-    else:
-        weights = cfg.get("url") or cfg.get("file") or None
+    fact = zoo.find(model).facts() if zoo.is_model(model) else {"model": model, "family": "timm"}
     if as_json:
         measured = {"params": params, "macs": macs, "input_size": preprocess.size}
-        facts = {"model": model, "family": family(model), "measured": measured, "published": vars(fact)}
-        show_json({**facts, "weights": weights})
+        show_json({**fact, "measured": measured})
         return
     table = Table(model, "published", "measured", box=box.SIMPLE_HEAD)
-    table.add_row("parameters (M)", number(fact.params, ".2f"), f"{params / 1e6:.2f}")
-    table.add_row("GMACs", number(fact.gmacs, ".2f"), f"{macs / 1e9:.2f} at {' x '.join(map(str, preprocess.size))}")
-    table.add_row("ImageNet top-1 (%)", number(fact.top1, ".1f"), "`linescan evaluate` measures it")
+    table.add_row("parameters (M)", number(fact.get("params"), ".2f"), f"{params / 1e6:.2f}")
+    size = " x ".join(map(str, preprocess.size))
+    table.add_row("GMACs", number(fact.get("gmacs"), ".2f"), f"{macs / 1e9:.2f} at {size}")
+    for name, value in fact.get("metrics", {}).items():
+        table.add_row(name, number(value, ".1f"), "`linescan evaluate` measures it")
     show_table(table)
     for name, value in (
-        ("family", family(model)),
-        ("paper", fact.paper),
-        ("licence", fact.licence),
-        ("weights", weights),
+        ("family", fact["family"]),
+        ("paper", fact.get("paper")),
+        ("licence", fact.get("licence")),
+        ("weights", fact.get("weights")),
         (
             "input",
             f"mean {preprocess.mean}, std {preprocess.std}, {preprocess.interpolation}, crop {preprocess.crop_pct}",

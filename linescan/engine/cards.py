@@ -14,26 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import linescan  # noqa: F401  (registers the models)
 from linescan.checkpoint import CheckpointError, load_checkpoint
-from linescan.zoo import list_models
 
 from ..errors import InputError
 from ..media.preprocess import Preprocess
 from .atomic import atomic
 
-__all__ = ["build", "names", "family", "preprocess_of", "measure", "ModelCard", "save_model", "read_card", "restore"]
+__all__ = ["build", "preprocess_of", "measure", "ModelCard", "save_model", "read_card", "restore"]
 
 _KEY = "linescan"  # of our entry in a safetensors file's metadata
-
-
-def names(pattern: str = "*") -> list[str]:
-    """linescan's own models whose name matches `pattern` (shell wildcards; a plain word matches anywhere)."""
-    pattern = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
-    return list_models(pattern)
-
-
-def family(name: str) -> str:
-    """The system a model belongs to: the file of linescan/backbones/ that defines it."""
-    return timm.model_entrypoint(name).__module__.rsplit(".", 1)[-1]
 
 
 def build(name: str, **args) -> nn.Module:

@@ -1,1 +1,3 @@
-"""What turns features into answers, one folder a task."""
+"""What turns features into answers; importing this package registers its models."""
+
+from . import segman  # noqa: F401

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbones.segman import VARIANTS, MapScan, SegMANBlock, SegMANDense, from_official
+from ..backbones.segman import PUBLISHED, VARIANTS, MapScan, SegMANBlock, SegMANDense, from_official
 from ..layers.ss2d import CROSS
+from ..zoo import register
 
-__all__ = ["MMSCopE", "SegMANDecoder", "SegMAN", "create_segman"]
+__all__ = ["MMSCopE", "SegMANDecoder", "SegMAN"]
 
 
 def conv_module(in_chans: int, out_chans: int, kernel_size: int = 1, stride: int = 1, padding: int = 0) -> nn.Module:
@@ -171,29 +172,61 @@ class SegMAN(nn.Module):
         return out
 
 
-DECODERS = {  # by encoder: e and f as published for ADE20K
-    "segman_tiny": {"channels": 128, "feat_proj_dim": 192},
-    "segman_small": {"channels": 144, "feat_proj_dim": 288},
-    "segman_base": {"channels": 180, "feat_proj_dim": 320},
-    "segman_large": {"channels": 224, "feat_proj_dim": 432},
-}
+# -- models ----------------------------------------------------------------------------------------------------------
 
 
-def create_segman(name: str, num_classes: int = 150, backbone: dict | None = None, **kwargs) -> SegMAN:
-    """A published segmentation model, without weights: `create_segman("segman_tiny")` for ADE20K's 150 classes.
+def _weights(miou: tuple[float, float, float], cityscapes: dict) -> dict:
+    """The published files: mIoU on ADE20K, Cityscapes and COCO-Stuff; what else differs for Cityscapes."""
+    ade20k, city, coco = miou
+    args = {"num_classes": 19, **cityscapes.pop("args", {})}
+    shape = {"inputs": ((3, 1024, 2048),), "args": args, **cityscapes}
+    return {
+        "ade20k": {"data": "ADE20K", "metrics": {"mIoU": ade20k}},
+        "cityscapes": {"data": "Cityscapes", "metrics": {"mIoU": city}, **shape},
+        "coco_stuff": {"data": "COCO-Stuff", "metrics": {"mIoU": coco}, "args": {"num_classes": 171}},
+    }
 
-    `linescan.load_checkpoint(model, PATH)` loads a segmentation file, `load_checkpoint(model.backbone, PATH)` the
-    encoder from a classification file, to start a training from.
 
-    Args:
-        name: "segman_tiny", "segman_small", "segman_base" or "segman_large".
-        num_classes: classes. (The published Cityscapes file of the tiny model has 150, too.)
-        backbone: further arguments of the encoder, such as `drop_path_rate`.
-        kwargs: other arguments of `SegMAN`; the published Cityscapes file of the small model has `channels=152`.
-
-    Raises:
-        ValueError: no such model.
-    """
-    if name not in DECODERS:
-        raise ValueError(f"no segmentation model {name!r}; there are: {', '.join(DECODERS)}")
-    return SegMAN(VARIANTS[name] | (backbone or {}), num_classes=num_classes, **DECODERS[name] | kwargs)
+register(
+    SegMAN,
+    {
+        "segman_seg_tiny": {
+            "args": {"backbone": VARIANTS["segman_tiny"], "channels": 128, "feat_proj_dim": 192},
+            "params": 6.397,
+            "gmacs": 6.2,
+            # The published file for Cityscapes has 150 classes, too.
+            "weights": _weights((43.0, 80.3, 41.3), {"gmacs": 52.5, "args": {"num_classes": 150}}),
+        },
+        "segman_seg_small": {
+            "args": {"backbone": VARIANTS["segman_small"], "channels": 144, "feat_proj_dim": 288},
+            "params": 29.425,
+            "gmacs": 25.3,
+            "weights": _weights((51.3, 83.2, 47.5), {"gmacs": 218.4, "params": 29.97, "args": {"channels": 152}}),
+        },
+        "segman_seg_base": {
+            "args": {"backbone": VARIANTS["segman_base"], "channels": 180, "feat_proj_dim": 320},
+            "params": 51.803,
+            "gmacs": 58.1,
+            "weights": _weights((52.6, 83.8, 48.4), {"gmacs": 479.0}),
+        },
+        "segman_seg_large": {
+            "args": {"backbone": VARIANTS["segman_large"], "channels": 224, "feat_proj_dim": 432},
+            "params": 92.336,
+            "gmacs": 97.1,
+            "weights": _weights((53.2, 84.2, 48.8), {"gmacs": 769.0}),
+        },
+    },
+    **PUBLISHED,
+    task="segmentation",
+    page="https://drive.google.com/drive/folders/1C2bmb7KP7mECm9c04NCrUAJQGsEf_bQ4",
+    first_conv="backbone.patch_embed.0",
+    classifier="decode_head.conv_seg",
+    inputs=((3, 512, 512),),
+    # As published for ADE20K: the shorter side 512, the longer 2048 at most, both multiples of 32.
+    preprocess={
+        "scale": (2048, 512),
+        "divisor": 32,
+        "mean": (123.675, 116.28, 103.53),
+        "std": (58.395, 57.12, 57.375),
+    },
+)

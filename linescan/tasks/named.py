@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from ..checkpoint import CheckpointError, load_checkpoint, read_meta, read_state_dict
 from ..errors import InputError
+from ..zoo import create_model, fetch, find
 from .results import _names
 
 __all__ = ["NamedSegmentor"]
@@ -24,15 +25,13 @@ class NamedSegmentor:
     smallest = 224  # what its neighbourhoods fit into; small windows are padded to it
 
     def __init__(self, name: str, checkpoint: str | Path | None, **args):
-        from ..heads.segman import create_segman
-
         if checkpoint is None:
-            raise InputError(f"no weights of {name} are published where linescan could fetch them; give a checkpoint")
+            checkpoint = fetch(find(name))
         head = read_state_dict(checkpoint).get("decode_head.conv_seg.weight")
         if head is None:
             raise CheckpointError(f"{checkpoint} is not a segmentor of SegMAN: it has no decode_head.conv_seg.weight")
         try:
-            self.module = load_checkpoint(create_segman(name, len(head), **args), checkpoint)
+            self.module = load_checkpoint(create_model(name, num_classes=len(head), **args), checkpoint)
         except TypeError as error:
             raise InputError(f"{name} cannot be built so: {error}") from None
         self.channels = len(head)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..openmmlab.models import MMDetector, MMSegmentor
+from ..zoo import list_models
 from .named import NamedSegmentor
 
 __all__ = ["open_detector", "open_segmentor"]
@@ -15,12 +16,11 @@ def open_segmentor(model: str | Path, checkpoint: str | Path | None, **args) -> 
     Raises:
         InputError, CheckpointError: no such model or config, a package is missing, or the weights are not its.
     """
-    from ..heads.segman import DECODERS
-
-    if str(model) in DECODERS:
+    names = list_models(task="segmentation")
+    if str(model).partition(".")[0] in names:
         return NamedSegmentor(str(model), checkpoint, **args)
     if args:
-        raise InputError(f"{', '.join(args)}: only for models by name ({', '.join(DECODERS)}); a config has its own")
+        raise InputError(f"{', '.join(args)}: only for models by name ({', '.join(names)}); a config has its own")
     return MMSegmentor(model, checkpoint)
 
 

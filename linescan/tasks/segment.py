@@ -33,7 +33,7 @@ class Segmenter(_Tool):
 
     Args:
         model: an mmseg config: a file, a name of one of linescan's, or "mmseg::..."; or a model by name, such as
-            "segman_tiny", which needs no OpenMMLab.
+            "segman_seg_tiny", which needs no OpenMMLab.
         checkpoint: its weights (.pth, .safetensors). Without it, those that the config names as `load_from`.
         device: by default CUDA where there is one.
         dtype: torch.bfloat16 or torch.float16 for half precision.

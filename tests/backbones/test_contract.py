@@ -13,7 +13,7 @@ import torch
 
 from linescan.zoo import list_models
 
-MODELS = list_models()
+MODELS = list_models(task="classification")
 FAMILIES = sorted({timm.model_entrypoint(m).__module__.rpartition(".")[2] for m in MODELS})
 
 

@@ -96,7 +96,10 @@ def test_list(linescan_here):
     status, stdout, _ = linescan_here("list", "vim_tiny*", "--json")
     models = {m["model"]: m for m in json.loads(stdout)}
     assert status == 0 and models["vim_tiny_patch16_224"]["family"] == "vim"
-    assert models["vim_tiny_patch16_224"]["top1"] == 76.1 and models["vim_tiny_patch16_224"]["licence"] == "Apache-2.0"
+    assert (
+        models["vim_tiny_patch16_224"]["metrics"] == {"top1": 76.1}
+        and models["vim_tiny_patch16_224"]["licence"] == "Apache-2.0"
+    )
     status, stdout, _ = linescan_here("list")
     assert status == 0 and "vim_small_patch16_stride8_224" in stdout
     status, _, stderr = linescan_here("list", "resnet")

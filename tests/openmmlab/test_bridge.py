@@ -16,7 +16,7 @@ from mmengine.registry import MODELS  # noqa: E402
 from mmengine.runner.checkpoint import load_checkpoint  # noqa: E402
 
 from linescan import CheckpointError, list_models  # noqa: E402
-from linescan.backbones.feature_maps import architecture  # noqa: E402
+from linescan.backbones.contract import architecture  # noqa: E402
 from linescan.openmmlab import find_config, list_configs  # noqa: E402
 from tests.parity import check, recipe  # noqa: E402
 
@@ -38,7 +38,7 @@ def build(family, **kwargs):
 
 def of_every_class():
     """One registered name of each class."""
-    return sorted({architecture(name)[0]: name for name in reversed(list_models())}.values())
+    return sorted({architecture(name)[0]: name for name in reversed(list_models(task="classification"))}.values())
 
 
 # -- maps -------------------------------------------------------------------------------------------------------------
@@ -86,8 +86,8 @@ def test_out_indices_and_necks():
 @pytest.mark.parametrize(
     "wrong, said",
     [
-        ({"model": "vig_h_tyni"}, "unknown linescan model 'vig_h_tyni'"),
-        ({"model": "resnet18"}, "unknown linescan model 'resnet18'"),
+        ({"model": "vig_h_tyni"}, "unknown model 'vig_h_tyni'"),
+        ({"model": "resnet18"}, "unknown model 'resnet18'"),
         ({**SMALL["vmamba"], "out_indices": [4]}, "out_indices are from 0 to 3"),
         ({**SMALL["vig"], "neck": "fpn"}, "neck is 'auto', 'rescaled', 'simple' or None"),
         ({**SMALL["vig"], "init_cfg": {"type": "Kaiming"}}, "init_cfg is dict"),

@@ -19,7 +19,7 @@ from mmengine.registry import MODELS, DefaultScope, init_default_scope  # noqa: 
 from mmengine.structures import InstanceData, PixelData  # noqa: E402
 from mmseg.structures import SegDataSample  # noqa: E402
 
-from linescan.backbones.feature_maps import architecture  # noqa: E402
+from linescan.backbones.contract import architecture  # noqa: E402
 from linescan.openmmlab import find_config, list_configs  # noqa: E402
 
 CONFIGS = [name for name in list_configs() if name.startswith(("segmentation/", "detection/"))]

@@ -10,7 +10,7 @@ from PIL import Image
 
 from linescan.checkpoint import CheckpointError
 from linescan.engine import BrokenImage, Classifier, Digits, InputError
-from linescan.engine.cards import build, family, measure, names, preprocess_of, read_card, restore, save_model
+from linescan.engine.cards import build, measure, preprocess_of, read_card, restore, save_model
 
 
 @pytest.fixture(scope="module")
@@ -159,14 +159,6 @@ def test_models_that_cannot_be_built():
         build("vim_tiny_patch16_242")
     with pytest.raises(InputError, match="cannot build vim_tiny_patch16_224 with colour=red"):
         build("vim_tiny_patch16_224", colour="red")
-
-
-def test_names_and_families():
-    found = names("vim_tiny")
-    assert "vim_tiny_patch16_224" in found and all("vim_tiny" in n for n in found)
-    assert names("vim_*_stride8_*") == ["vim_small_patch16_stride8_224", "vim_tiny_patch16_stride8_224"]
-    assert family("vim_tiny_patch16_224") == "vim"
-    assert "resnet18" not in names()
 
 
 def test_measuring_counts_every_product():

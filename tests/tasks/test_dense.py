@@ -11,8 +11,8 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+from linescan import create_model
 from linescan.engine import InputError, Segmenter
-from linescan.heads.segman import create_segman
 from linescan.media.draw import SMALLEST
 from linescan.media.large import Pixels
 from linescan.tasks.detect import _distinct
@@ -41,7 +41,7 @@ def photo(height, width, seed=0):
 def weights(tmp_path_factory):
     """A small SegMAN's, with the names of its classes beside them, as mmseg writes them."""
     torch.manual_seed(0)
-    model = create_segman("segman_tiny", len(CLASSES), **SMALL)
+    model = create_model("segman_seg_tiny", num_classes=len(CLASSES), **SMALL)
     nn.init.normal_(model.decode_head.conv_seg.weight, std=0.5)
     path = tmp_path_factory.mktemp("weights") / "segman.pth"
     meta = {"dataset_meta": {"classes": tuple(CLASSES), "palette": PALETTE}}
@@ -51,7 +51,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def seg(weights):
-    return Segmenter("segman_tiny", weights, device="cpu", **SMALL)
+    return Segmenter("segman_seg_tiny", weights, device="cpu", **SMALL)
 
 
 # -- windows ----------------------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def test_a_picture_is_a_picture_and_batches_do_not_matter(seg, weights, tmp_path
     Image.fromarray(image).save(tmp_path / "x.png")
     path, tensor = tmp_path / "x.png", torch.from_numpy(image).movedim(-1, 0)
     same = [path, str(path), Image.fromarray(image), image, tensor]
-    masks = Segmenter("segman_tiny", weights, device="cpu", batch=3, **SMALL)([*same, photo(60, 120)])
+    masks = Segmenter("segman_seg_tiny", weights, device="cpu", batch=3, **SMALL)([*same, photo(60, 120)])
     for mask in masks[:5]:
         assert (mask == masks[0]).mean() > 0.999
     assert masks[5].shape == (60, 120)
@@ -196,17 +196,17 @@ def test_a_picture_is_a_picture_and_batches_do_not_matter(seg, weights, tmp_path
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(seg, weights, dtype):
-    half = Segmenter("segman_tiny", weights, device="cpu", dtype=dtype, window=224, **SMALL)
-    full = Segmenter("segman_tiny", weights, device="cpu", window=224, **SMALL)
+    half = Segmenter("segman_seg_tiny", weights, device="cpu", dtype=dtype, window=224, **SMALL)
+    full = Segmenter("segman_seg_tiny", weights, device="cpu", window=224, **SMALL)
     image = photo(224, 300)
     assert (half(image) == full(image)).mean() > 0.95
 
 
 def test_windows_over_the_picture_as_it_is(weights):
-    tool = Segmenter("segman_tiny", weights, device="cpu", window=(224, 256), **SMALL)
+    tool = Segmenter("segman_seg_tiny", weights, device="cpu", window=(224, 256), **SMALL)
     assert tool.stride == (149, 170)
     image = photo(300, 300)
-    inside = Segmenter("segman_tiny", weights, device="cpu", window=(300, 300), **SMALL)
+    inside = Segmenter("segman_seg_tiny", weights, device="cpu", window=(300, 300), **SMALL)
     assert (tool(image) != inside(image)).any()
     image = photo(100, 120)  # smaller than a window, and than the model's smallest
     assert tool(image).shape == (100, 120)
@@ -233,17 +233,17 @@ def test_overlay_of_a_mask(seg):
 )  # fmt: skip
 def test_wrong_options_get_one_line(weights, options, said):
     with pytest.raises(InputError, match=said):
-        Segmenter("segman_tiny", weights, **SMALL | options)
+        Segmenter("segman_seg_tiny", weights, **SMALL | options)
 
 
 def test_weights_that_are_none(weights, tmp_path):
     with pytest.raises(InputError, match="checkpoint"):
-        Segmenter("segman_tiny")
+        Segmenter("segman_seg_tiny")
     torch.save({"state_dict": {"x": torch.ones(1)}, "bomb": Bomb(tmp_path / "fired")}, tmp_path / "bomb.pth")
     torch.save({"state_dict": {"x": torch.ones(1)}}, tmp_path / "other.pth")
     for name, said in (("bomb.pth", "refused"), ("other.pth", "SegMAN"), ("none.pth", "does not exist")):
         with pytest.raises(RuntimeError, match=said):
-            Segmenter("segman_tiny", tmp_path / name, **SMALL)
+            Segmenter("segman_seg_tiny", tmp_path / name, **SMALL)
     assert not (tmp_path / "fired").exists()
 
 
@@ -252,7 +252,7 @@ def test_nan_is_not_an_answer(weights, tmp_path):
     content["state_dict"]["decode_head.conv_seg.bias"][:] = torch.nan
     torch.save(content, tmp_path / "nan.pth")
     with pytest.raises(InputError, match="NaN"):
-        Segmenter("segman_tiny", tmp_path / "nan.pth", device="cpu", **SMALL)(photo(64, 64))
+        Segmenter("segman_seg_tiny", tmp_path / "nan.pth", device="cpu", **SMALL)(photo(64, 64))
 
 
 # -- detections -------------------------------------------------------------------------------------------------------
@@ -348,7 +348,7 @@ def test_segment_command(linescan_here, weights, tmp_path):
     (folder / "cut.png").write_bytes((folder / "one.png").read_bytes()[:200])
     write_video(folder / "clip.mp4", 5)
     (folder / "half.mp4").write_bytes((folder / "clip.mp4").read_bytes()[:900])
-    options = ("-m", "segman_tiny", "-c", weights, "-o", out, "--device", "cpu", "--batch", 2, *SMALL_ARGS)
+    options = ("-m", "segman_seg_tiny", "-c", weights, "-o", out, "--device", "cpu", "--batch", 2, *SMALL_ARGS)
     status, stdout, stderr = linescan_here("segment", folder, "--window", "224", *options)
     assert status == 1, "two files are broken"
     assert stderr.count("skipped") == 2 and "cut.png" in stderr and "half.mp4" in stderr and "3 of 5 done" in stderr
@@ -356,7 +356,7 @@ def test_segment_command(linescan_here, weights, tmp_path):
     lines = stdout.splitlines()
     assert len(lines) == 3 and any("clip.mp4: 5 frames" in line for line in lines)
     assert json.loads((out / "classes.json").read_text())[1] == {"id": 1, "name": "sea", "color": PALETTE[1]}
-    tool = Segmenter("segman_tiny", weights, device="cpu", window=224, **SMALL)
+    tool = Segmenter("segman_seg_tiny", weights, device="cpu", window=224, **SMALL)
     for name, size in (("one", (80, 120)), ("deep/two", (90, 60))):
         with Image.open(out / "masks" / f"{name}.png") as mask:
             assert mask.mode == "P" and mask.getpalette()[:9] == sum(PALETTE, [])
@@ -388,7 +388,7 @@ def test_segment_command(linescan_here, weights, tmp_path):
 )  # fmt: skip
 def test_bad_input_is_one_line(linescan_here, weights, tmp_path, arguments, said):
     Image.fromarray(photo(8, 8)).save(tmp_path / "x.png")
-    options = [tmp_path / "x.png", "-m", "segman_tiny", "-c", weights, "-o", tmp_path / "out", *SMALL_ARGS]
+    options = [tmp_path / "x.png", "-m", "segman_seg_tiny", "-c", weights, "-o", tmp_path / "out", *SMALL_ARGS]
     if "segman_huge" in arguments:
         options = options[:-6]
     status, _, stderr = linescan_here("segment", *options, *arguments)
@@ -414,7 +414,7 @@ def test_without_openmmlab_one_line_says_what_to_install(weights, tmp_path):
     Image.fromarray(photo(40, 40)).save(tmp_path / "x.png")
     (tmp_path / "config.py").write_text("model = dict()")
     config = ["x.png", "-m", "config.py", "-c", str(weights)]
-    named = ["x.png", "-m", "segman_tiny", "-c", str(weights), "--window", "224", *SMALL_ARGS]
+    named = ["x.png", "-m", "segman_seg_tiny", "-c", str(weights), "--window", "224", *SMALL_ARGS]
     done = subprocess.run(
         [sys.executable, "-c", HIDDEN], input=f"{['segment', *config]}\n{['detect', *config]}\n{['segment', *named]}\n",
         env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, timeout=300,
@@ -430,6 +430,6 @@ def test_three_lines(weights, tmp_path, monkeypatch):
     Image.fromarray(photo(40, 60)).save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     from linescan.engine import Segmenter
-    seg = Segmenter("segman_tiny", weights, **SMALL)  # fmt: skip
+    seg = Segmenter("segman_seg_tiny", weights, **SMALL)  # fmt: skip
     mask = seg("photo.jpg")
     assert mask.shape == (40, 60)

@@ -1,0 +1,169 @@
+"""The zoo: its facts are complete, every entry builds, tags decide, and timm's configurations say the same."""
+
+import re
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import linescan
+from linescan import zoo
+from linescan.errors import InputError
+
+EVERY = [entry for name in linescan.list_models() for entry in zoo.tags(name)]
+CLASSIFIERS = linescan.list_models(task="classification")
+
+
+@pytest.mark.parametrize("entry", EVERY, ids=lambda entry: entry.full_name)
+def test_facts_are_complete(entry):
+    own = entry.paper == "linescan's own"
+    assert own or re.fullmatch(r".*\d{4}, arXiv \d{4}\.\d{5}", entry.paper) and entry.arxiv
+    assert own or entry.code.startswith("https://")
+    assert entry.task and entry.licence in zoo.LICENCES
+    assert all(len(shape) >= 2 and all(n > 0 for n in shape) for shape in entry.inputs) and entry.inputs
+    assert bool(entry.tag) == bool(entry.metrics), "a published file has a published result"
+    assert not entry.tag or entry.data
+    assert all(0 < value <= 100 for value in entry.metrics.values())
+    assert not (entry.fetchable and entry.page)
+
+
+@pytest.mark.parametrize("name", linescan.list_models())
+def test_every_entry_is_as_large_as_published(name):
+    for entry in zoo.tags(name):
+        with torch.device("meta"):
+            model = linescan.create_model(entry.full_name)
+        count = sum(p.numel() for p in model.parameters()) / 1e6
+        own_tag = entry.tag in ("", zoo.find(name).tag)
+        if entry.params and own_tag:
+            assert round(count, 3) == pytest.approx(entry.params, abs=6e-4), entry.full_name
+        if "num_classes" in entry.args and hasattr(model, "num_classes"):
+            assert model.num_classes == entry.args["num_classes"]
+        shapes = {key: value.shape for key, value in model.state_dict().items()}
+        for names in (entry.first_conv, entry.classifier):
+            for layer in (names,) if isinstance(names, str) else names:
+                assert f"{layer}.weight" in shapes
+        if not entry.tag or len(zoo.tags(name)) > 8:
+            break
+
+
+def test_names_and_filters():
+    assert set(zoo.list_models("vim_*_stride8_*")) == {"vim_small_patch16_stride8_224", "vim_tiny_patch16_stride8_224"}
+    assert linescan.list_models("VIM_TINY") == linescan.list_models("vim_tiny")
+    assert linescan.list_models(task="segmentation") == [f"segman_seg_{s}" for s in ("base", "large", "small", "tiny")]
+    assert "vmamba_tiny_s1l8" in linescan.list_models(licence="mit")
+    assert linescan.list_models(licence="permissive") == linescan.list_models()
+    assert linescan.list_models(licence="non-commercial") == []
+    assert [entry.family for entry in zoo.entries()] == sorted(entry.family for entry in zoo.entries())
+    with pytest.raises(InputError, match="no model is for the task 'cooking'; there are: classification"):
+        linescan.list_models(task="cooking")
+    with pytest.raises(InputError, match="unknown licence 'beer'; there are: Apache-2.0"):
+        linescan.list_models(licence="beer")
+    with pytest.raises(InputError, match="near it: .*vim_tiny_patch16_224"):
+        linescan.create_model("vim_tiny_patch16_242")
+    with pytest.raises(InputError, match="has no tag 'in22k'; there are: in1k"):
+        linescan.create_model("vim_tiny_patch16_224.in22k")
+
+
+def test_timm_knows_the_same():
+    assert {
+        name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("linescan.")
+    } == set(CLASSIFIERS)
+    fetched = set(timm.list_pretrained())
+    for entry in EVERY:
+        if entry.task != "classification":
+            continue
+        cfg = timm.get_pretrained_cfg(entry.full_name)
+        assert (cfg.url, cfg.hf_hub_filename, cfg.license) == (entry.url, entry.file, entry.licence.lower())
+        assert cfg.hf_hub_id == (entry.hub if entry.file else None)
+        assert cfg.num_classes == entry.args.get("num_classes", 1000)
+        assert cfg.input_size == (entry.inputs[0][0], *entry.inputs[0][-2:]) and cfg.mean == entry.preprocess["mean"]
+        assert (entry.full_name in fetched) == entry.fetchable
+        default = zoo.find(entry.name)
+        assert timm.get_pretrained_cfg(entry.name).tag == (default.tag or None)
+    assert timm.get_pretrained_cfg("vim_tiny_patch16_224").paper_ids == "arXiv:2401.09417"
+
+
+def test_a_tag_decides_classes_frames_and_grid():
+    for create in (linescan.create_model, timm.create_model):
+        model = create("videomamba_video_tiny_patch16_224.breakfast_f64", depth=1)
+        assert (model.num_classes, model.num_frames, model.temporal_pos_embed.shape[1]) == (10, 64, 64)
+        model = create("videomamba_video_tiny_patch16_224.ssv2_f16_res288", depth=1)
+        assert (model.num_classes, model.num_frames, model.native_grid) == (174, 16, (18, 18))
+        model = create("videomamba_video_tiny_patch16_224.coin_f32", depth=1, num_classes=3, num_frames=4)
+        assert (model.num_classes, model.num_frames) == (3, 4)
+        model = create("videomamba_video_tiny_patch16_224", depth=1)
+        assert (model.num_classes, model.num_frames) == (400, 8)
+        assert create("videomamba_tiny_patch16_224.in1k_448", depth=1).native_grid == (28, 28)
+    with torch.device("meta"):
+        small, city = (linescan.create_model(f"segman_seg_small.{tag}") for tag in ("ade20k", "cityscapes"))
+    assert (small.decode_head.conv_seg.out_channels, city.decode_head.conv_seg.out_channels) == (150, 19)
+    assert (small.decode_head.conv_seg.in_channels, city.decode_head.conv_seg.in_channels) == (144, 152)
+
+
+def test_none_is_a_value_where_the_class_says_so():
+    for create, none in ((linescan.create_model, None), (linescan.create_model, "none"), (timm.create_model, "none")):
+        assert create("vim_tiny_patch16_224", depth=1, class_token=none).cls_token is None
+        assert create("vim_tiny_patch16_224", depth=1, bimamba_type="none").directions == "row"
+        model = create("vrwkv_small", depth=1, init_values=none)
+        assert not [key for key in model.state_dict() if "gamma" in key]
+    with pytest.raises(ValueError, match="class_token"):
+        linescan.create_model("vim_tiny_patch16_224", depth=1, class_token="tail")
+
+
+def test_a_mapping_completes_the_entrys_own():
+    with torch.device("meta"):
+        model = linescan.create_model("segman_seg_tiny", backbone={"depths": (1, 1, 1, 1)})
+    assert [len(stage.blocks) for stage in model.backbone.stages] == [1, 1, 1, 1]
+    assert model.backbone.dims == [32, 64, 144, 192]
+
+
+class Pair(nn.Module):
+    """A model of another task, with two inputs."""
+
+    def __init__(self, scale: int = 2, width: int = 4):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, width, 3), nn.Conv2d(1, width, 3)
+        self.scale = scale
+
+    def forward(self, x, y):
+        return self.first(x) * self.scale + self.second(y)
+
+
+@pytest.fixture
+def register(monkeypatch):
+    """`zoo.register`, undone after the test."""
+    monkeypatch.setattr(zoo, "_ENTRIES", dict(zoo._ENTRIES))
+    monkeypatch.setattr(zoo, "_said", set())
+    facts = {
+        "task": "depth", "inputs": ((3, 32, 32), (1, 32, 32)), "licence": "none", "paper": "2026, arXiv 2601.00001",
+        "data": "rooms", "args": {"width": 6},
+    }  # fmt: skip
+    return lambda models, **more: zoo.register(Pair, models, **{**facts, **more})
+
+
+def test_another_task_needs_no_timm(register):
+    first, _ = register(
+        {"pair": {"args": {"scale": 3}, "weights": {"x3": {"params": 1.0}, "x4": {"args": {"scale": 4}}}}}
+    )
+    assert first == zoo.find("pair") and first.params == 1.0 and zoo.find("pair.x4").params is None
+    assert first.family == "test_zoo" and first.arxiv == "2601.00001"
+    model = linescan.create_model("pair.x4")
+    assert (model.scale, model.first.out_channels) == (4, 6)
+    assert model(*(torch.zeros(1, *shape) for shape in first.inputs)).shape == (1, 6, 30, 30)
+    assert linescan.list_models(task="depth") == ["pair"] and not timm.is_model("pair")
+    with pytest.raises(ValueError, match="two models are registered as pair"):
+        register({"pair": {}})
+    with pytest.raises(TypeError, match="colour"):
+        register({"other": {"colour": "red"}})
+    with pytest.raises(ValueError, match="licence is one of .*, not 'beer'"):
+        register({"other": {}}, licence="beer")
+
+
+def test_weights_without_an_address_say_where_they_are():
+    for name, page in (("vig_tiny", "huggingface.co/hustvl/ViG"), ("segman_seg_tiny", "drive.google.com")):
+        with pytest.raises(InputError, match=f"no address that can be fetched: get the file from .*{page}") as error:
+            linescan.create_model(name, pretrained=True)
+        assert "linescan.load_checkpoint(model, PATH)" in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(InputError, match="no weights of local_vssm_tiny.in1k are published"):
+        timm.create_model("local_vssm_tiny", pretrained=True)
