@@ -1,37 +1,71 @@
 """Files that are either whole or absent, whatever happens while they are written."""
 
+import hashlib
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Iterator
 
-__all__ = ["atomic", "sweep"]
+__all__ = ["atomic", "atomic_path", "sweep"]
 
 _SUFFIX = ".partial"
+_LONGEST = 255  # bytes of a file's name, on every common file system
 
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[BinaryIO]:
     """Opens `path` for binary writing; the file takes its name only once all of it is on the disk.
 
-    A process killed at any moment leaves the old file (or none), and perhaps a `.NAME.partial` beside it: see `sweep`.
+    If the block raises, or the disk is full, the old file (or none) stays and nothing else is left. A process killed at
+    any moment also leaves the old file (or none), and perhaps a `.NAME.partial` beside it: see `sweep`.
+
+    Raises:
+        OSError: the file cannot be written; `filename` is `path`.
+    """
+    with atomic_path(path) as partial, open(partial, "wb") as file:
+        yield file
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """As `atomic`, for writers that open the file themselves: gives them the name to write to.
+
+    That name does not end with the suffix of `path`: a writer that chooses the format by it must be told the format.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}{_SUFFIX}")
-    with open(partial, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    if os.name == "posix":  # the new name, too, must survive a power cut
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    partial = _partial(path)
+    try:
+        yield partial
+        _flush(partial)
+        os.replace(partial, path)
+    except BaseException as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, partial, str(partial)):
+            error.filename, error.filename2 = str(path), None  # the name that the user knows
+        raise
+    if os.name == "posix":
+        with suppress(PermissionError):  # of a folder that may be written but not listed
+            _flush(path.parent)  # the new name, too, must survive a power cut
+
+
+def _partial(path: Path) -> Path:
+    name = f".{path.name}{_SUFFIX}"
+    if len(os.fsencode(path.name)) <= _LONGEST < len(os.fsencode(name)):
+        name = f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:32]}{_SUFFIX}"
+    return path.with_name(name)
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file, or what a folder lists, is on the disk."""
+    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sweep(folder: str | Path) -> None:
     """Removes what interrupted writes have left in `folder`."""
     for partial in Path(folder).glob(f".*{_SUFFIX}"):
-        partial.unlink()
+        partial.unlink(missing_ok=True)
