@@ -1,17 +1,22 @@
 """How a model wants its images."""
 
+import math
 from dataclasses import asdict, dataclass
+from typing import Callable
 
+from PIL import Image
 from timm.data import create_transform
+from torch import Tensor
 
 from ..errors import InputError
+from .images import LARGE
 
 __all__ = ["Preprocess"]
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How a model wants its pictures.
+    """How a model wants its images.
 
     Attributes:
         size: (channels, height, width).
@@ -40,8 +45,15 @@ class Preprocess:
         """The number of input channels."""
         return self.size[0]
 
-    def transform(self, augment: str | None = None, erasing: float = 0.0):
-        """PIL image -> normalised tensor (C, H, W).
+    @property
+    def resized(self) -> tuple[int, int]:
+        """(height, width) that an image covers before its centre is cropped: `read_image` takes it as `size`."""
+        return tuple(math.floor(side / self.crop_pct) for side in self.size[1:])
+
+    def transform(self, augment: str | None = None, erasing: float = 0.0) -> "Transform":
+        """PIL image -> normalised tensor (C, H, W), by timm's `create_transform`.
+
+        Of a very long or tall image only the middle is resized, so that no image of more than `LARGE` pixels is made.
 
         Args:
             augment: None, to resize and crop as in evaluation; "light", for small shifts and scales only; "standard",
@@ -55,19 +67,46 @@ class Preprocess:
             input_size=self.size, mean=self.mean, std=self.std, interpolation=self.interpolation, crop_pct=self.crop_pct
         )
         if augment is None:
-            return create_transform(**common)
+            return Transform(create_transform(**common), self.resized)
         strength = {
             "none": dict(no_aug=True),
             "light": dict(scale=(0.7, 1.0), ratio=(0.85, 1.18), hflip=0.0, color_jitter=0.0),
             "standard": dict(),
         }
         if augment not in strength and self.channels != 3:
-            raise InputError(f"--augment {augment} is for RGB pictures; here: {', '.join(strength)}")
+            raise InputError(f"--augment {augment} is for RGB images; here: {', '.join(strength)}")
         try:
             options = strength.get(augment, dict(auto_augment=augment))
-            return create_transform(**common, is_training=True, re_prob=erasing, re_mode="pixel", **options)
+            steps = create_transform(**common, is_training=True, re_prob=erasing, re_mode="pixel", **options)
         except (AssertionError, ValueError, KeyError):
             raise InputError(
                 f"unknown augmentation {augment!r}; there are: {', '.join(strength)}, and timm's policies "
                 "(rand-m9-mstd0.5-inc1, augmix-m5-w4-d2, original, ...)"
             ) from None
+        return Transform(steps, self.resized)
+
+
+class Transform:
+    """The steps of a transform, applied to no more of an image than can be resized to cover `size` (height, width)."""
+
+    def __init__(self, steps: Callable[[Image.Image], Tensor], size: tuple[int, int]):
+        self.steps, self.size = steps, size
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """PIL image -> tensor (C, H, W)."""
+        return self.steps(middle(image, self.size))
+
+
+def middle(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """`image`, or as much of its middle as has `LARGE` pixels once resized to cover `size` (height, width).
+
+    What is left out would be cropped off afterwards: the result is the same, up to a shift of less than a pixel.
+    """
+    scale = max(size[0] / image.height, size[1] / image.width)
+    if image.width * image.height * scale**2 <= LARGE:
+        return image
+    width, height = image.size
+    short, long = min(image.size), max(image.size)
+    kept = max(int(LARGE / (short * scale**2)), math.ceil(max(size) / scale) + 8)  # what is cropped, and its neighbours
+    start = max(long - kept, 0) // 2  # as much at either end
+    return image.crop((start, 0, width - start, height) if width > height else (0, start, width, height - start))

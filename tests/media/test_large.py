@@ -1,33 +1,40 @@
-"""Pictures larger than memory: read in parts, they are what Pillow reads; written in parts, Pillow reads them back."""
+"""Images larger than memory: read in parts, they are what Pillow reads; written in parts, Pillow reads them back."""
 
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from linescan.engine import BrokenImage, read_image
-from linescan.media import large as pixels
-from linescan.media.images import to_mode
+from linescan.errors import BrokenImage
+from linescan.media import large, vips
+from linescan.media.images import read_image
+
+from ..conftest import ENVIRONMENT
 
 SIZE = 143, 97  # width, height
 
 
 @pytest.fixture
 def everything_is_large(monkeypatch):
-    monkeypatch.setattr(pixels, "LARGE", 1000)
-    monkeypatch.setattr(pixels, "ROWS", 16)
+    monkeypatch.setattr(large, "LARGE", 1000)
+    monkeypatch.setattr(large, "ROWS", 16)
+    monkeypatch.setattr(vips, "ROWS", 16)
 
 
-@pytest.fixture
-def whole(monkeypatch):
-    """Counts the pictures that Pillow decodes as a whole."""
-    seen = []
-    monkeypatch.setattr(pixels, "to_mode", lambda image, n: seen.append(image.size) or to_mode(image, n))
-    return seen
+@pytest.fixture(params=["pyvips", "Pillow"])
+def library(request, monkeypatch):
+    """With the extra `large` and without it."""
+    if request.param == "pyvips":
+        pytest.importorskip("pyvips")
+    else:
+        monkeypatch.setitem(sys.modules, "pyvips", None)
+    return request.param
 
 
-def picture(mode="RGB", size=SIZE):
+def image(mode="RGB", size=SIZE):
     """Smooth, with some noise: an encoder uses every filter on it."""
     x, y = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
     noise = np.random.default_rng(0).integers(0, 40, (size[1], size[0], 4))
@@ -35,85 +42,131 @@ def picture(mode="RGB", size=SIZE):
     return Image.fromarray(values.astype(np.uint8), "RGBA").convert(mode)
 
 
-def read_all(path):
-    opened = pixels.open_pixels(path)
+def agrees(path) -> np.ndarray:
+    """What is read part by part, which is what is read at once."""
+    opened = large.open_pixels(path)
     assert opened.file is not None
-    return opened.read(0, opened.size[0], 0, opened.size[1])
+    parts = [opened.read(top, min(top + 40, opened.size[0]), 0, opened.size[1]) for top in range(0, opened.size[0], 40)]
+    np.testing.assert_array_equal(np.concatenate(parts), np.asarray(read_image(path)))
+    return np.concatenate(parts)
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "RGBA"])
-def test_png_in_strips(mode, tmp_path, everything_is_large, whole):
-    picture(mode).save(tmp_path / "x.png")
-    np.testing.assert_array_equal(read_all(tmp_path / "x.png"), np.asarray(read_image(tmp_path / "x.png")))
-    assert whole == []
+@pytest.mark.parametrize("suffix", ["png", "tif", "webp", "jpg", "bmp", "tga", "ppm"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_formats_and_modes(mode, suffix, tmp_path, everything_is_large, library):
+    values = np.arange(97 * 143).reshape(97, 143)
+    picture = Image.fromarray((values * 4).astype(np.uint16)) if mode == "I;16" else image(mode)
+    try:
+        picture.save(tmp_path / f"x.{suffix}")
+    except (OSError, KeyError):
+        pytest.skip("no such files")
+    agrees(tmp_path / f"x.{suffix}")
 
 
 @pytest.mark.parametrize("compression", [None, "tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg"])
-@pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_tiff_in_strips(mode, compression, tmp_path, everything_is_large, whole):
-    picture(mode).save(tmp_path / "x.tif", tiffinfo={278: 16}, compression=compression)
-    np.testing.assert_array_equal(read_all(tmp_path / "x.tif"), np.asarray(read_image(tmp_path / "x.tif")))
-    assert SIZE not in whole and len(whole) > 1
+@pytest.mark.parametrize("rows", [8, 16, 97])
+def test_tiff_in_strips(rows, compression, tmp_path, everything_is_large, library):
+    image().save(tmp_path / "x.tif", tiffinfo={278: rows}, compression=compression)
+    agrees(tmp_path / "x.tif")
 
 
 @pytest.mark.parametrize("compression", [None, "zlib"])
 @pytest.mark.parametrize("byteorder", ["<", ">"])
-def test_tiled_tiff(compression, byteorder, tmp_path, everything_is_large, whole):
+def test_tiled_tiff(compression, byteorder, tmp_path, everything_is_large, library):
     tifffile = pytest.importorskip("tifffile")
-    values = np.asarray(picture())
+    values = np.asarray(image())
     options = {"tile": (32, 48), "compression": compression, "byteorder": byteorder, "photometric": "rgb"}
     tifffile.imwrite(tmp_path / "x.tif", values, predictor=compression is not None or None, **options)
-    np.testing.assert_array_equal(read_all(tmp_path / "x.tif"), values)
-    assert SIZE not in whole and (48, 32) in whole
+    np.testing.assert_array_equal(agrees(tmp_path / "x.tif"), values)
 
 
-@pytest.mark.parametrize("name, options", [("x.jpg", {}), ("x.bmp", {}), ("x.webp", {"lossless": True})])
-def test_other_formats_are_read_as_a_whole(name, options, tmp_path, everything_is_large, whole):
-    picture().save(tmp_path / name, **options)
-    np.testing.assert_array_equal(read_all(tmp_path / name), np.asarray(read_image(tmp_path / name)))
-    assert whole == [SIZE]
+@pytest.mark.parametrize("values", [[0, 200], [0, 3000], [-5, 900], [0.0, 0.7], [-1.0, 1.0]], ids=str)
+def test_the_range_of_the_whole_image_counts(values, tmp_path, everything_is_large, library):
+    pixels = np.zeros((97, 143), np.float32 if isinstance(values[1], float) else np.int32)
+    pixels[:48], pixels[-1, -1] = values  # the largest comes in the last strip
+    Image.fromarray(pixels).save(tmp_path / "x.tif")
+    assert len(np.unique(agrees(tmp_path / "x.tif"))) > 1
 
 
-def test_sixteen_bits_and_turned_pictures_are_what_pillow_says(tmp_path, everything_is_large):
-    Image.fromarray(np.arange(97 * 143, dtype=np.uint16).reshape(97, 143) * 4).save(tmp_path / "deep.png")
+@pytest.mark.parametrize("mode", ["LAB", "YCbCr", "PA"])
+def test_modes_that_only_pillow_decodes(mode, tmp_path, everything_is_large, library):
+    (image("RGBA") if mode == "PA" else image()).convert(mode).save(tmp_path / "x.tif")
+    agrees(tmp_path / "x.tif")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
+def test_turned_images(orientation, suffix, tmp_path, everything_is_large, library):
     exif = Image.Exif()
-    exif[0x0112] = 6
-    picture().save(tmp_path / "turned.png", exif=exif)
-    for name in ("deep.png", "turned.png"):
-        np.testing.assert_array_equal(read_all(tmp_path / name), np.asarray(read_image(tmp_path / name)))
-    assert read_all(tmp_path / "turned.png").shape == (143, 97, 3)
+    exif[0x0112] = orientation
+    image().save(tmp_path / f"x [{orientation}].{suffix}", exif=exif)
+    turned = agrees(tmp_path / f"x [{orientation}].{suffix}")
+    assert turned.shape == ((143, 97, 3) if orientation > 4 else (97, 143, 3))
 
 
-@pytest.mark.parametrize("suffix", [".png", ".tif", ".jpg"])
-def test_a_large_file_that_is_cut_short(suffix, tmp_path, everything_is_large):
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".jpg", ".webp"])
+@pytest.mark.parametrize("share", [0.02, 0.6, 0.95])
+def test_a_large_file_that_is_cut_short(suffix, share, tmp_path, everything_is_large, library):
     buffer = io.BytesIO()
-    picture().save(buffer, {".png": "PNG", ".tif": "TIFF", ".jpg": "JPEG"}[suffix])
+    image().save(buffer, {".png": "PNG", ".tif": "TIFF", ".jpg": "JPEG", ".webp": "WEBP"}[suffix])
     path = tmp_path / f"cut{suffix}"
-    path.write_bytes(buffer.getvalue()[: int(0.6 * len(buffer.getvalue()))])
-    with pytest.raises(BrokenImage, match=f"cut{suffix}: "):
-        pixels.open_pixels(path)
+    path.write_bytes(buffer.getvalue()[: int(share * len(buffer.getvalue()))])
+    with pytest.raises(BrokenImage, match=f"^{path}: ") as error:
+        large.open_pixels(path)
+    assert "\n" not in str(error.value)
 
 
 def test_parts_and_reductions(tmp_path, everything_is_large):
-    picture().save(tmp_path / "x.png")
-    large, small = pixels.open_pixels(tmp_path / "x.png"), pixels.Pixels(np.asarray(picture()))
-    np.testing.assert_array_equal(large.read(30, 50, 7, 100), np.asarray(picture())[30:50, 7:100])
+    image().save(tmp_path / "x.png")
+    file, memory = large.open_pixels(tmp_path / "x.png"), large.Pixels(np.asarray(image()))
+    np.testing.assert_array_equal(file.read(30, 50, 7, 100), np.asarray(image())[30:50, 7:100])
     for factor in (1, 2, 5, 200):
-        np.testing.assert_array_equal(large.reduced(factor), small.reduced(factor))
-        np.testing.assert_array_equal(large.reduced(factor), np.asarray(picture().reduce(factor)))
+        np.testing.assert_array_equal(file.reduced(factor), memory.reduced(factor))
+        np.testing.assert_array_equal(file.reduced(factor), np.asarray(image().reduce(factor)))
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_masks_are_written_row_by_row(dtype, tmp_path, everything_is_large):
-    mask = pixels.blank(SIZE[::-1], dtype)
+def test_a_full_temporary_folder(tmp_path, everything_is_large, monkeypatch):
+    image().save(tmp_path / "x.png")
+    monkeypatch.setattr(large.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 41_000}))
+    with pytest.raises(BrokenImage, match=r"x.png: takes 0.0 GB in .*, where 0.0 GB are free; TMPDIR"):
+        large.open_pixels(tmp_path / "x.png")
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_image(tmp_path):
+    """100 million pixels, 300 MB: in a process of its own."""
+    pyvips = pytest.importorskip("pyvips")
+    black = pyvips.Image.black(4_000, 25_000, bands=3)
+    black.write_to_file(str(tmp_path / "x.png"))
+    black.write_to_file(str(tmp_path / "x.tif[compression=deflate,tile]"))
+    script = """
+import resource, sys
+from linescan.media.large import open_pixels
+from linescan.media.images import read_image
+read = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for name in ("x.png", "x.tif"):
+    path = f"{sys.argv[1]}/{name}"
+    assert min(read_image(path, size=(224, 224)).size) >= 448
+    pixels = open_pixels(path)
+    assert pixels.size == (25_000, 4_000) and pixels.read(24_990, 25_000, 0, 4_000).max() == 0
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - read) // 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 150
+
+
+@pytest.mark.parametrize("dtype, classes", [(np.uint8, 2), (np.uint8, 7), (np.uint8, 256), (np.uint16, 900)])
+def test_masks_are_written_without_a_copy(dtype, classes, tmp_path, everything_is_large):
+    mask = large.blank(SIZE[::-1], dtype)
     assert isinstance(mask, np.memmap)
-    mask[:] = np.random.default_rng(1).integers(0, 7 if dtype == np.uint8 else 900, mask.shape)
-    palette = [(10 * i, 5, 255 - i) for i in range(7)]
+    mask[:] = np.random.default_rng(1).integers(0, classes, mask.shape)
+    mask[0] = 255  # no class
+    palette = [(i % 250, 5, 255 - i % 250) for i in range(classes)]
     with open(tmp_path / "m.png", "wb") as file:
-        pixels.write_mask(file, mask, palette)
-    with Image.open(tmp_path / "m.png") as image:
-        image.load()
-        np.testing.assert_array_equal(np.asarray(image), mask)
-        assert image.mode == ("P" if dtype == np.uint8 else "I;16")
-        if image.mode == "P":
-            assert image.getpalette()[:21] == [c for colour in palette for c in colour]
+        large.write_mask(file, mask, palette)
+    with Image.open(tmp_path / "m.png") as saved:
+        np.testing.assert_array_equal(np.asarray(saved), mask)
+        assert saved.mode == ("P" if dtype == np.uint8 else "I;16")
+        if saved.mode == "P":
+            assert saved.getpalette()[: 3 * classes] == [c for colour in palette for c in colour]

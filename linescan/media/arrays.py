@@ -1,0 +1,121 @@
+"""Images as arrays of their own depth, alpha and profile kept: what restoration reads and writes."""
+
+import io
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from PIL import Image
+from PIL.ExifTags import Base
+
+from ..errors import BrokenImage, InputError
+from . import vips
+from .images import check_whole, one_line, open_file
+from .pixels import upright
+
+__all__ = ["ImageFacts", "read_array", "write_array"]
+
+_KEPT = {"L", "LA", "RGB", "RGBA", "I;16", "I", "F"}  # modes that are arrays as they are; the others are colours
+_DESCRIPTIVE = {Base.ImageDescription, Base.Make, Base.Model, Base.Software, Base.DateTime, Base.Artist}
+_DESCRIPTIVE |= {Base.Copyright, Base.ExifOffset, Base.GPSInfo}
+_DEEP = {np.dtype(np.uint16): {"PNG", "TIFF"}, np.dtype(np.float32): {"TIFF"}}  # formats of more than 8 bits
+
+
+class ImageFacts(NamedTuple):
+    """What a file says beside its pixels.
+
+    Attributes:
+        icc: the colour profile.
+        exif: the EXIF data, without an orientation: the pixels are upright.
+    """
+
+    icc: bytes | None = None
+    exif: bytes | None = None
+
+
+def read_array(path: str | Path) -> tuple[np.ndarray, ImageFacts]:
+    """An image file as an array (H, W, C), upright, in the depth of the file, and what else the file says.
+
+    C is 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 (RGB and alpha); of TIFF files with other channels it is what they
+    have. The type is uint8, uint16 (PNG and TIFF files of 16 bits), or that of a TIFF file: int32, float32, ...
+    Palettes, CMYK, YCbCr, HSV and LAB become RGB of 8 bits; bits become 0 and 255.
+
+    Raises:
+        BrokenImage: it cannot be read, it has more than 180 million pixels, or it holds colours of 16 bits and the
+            extra `large` is not installed; the message starts with the path.
+    """
+    try:
+        array, facts = _read(path)
+    except BrokenImage:
+        if not (_is_tiff(path) and vips.is_installed()):
+            raise
+        with one_line(path):  # TIFF files of channels and depths that Pillow does not know
+            array, facts = vips.read(path), ImageFacts()
+    return (array[..., None] if array.ndim == 2 else array), facts
+
+
+def _read(path: str | Path) -> tuple[np.ndarray, ImageFacts]:
+    with open_file(path) as image:
+        check_whole(image.size)
+        if _is_deep_colour(image):
+            array = vips.read(path)
+        else:
+            image.load()
+            array = np.array(_plain(upright(image)))
+        exif = image.getexif()
+        exif.pop(Base.Orientation, None)
+        if image.format == "TIFF":  # whose tags are also those that say how the pixels are coded
+            for tag in set(exif) - _DESCRIPTIVE:
+                del exif[tag]
+        return array, ImageFacts(image.info.get("icc_profile") or None, exif.tobytes() if len(exif) else None)
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    """In a mode of which numpy makes an array of grey or of colours."""
+    if "transparency" in image.info or (image.has_transparency_data and image.mode not in _KEPT):
+        return image.convert("LA" if image.mode in ("1", "L", "La") else "RGBA")
+    if image.mode.startswith("I;16"):
+        return Image.fromarray(np.asarray(image).astype(np.uint16))
+    return image if image.mode in _KEPT else image.convert("L" if image.mode == "1" else "RGB")
+
+
+def _is_tiff(path: str | Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+    except OSError:
+        return False
+
+
+def _is_deep_colour(image: Image.Image) -> bool:
+    """Whether the file holds colours of 16 bits, of which Pillow would keep eight."""
+    coded = image.tile[0].args if image.tile else ""
+    coded = coded if isinstance(coded, str) else (coded or ("",))[0]
+    return not image.mode.startswith("I") and ";16" in str(coded)
+
+
+def write_array(file: BinaryIO, array: np.ndarray, facts: ImageFacts = ImageFacts(), format: str = "PNG") -> None:
+    """Writes an array as `read_array` gives it, with its profile and EXIF data.
+
+    Args:
+        file: open for writing; `linescan.engine.atomic` gives one that is whole or absent.
+        array: (H, W, C) or (H, W); uint8; uint16 for PNG and TIFF; float32 for TIFF.
+        facts: what else the file should say. TIFF files of colours of 16 bits get the profile only.
+        format: "PNG", "TIFF", "JPEG" or "WEBP".
+
+    Raises:
+        InputError: the format cannot hold the array, or colours of more than 8 bits without the extra `large`.
+    """
+    array = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
+    if array.dtype != np.uint8 and format not in _DEEP.get(array.dtype, ()):
+        raise InputError(f"{format} files do not hold {array.dtype}; PNG and TIFF hold uint16, TIFF holds float32")
+    if array.ndim == 3 and array.shape[2] in (2, 4) and format == "JPEG":
+        raise InputError("JPEG files hold no alpha; PNG, TIFF and WEBP files do")
+    if array.ndim == 3 and array.dtype != np.uint8:
+        file.write(vips.encode(array, format, facts.icc, facts.exif))
+        return
+    buffer = io.BytesIO()  # some of Pillow's encoders read back what they have written
+    said = {name: value for name, value in (("icc_profile", facts.icc), ("exif", facts.exif)) if value}
+    said |= {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(format, {})
+    Image.fromarray(np.ascontiguousarray(array)).save(buffer, format, **said)
+    file.write(buffer.getbuffer())

@@ -1,0 +1,143 @@
+"""Images of any size from the top down, a few rows at a time, by libvips (the `large` extra)."""
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Iterator, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from ..errors import InputError
+from .pixels import to_bytes, to_mode
+
+__all__ = ["ROWS", "WHOLE", "encode", "is_installed", "read", "reads", "strips", "Strips"]
+
+ROWS = 256
+"""How many rows are decoded at a time."""
+
+WHOLE = 180_000_000
+"""Pixels of the largest image that is ever decoded as a whole."""
+
+_FORMATS = {"JPEG", "MPO", "PNG", "TIFF", "WEBP"}  # that libvips decodes to the same values as Pillow
+_MODES = {"1": "L", "L": "L", "LA": "LA", "P": "RGB", "RGB": "RGB", "RGBA": "RGBA", "CMYK": "CMYK"}
+_MODES |= dict.fromkeys(["I;16", "I;16B", "I", "F"], "L")
+_TYPES = {"uchar": np.uint8, "char": np.int8, "ushort": np.uint16, "short": np.int16, "uint": np.uint32}
+_TYPES |= {"int": np.int32, "float": np.float32, "double": np.float64}
+_MODE_OF_BANDS = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+
+
+def is_installed() -> bool:
+    """Whether pyvips and libvips are there."""
+    try:
+        import pyvips  # noqa: F401
+    except (ImportError, OSError):  # OSError: the package without the library
+        return False
+    return True
+
+
+def reads(image: Image.Image) -> bool:
+    """Whether `strips` gives what Pillow would, of a file that Pillow has opened."""
+    return image.format in _FORMATS and image.mode in _MODES
+
+
+def _open(path: str | Path, access: str):
+    import pyvips
+
+    source = pyvips.Source.new_from_file(str(path))  # not the path: in that, brackets would be options
+    return pyvips.Image.new_from_source(source, "", access=access, fail_on="error")
+
+
+class Strips(NamedTuple):
+    """An image that is decoded from the top down.
+
+    Attributes:
+        size: (height, width), upright.
+        rows: bytes (rows, W), or (rows, W, channels), one strip after the other.
+    """
+
+    size: tuple[int, int]
+    rows: Iterator[np.ndarray]
+
+
+def strips(path: str | Path, channels: int = 3, rows: int = ROWS) -> Strips:
+    """The image in a file, upright, mapped as by `to_mode`, `rows` rows at a time.
+
+    Memory does not grow with the height of the image, unless the file is interlaced or progressive; such files may hold
+    up to `WHOLE` pixels.
+
+    Raises:
+        InputError: libvips cannot read it, or it has channels that are no colours.
+    """
+    with _one_line():
+        image = _open(path, "sequential")
+        if image.get_typeof("interlaced") and image.width * image.height > WHOLE:
+            raise InputError(f"interlaced or progressive, and of more than {WHOLE / 1e6:.0f} million pixels")
+        if image.get_typeof("orientation") and image.get("orientation") > 1:
+            image = _open(path, "random").autorot()
+        mode = "CMYK" if image.interpretation == "cmyk" else _MODE_OF_BANDS.get(image.bands)
+        if mode is None or image.format not in _TYPES:
+            raise InputError(f"an image of {image.bands} channels of {image.format}")
+    return Strips((image.height, image.width), _decode(image, mode, path, channels, rows))
+
+
+def _decode(image, mode: str, path: str | Path, channels: int, rows: int) -> Iterator[np.ndarray]:
+    import pyvips
+
+    with _one_line():
+        kind, limits = _TYPES[image.format], None
+        if kind not in (np.uint8, np.uint16):
+            whole = _open(path, "sequential").stats()
+            limits = kind(whole(0, 0)[0]), kind(whole(1, 0)[0])
+        region = pyvips.Region.new(image)
+        for top in range(0, image.height, rows):
+            size = image.width, min(rows, image.height - top)
+            part = np.frombuffer(region.fetch(0, top, *size), kind).reshape(size[1], size[0], image.bands)
+            strip = Image.frombytes(mode, size, to_bytes(part, limits).tobytes())
+            yield np.asarray(to_mode(strip, channels))
+
+
+def read(path: str | Path) -> np.ndarray:
+    """The whole image in a file as it is, upright: (H, W, C).
+
+    Raises:
+        InputError: libvips cannot read it, it has more than `WHOLE` pixels, or pyvips is not installed.
+    """
+    _require()
+    with _one_line():
+        image = _open(path, "random").autorot()
+        if image.width * image.height > WHOLE:
+            raise InputError(f"more than {WHOLE / 1e6:.0f} million pixels")
+        return image.numpy().reshape(image.height, image.width, image.bands)
+
+
+def encode(array: np.ndarray, format: str, icc: bytes | None, exif: bytes | None) -> bytes:
+    """The bytes of a file ("PNG" or "TIFF") that holds `array` (H, W, C) in its depth. Raises InputError."""
+    _require()
+    import pyvips
+
+    with _one_line():
+        image = pyvips.Image.new_from_array(np.ascontiguousarray(array))
+        image = image.copy(interpretation="rgb16" if array.shape[2] > 2 else "grey16")
+        for name, content in (("icc-profile-data", icc), ("exif-data", exif)):
+            if content:
+                image.set_type(pyvips.GValue.blob_type, name, content)
+        keep = "icc" if exif is None else "icc,exif"  # it would make EXIF data of its own
+        depth = {"bitdepth": 16} if format == "PNG" else {}
+        return image.write_to_buffer(f".{format.lower()}", keep=keep, **depth)
+
+
+def _require() -> None:
+    if not is_installed():
+        raise InputError("colours of 16 bits take pyvips; `pip install 'linescan[large]'` installs it")
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """What libvips says of an error, in a line."""
+    import pyvips
+
+    try:
+        yield
+    except pyvips.Error as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise InputError(lines[-1] if lines else "cannot be decoded") from None
