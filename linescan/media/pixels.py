@@ -142,7 +142,9 @@ def from_array(array: np.ndarray | Tensor) -> Image.Image:
     Raises:
         InputError: another shape or type, or values outside these ranges.
     """
+    shape, shapes = tuple(getattr(array, "shape", ())), "(H, W) and (H, W, 1 or 3 or 4)"
     if isinstance(array, Tensor):
+        shapes = "(H, W) and (1 or 3 or 4, H, W)"
         if array.is_meta or array.is_quantized or array.layout != torch.strided:
             kind = "meta" if array.is_meta else "quantized" if array.is_quantized else "sparse"
             raise InputError(f"an image is a dense tensor with values, not a {kind} one")
@@ -156,9 +158,7 @@ def from_array(array: np.ndarray | Tensor) -> Image.Image:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if 0 in array.shape or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
-        raise InputError(
-            f"an array of shape {array.shape} is not an image; (H, W) and (H, W, 1 or 3 or 4) are, as tensors (C, H, W)"
-        )
+        raise InputError(f"an array of shape {shape} is not an image; {shapes} are")
     if array.dtype.kind not in "buif":
         raise InputError(f"an image holds real numbers; this array holds {array.dtype}")
     array = np.ascontiguousarray(array, array.dtype.newbyteorder("="))

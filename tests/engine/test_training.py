@@ -186,7 +186,7 @@ def test_broken_pictures_are_left_out_and_named(pictures, tmp_path, capsys):
     scores = training.run()
     assert scores.images + len(scores.broken) == 12
     said = capsys.readouterr().err
-    assert said.count("circle/3.png: not a picture") == said.count("square/5.png: not a picture") == 1
+    assert said.count("circle/3.png: not an image") == said.count("square/5.png: not an image") == 1
 
 
 def test_fine_tuning_keeps_the_features_and_not_the_classifier(tmp_path, trained, pictures):

@@ -70,12 +70,12 @@ def test_half_precision_is_close(classify, trained, digit):
 @pytest.mark.parametrize(
     "picture, said",
     [
-        (np.zeros((8, 8, 5), np.uint8), "shape (8, 8, 5) is not a picture"),
-        (np.zeros((0, 8), np.uint8), "shape (0, 8) is not a picture"),
-        (torch.zeros(2, 8, 8), "shape (8, 8, 2) is not a picture"),
+        (np.zeros((8, 8, 5), np.uint8), "shape (8, 8, 5) is not an image"),
+        (np.zeros((0, 8), np.uint8), "shape (0, 8) is not an image"),
+        (torch.zeros(2, 8, 8), "shape (2, 8, 8) is not an image; (H, W) and (1 or 3 or 4, H, W)"),
         (np.full((8, 8), np.nan), "NaN"),
-        (np.full((8, 8), 200.0), "0..1"),
-        (np.zeros((8, 8), np.int64), "int64"),
+        (np.full((8, 8), -2.0), "0..1"),
+        (np.full((8, 8), 300), "int64"),
         (7, "not int"),
     ],
 )
