@@ -1,12 +1,67 @@
 """linescan: linear-time vision models (Mamba, RWKV, gated linear attention) for timm, OpenMMLab and the command line.
 
-`import linescan` registers every model: `linescan.create_model(NAME)` builds those of all tasks, and
-`timm.create_model("vim_tiny_patch16_224")` the classifiers.
+`linescan.create_model(NAME)` builds the models of all tasks; after `import linescan`, in any order with `import timm`,
+`timm.create_model("vim_tiny_patch16_224")` builds the classifiers.
+
+Importing this package imports neither torch nor timm: its names are looked up when they are used, and the models are
+registered as soon as timm is there. `linescan --help` is quick for that reason.
 """
 
-from . import backbones, heads  # noqa: F401  (register the models)
-from .checkpoint import CheckpointError, load_checkpoint, read_state_dict
-from .zoo import create_model, list_models
+import sys
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .checkpoint import load_checkpoint, read_state_dict
+    from .errors import CheckpointError
+    from .zoo import create_model, list_models
 
 __version__ = "0.1.0"
 __all__ = ["CheckpointError", "create_model", "list_models", "load_checkpoint", "read_state_dict"]
+
+_HOMES = {
+    "CheckpointError": "errors",
+    "create_model": "zoo",
+    "list_models": "zoo",
+    "load_checkpoint": "checkpoint",
+    "read_state_dict": "checkpoint",
+}
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    if not name.startswith("_") and find_spec(f"{__name__}.{name}"):
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _AfterTimm(MetaPathFinder):
+    """Registers the models at the end of the first `import timm`."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "timm":
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is not None:
+            run = spec.loader.exec_module
+
+            def exec_module(module):
+                run(module)
+                import_module(".backbones", __name__)
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+if "timm" in sys.modules:
+    import_module(".backbones", __name__)
+else:
+    sys.meta_path.insert(0, _AfterTimm())

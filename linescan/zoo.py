@@ -19,8 +19,8 @@ wins; `args`, `preprocess` and `metrics` are merged.
     )
 
 Backbones register through `linescan.backbones.contract.register`, which adds timm's entry points; whole models of other
-tasks call `register` here and need no timm. This module is below all families and imports none of them: importing
-`linescan` does.
+tasks call `register` here and need no timm. This module is below all families: it knows only the packages that hold
+them, which are imported at the first question.
 """
 
 import re
@@ -28,6 +28,7 @@ from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from hashlib import sha256
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Callable, Mapping
 
@@ -151,7 +152,16 @@ class Entry:
         return {"model": self.name, **own, "tags": there, "terms": self.terms, "weights": self.address}
 
 
+PACKAGES = ("linescan.backbones", "linescan.heads")
+"""What registers models when it is imported."""
+
 _ENTRIES: dict[str, dict[str, Entry]] = {}  # by name, then by tag; the first tag is the default
+
+
+def _registered() -> dict[str, dict[str, Entry]]:
+    for package in PACKAGES:
+        import_module(package)
+    return _ENTRIES
 
 
 def register(cls: type | None, models: Mapping[str, Mapping], **common) -> list[Entry]:
@@ -193,13 +203,14 @@ def find(name: str) -> Entry:
     Raises:
         InputError: no such model or tag; near names are given.
     """
+    known_models = _registered()
     model, _, tag = name.partition(".")
-    if model not in _ENTRIES:
-        near = get_close_matches(name, _ENTRIES, 3)
+    if model not in known_models:
+        near = get_close_matches(name, known_models, 3)
         raise InputError(
             f"unknown model {name!r}; " + (f"near it: {', '.join(near)}" if near else "`linescan list` shows all")
         )
-    known = _ENTRIES[model]
+    known = known_models[model]
     if tag and tag not in known:
         there = ", ".join(t for t in known if t)
         raise InputError(f"{model} has no tag {tag!r}; " + (f"there are: {there}" if there else "it has none"))
@@ -209,7 +220,8 @@ def find(name: str) -> Entry:
 def is_model(name: str) -> bool:
     """Whether `name`, or `name.tag`, is registered."""
     model, _, tag = name.partition(".")
-    return model in _ENTRIES and (not tag or tag in _ENTRIES[model])
+    known = _registered().get(model)
+    return known is not None and (not tag or tag in known)
 
 
 def tags(name: str) -> list[Entry]:
@@ -229,7 +241,7 @@ def entries(pattern: str = "", task: str | None = None, licence: str | None = No
     Raises:
         InputError: no model of any kind has this task, or there is no such licence.
     """
-    every = [next(iter(by_tag.values())) for by_tag in _ENTRIES.values()]
+    every = [next(iter(by_tag.values())) for by_tag in _registered().values()]
     if task is not None and task not in (there := sorted({e.task for e in every})):
         raise InputError(f"no model is for the task {task!r}; there are: {', '.join(there)}")
     named = {word.lower() for pair in LICENCES.items() for word in pair}

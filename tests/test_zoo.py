@@ -1,6 +1,8 @@
 """The zoo: its facts are complete, every entry builds, tags decide, and timm's configurations say the same."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -167,3 +169,29 @@ def test_weights_without_an_address_say_where_they_are():
         assert "linescan.load_checkpoint(model, PATH)" in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(InputError, match="no weights of local_vssm_tiny.in1k are published"):
         timm.create_model("local_vssm_tiny", pretrained=True)
+
+
+@pytest.mark.parametrize(
+    "program", ["import timm, linescan", "import linescan; from timm.models import *; import timm"]
+)
+def test_models_are_registered_in_any_order_of_imports(program):
+    check = "; assert timm.is_model('vim_tiny_patch16_224') and len(linescan.list_models()) > 50"
+    done = subprocess.run([sys.executable, "-c", f"{program}{check}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_linescan_imports_neither_torch_nor_timm():
+    program = "import linescan, sys; assert not {'torch', 'timm', 'numpy'} & sys.modules.keys(); linescan.scans.routes"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_public_api():
+    assert set(linescan.__all__) <= set(dir(linescan))
+    assert sorted(linescan.__all__) == [
+        "CheckpointError", "create_model", "list_models", "load_checkpoint", "read_state_dict",
+    ]  # fmt: skip
+    for name in linescan.__all__:
+        assert getattr(linescan, name).__doc__
+    with pytest.raises(AttributeError, match="no attribute 'creat_model'"):
+        linescan.creat_model
