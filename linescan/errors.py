@@ -2,7 +2,7 @@
 
 import re
 
-__all__ = ["BrokenImage", "BrokenVideo", "CheckpointError", "Diverged", "InputError", "visible"]
+__all__ = ["BrokenImage", "BrokenVideo", "CheckpointError", "DamagedVideo", "Diverged", "InputError", "visible"]
 
 
 class InputError(ValueError):
@@ -15,6 +15,10 @@ class BrokenImage(InputError):
 
 class BrokenVideo(InputError):
     """A file or folder that cannot be read as a video."""
+
+
+class DamagedVideo(UserWarning):
+    """A warning: a video is read in part, for its file is cut short or damaged; it says how many frames there are."""
 
 
 class CheckpointError(RuntimeError):

@@ -1,39 +1,45 @@
-"""Videos as clips: which frames are looked at, how they are cropped, and how they are read.
+"""Videos as clips: which frames are used, how they are cropped, and how they are read.
 
-A video is a file of any format that FFmpeg knows (read by PyAV, the `video` extra), or a folder of pictures.
-Only the frames that are looked at are ever kept, and those as the model's crops: memory does not grow with the video.
+A video is a file of any format that FFmpeg knows (read by PyAV, the `video` extra), or a folder of images.
+Only the frames that are used are ever kept, and those as the model's crops: memory does not grow with the video.
 """
 
+import math
+import os
 import re
-from bisect import bisect_left, bisect_right
+import warnings
+from abc import ABC, abstractmethod
+from array import array
+from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ..errors import BrokenVideo, InputError
-from .images import find_images, read_image, to_mode
+from ..errors import BrokenImage, BrokenVideo, DamagedVideo, InputError
+from .find import find_videos
+from .formats import CONTAINERS, is_hidden, is_image, is_video
+from .images import read_image
+from .pixels import to_mode
 from .preprocess import Preprocess
+from .vips import WHOLE
 
 __all__ = ["Views", "segments", "crop_boxes", "find_videos", "is_video", "open_video", "Clips"]
 
-_SUFFIXES = frozenset(
-    ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .ts .m2ts .mts .wmv .flv .ogv .3gp .mxf .vob .y4m".split()
-)
-
 
 class Views(NamedTuple):
-    """How often a video is looked at: `clips` times, each a little later, in `crops` places each."""
+    """Number of views of a video: `clips` in time, each a little later, times `crops` in space."""
 
     clips: int = 1
     crops: int = 1
 
     @property
     def count(self) -> int:
-        """All in all."""
+        """Of all views."""
         return self.clips * self.crops
 
     @classmethod
@@ -85,134 +91,329 @@ def crop_boxes(size: tuple[int, int], target: tuple[int, int], crops: int = 1, c
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
-def is_video(path: str | Path) -> bool:
-    """Whether the name of a file is that of a video."""
-    return Path(path).suffix.lower() in _SUFFIXES
-
-
-def find_videos(folder: str | Path) -> list[Path]:
-    """Every video file in `folder` and below it, and every folder there (or `folder` itself) that holds pictures."""
-    files = [p for p in Path(folder).rglob("*") if is_video(p) and p.is_file()]
-    return sorted(files + list({p.parent for p in find_images(folder)}))
-
-
-def open_video(path: str | Path) -> "FrameFolder | VideoFile":
+def open_video(path: str | Path, strict: bool = False) -> "FrameFolder | VideoFile":
     """The video at `path`: a file, or a folder of frames.
 
+    A video that is cut short or damaged is read as far as it can be decoded, and a `DamagedVideo` warning says how many
+    frames that are.
+
+    Args:
+        strict: refuse such a video.
+
     Raises:
-        BrokenVideo: it cannot be read, or holds no frame.
+        BrokenVideo: it cannot be read, holds no frame, or, if `strict`, fewer frames than it promises.
         InputError: PyAV is needed and not installed.
     """
-    return FrameFolder(path) if Path(path).is_dir() else VideoFile(path)
+    return FrameFolder(path, strict) if Path(path).is_dir() else VideoFile(path, strict)
 
 
-class FrameFolder:
-    """The pictures of a folder, in the order of their names; numbers in names count as numbers."""
+class _Video(ABC):
+    """Frames that are read one after the other; memory does not grow with their number.
 
-    def __init__(self, path: str | Path):
-        def by_number(file: Path) -> list:
-            return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file.name)]
+    Attributes:
+        path: of the file or folder.
+        rate: frames in a second, on average; None where that is not known.
+    """
 
-        self.files = sorted((p for p in find_images(path) if p.parent == Path(path)), key=by_number)
+    rate: Fraction | None = None
+
+    def __init__(self, path: str | Path, strict: bool):
+        self.path, self.strict = path, strict
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def _read(self, indices: Sequence[int], channels: int) -> Iterator[tuple[int, Any]]:
+        """Frames with their numbers, in order: for each index those from some place before it on, up to it."""
+
+    def _show(self, frame: Any, channels: int) -> Image.Image:
+        return frame
+
+    def images(self, indices: Sequence[int], channels: int) -> Iterator[Image.Image]:
+        """The frames with these indices (ascending), upright, with so many channels (see `to_mode`).
+
+        In place of a frame that cannot be read comes the one before it, or else the one after it; at the end a
+        `DamagedVideo` warning says how many frames could be read.
+
+        Raises:
+            BrokenVideo, BrokenImage: no frame can be read; or, of a `strict` video, one cannot.
+        """
+        with _one_line(self.path):
+            frames = self._read(indices, channels)
+            number, frame, ahead, missing = -1, None, None, 0
+            for at, i in enumerate(indices):
+                while number < i:
+                    ahead = ahead or next(frames, None)
+                    if ahead is None or ahead[0] > i:
+                        break
+                    (number, frame), ahead = ahead, None
+                if frame is None and ahead is None:
+                    raise BrokenVideo("no frame can be decoded")
+                missing += number != i
+                if missing and (self.strict or at == len(indices) - 1):
+                    self._report(f"{len(indices) - missing} of {len(indices)} frames could be decoded")
+                yield self._show(ahead[1] if frame is None else frame, channels)
+
+    pictures = images
+
+    def _report(self, damage: str) -> None:
+        if self.strict:
+            raise BrokenVideo(f"{self.path}: {damage}")
+        warnings.warn(DamagedVideo(f"{self.path}: {damage}"), stacklevel=3)
+
+
+class FrameFolder(_Video):
+    """The images in a folder, in the order of their names; numbers in names count as numbers."""
+
+    def __init__(self, path: str | Path, strict: bool = False):
+        super().__init__(path, strict)
+
+        def by_number(name: str) -> list:
+            return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name)]
+
+        with _one_line(path):
+            names = sorted(
+                (e.name for e in os.scandir(path) if is_image(e.name) and not is_hidden(e.name)), key=by_number
+            )
+            self.files = [Path(path) / name for name in names if (Path(path) / name).is_file()]
         if not self.files:
-            raise BrokenVideo(f"{path}: a folder without pictures")
+            raise BrokenVideo(f"{path}: a folder without images")
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def pictures(self, indices: Sequence[int], channels: int) -> Iterator[Image.Image]:
-        """The frames with these indices. Raises BrokenImage."""
+    def _read(self, indices: Sequence[int], channels: int) -> Iterator[tuple[int, Image.Image]]:
+        none_yet = None
         for i in indices:
-            yield read_image(self.files[i], channels)
+            try:
+                yield i, read_image(self.files[i], channels)
+                none_yet = False
+            except BrokenImage as error:
+                none_yet = error if none_yet is None else none_yet
+        if none_yet:
+            raise none_yet
 
 
-class VideoFile:
-    """A file that FFmpeg can read. Frames are counted, never estimated from a rate, which need not be constant."""
+class VideoFile(_Video):
+    """A file that FFmpeg can read. Frames are counted, never estimated from a rate, which need not be constant.
 
-    def __init__(self, path: str | Path):
-        try:
-            import av
-        except ImportError:
-            raise InputError("reading videos takes PyAV; `pip install 'linescan[video]'` installs it") from None
-        self._av, self.path = av, path
-        times, keys = [], []
-        with _Reading(av, path) as (container, stream):
-            continuous = not container.format.flags & av.format.Flags.ts_discont.value  # MPEG streams: no
-            for packet in container.demux(stream):
-                if packet.is_corrupt:
-                    raise BrokenVideo(f"{path}: the file ends in the middle of the video")
-                if packet.size and not packet.is_discard:
-                    times.append(packet.pts)
-                    if packet.is_keyframe:
-                        keys.append(packet.pts)
-        if not times:
+    When it is opened, all packets are read and no frame is decoded. Only if a packet is damaged, or if there are fewer
+    of them than the file promises, all frames are decoded once, to count them.
+    """
+
+    def __init__(self, path: str | Path, strict: bool = False):
+        super().__init__(path, strict)
+        with _reading(path) as (container, stream):
+            self.rate = stream.average_rate or None
+            packets = _Packets(container, stream)
+        self._length = len(packets.times)
+        if not self._length:
             raise BrokenVideo(f"{path}: the video holds no frames")
-        self._length = len(times)
         # Where all times are known and true, frames can be reached from the keyframe before them.
-        known = continuous and None not in times and len(set(times)) == len(times)
-        self._times = sorted(times) if known else []
-        self._keys = sorted(keys) if known else []
+        times = np.sort(packets.times)
+        known = packets.ordered and not packets.damage and bool((np.diff(times) > 0).all())
+        self._times, self._keys = (times, np.sort(packets.keys)) if known else (times[:0], times[:0])
+        self._threads = "SLICE" if packets.damage else "AUTO"  # among frames, one that is damaged takes others along
+        if packets.damage:
+            self._count(packets)
+
+    def _count(self, packets: "_Packets") -> None:
+        with _reading(self.path, self._threads) as (container, stream):
+            self._length = sum(1 for _ in _decode(container, stream))
+        if not self._length:
+            raise BrokenVideo(f"{self.path}: none of {packets.promised} frames can be decoded")
+        if self._length < packets.promised:
+            promised = f"{'about ' if packets.uneven else ''}{packets.promised}"
+            self._report(f"{self._length} of {promised} frames can be decoded; {packets.damage}")
+        elif packets.ends_early:
+            self._report(f"{self._length} frames can be decoded; {packets.damage}")
 
     def __len__(self) -> int:
         return self._length
 
-    def pictures(self, indices: Sequence[int], channels: int) -> Iterator[Image.Image]:
-        """The frames with these indices (ascending), upright. Raises BrokenVideo."""
-        for frame in self._frames(indices):
-            yield to_mode(frame.to_image().rotate(frame.rotation, expand=True), channels)
+    def _show(self, frame, channels: int) -> Image.Image:
+        transparent = any(component.is_alpha for component in frame.format.components)
+        image = Image.fromarray(frame.to_ndarray(format="rgba")) if transparent else frame.to_image()
+        return to_mode(image.rotate(frame.rotation, expand=True), channels)
 
-    def _frames(self, indices: Sequence[int]) -> Iterator:
-        with _Reading(self._av, self.path) as (container, stream):
-            stream.thread_type = "AUTO"
-            number, frame = -1, None  # the last decoded
-            decoded = container.decode(stream)
+    def _read(self, indices: Sequence[int], channels: int) -> Iterator[tuple[int, Any]]:
+        with _reading(self.path, self._threads) as (container, stream):
+            frames, number = _decode(container, stream), -1
             for at, i in enumerate(indices):
-                passed = bisect_right(self._keys, self._times[i]) if self._keys else 0
-                if passed and bisect_left(self._times, self._keys[passed - 1]) > number + 1:
-                    container.seek(self._keys[passed - 1], stream=stream)
-                    decoded = container.decode(stream)
-                    frame = next(decoded, None)
-                    number = bisect_left(self._times, frame.pts) if frame and frame.pts in self._times else i + 1
-                    if number > i:  # the file lands elsewhere: from the start, one by one
-                        self._keys = []
-                        yield from self._frames(indices[at:])
+                if number >= i:
+                    continue
+                passed = np.searchsorted(self._keys, self._times[i], "right") if len(self._keys) else 0
+                if passed and self._place(self._keys[passed - 1]) > number + 1:
+                    container.seek(int(self._keys[passed - 1]), stream=stream)
+                    frames = _decode(container, stream)
+                    frame = next(frames, None)
+                    number = None if frame is None else self._place(frame.pts)
+                    if number is None or number > i:  # the file lands elsewhere: from the start, one by one
+                        self._keys = self._keys[:0]
+                        yield from self._read(indices[at:], channels)
                         return
-                while number < i and (following := next(decoded, None)):
-                    frame, number = following, number + 1
-                if frame is None:
-                    raise BrokenVideo(f"{self.path}: no frame can be decoded")
-                yield frame  # the last one again, where some packets held no frame
+                    yield number, frame
+                while number < i and (frame := next(frames, None)):
+                    place = self._place(frame.pts)
+                    number = number + 1 if place is None else place
+                    yield number, frame
+
+    def _place(self, time: int | None) -> int | None:
+        """The number of the frame of this time; None where times are not known."""
+        at = len(self._times) if time is None else int(np.searchsorted(self._times, time))
+        return at if at < len(self._times) and self._times[at] == time else None
 
 
-class _Reading:
-    """An open file and its stream of pictures; what FFmpeg says of a damaged one becomes a line that names it."""
+_TIMED = {"matroska", "flv", "asf", "mxf", "mov"}  # containers that state their duration; others derive it
 
-    def __init__(self, av, path: str | Path):
-        self.av, self.path = av, path
 
-    def __enter__(self):
+class _Packets:
+    """What the packets of a stream tell before any is decoded.
+
+    Attributes:
+        times: (packets,) int64, of the frames in the order of the packets.
+        keys: of the frames that can be decoded without others.
+        ordered: whether all times are known, and run through the whole file.
+        promised: how many frames there should be: at least those of which there is a packet.
+        uneven: whether frames are not evenly spaced, and `promised` is no more than likely.
+        damage: why perhaps not all of them can be decoded, or "".
+        ends_early: whether the file ends within a packet: what should have followed is not known.
+    """
+
+    def __init__(self, container, stream):
+        kind = set(container.format.name.split(","))
+        self.ordered = not container.format.flags & _av().format.Flags.ts_discont.value  # MPEG streams: no
+        times, keys, seen, corrupt, end = array("q"), array("q"), 0, False, -math.inf
+        for packet in _demux(container):
+            if packet is None:  # the file cannot be read on
+                corrupt = True
+                break
+            time = packet.dts if packet.pts is None else packet.pts
+            if time is not None and packet.time_base:
+                end = max(end, float((time + (packet.duration or 0)) * packet.time_base))
+            if packet.stream is not stream or (time is None and not packet.size):  # the last one of a stream is empty
+                continue
+            seen += 1
+            corrupt |= packet.is_corrupt
+            if packet.size and not packet.is_discard:
+                self.ordered &= packet.pts is not None
+                times.append(time or 0)
+                if packet.is_keyframe:
+                    keys.append(time or 0)
+        self.times, self.keys = (np.frombuffer(v, np.int64) if v else np.zeros(0, np.int64) for v in (times, keys))
+        self.promised, self.uneven = len(times) + max(_indexed(stream, kind) - seen, 0), False
+        if self.promised == len(times) and kind & _TIMED and container.duration:
+            start, duration = (v / _av().time_base for v in (container.start_time or 0, container.duration))
+            gap, self.uneven = self._gap(stream)
+            if end - start < duration - 1.5 * gap:
+                self.promised = max(round(duration / gap), len(times) + 1)
+        self.ends_early = "mpegts" in kind and _ends_in_a_packet(container.name)
+        self.damage = "the file is damaged" if corrupt else ""
+        if self.promised > len(times) or self.ends_early:
+            self.damage = "the file is cut short"
+
+    def _gap(self, stream) -> tuple[float, bool]:
+        """Seconds from frame to frame, and whether many frames are spaced otherwise."""
+        gaps = np.diff(np.sort(self.times)) * float(stream.time_base)
+        gaps = gaps[gaps > 0]
+        if not len(gaps):
+            return float(1 / (stream.average_rate or 25)), False
+        usual = np.median(gaps)
+        uneven = np.mean(abs(gaps - usual) > usual / 2) > 0.2
+        return float(gaps.mean() if uneven else usual), bool(uneven)
+
+
+def _indexed(stream, kind: set[str]) -> int:
+    """How many packets of a stream the container lists, 0 where it has no list."""
+    if "mov" in kind:
+        return len(stream.index_entries)  # without those that an edit list leaves out
+    return stream.frames if "avi" in kind else 0
+
+
+def _ends_in_a_packet(url: str) -> bool:
+    """Whether an MPEG transport stream ends within one of its packets, which are all of one length."""
+    path = url.removeprefix("file:")
+    with open(path, "rb") as file:
+        head = file.read(1024)
+    for length, before in ((188, 0), (192, 4), (204, 0)):  # 192: with a time before each
+        if all(head[before + i * length : before + i * length + 1] == b"G" for i in range(4)):
+            return Path(path).stat().st_size % length != 0
+    return False
+
+
+def _demux(container, *streams) -> Iterator:
+    """The packets of a file, of all streams or of some; None in the end if it could not be read to its end."""
+    packets = container.demux(*streams)
+    while True:
         try:
-            # Files only: a playlist that calls itself a video must not make FFmpeg fetch anything.
-            self.container = self.av.open(f"file:{self.path}", options={"protocol_whitelist": "file"})
-        except (self.av.FFmpegError, OSError) as error:
-            raise self._broken(error) from None
-        stream = self.container.streams.best("video")
-        if stream is None:
-            self.container.close()
-            raise BrokenVideo(f"{self.path}: no pictures in it, only sound")
-        return self.container, stream
+            packet = next(packets, None)
+        except _av().FFmpegError:
+            yield None
+            return
+        if packet is None:
+            return
+        yield packet
 
-    def __exit__(self, kind, error, trace):
-        self.container.close()
-        if isinstance(error, (self.av.FFmpegError, OSError)):
-            raise self._broken(error) from None
 
-    def _broken(self, error: Exception) -> BrokenVideo:
-        if Path(self.path).is_file() and not Path(self.path).stat().st_size:
-            return BrokenVideo(f"{self.path}: the file is empty")
-        if isinstance(error, self.av.error.InvalidDataError):
-            return BrokenVideo(f"{self.path}: not a video, or damaged")
-        return BrokenVideo(f"{self.path}: {error.strerror or error}")
+def _decode(container, stream) -> Iterator:
+    """The frames of a stream from where it stands on; what cannot be decoded, or only in part, is left out."""
+    broadcast = container.format.flags & _av().format.Flags.ts_discont.value  # there, marks are no more than suspicions
+    for packet in _demux(container, stream):
+        if packet is not None and packet.is_corrupt and not broadcast:
+            continue  # only a part of it is in the file
+        try:
+            frames = packet.decode() if packet is not None else stream.decode(None)
+        except _av().FFmpegError:
+            continue
+        yield from (frame for frame in frames if not frame.is_corrupt)
+
+
+def _av():
+    try:
+        import av
+    except ImportError:
+        raise InputError("reading videos takes PyAV; `pip install 'linescan[video]'` installs it") from None
+    return av
+
+
+@contextmanager
+def _reading(path: str | Path, threads: str = "AUTO") -> Iterator[tuple]:
+    """An open file and its stream of images; what goes wrong in the block becomes a line that names the file."""
+    av = _av()
+    with _one_line(path):
+        if not Path(path).is_file():
+            raise BrokenVideo("not a file" if Path(path).exists() else "No such file")
+        # Files only, and no playlists: a file that calls itself a video must not make FFmpeg open anything else.
+        options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
+        with av.open(f"file:{path}", container_options=options, metadata_errors="replace") as container:
+            stream = container.streams.best("video")
+            if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
+                sound = container.streams.audio
+                raise BrokenVideo("only sound, no images" if sound else "not a video, or damaged")
+            if stream.width * stream.height > WHOLE:
+                raise BrokenVideo(f"frames of {stream.width}x{stream.height} pixels; {WHOLE // 10**6} million at most")
+            stream.codec_context.options = {"max_pixels": str(WHOLE)}  # of frames that grow on the way
+            stream.thread_type = threads
+            yield container, stream
+
+
+@contextmanager
+def _one_line(path: str | Path) -> Iterator[None]:
+    """Whatever goes wrong with a video in the block becomes a `BrokenVideo` of one line that names it."""
+    try:
+        yield
+    except InputError as error:
+        named = not isinstance(error, BrokenVideo) or str(error).startswith(f"{path}: ")
+        raise error if named else BrokenVideo(f"{path}: {error}") from None
+    except MemoryError:
+        raise BrokenVideo(f"{path}: there is not enough memory to read it") from None
+    except Exception as error:
+        empty = Path(path).is_file() and not Path(path).stat().st_size
+        damaged = type(error).__name__ in ("InvalidDataError", "EOFError", "ArgumentError")
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        reason = "the file is empty" if empty else "not a video, or damaged" if damaged else reason.splitlines()[0]
+        raise BrokenVideo(f"{path}: {reason}") from None
 
 
 # -- clips ------------------------------------------------------------------------------------------------------------
@@ -223,12 +424,13 @@ class Clips:
 
     Args:
         frames: of a clip.
-        preprocess: how the model wants its pictures.
-        views: how often, and in how many places, each video is looked at.
+        preprocess: how the model wants its images.
+        views: how many clips are taken of each video, and how many crops of each clip.
+        strict: refuse videos that are cut short or damaged; see `open_video`.
     """
 
-    def __init__(self, frames: int, preprocess: Preprocess, views: Views = Views()):
-        self.frames, self.preprocess, self.looks = frames, preprocess, Views(*views)
+    def __init__(self, frames: int, preprocess: Preprocess, views: Views = Views(), strict: bool = False):
+        self.frames, self.preprocess, self.looks, self.strict = frames, preprocess, Views(*views), strict
 
     def views(self, path: str | Path, progress: Callable[[float], None] = lambda share: None) -> Iterator[Tensor]:
         """All views of a video, (C, T, H, W) each: of every clip all crops. `progress` gets shares of the reading.
@@ -239,11 +441,11 @@ class Clips:
         channels, *target = self.preprocess.size
         resample = Image.Resampling[self.preprocess.interpolation.upper()]
         mean, std = torch.tensor(self.preprocess.mean), torch.tensor(self.preprocess.std)
-        video = open_video(path)
+        video = open_video(path, self.strict)
         clips = segments(len(video), self.frames, self.looks.clips)
         indices = sorted({i for clip in clips for i in clip})
         kept = {}  # index of a frame -> its crops, bytes (H, W, C)
-        for i, image in zip(indices, video.pictures(indices, channels)):
+        for i, image in zip(indices, video.images(indices, channels)):
             boxes = crop_boxes(image.size, target, self.looks.crops, self.preprocess.crop_pct)
             kept[i] = [np.asarray(image.resize(target[::-1], resample, box)).reshape(*target, -1) for box in boxes]
             progress(1 / len(indices))

@@ -157,7 +157,7 @@ BAD = {
     "truncated checkpoint": (["classify", "PICTURE", "-c", "CUT"], "truncated"),
     "pickle with code": (["classify", "PICTURE", "-m", "vim_tiny_patch16_224", "-c", "BOMB"], "refused"),
     "wrong channel count": (["classify", "PICTURE", "-c", "CHECKPOINT", "--model-arg", "in_chans=3"], "another shape"),
-    "unreadable channel count": (["classify", "PICTURE", "-c", "FIVE"], "5 input channels"),
+    "unreadable channel count": (["classify", "PICTURE", "-c", "FIVE"], "this model expects 5"),
     "image smaller than a patch": (
         ["classify", "PICTURE", "-c", "VIM", "--model-arg", "img_size=4"], "at least 8x8 pixels, not 4x4"
     ),

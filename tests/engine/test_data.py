@@ -92,5 +92,5 @@ def test_unknown_augmentation():
     rgb.transform("rand-m9-mstd0.5-inc1")
     with pytest.raises(InputError, match="unknown augmentation 'rnd'"):
         rgb.transform("rnd")
-    with pytest.raises(InputError, match="for RGB pictures"):
+    with pytest.raises(InputError, match="for RGB images"):
         PREPROCESS.transform("rand-m9-mstd0.5-inc1")
