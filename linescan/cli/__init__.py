@@ -11,10 +11,11 @@ demo.py        demo
 
 import os
 import sys
+import warnings
 from contextlib import suppress
 from importlib import import_module
 
-from linescan.errors import CheckpointError, Diverged, InputError, visible
+from linescan.errors import CheckpointError, DamagedVideo, Diverged, InputError, visible
 
 from .options import app
 
@@ -32,7 +33,10 @@ def main() -> None:
     try:
         if sys.stdout is None:
             raise InputError("standard output is closed")
-        status = app(sys.argv[1:] or ["--help"], prog_name="linescan", standalone_mode=False) or 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", DamagedVideo)
+            warnings.showwarning = _warn
+            status = app(sys.argv[1:] or ["--help"], prog_name="linescan", standalone_mode=False) or 0
         sys.stdout.flush()
     except KeyboardInterrupt:
         status = 130
@@ -43,6 +47,16 @@ def main() -> None:
             raise
         status = _complain(line, 2)
     sys.exit(status)
+
+
+def _warn(message: Warning, category: type[Warning], *where) -> None:
+    """What is wrong with a file of the user, in a line; other warnings as Python has them."""
+    if issubclass(category, DamagedVideo):
+        from linescan.engine.progress import say
+
+        say(("damaged", "yellow"), f" {message}")
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, *where[:2]))
 
 
 def _fixable(error: Exception) -> str | None:
