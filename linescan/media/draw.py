@@ -1,6 +1,8 @@
-"""Drawing what was found into the picture: classes as colours, instances as boxes, and a legend below."""
+"""Drawing what was found over the image: classes as colours, instances as boxes, and a legend below."""
 
 import colorsys
+import unicodedata
+from contextlib import suppress
 from functools import lru_cache
 from typing import Iterable, Sequence
 
@@ -12,7 +14,7 @@ __all__ = ["default_palette", "draw_boxes", "draw_masks"]
 Colour = tuple[int, int, int]
 
 PAPER, INK = (250, 250, 248), (24, 24, 28)
-SMALLEST = 384  # pictures whose longer side is below are enlarged, or no word would fit
+SMALLEST = 384  # images whose longer side is below are enlarged, or no word would fit
 
 
 def default_palette(classes: int) -> list[Colour]:
@@ -31,13 +33,13 @@ def draw_masks(
     opacity: float = 0.5,
     legend_rows: int | None = None,
 ) -> Image.Image:
-    """The picture tinted by the class of each pixel, with a legend: the classes in it and their shares, largest first.
+    """The image tinted by the class of each pixel, with a legend: the classes in it and their shares, largest first.
 
     Args:
         image: a PIL image, or (H, W, 3) bytes, RGB.
         mask: (H, W) class of each pixel; values that are no class (255, for one) stay as they are.
         classes: the names.
-        palette: a colour a class; default: `default_palette`.
+        palette: a colour per class; default: `default_palette`.
         opacity: of the tint, 0 to 1. Borders between classes are drawn in full.
         legend_rows: how many rows the legend has, whatever it holds, as frames of a video need it; default: as many as
             it takes. 0: no legend.
@@ -46,7 +48,7 @@ def draw_masks(
         An RGB image. One whose longer side is below 384 pixels is enlarged by a whole factor.
 
     Raises:
-        ValueError: picture and mask differ in size, or there are fewer colours than classes.
+        ValueError: image and mask differ in size, or the palette has too few colours, or values that are no bytes.
     """
     picture, factor = _canvas(image)
     palette = _palette(palette, classes)
@@ -72,7 +74,7 @@ def draw_boxes(
     *,
     legend_rows: int | None = None,
 ) -> Image.Image:
-    """The picture with a box, a name and a score for each instance, and a legend: how many there are of each class.
+    """The image with a box, a name and a score for each instance, and a legend: how many there are of each class.
 
     Args:
         image: a PIL image, or (H, W, 3) bytes, RGB.
@@ -81,14 +83,14 @@ def draw_boxes(
         scores: (N,) from 0 to 1; None, where there are none (annotations).
         classes: the names.
         masks: for each instance (H, W) bool; taken one by one, so that they can be a generator.
-        palette: a colour a class; default: `default_palette`.
+        palette: a colour per class; default: `default_palette`.
         legend_rows: as for `draw_masks`.
 
     Returns:
         An RGB image. One whose longer side is below 384 pixels is enlarged by a whole factor.
 
     Raises:
-        ValueError: picture and masks differ in size, or there are fewer colours than classes.
+        ValueError: image and masks differ in size, or the palette has too few colours, or values that are no bytes.
     """
     picture, factor = _canvas(image)
     palette = _palette(palette, classes)
@@ -100,17 +102,17 @@ def draw_boxes(
             _tint_instance(pixels, np.asarray(mask, bool), palette[label], factor)
         picture = Image.fromarray(pixels)
     pen, line = ImageDraw.Draw(picture), max(round(max(picture.size) / 450), 1)
-    font = _font(_text_size(picture))
+    font, names = _typeset(classes, _text_size(picture))
     order = range(len(boxes)) if scores is None else np.argsort(np.asarray(scores, float), kind="stable")
     for i in order:  # the best ones last: on top
         colour = palette[labels[i]]
         left, top, right, bottom = boxes[i]
         pen.rectangle((left, top, max(right, left), max(bottom, top)), outline=colour, width=line)
-        name = classes[labels[i]] + ("" if scores is None else f" {scores[i]:.2f}")
+        name = names[labels[i]] + ("" if scores is None else f" {scores[i]:.2f}")
         _tag(pen, picture.size, (left, top), name, colour, font)
     counts = np.bincount(labels, minlength=len(classes)) if labels else np.zeros(len(classes), int)
     shown = [i for i in np.argsort(-counts, kind="stable") if counts[i]]
-    return _with_legend(picture, [(palette[i], f"{classes[i]} ×{counts[i]}") for i in shown], legend_rows)
+    return _with_legend(picture, [(palette[i], f"{classes[i]} · {counts[i]}") for i in shown], legend_rows)
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------
@@ -127,6 +129,8 @@ def _canvas(image: Image.Image | np.ndarray) -> tuple[Image.Image, int]:
 
 def _palette(palette: Sequence[Colour] | None, classes: Sequence[str]) -> list[Colour]:
     palette = default_palette(len(classes)) if palette is None else [tuple(map(int, colour)) for colour in palette]
+    if any(len(colour) != 3 or min(colour) < 0 or max(colour) > 255 for colour in palette):
+        raise ValueError("a palette holds colours (red, green, blue) of 0 to 255 each")
     if len(palette) < len(classes):
         raise ValueError(f"a palette of {len(palette)} colours for {len(classes)} classes")
     return palette
@@ -135,7 +139,7 @@ def _palette(palette: Sequence[Colour] | None, classes: Sequence[str]) -> list[C
 def _check_size(what: str, shape: tuple, picture: Image.Image, factor: int) -> None:
     size = picture.height // factor, picture.width // factor
     if tuple(shape) != size:
-        raise ValueError(f"a {what} of shape {tuple(shape)} for a picture of {size[0]}x{size[1]} (height x width)")
+        raise ValueError(f"a {what} of shape {tuple(shape)} for an image of {size[0]}x{size[1]} (height x width)")
 
 
 def _borders(mask: np.ndarray) -> np.ndarray:
@@ -171,11 +175,34 @@ def _percent(share: float) -> str:
     return "<1 %" if share < 0.01 else f"{100 * share:.0f} %"
 
 
-@lru_cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    import matplotlib
+# Fonts that systems tend to have, for what Pillow's own cannot write: all beyond ASCII.
+_BROAD = "DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "Arial Unicode.ttf", "arial.ttf"
 
-    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
+
+@lru_cache
+def _fonts(size: int, broad: bool) -> list[ImageFont.FreeTypeFont]:
+    """Pillow's own font, and before it, where `broad`, those of the system."""
+    found = []
+    for name in _BROAD if broad else ():
+        with suppress(OSError):
+            found.append(ImageFont.truetype(name, size))
+    return [*found, ImageFont.load_default(size)]
+
+
+def _typeset(texts: Sequence[str], size: int) -> tuple[ImageFont.FreeTypeFont, list[str]]:
+    """A font for some texts, and the texts as it can write them: if need be, letters without their accents."""
+    plain = all(map(_is_plain, texts))
+    fonts = _fonts(size, broad=not plain)
+    return fonts[0], list(texts) if plain or len(fonts) > 1 else list(map(_unaccented, texts))
+
+
+def _is_plain(text: str) -> bool:
+    return text.replace("·", "").isascii()
+
+
+def _unaccented(text: str) -> str:
+    letters = ((letter, unicodedata.normalize("NFKD", letter).encode("ascii", "ignore").decode()) for letter in text)
+    return "".join(letter if _is_plain(letter) else bare or "?" for letter, bare in letters)
 
 
 def _text_size(picture: Image.Image) -> int:
@@ -183,7 +210,7 @@ def _text_size(picture: Image.Image) -> int:
 
 
 def _tag(pen: ImageDraw.ImageDraw, size: tuple, corner: tuple, text: str, colour: Colour, font) -> None:
-    """A word on its colour above `corner`; inside of the picture, where there is no room."""
+    """A word on its colour above `corner`; inside the image, where there is no room."""
     ascent, descent = font.getmetrics()
     width, height = pen.textlength(text, font) + font.size * 0.5, ascent + descent
     x = min(max(corner[0], 0), max(size[0] - width, 0))
@@ -194,15 +221,16 @@ def _tag(pen: ImageDraw.ImageDraw, size: tuple, corner: tuple, text: str, colour
 
 
 def _with_legend(picture: Image.Image, entries: list[tuple[Colour, str]], rows: int | None) -> Image.Image:
-    """The picture, and below it rows of coloured squares with words; what does not fit is counted."""
+    """The image, and below it rows of coloured squares with words; what does not fit is counted."""
     if rows == 0 or (rows is None and not entries):
         return picture
     size = _text_size(picture)
-    font, gap, height = _font(size), round(size * 0.6), round(size * 1.7)
+    gap, height = round(size * 0.6), round(size * 1.7)
+    font, texts = _typeset([text for _, text in entries], size)
     pen = ImageDraw.Draw(picture)
     lines: list[list] = [[]]
     x = gap
-    for colour, text in entries:
+    for (colour, _), text in zip(entries, texts):
         width = size + gap / 2 + pen.textlength(text, font)
         if lines[-1] and x + width + gap > picture.width:
             lines.append([])

@@ -1,10 +1,16 @@
 """Overlays: the colours are where they belong, and nothing is drawn outside of the sheet."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from linescan.media import draw
 from linescan.media.draw import SMALLEST, default_palette, draw_boxes, draw_masks
+
+from ..conftest import ENVIRONMENT
 
 CLASSES, PALETTE = ["left", "right"], [(255, 0, 0), (0, 0, 255)]
 
@@ -59,7 +65,7 @@ def test_boxes_masks_and_words():
     assert plain.size == (500, len(drawn))
 
 
-def test_small_pictures_are_enlarged_and_nothing_is_a_picture_too():
+def test_small_images_are_enlarged_and_nothing_is_an_image_too():
     image = Image.fromarray(grey(20, 30))
     factor = -(-SMALLEST // 30)
     drawn = draw_boxes(image, [(0, 0, 30, 20)], [1], [1.0], CLASSES, [np.ones((20, 30), bool)])
@@ -69,12 +75,43 @@ def test_small_pictures_are_enlarged_and_nothing_is_a_picture_too():
 
 
 def test_wrong_sizes_and_palettes():
-    with pytest.raises(ValueError, match=r"\(40, 50\) for a picture of 400x500"):
+    with pytest.raises(ValueError, match=r"\(40, 50\) for an image of 400x500"):
         draw_masks(grey(), np.zeros((40, 50), int), CLASSES)
     with pytest.raises(ValueError, match="palette of 1 colours for 2"):
         draw_masks(grey(), np.zeros((400, 500), int), CLASSES, PALETTE[:1])
-    with pytest.raises(ValueError, match="for a picture"):
+    with pytest.raises(ValueError, match="for an image"):
         draw_boxes(grey(), [(0, 0, 9, 9)], [0], None, CLASSES, np.zeros((1, 9, 9), bool))
+
+
+@pytest.mark.parametrize("colour", [(0, 0, 256), (-1, 0, 0), (0, 0), (0, 0, 0, 0)])
+def test_colours_are_bytes(colour):
+    with pytest.raises(ValueError, match="0 to 255"):
+        draw_masks(grey(), np.zeros((400, 500), int), CLASSES, [colour, colour])
+
+
+@pytest.mark.parametrize("system", [True, False])
+def test_every_name_is_written(system, monkeypatch):
+    """In letters of their own: no two names look the same, and none like a box for a letter that is missing."""
+    if not system:
+        monkeypatch.setattr(draw, "_BROAD", ())
+    draw._fonts.cache_clear()
+
+    def legend(name):
+        return np.asarray(draw_masks(grey(), np.zeros((400, 500), int), [name, "b"], PALETTE))[400:].tobytes()
+
+    missing = legend("\uffff")
+    words = ["Straße", "Öl", "Ol", "ñandú", "car"] if system else ["Öl", "ñandú", "car"]
+    assert len({missing, *map(legend, words)}) == len(words) + 1
+    if not system:
+        assert legend("Öl") == legend("Ol")
+    draw_boxes(grey(), [(10, 10, 90, 90)], [0], [0.5], ["Straße", "b"])
+    draw._fonts.cache_clear()
+
+
+def test_drawing_needs_no_matplotlib():
+    code = "import sys; sys.modules['matplotlib'] = None\nfrom linescan.media.draw import draw_boxes\n" \
+        "import numpy as np; draw_boxes(np.zeros((9, 9, 3), np.uint8), [(1, 1, 5, 5)], [0], [0.5], ['a'])"  # fmt: skip
+    subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=True)
 
 
 def test_colours_differ():
