@@ -2,7 +2,16 @@
 
 import re
 
-__all__ = ["BrokenImage", "BrokenVideo", "CheckpointError", "DamagedVideo", "Diverged", "InputError", "visible"]
+__all__ = [
+    "BrokenCloud",
+    "BrokenImage",
+    "BrokenVideo",
+    "CheckpointError",
+    "DamagedVideo",
+    "Diverged",
+    "InputError",
+    "visible",
+]
 
 
 class InputError(ValueError):
@@ -19,6 +28,10 @@ class BrokenVideo(InputError):
 
 class DamagedVideo(UserWarning):
     """A warning: a video is read in part, for its file is cut short or damaged; it says how many frames there are."""
+
+
+class BrokenCloud(InputError):
+    """A file that cannot be read as a cloud of points."""
 
 
 class CheckpointError(RuntimeError):
