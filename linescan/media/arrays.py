@@ -72,10 +72,10 @@ def _read(path: str | Path) -> tuple[np.ndarray, ImageFacts]:
 
 def _plain(image: Image.Image) -> Image.Image:
     """In a mode of which numpy makes an array of grey or of colours."""
-    if "transparency" in image.info or (image.has_transparency_data and image.mode not in _KEPT):
-        return image.convert("LA" if image.mode in ("1", "L", "La") else "RGBA")
     if image.mode.startswith("I;16"):
         return Image.fromarray(np.asarray(image).astype(np.uint16))
+    if "transparency" in image.info or (image.has_transparency_data and image.mode not in _KEPT):
+        return image.convert("LA" if image.mode in ("1", "L", "La") else "RGBA")
     return image if image.mode in _KEPT else image.convert("L" if image.mode == "1" else "RGB")
 
 

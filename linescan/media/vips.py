@@ -2,10 +2,11 @@
 
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import Iterator, Mapping, NamedTuple
 
 import numpy as np
 from PIL import Image
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 
 from ..errors import InputError
 from .pixels import to_bytes, to_mode
@@ -37,7 +38,15 @@ def is_installed() -> bool:
 
 def reads(image: Image.Image) -> bool:
     """Whether `strips` gives what Pillow would, of a file that Pillow has opened."""
+    tags = getattr(image, "tag_v2", {})
+    if image.mode[0] in "IF" and ("transparency" in image.info or not _is_ordinary(tags)):
+        return False
     return image.format in _FORMATS and image.mode in _MODES
+
+
+def _is_ordinary(tags: Mapping) -> bool:
+    """Whether the numbers of a TIFF file are whole words, and the larger the brighter; other files have no tags."""
+    return tags.get(PHOTOMETRIC_INTERPRETATION, 1) == 1 and tags.get(BITSPERSAMPLE, (16,))[0] in (16, 32)
 
 
 def _open(path: str | Path, access: str):
@@ -92,6 +101,8 @@ def _decode(image, mode: str, path: str | Path, channels: int, rows: int) -> Ite
         for top in range(0, image.height, rows):
             size = image.width, min(rows, image.height - top)
             part = np.frombuffer(region.fetch(0, top, *size), kind).reshape(size[1], size[0], image.bands)
+            if kind == np.uint16 and image.bands > 1:  # of colours, Pillow reads the upper byte
+                part = (part >> 8).astype(np.uint8)
             strip = Image.frombytes(mode, size, to_bytes(part, limits).tobytes())
             yield np.asarray(to_mode(strip, channels))
 

@@ -373,6 +373,7 @@ def test_large_files_are_reduced_as_they_are_read(suffix, library, tmp_path, all
     assert read_image(tmp_path / f"x.{suffix}", size=(300, 300)).size == (400, 600), "nor where the size is needed"
 
 
+@pytest.mark.slow
 def test_memory_of_large_and_of_long_images(tmp_path):
     """In a process of its own: what classifying takes on top of a small image."""
     Image.new("RGB", (12_000, 8_000), COLOUR).save(tmp_path / "large.jpg")

@@ -10,9 +10,11 @@ from PIL import Image
 
 from linescan.errors import BrokenImage
 from linescan.media import large, vips
+from linescan.media.arrays import write_array
 from linescan.media.images import read_image
 
 from ..conftest import ENVIRONMENT
+from .test_images import tiff
 
 SIZE = 143, 97  # width, height
 
@@ -86,6 +88,36 @@ def test_the_range_of_the_whole_image_counts(values, tmp_path, everything_is_lar
     pixels[:48], pixels[-1, -1] = values  # the largest comes in the last strip
     Image.fromarray(pixels).save(tmp_path / "x.tif")
     assert len(np.unique(agrees(tmp_path / "x.tif"))) > 1
+
+
+@pytest.mark.parametrize("suffix", ["PNG", "TIFF"])
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_colours_of_16_bits(channels, suffix, tmp_path, everything_is_large):
+    pytest.importorskip("pyvips")
+    if (channels, suffix) == (2, "TIFF"):
+        pytest.skip("Pillow reads no such files")
+    values = np.random.default_rng(0).integers(0, 65535, (97, 143, channels)).astype(np.uint16)
+    with open(tmp_path / "x", "wb") as file:
+        write_array(file, values, format=suffix)
+    agrees(tmp_path / "x")
+
+
+@pytest.mark.parametrize("photometric", [0, 1])
+@pytest.mark.parametrize("values", [np.arange(97 * 143) % 251, np.arange(97 * 143) * 4, np.arange(97 * 143) * 10])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32])
+def test_tiff_files_where_zero_may_be_white(dtype, values, photometric, tmp_path, everything_is_large, library):
+    path = tmp_path / "x.tif"
+    try:
+        agrees(tiff(path, values.reshape(97, 143).astype(dtype), photometric=photometric, order="<"))
+    except BrokenImage:
+        assert (dtype, photometric) == (np.uint32, 0), "Pillow reads no such files"
+
+
+@pytest.mark.parametrize("mode", ["L", "I;16"])
+def test_a_transparent_grey(mode, tmp_path, everything_is_large, library):
+    pixels = (np.arange(97 * 143).reshape(97, 143) % 251).astype(np.uint8 if mode == "L" else np.uint16)
+    Image.fromarray(pixels).save(tmp_path / "x.png", transparency=40)
+    agrees(tmp_path / "x.png")
 
 
 @pytest.mark.parametrize("mode", ["LAB", "YCbCr", "PA"])
