@@ -15,14 +15,35 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .checkpoint import load_checkpoint, read_state_dict
-    from .errors import CheckpointError
+    from .errors import BrokenImage, BrokenVideo, CheckpointError, InputError
+    from .tasks.classify import Classifier
+    from .tasks.detect import Detector
+    from .tasks.segment import Segmenter
     from .zoo import create_model, list_models
 
 __version__ = "0.1.0"
-__all__ = ["CheckpointError", "create_model", "list_models", "load_checkpoint", "read_state_dict"]
+__all__ = [
+    "BrokenImage",
+    "BrokenVideo",
+    "CheckpointError",
+    "Classifier",
+    "Detector",
+    "InputError",
+    "Segmenter",
+    "create_model",
+    "list_models",
+    "load_checkpoint",
+    "read_state_dict",
+]
 
 _HOMES = {
+    "BrokenImage": "errors",
+    "BrokenVideo": "errors",
     "CheckpointError": "errors",
+    "Classifier": "tasks.classify",
+    "Detector": "tasks.detect",
+    "InputError": "errors",
+    "Segmenter": "tasks.segment",
     "create_model": "zoo",
     "list_models": "zoo",
     "load_checkpoint": "checkpoint",
@@ -43,18 +64,20 @@ def __dir__() -> list[str]:
 
 
 class _AfterTimm(MetaPathFinder):
-    """Registers the models at the end of the first `import timm`."""
+    """Registers the models at the end of `import timm`. It stays until then: timm may be looked for and not imported."""
 
     def find_spec(self, name, path=None, target=None):
         if name != "timm":
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next((spec for finder in others if (spec := finder.find_spec(name, path, target))), None)
         if spec is not None:
             run = spec.loader.exec_module
 
             def exec_module(module):
                 run(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
                 import_module(".backbones", __name__)
 
             spec.loader.exec_module = exec_module

@@ -49,16 +49,16 @@ def register(cls: type | None, models: Mapping[str, Mapping], **common) -> None:
     for module in {entry.cls.__module__: sys.modules[entry.cls.__module__] for entry in added}.values():
         own = {e.full_name: _timm_cfg(e) for e in added if e.cls.__module__ == module.__name__}
         module.default_cfgs = {**getattr(module, "default_cfgs", {}), **generate_default_cfgs(own)}
-    for name in models:
-        register_model(_entry_point(name))
+    for name, module in {entry.name: entry.cls.__module__ for entry in added}.items():
+        register_model(_entry_point(name, module))
 
 
-def _entry_point(name: str) -> Callable:
+def _entry_point(name: str, module: str) -> Callable:
     def entry_point(pretrained: bool = False, **kwargs) -> nn.Module:
         return create_backbone(name, pretrained, **kwargs)
 
     entry_point.__name__ = entry_point.__qualname__ = name
-    entry_point.__module__ = zoo.find(name).cls.__module__
+    entry_point.__module__ = module
     return entry_point
 
 

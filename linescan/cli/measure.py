@@ -11,7 +11,7 @@ from rich.table import Table
 from linescan.engine.progress import progress_bar, show, show_table
 from linescan.errors import InputError
 
-from .options import Device, Model, ModelArgs, Precision, command, model_args, number
+from .options import Device, Floats, Model, ModelArgs, Precision, command, model_args, number
 
 
 @command(
@@ -25,7 +25,7 @@ def benchmark(
     batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="Images in a pass.")] = 1,
     train_step: Annotated[bool, typer.Option("--train", help="Forward and backward, not the forward alone.")] = False,
     device: Device = None,
-    numbers: Annotated[Precision, typer.Option("--precision", help="Compute in this precision.")] = Precision.fp32,
+    numbers: Precision = Floats.fp32,
     threads: Annotated[int, typer.Option(min=1, help="Threads on a CPU.")] = 1,
     to: Annotated[Path, typer.Option("--out", "-o", help="OUT.json and OUT.png are written.")] = Path("runs/benchmark"),
 ):

@@ -80,7 +80,7 @@ Workers = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-class Precision(str, Enum):
+class Floats(str, Enum):
     """Names of floating-point types."""
 
     fp32 = "fp32"
@@ -93,6 +93,9 @@ class Precision(str, Enum):
         import torch
 
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.value]
+
+
+Precision = Annotated[Floats, typer.Option("--precision", help="Compute in this precision.")]
 
 
 # -- reading them, and printing ---------------------------------------------------------------------------------------

@@ -1,147 +1,90 @@
-"""Models applied to files: a line, masks or boxes for each."""
+"""Models applied to files: labels, masks or boxes for each."""
 
+import io
 import json
+import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Callable, Optional
 
 import typer
 
 from linescan.engine.progress import progress_bar, say, show
 from linescan.errors import InputError
 
-from .options import Batch, Checkpoint, Device, Json, Model, ModelArgs, Precision, command, model_args
+from .options import Batch, Checkpoint, Device, Floats, Json, Model, ModelArgs, Precision, command, model_args
 
-
-@command(
-    "linescan classify cat.jpg --model vim_tiny_patch16_224",
-    "linescan classify runs/demo/images --checkpoint runs/demo/model.safetensors --topk 3",
-    "linescan classify *.png --checkpoint model.safetensors --json > guesses.json",
-    "linescan classify clip.mp4 --model videomamba_video_tiny_patch16_224.k400_f16 --views 4x3",
-)
-def classify(
-    paths: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="PATH...",
-            help="Picture files, and folders of them. For a model of videos: video files, folders of them, and folders "
-            "of frames.",
-        ),
-    ],
-    model: Model = None,
-    checkpoint: Checkpoint = None,
-    topk: Annotated[int, typer.Option("--topk", "-k", min=1, help="How many guesses for each picture or video.")] = 5,
-    views: Annotated[
-        Optional[str],
-        typer.Option(
-            metavar="CLIPSxCROPS",
-            help="Look at each video several times, as in 4x3: four clips, three crops of each. Default: 1x1.",
-        ),
-    ] = None,
-    device: Device = None,
-    precision: Annotated[Precision, typer.Option(help="Compute in this precision.")] = Precision.fp32,
-    batch: Batch = 32,
-    model_arg: ModelArgs = None,
-    as_json: Json = False,
-):
-    """Say what pictures and videos show. A broken one is named and skipped; the exit status is then 1."""
-    from linescan.media.images import find_images
-    from linescan.media.video import Views, find_videos, is_video
-    from linescan.tasks.classify import Classifier
-
-    for path in paths:
-        if not path.exists():
-            raise InputError(f"{path} does not exist")
-    args = model_args(model_arg) | {"views": Views.parse(views) if views else None}
-    classifier = Classifier(model, checkpoint, device=device, dtype=precision.dtype, batch=batch, **args)
-    kind, find = ("video", find_videos) if classifier.clips else ("image", find_images)
-    files: list[Path] = []
-    for path in paths:
-        if kind == "image" and is_video(path):
-            raise InputError(
-                f"{path} is a video, and {classifier.card.model} reads pictures; try one of `linescan list video_`"
-            )
-        inside = find(path) if path.is_dir() else [path]
-        if not inside:
-            raise InputError(f"{path} holds no {'videos' if classifier.clips else 'pictures'}")
-        files += inside
-    results, broken, done = [], 0, 0.0
-    with progress_bar("classifying", len(files)) as advance:
-
-        def progress(share: float):
-            nonlocal done
-            done += share
-            advance(share)
-
-        for i, (path, answer) in enumerate(zip(files, classifier.each(files, progress)), 1):
-            progress(i - done)
-            if isinstance(answer, InputError):
-                broken += 1
-                results.append({kind: str(path), "error": str(answer)})
-                say(("skipped", "yellow"), f" {answer}")
-                continue
-            [guesses] = classifier.name(answer[None], topk)
-            results.append({kind: str(path), "guesses": [g._asdict() for g in guesses]})
-            if not as_json:
-                show(f"{path}: " + ", ".join(f"{g.label} {100 * g.probability:.1f} %" for g in guesses))
-    if as_json:
-        print(json.dumps(results, indent=2))
-    raise typer.Exit(1 if broken else 0)
-
+if TYPE_CHECKING:
+    from linescan.tasks.tool import Outcome, Tool, Writer
 
 Sources = Annotated[
-    list[str], typer.Argument(metavar="PATH...", help="Pictures, videos, folders of them, and patterns with * and **.")
+    list[str],
+    typer.Argument(
+        metavar="PATH...",
+        help="Images, videos, folders of them, patterns with * and **; - for a list on standard input.",
+        show_default=False,
+    ),
 ]
-DenseOut = Annotated[Path, typer.Option("--out", "-o", help="Where overlays and data go.")]
-DenseBatch = Annotated[int, typer.Option("--batch", "-b", min=1, help="Pictures, or windows, in one forward pass.")]
-DenseCheckpoint = Annotated[
-    Optional[Path], typer.Option("--checkpoint", "-c", help="Its weights (.pth, .safetensors).")
-]
+Out = Annotated[Path, typer.Option("--out", "-o", help="The folder that overlays and data are written to.")]
+WindowBatch = Annotated[int, typer.Option("--batch", "-b", min=1, help="Images, or windows, in one forward pass.")]
+Weights = Annotated[Optional[Path], typer.Option("--checkpoint", "-c", help="Its weights (.pth, .safetensors).")]
 Window = Annotated[
     Optional[str],
     typer.Option(
         metavar="HEIGHTxWIDTH",
-        help="Slide windows of this size (one number: square) over the picture in its own resolution, however large. "
-        "Default: as the config says.",
+        help="Slide windows of this size (one number: square) over the image in its own resolution, however large. "
+        "Default: as the model or config says.",
     ),
 ]
 Stride = Annotated[
     Optional[str], typer.Option(metavar="HEIGHTxWIDTH", help="From window to window. Default: two thirds of it.")
 ]
-Overlays = Annotated[bool, typer.Option("--overlays/--no-overlays", help="Draw what was found into the pictures.")]
+Overlays = Annotated[bool, typer.Option("--overlays/--no-overlays", help="Draw what was found into the images.")]
 
 
-def _size(text: str | None, option: str) -> tuple[int, int] | None:
-    """ "512x1024" -> (512, 1024), "512" -> (512, 512)."""
-    if text is None:
-        return None
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
-        raise InputError(f"{option} is a size in pixels, as in 512 or 512x1024 (height x width), not {text!r}")
-    return int(sides[0]), int(sides[-1])
+@command(
+    "linescan classify cat.jpg --model vim_tiny_patch16_224",
+    "linescan classify runs/demo/images --checkpoint runs/demo/model.safetensors --topk 3",
+    "linescan classify 'photos/**/*.jpg' --checkpoint model.safetensors --out labelled",
+    "find . -name '*.png' | linescan classify - --checkpoint model.safetensors --json > labels.json",
+    "linescan classify clip.mp4 --model videomamba_video_tiny_patch16_224.k400_f16 --views 4x3",
+)
+def classify(
+    paths: Sources,
+    model: Model = None,
+    checkpoint: Checkpoint = None,
+    to: Annotated[
+        Optional[Path], typer.Option("--out", "-o", help="Draw the classes below the images, into this folder.")
+    ] = None,
+    topk: Annotated[int, typer.Option("--topk", "-k", min=1, help="How many classes for each image or video.")] = 5,
+    views: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="CLIPSxCROPS",
+            help="Views of each video whose mean is the answer, as in 4x3: four clips, three crops of each.",
+            show_default="1x1",
+        ),
+    ] = None,
+    device: Device = None,
+    precision: Precision = Floats.fp32,
+    batch: Batch = 32,
+    model_arg: ModelArgs = None,
+    as_json: Json = False,
+):
+    """Name what images and videos show.
 
+    A model of images reads videos frame by frame; a model of videos reads video files and folders of frames.
+    A file that cannot be read is named and skipped; the exit status is then 1.
+    """
 
-def _answer_files(results, sources: list, overlays: bool, description: str):
-    """Runs a tool over files: one line for each on stdout, skipped ones on stderr; exit status 1 if there are any."""
-    from linescan.tasks.files import run
+    def open_tool() -> tuple["Tool", "Writer"]:
+        from linescan.media.video import Views
+        from linescan.tasks.classify import Classifier, Labels
 
-    broken, done = 0, 0.0
-    with progress_bar(description, len(sources)) as advance:
+        args = model_args(model_arg) | {"views": Views.parse(views) if views else None}
+        args |= {"device": device, "dtype": precision.dtype, "batch": batch, "topk": topk}
+        return Classifier(model, checkpoint, **args), Labels()
 
-        def progress(share: float):
-            nonlocal done
-            done += share
-            advance(share)
-
-        for i, (source, answer) in enumerate(run(sources, results, overlays, progress), 1):
-            if isinstance(answer, InputError):
-                broken += 1
-                say(("skipped", "yellow"), f" {answer}")
-            else:
-                show(f"{source.path}: {answer}")
-            if done < i:
-                progress(i - done)
-    say(f"{len(sources) - broken} of {len(sources)} done, in {results.out}")
-    raise typer.Exit(1 if broken else 0)
+    _answer(open_tool, paths, to, to is not None, as_json, "classifying")
 
 
 @command(
@@ -154,34 +97,35 @@ def segment(
     model: Annotated[
         str,
         typer.Option(
-            "--model", "-m", help="An mmseg config (a file, one of linescan's by name, or mmseg::...), or the name "
-            "of a segmentation model (segman_seg_tiny), which needs no OpenMMLab."
+            "--model", "-m", help="A name of `linescan list --task segmentation`, or an mmseg config: a file, one of "
+            "linescan's by name, or mmseg::..."
         ),
     ],
-    checkpoint: DenseCheckpoint = None,
-    to: DenseOut = Path("runs/segment"),
+    checkpoint: Weights = None,
+    to: Out = Path("runs/segment"),
     window: Window = None,
     stride: Stride = None,
     overlays: Overlays = True,
     device: Device = None,
-    precision: Annotated[Precision, typer.Option(help="Compute in this precision.")] = Precision.fp32,
-    batch: DenseBatch = 1,
+    precision: Precision = Floats.fp32,
+    batch: WindowBatch = 1,
     model_arg: ModelArgs = None,
+    as_json: Json = False,
 ):  # fmt: skip
-    """Say what each pixel shows, in pictures and videos: masks (PNG) and overlays with a legend.
+    """Say what each pixel of images and videos shows: masks (PNG) and overlays with a legend.
 
-    A broken file is named and skipped; the exit status is then 1.
+    A file that cannot be read is named and skipped; the exit status is then 1.
     """
-    from linescan.tasks.files import Masks, find_sources
-    from linescan.tasks.segment import Segmenter
-
     sizes = {"window": _size(window, "--window"), "stride": _size(stride, "--stride")}
-    sources = find_sources(paths, to)  # before a model is read in vain
-    tool = Segmenter(
-        model, checkpoint, device=device, dtype=precision.dtype, batch=batch, **sizes, **model_args(model_arg)
-    )
-    to.mkdir(parents=True, exist_ok=True)
-    _answer_files(Masks(tool, to), sources, overlays, "segmenting")
+
+    def open_tool() -> tuple["Tool", "Writer"]:
+        from linescan.tasks.segment import Masks, Segmenter
+
+        args = {"device": device, "dtype": precision.dtype, "batch": batch, **sizes, **model_args(model_arg)}
+        tool = Segmenter(model, checkpoint, **args)
+        return tool, Masks(to, tool.classes, tool.palette)
+
+    _answer(open_tool, paths, to, overlays, as_json, "segmenting")
 
 
 @command(
@@ -195,28 +139,99 @@ def detect(
         str,
         typer.Option("--model", "-m", help="An mmdet config: a file, one of linescan's by name, or mmdet::..."),
     ],
-    checkpoint: DenseCheckpoint = None,
-    to: DenseOut = Path("runs/detect"),
+    checkpoint: Weights = None,
+    to: Out = Path("runs/detect"),
     score: Annotated[float, typer.Option(min=0, max=1, help="Draw instances of at least this score.")] = 0.3,
     annotations: Annotated[
-        Optional[Path], typer.Option(help="A COCO dataset whose ids of pictures and categories are to be used.")
+        Optional[Path], typer.Option(help="A COCO dataset whose ids of images and categories are to be used.")
     ] = None,
     window: Window = None,
     stride: Stride = None,
     overlays: Overlays = True,
     device: Device = None,
-    precision: Annotated[Precision, typer.Option(help="Compute in this precision.")] = Precision.fp32,
-    batch: DenseBatch = 1,
+    precision: Precision = Floats.fp32,
+    batch: WindowBatch = 1,
+    as_json: Json = False,
 ):
-    """Find things in pictures and videos: boxes and masks (COCO's result format), and overlays with a legend.
+    """Find the instances in images and videos: boxes and masks (COCO's result format), and overlays with a legend.
 
-    A broken file is named and skipped; the exit status is then 1.
+    A file that cannot be read is named and skipped; the exit status is then 1.
     """
-    from linescan.tasks.detect import Detector
-    from linescan.tasks.files import Instances, find_sources
-
     sizes = {"window": _size(window, "--window"), "stride": _size(stride, "--stride")}
-    sources = find_sources(paths, to)
-    tool = Detector(model, checkpoint, device=device, dtype=precision.dtype, batch=batch, **sizes)
-    to.mkdir(parents=True, exist_ok=True)
-    _answer_files(Instances(tool, to, score, annotations), sources, overlays, "detecting")
+
+    def open_tool() -> tuple["Tool", "Writer"]:
+        from linescan.tasks.detect import Detector, Instances
+
+        args = {"device": device, "dtype": precision.dtype, "batch": batch, "score": score, **sizes}
+        tool = Detector(model, checkpoint, **args)
+        return tool, Instances(to, tool.classes, score, annotations)
+
+    _answer(open_tool, paths, to, overlays, as_json, "detecting")
+
+
+def _size(text: str | None, option: str) -> tuple[int, int] | None:
+    """ "512x1024" -> (512, 1024), "512" -> (512, 512)."""
+    if text is None:
+        return None
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise InputError(f"{option} is a size in pixels, as in 512 or 512x1024 (height x width), not {text!r}")
+    return int(sides[0]), int(sides[-1])
+
+
+# -- what all of them do ----------------------------------------------------------------------------------------------
+
+
+def _answer(
+    open_tool: Callable[[], tuple["Tool", "Writer"]],
+    paths: list[str],
+    to: Path | None,
+    overlays: bool,
+    as_json: bool,
+    doing: str,
+) -> None:
+    """Applies a tool to the files that `paths` mean, and ends the command: with status 1 if any has no answer."""
+    from linescan.media.find import find
+    from linescan.tasks.tool import run
+
+    listed = sys.stdin.read() if "-" in paths else ""
+
+    def sources(kinds=("image", "video")):
+        return find(paths, kinds, exclude=[to] if to else [], stdin=io.StringIO(listed))
+
+    found = sources()
+    if all(source.error for source in found):  # before a model is opened in vain
+        raise InputError("; ".join(dict.fromkeys(str(source.error) for source in found)))
+    tool, writer = open_tool()
+    found = sources(tool.kinds)
+    failed = 0
+    with progress_bar(doing, len(found)) as advance, _Report(as_json) as report:
+        for outcome in run(tool, writer, found, to / "overlays" if to and overlays else None, advance):
+            failed += outcome.error is not None
+            report.add(outcome)
+    if to or failed:
+        say(f"{len(found) - failed} of {len(found)} done" + (f", in {to}" if to else ""))
+    raise typer.Exit(1 if failed else 0)
+
+
+class _Report:
+    """Prints outcomes one by one: as lines, or as the members of a JSON array that is complete however the run ends."""
+
+    def __init__(self, as_json: bool):
+        self.as_json, self.first = as_json, True
+
+    def __enter__(self) -> "_Report":
+        return self
+
+    def add(self, outcome: "Outcome") -> None:
+        if outcome.error:
+            say(("skipped", "yellow"), f" {outcome.error}")
+        if self.as_json:
+            print("[" if self.first else ",", json.dumps(outcome.as_dict(), indent=2), sep="\n", end="", flush=True)
+            self.first = False
+        elif not outcome.error:
+            show((str(outcome.source.path), "bold"), f": {outcome.said}")
+
+    def __exit__(self, kind, error, trace) -> None:
+        if self.as_json and not (kind and issubclass(kind, OSError)):
+            print("[]" if self.first else "\n]")

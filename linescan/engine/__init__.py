@@ -14,29 +14,29 @@
 Every model that timm knows can be trained and used; nothing here knows one from another.
 """
 
-from ..errors import BrokenImage, BrokenVideo, InputError
-from ..media.images import read_image
-from ..tasks.classify import Classifier, Prediction
-from ..tasks.detect import Detector
-from ..tasks.results import Detections
-from ..tasks.segment import Segmenter
-from .cards import build
-from .image_sets import Digits, Folder
-from .training import Recipe, train
+from importlib import import_module
 
-__all__ = [
-    "BrokenImage",
-    "BrokenVideo",
-    "Classifier",
-    "Detections",
-    "Detector",
-    "Digits",
-    "Folder",
-    "InputError",
-    "Prediction",
-    "Recipe",
-    "Segmenter",
-    "build",
-    "read_image",
-    "train",
-]
+_HOMES = {
+    "BrokenImage": "..errors",
+    "BrokenVideo": "..errors",
+    "Classifier": "..tasks.classify",
+    "Detections": "..tasks.results",
+    "Detector": "..tasks.detect",
+    "Digits": ".image_sets",
+    "Folder": ".image_sets",
+    "InputError": "..errors",
+    "Prediction": "..tasks.classify",
+    "Recipe": ".training",
+    "Segmenter": "..tasks.segment",
+    "build": ".cards",
+    "read_image": "..media.images",
+    "train": ".training",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -60,7 +60,8 @@ def progress_bar(description: str, total: int, done: int = 0, show: bool = True)
         TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("<"), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal)) as progress:
+    how = dict(transient=True, disable=not (show and console.is_terminal), redirect_stdout=out.is_terminal)
+    with Progress(*columns, console=console, **how) as progress:
         task = progress.add_task(visible(description), total=total, completed=done)
 
         def advance(n: float = 1, description: str | None = None) -> None:

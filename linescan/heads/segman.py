@@ -222,10 +222,11 @@ register(
     first_conv="backbone.patch_embed.0",
     classifier="decode_head.conv_seg",
     inputs=((3, 512, 512),),
-    # As published for ADE20K: the shorter side 512, the longer 2048 at most, both multiples of 32.
+    # As published for ADE20K: the shorter side 512, the longer 2048 at most, both multiples of 32. Smaller images are padded.
     preprocess={
         "scale": (2048, 512),
         "divisor": 32,
+        "min_size": 224,  # what its neighbourhoods fit into
         "mean": (123.675, 116.28, 103.53),
         "std": (58.395, 57.12, 57.375),
     },

@@ -9,11 +9,12 @@ from typing import Iterable, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["default_palette", "draw_boxes", "draw_masks"]
+__all__ = ["default_palette", "draw_boxes", "draw_labels", "draw_masks"]
 
 Colour = tuple[int, int, int]
 
 PAPER, INK = (250, 250, 248), (24, 24, 28)
+BEST, REST = (42, 157, 143), (214, 218, 225)  # squares beside the likeliest class, and beside others
 SMALLEST = 384  # images whose longer side is below are enlarged, or no word would fit
 
 
@@ -113,6 +114,23 @@ def draw_boxes(
     counts = np.bincount(labels, minlength=len(classes)) if labels else np.zeros(len(classes), int)
     shown = [i for i in np.argsort(-counts, kind="stable") if counts[i]]
     return _with_legend(picture, [(palette[i], f"{classes[i]} · {counts[i]}") for i in shown], legend_rows)
+
+
+def draw_labels(
+    image: Image.Image | np.ndarray, labels: Sequence[tuple[str, float]], *, legend_rows: int | None = None
+) -> Image.Image:
+    """The image, and below it names with their probabilities, the first one marked.
+
+    Args:
+        image: a PIL image, or (H, W, 3) bytes, RGB.
+        labels: name and probability, 0 to 1, best first.
+        legend_rows: as for `draw_masks`.
+
+    Returns:
+        An RGB image. One whose longer side is below 384 pixels is enlarged by a whole factor.
+    """
+    entries = [(REST if i else BEST, f"{name} · {_percent(share)}") for i, (name, share) in enumerate(labels)]
+    return _with_legend(_canvas(image)[0], entries, legend_rows)
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Callable, Iterable, Iterator, NamedTuple, Sequence, TextIO
 from ..errors import InputError
 from .formats import is_hidden, is_image, is_video
 
-__all__ = ["KINDS", "Source", "find", "find_images", "find_videos", "walk"]
+__all__ = ["KINDS", "Source", "find", "find_images", "find_videos", "pair", "walk"]
 
 
 def _frame_folder(folder: str, folders: list[str], files: list[str]) -> Iterator[str]:
@@ -34,11 +34,18 @@ class Source(NamedTuple):
         path: a file, or a folder of frames.
         name: what outputs about it are called: a relative path without a suffix, unlike that of any other source.
         error: why it cannot be used, or None.
+        partners: the files that are read together with it: the image after a change, the depth beside the colours.
     """
 
     path: Path
     name: str
     error: InputError | None = None
+    partners: tuple[Path, ...] = ()
+
+    @property
+    def given(self) -> Path | tuple[Path, ...]:
+        """What a tool opens: the path, or with partners all paths."""
+        return (self.path, *self.partners) if self.partners else self.path
 
 
 def walk(folder: str | Path, failed: Callable[[OSError], None]) -> Iterator[tuple[str, list[str], list[str]]]:
@@ -128,6 +135,28 @@ def find(
     paths, names, errors = zip(*found.sources.values())
     folders = [is_video(path) or os.path.isdir(path) for path in paths]
     return list(map(Source, paths, _distinct(names, folders), errors))
+
+
+def pair(first: Sequence[Source], second: Sequence[Source]) -> list[Source]:
+    """Sources that are read together: those of the same name, or the only two.
+
+    One without a partner is a source with an error; one that has an error already keeps it.
+    """
+    if len(first) == len(second) == 1:
+        second = [second[0]._replace(name=first[0].name)]
+    partners = {source.name: source for source in second}
+    pairs = []
+    for source in first:
+        partner = partners.pop(source.name, None)
+        if partner is None:
+            reason = f"{source.path} has no partner: nothing else is named {source.name}"
+            pairs.append(source._replace(error=source.error or InputError(reason)))
+        else:
+            together = source._replace(error=source.error or partner.error)
+            pairs.append(together._replace(partners=(*source.partners, partner.path)))
+    alone = (s._replace(error=InputError(f"{s.path} has no partner: nothing else is named {s.name}"))
+             for s in partners.values())  # fmt: skip
+    return pairs + list(alone)
 
 
 class _Found:

@@ -2,8 +2,9 @@
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Callable
+from typing import Callable, Sequence
 
+import torch
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
@@ -11,7 +12,13 @@ from torch import Tensor
 from ..errors import InputError
 from .images import LARGE
 
-__all__ = ["Preprocess"]
+__all__ = ["Preprocess", "normalise"]
+
+
+def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(images - mean) / std in float32, of images (..., C, H, W) of bytes; mean and std of each channel, of bytes."""
+    mean, std = (torch.tensor(v, dtype=torch.float32, device=images.device)[:, None, None] for v in (mean, std))
+    return (images - mean) / std
 
 
 @dataclass(frozen=True)

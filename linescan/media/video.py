@@ -25,7 +25,7 @@ from .find import find_videos
 from .formats import CONTAINERS, is_hidden, is_image, is_video
 from .images import read_image
 from .pixels import to_mode
-from .preprocess import Preprocess
+from .preprocess import Preprocess, normalise
 from .vips import WHOLE
 
 __all__ = ["Views", "segments", "crop_boxes", "find_videos", "is_video", "open_video", "Clips"]
@@ -440,7 +440,7 @@ class Clips:
         """
         channels, *target = self.preprocess.size
         resample = Image.Resampling[self.preprocess.interpolation.upper()]
-        mean, std = torch.tensor(self.preprocess.mean), torch.tensor(self.preprocess.std)
+        mean, std = ([255 * v for v in values] for values in (self.preprocess.mean, self.preprocess.std))
         video = open_video(path, self.strict)
         clips = segments(len(video), self.frames, self.looks.clips)
         indices = sorted({i for clip in clips for i in clip})
@@ -451,5 +451,5 @@ class Clips:
             progress(1 / len(indices))
         for clip in clips:
             for crop in range(self.looks.crops):
-                view = torch.from_numpy(np.stack([kept[i][crop] for i in clip]))
-                yield ((view / 255 - mean) / std).movedim(-1, 0)
+                view = torch.from_numpy(np.stack([kept[i][crop] for i in clip])).movedim(-1, 1)
+                yield normalise(view, mean, std).movedim(1, 0)

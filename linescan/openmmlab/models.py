@@ -1,4 +1,6 @@
-"""Segmentors and detectors of OpenMMLab configs, as the inference tools see them.
+"""Segmentors and detectors of OpenMMLab configs, as the tools see them.
+
+Images stay in OpenCV's order (blue, green, red) from `encode` on, as OpenMMLab's pipelines and preprocessors expect.
 
 Checkpoints are read without unpickling anything but weights and plain data.
 """
@@ -14,9 +16,10 @@ from torch import Tensor, nn
 
 from ..checkpoint import CheckpointError, read_meta, read_state_dict
 from ..errors import InputError
-from ..tasks.results import Found, _dataset_names, _names
+from ..tasks.open import register_opener
+from ..tasks.results import Found, dataset_names, names_and_colours
 
-# What OpenMMLab's test pipelines do to read a picture and to pack it; what stands between is kept.
+# What OpenMMLab's test pipelines do to read an image and to pack it; what stands between is kept.
 _READS = ("LoadImage", "LoadAnnotations", "LoadProposals")
 _PACKS = "Pack"
 
@@ -59,11 +62,15 @@ class _OpenMMLab:
             self.pipeline = Compose([step for step in steps if not step["type"].startswith(_PACKS)])
             self.resizes = len(self.pipeline.transforms) > 0
             self.pack = Compose([step for step in steps if step["type"].startswith(_PACKS)])
-        self.meta = _dataset_meta(cfg, self.package) | _dataset_names(meta)
+        self.meta = _dataset_meta(cfg, self.package) | dataset_names(meta)
 
-    def prepare(self, pixels: np.ndarray) -> dict:
-        """What the test pipeline makes of a picture (H, W, 3), RGB, up to where it would pack it."""
-        image = np.ascontiguousarray(pixels[..., ::-1])  # OpenCV's order, which the transforms expect
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        """Images (..., H, W, 3) of bytes, RGB -> in OpenCV's order."""
+        return images[..., ::-1]
+
+    def run_pipeline(self, image: np.ndarray) -> dict:
+        """What the test pipeline makes of an image (H, W, 3) of bytes, RGB, up to where it would pack it."""
+        image = np.ascontiguousarray(self.encode(image))
         shape = image.shape[:2]
         results = {"img": image, "img_shape": shape, "ori_shape": shape, "img_id": 0, "img_path": None}
         return self.pipeline(results)
@@ -74,8 +81,8 @@ class MMSegmentor(_OpenMMLab):
 
     Attributes:
         window, stride: (height, width) if the config's test mode is "slide", else None.
-        resizes: whether the test pipeline changes pictures at all.
-        align_corners: how logits are enlarged to the picture.
+        resizes: whether the test pipeline changes images at all.
+        align_corners: how logits are enlarged to the image.
         channels: of the logits.
     """
 
@@ -90,20 +97,20 @@ class MMSegmentor(_OpenMMLab):
         self.window, self.stride = (tuple(test[k]) if slide else None for k in ("crop_size", "stride"))
         self.align_corners = self.module.align_corners
         self.channels = self.module.out_channels
-        self.classes, self.palette = _names(self.meta, self.module.num_classes)
+        self.classes, self.palette = names_and_colours(self.meta, self.module.num_classes)
 
-    def resize(self, pixels: np.ndarray) -> np.ndarray:
-        """A picture (H, W, 3), RGB, as the config's test pipeline gives it to the model."""
-        return np.ascontiguousarray(self.prepare(pixels)["img"][..., ::-1])
+    def prepare(self, image: np.ndarray) -> np.ndarray:
+        """An image (H, W, 3) of bytes, RGB -> as the config's test pipeline gives it to the model."""
+        return self.run_pipeline(image)["img"]
 
-    def logits(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) of bytes, RGB -> logits (B, C, H, W); C is 1 for two classes told by a threshold."""
+    def logits(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) of bytes, encoded -> logits (B, C, H, W); C is 1 for two classes told by a threshold."""
         from mmseg.structures import SegDataSample
 
-        height, width = pictures.shape[-2:]
+        height, width = images.shape[-2:]
         shape = {"img_shape": (height, width), "ori_shape": (height, width)}
-        samples = [SegDataSample(metainfo=shape) for _ in pictures]
-        data = self.module.data_preprocessor({"inputs": list(pictures.flip(1)), "data_samples": samples}, False)
+        samples = [SegDataSample(metainfo=shape) for _ in images]
+        data = self.module.data_preprocessor({"inputs": list(images), "data_samples": samples}, False)
         metas = [sample.metainfo for sample in data["data_samples"]]
         logits = self.module.encode_decode(data["inputs"], metas)
         left, _, top, _ = metas[0].get("img_padding_size", (0, 0, 0, 0))
@@ -125,11 +132,13 @@ class MMDetector(_OpenMMLab):
         super().__init__(config, checkpoint)
         heads = {m.num_classes for m in self.module.modules() if isinstance(getattr(m, "num_classes", None), int)}
         known = len(self.meta.get("classes", ()))  # the head of the proposals, for one, knows a single class
-        self.classes, self.palette = _names(self.meta, known if known in heads else max(heads, default=known))
+        self.classes, self.palette = names_and_colours(
+            self.meta, known if known in heads else max(heads, default=known)
+        )
 
-    def detect(self, pictures: Sequence[np.ndarray]) -> list[Found]:
-        """Pictures (H, W, 3) of bytes, RGB -> the instances of each, in its pixels."""
-        packed = [self.pack(self.prepare(pixels)) for pixels in pictures]
+    def detect(self, images: Sequence[np.ndarray]) -> list[Found]:
+        """Images (H, W, 3) of bytes, RGB -> the instances of each, in its pixels."""
+        packed = [self.pack(self.run_pipeline(image)) for image in images]
         batch = {key: [p[key] for p in packed] for key in ("inputs", "data_samples")}
         found = []
         for sample in self.module.test_step(batch):
@@ -138,6 +147,10 @@ class MMDetector(_OpenMMLab):
             boxes = getattr(instances.bboxes, "tensor", instances.bboxes)
             found.append(Found(boxes.float(), instances.scores.float(), instances.labels, masks))
         return found
+
+
+register_opener("segmentation", MMSegmentor)
+register_opener("detection", MMDetector)
 
 
 @contextmanager
@@ -207,9 +220,9 @@ def _dataset_meta(cfg, package: str) -> dict:
     if dataset.get("type"):
         import_module(f"{package}.datasets")
         found = import_module(f"{package}.registry").DATASETS.get(dataset["type"])
-        known = _dataset_names({"dataset_meta": getattr(found, "METAINFO", None)})
+        known = dataset_names({"dataset_meta": getattr(found, "METAINFO", None)})
     given = dataset.get("metainfo") or {}
-    own = _dataset_names({"dataset_meta": dict(given)})
+    own = dataset_names({"dataset_meta": dict(given)})
     if own.get("classes") and own["classes"] != known.get("classes"):
         known = {}  # the colours of other classes
     return known | own

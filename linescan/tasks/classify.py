@@ -1,21 +1,29 @@
-"""Pictures and videos in, names out."""
+"""Classification: images and videos in, names out."""
 
+from collections import Counter
+from html import escape
 from itertools import islice
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple, Sequence
+from typing import Any, Iterable, NamedTuple, Sequence
 
+import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..engine.cards import ModelCard, restore
-from ..engine.processes import pick_device
-from ..engine.scores import precision
-from ..errors import BrokenImage, BrokenVideo, InputError
-from ..media.images import Picture, _from_array, read_image, to_mode
-from ..media.video import Clips, Views
+from ..errors import InputError
+from ..media.draw import draw_labels
+from ..media.find import Source
+from ..media.images import ImageLike, load_image
+from ..media.pixels import image_mode
+from ..media.video import Clips, Views, open_video, segments
+from .tool import Progress, Tool, Writer, silent
 
-__all__ = ["Classifier", "Prediction", "Picture"]
+__all__ = ["Classifier", "Labels", "Prediction", "Predictions"]
+
+LARGEST_DRAWING = 1024  # pixels of the longer side of what is kept of an image, to be drawn
+SHOWN_FRAMES = 8  # of a clip
 
 
 class Prediction(NamedTuple):
@@ -26,8 +34,38 @@ class Prediction(NamedTuple):
     index: int
 
 
-class Classifier:
-    """Names what pictures show; videos, if the model is one for videos.
+class Predictions(list):
+    """The likeliest classes, best first: a list of `Prediction`.
+
+    Attributes:
+        probabilities: of every class, (classes,), float32.
+    """
+
+    def __init__(self, probabilities: Tensor, classes: Sequence[str], topk: int):
+        values, indices = probabilities.topk(min(topk, len(classes)))
+        super().__init__(map(Prediction, [classes[i] for i in indices], values.tolist(), indices.tolist()))
+        self.probabilities = probabilities
+
+    def _repr_html_(self) -> str:
+        """A table of bars for notebooks."""
+        bar = '<div style="background:#2a9d8f;height:0.8em;width:{:.0f}px"></div>'
+        rows = (
+            f"<tr><td>{escape(p.label)}</td><td>{100 * p.probability:.1f} %</td>"
+            f"<td>{bar.format(200 * p.probability)}</td></tr>"
+            for p in self
+        )
+        return f"<table>{''.join(rows)}</table>"
+
+
+class _Seen(NamedTuple):
+    """An image as the model wants it, (C, H, W), and a small copy for people."""
+
+    tensor: Tensor
+    image: Image.Image
+
+
+class Classifier(Tool):
+    """Names what images show; videos, if the model is one for videos.
 
         classify = Classifier(checkpoint="runs/demo/model.safetensors")
         for guess in classify("seven.png", topk=3):
@@ -41,10 +79,11 @@ class Classifier:
         checkpoint: a file of weights; without it, the published ones are fetched.
         device: by default CUDA where there is one.
         dtype: torch.bfloat16 or torch.float16 for half precision.
-        batch: pictures (of videos: frames) in one forward pass.
+        batch: images (of videos: frames) in one forward pass.
+        topk: how many classes an answer has.
         views: of a video model: how many clips are taken from a video, and how many crops of each; the answer is their
             mean.
-        args: for `timm.create_model`.
+        args: of the model.
 
     Raises:
         InputError, CheckpointError: see `linescan.engine.cards.restore`.
@@ -58,113 +97,162 @@ class Classifier:
         device: str | None = None,
         dtype: torch.dtype = torch.float32,
         batch: int = 32,
+        topk: int = 5,
         views: tuple[int, int] | None = None,
         **args,
     ):
-        self.device, self.dtype, self.batch = pick_device(device), dtype, batch
-        precision(self.device, dtype)
-        restored, card = restore(model, checkpoint, **args)
-        self.model: nn.Module = restored.to(self.device).eval()
-        self.card: ModelCard = card
-        self._transform = card.preprocess.transform()
-        frames = getattr(restored, "num_frames", 0)
+        network, card = restore(model, checkpoint, **args)
+        frames = getattr(network, "num_frames", 0)
         if views and not frames:
-            raise InputError(f"views are taken of videos; {card.model} reads pictures")
+            raise InputError(f"views are taken of videos; {card.model} reads images")
+        image_mode(card.preprocess.channels)  # refuses a model that no image can be given to
+        super().__init__(card.model, network, device, dtype, batch)
+        self.card: ModelCard = card
+        self.topk = topk
+        self._transform = card.preprocess.transform()
         self.clips = Clips(frames, card.preprocess, Views(*(views or ()))) if frames else None
+        if frames:
+            self.kinds, self.whole_videos, self.together = ("video", "frames"), True, max(batch // frames, 1)
+            self.batch = 1
 
     @property
     def classes(self) -> list[str]:
         """The names of the classes."""
         return self.card.classes
 
-    def tensor(self, picture: Picture) -> Tensor:
-        """One picture as the model wants it, (C, H, W).
+    @property
+    def model(self) -> torch.nn.Module:
+        """The network."""
+        return self.module
+
+    def facts(self) -> dict[str, str]:
+        """What a person wants to know of this tool, by name."""
+        size = " x ".join(map(str, self.card.preprocess.size))
+        seen = f"{self.clips.frames} frames of {size}" if self.clips else size
+        return super().facts() | {"classes": f"{len(self.classes)} classes", "input": seen}
+
+    # -- images --------------------------------------------------------------------------------------------------------
+
+    def open(self, given: ImageLike) -> _Seen | Path:
+        """An image as the model wants it. Of a video its path: it is read while it is answered."""
+        if self.clips:
+            if not isinstance(given, (str, Path)):
+                raise InputError(f"{self.card.model} reads videos: a path is wanted, not {type(given).__name__}")
+            return Path(given)
+        image = self._image(given)
+        return _Seen(self._transform(image), image.reduce(-(-max(image.size) // LARGEST_DRAWING)))
+
+    def tensor(self, image: ImageLike) -> Tensor:
+        """One image as the model wants it, (C, H, W).
 
         Raises:
             BrokenImage: a file that cannot be read.
-            InputError: an array that is not a picture.
+            InputError: an array that is not an image.
         """
-        channels = self.card.preprocess.channels
-        if isinstance(picture, (str, Path)):
-            return self._transform(read_image(picture, channels))
-        if not isinstance(picture, Image.Image):
-            picture = _from_array(picture)
-        return self._transform(to_mode(picture, channels))
+        return self._transform(self._image(image))
 
-    @torch.no_grad()
+    def _image(self, image: ImageLike) -> Image.Image:
+        preprocess = self.card.preprocess
+        return load_image(image, preprocess.channels, preprocess.resized)
+
+    @torch.inference_mode()
     def forward(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Probabilities (pictures, classes), float32 on the CPU, of pictures that `tensor` has made; one forward pass.
+        """Probabilities (images, classes), float32 on the CPU, of images that `tensor` has made; one forward pass.
 
         Raises:
             InputError: the model's answer is not finite.
         """
-        with precision(self.device, self.dtype):
-            logits = self.model(torch.stack(list(tensors)).to(self.device)).float().cpu()
+        with self.precision():
+            logits = self.module(torch.stack(list(tensors)).to(self.device)).float().cpu()
         if not logits.isfinite().all():
             raise InputError("the model answers NaN or infinity; its weights are damaged, or the precision too low")
         return logits.softmax(-1)
 
-    def watch(self, video: str | Path, progress: Callable[[float], None] = lambda share: None) -> Tensor:
-        """The probability of each class for one video, (classes,): the mean over its views.
+    def answer(self, opened: Sequence[_Seen | Path], progress: Progress = silent) -> list[Predictions]:
+        if self.clips:
+            probabilities = [self.watch(video, progress) for video in opened]
+        else:
+            probabilities = self.forward([seen.tensor for seen in opened])
+        return [Predictions(row, self.classes, self.topk) for row in probabilities]
 
-        `progress` gets the shares of the work as they are done, 1 in all.
+    def probabilities(self, images: Iterable[ImageLike]) -> Tensor:
+        """The probability of each class for each image (or video), (images, classes), float32 on the CPU.
+
+        Raises:
+            InputError: one that cannot be read or answered.
+        """
+        answers = self(list(images))
+        return torch.stack([a.probabilities for a in answers]) if answers else torch.empty(0, len(self.classes))
+
+    def name(self, probabilities: Tensor, topk: int | None = None) -> list[Predictions]:
+        """The likeliest classes of each row of (images, classes)."""
+        return [Predictions(row, self.classes, topk or self.topk) for row in probabilities]
+
+    def __call__(self, images: ImageLike | Sequence[ImageLike], topk: int | None = None) -> Any:
+        """The `topk` likeliest classes, best first; a list of such lists for a list of images."""
+        answers = super().__call__(images)
+        if topk is None:
+            return answers
+        if isinstance(answers, Predictions):
+            return Predictions(answers.probabilities, self.classes, topk)
+        return [Predictions(answer.probabilities, self.classes, topk) for answer in answers]
+
+    # -- videos --------------------------------------------------------------------------------------------------------
+
+    def watch(self, video: str | Path, progress: Progress = silent) -> Tensor:
+        """The probability of each class for one video, (classes,): the mean over its views.
 
         Raises:
             BrokenVideo, BrokenImage: the video, or a frame in a folder, cannot be read.
             InputError: see `forward`.
         """
         if self.clips is None:
-            raise InputError(f"{self.card.model} reads pictures, not videos")
+            raise InputError(f"{self.card.model} reads images, not videos")
         views, answers = self.clips.views(video, lambda share: progress(share / 2)), []
-        while together := list(islice(views, max(self.batch // self.clips.frames, 1))):
+        while together := list(islice(views, self.together)):
             answers.append(self.forward(together))
             progress(len(together) / (2 * self.clips.looks.count))
         return torch.cat(answers).mean(0)
 
-    def each(
-        self, pictures: Sequence[Picture], progress: Callable[[float], None] = lambda share: None
-    ) -> Iterator[Tensor | InputError]:
-        """For each picture, or video, in turn: its probabilities (classes,), or the error that it cannot be read.
+    # -- drawing -------------------------------------------------------------------------------------------------------
 
-        `progress` gets shares of one video; pictures are answered batch by batch.
-        """
-        together = 1 if self.clips else self.batch
-        for at in range(0, len(pictures), together):
-            answers, tensors = {}, {}
-            for i, picture in enumerate(pictures[at : at + together]):
-                try:
-                    if self.clips:
-                        answers[i] = self.watch(picture, progress)
-                    else:
-                        tensors[i] = self.tensor(picture)
-                except (BrokenImage, BrokenVideo) as error:
-                    answers[i] = error
-            answers |= zip(tensors, self.forward(list(tensors.values()))) if tensors else ()
-            yield from (answers[i] for i in sorted(answers))
+    def draw(self, opened: _Seen | Path, answer: Predictions, frame: bool = False) -> Image.Image:
+        """The image, and below it the likeliest classes; of a clip some of its frames."""
+        image = self._strip(opened) if self.clips else opened.image
+        return draw_labels(image, [(p.label, p.probability) for p in answer], legend_rows=2 if frame else None)
 
-    def probabilities(self, pictures: Sequence[Picture]) -> Tensor:
-        """The probability of each class for each picture (or video), (pictures, classes), float32 on the CPU.
+    def _strip(self, path: Path) -> Image.Image:
+        video = open_video(path)
+        [indices] = segments(len(video), min(SHOWN_FRAMES, self.clips.frames))
+        frames = [frame.convert("RGB") for frame in video.pictures(indices, 3)]
+        for image in frames:
+            image.thumbnail((LARGEST_DRAWING // 4, LARGEST_DRAWING // 4))
+        return Image.fromarray(np.concatenate([np.asarray(image) for image in frames], 1))
 
-        Raises:
-            BrokenImage, BrokenVideo, InputError: see `tensor`, `watch` and `forward`.
-        """
-        answers = [torch.empty(0, len(self.classes))]
-        for answer in self.each(pictures):
-            if isinstance(answer, InputError):
-                raise answer
-            answers.append(answer[None])
-        return torch.cat(answers)
 
-    def name(self, probabilities: Tensor, topk: int = 5) -> list[list[Prediction]]:
-        """The `topk` likeliest classes of each row of (pictures, classes), best first."""
-        values, indices = probabilities.topk(min(topk, len(self.classes)))
-        return [
-            [Prediction(self.classes[i], p, i) for p, i in zip(ps, ks)]
-            for ps, ks in zip(values.tolist(), indices.tolist())
-        ]
+class Labels(Writer):
+    """The likeliest classes in words; nothing is written but drawings."""
 
-    def __call__(self, pictures: Picture | Sequence[Picture], topk: int = 5) -> list:
-        """The `topk` likeliest classes, best first: a list of `Prediction`; for several pictures a list of lists."""
-        one = not isinstance(pictures, (list, tuple))
-        guesses = self.name(self.probabilities([pictures] if one else pictures), topk)
-        return guesses[0] if one else guesses
+    def __init__(self) -> None:
+        self.seen: Counter[str] = Counter()
+
+    def save(self, source: Source, answer: Predictions, frame: int | None = None) -> list[Path]:
+        """Counts the best class of each frame of a video."""
+        if frame == 0:
+            self.seen.clear()
+        if frame is not None:
+            self.seen[answer[0].label] += 1
+        return []
+
+    def describe(self, answer: Predictions) -> str:
+        """The classes and their probabilities."""
+        return ", ".join(f"{p.label} {100 * p.probability:.1f} %" for p in answer)
+
+    def sum_up(self, frames: int) -> str:
+        """The classes that are the likeliest in most frames."""
+        best = ", ".join(f"{label} in {count}" for label, count in self.seen.most_common(3))
+        return super().sum_up(frames) + (f": {best}" if best else "")
+
+    def as_json(self, answer: Predictions) -> list[dict]:
+        """Each class with its probability and index."""
+        return [p._asdict() for p in answer]

@@ -1,37 +1,44 @@
-"""Images in, boxes with masks out."""
+"""Detection: images in, boxes with masks out."""
 
+import json
 from pathlib import Path
+from typing import Sequence
 
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.ops import box_area, box_iou
+from torchvision.ops import batched_nms
 
+from ..engine.atomic import atomic
 from ..errors import InputError
 from ..media.draw import draw_boxes
-from ..media.images import Picture
+from ..media.find import Source
+from ..media.images import ImageLike
 from ..media.large import Pixels, open_pixels
-from .base import LARGEST_DRAWING, LARGEST_WHOLE, _bounded, _Tool
-from .open import open_detector
+from .open import open_model
 from .results import Detections, Found
-from .windows import Progress, Size, positions
+from .tool import Progress, Writer, silent
+from .windows import Size, WindowTool, bounded, positions, reduced_for_drawing
 
-__all__ = ["Detector"]
+__all__ = ["Detector", "Instances"]
+
+FRAME_LEGEND = 2  # rows of the legend below frames of a video, which are all of one size
 
 
-class Detector(_Tool):
-    """Finds the instances in a picture.
+class Detector(WindowTool):
+    """Finds the instances in an image.
 
         det = Detector("detection/vmamba_tiny_mask_rcnn_1x_coco", "weights.pth")
         found = det("photo.jpg").above(0.5)
-        print(len(found), found.boxes, [det.classes[i] for i in found.labels])
+        print(len(found), found.boxes, found.names)
 
-    With `window`, windows slide over the picture in its own resolution, each is tested as the config says, and what
-    several of them have found is kept once: small things in large pictures are found so.
+    With `window`, windows slide over the image in its own resolution, each is tested as the config says, and what
+    several of them have found is kept once: small things in large images are found so.
 
     Args:
         model: an mmdet config: a file, a name of one of linescan's, or "mmdet::...".
         checkpoint, device, dtype, batch, window, stride: as for `Segmenter`.
+        score: instances of at least this score are drawn.
 
     Raises:
         InputError, CheckpointError: as for `Segmenter`.
@@ -47,39 +54,39 @@ class Detector(_Tool):
         batch: int = 1,
         window: int | Size | None = None,
         stride: int | Size | None = None,
+        score: float = 0.3,
+        **args,
     ):
-        super().__init__(open_detector(model, checkpoint), device, dtype, batch, window, stride)
+        opened = open_model("detection", model, checkpoint, **args)
+        super().__init__(str(model), opened, device, dtype, batch, window, stride)
+        self.score = score
 
     def draw(
-        self, picture: Picture | Pixels, found: Detections, score: float = 0.3, legend_rows: int | None = None
+        self, opened: ImageLike | Pixels, answer: Detections, frame: bool = False, score: float | None = None
     ) -> Image.Image:
-        """The picture with what was `found`, if its score is high enough; large ones are drawn smaller."""
-        pixels, found = open_pixels(picture), found.above(score)
-        factor = -(-max(pixels.size) // LARGEST_DRAWING)
-        size = [len(range(factor // 2, side, factor)) for side in pixels.size]
+        """The image with what was found, if its score is high enough; large images are drawn smaller."""
+        image, factor = reduced_for_drawing(open_pixels(opened))
+        found = answer.above(self.score if score is None else score)
         masks = None if found.patches is None else found.each_mask(factor)
         return draw_boxes(
-            pixels.reduced(factor)[: size[0], : size[1]], found.boxes / factor, found.labels, found.scores,
-            self.classes, masks, self.palette, legend_rows=legend_rows,
+            image, found.boxes / factor, found.labels, found.scores, self.classes, masks, self.palette,
+            legend_rows=FRAME_LEGEND if frame else None,
         )  # fmt: skip
 
-    def _find(self, pictures: list[np.ndarray]) -> list[Found]:
-        try:
-            return self.model.detect(pictures)
-        except ValueError as error:  # the backbone says which sizes it takes
-            raise InputError(f"pictures of {'x'.join(map(str, pictures[0].shape[:2]))} pixels: {error}") from error
-
-    def _answer(self, opened: dict[int, Pixels], progress: Progress) -> dict[int, Detections]:
+    def answer(self, opened: Sequence[Pixels], progress: Progress = silent) -> list[Detections]:
         if self.window:
-            return {i: self._slide(pixels, progress) for i, pixels in opened.items()}
-        if not opened:
-            return {}
-        found = self._find([_bounded(pixels) for pixels in opened.values()])
-        answers = {}
-        for (i, pixels), one in zip(opened.items(), found):
-            answers[i] = _detections(one, pixels.size, scale=-(-max(pixels.size) // LARGEST_WHOLE))
-            progress(1)
-        return answers
+            return [self._slide(pixels, progress) for pixels in opened]
+        images, factors = zip(*map(bounded, opened))
+        return [
+            self._detections(one, pixels.size, scale=factor)
+            for one, pixels, factor in zip(self._find(images), opened, factors)
+        ]
+
+    def _find(self, images: Sequence[np.ndarray]) -> list[Found]:
+        try:
+            return self.model.detect(images)
+        except ValueError as error:  # the backbone says which sizes it takes
+            raise InputError(f"images of {'x'.join(map(str, images[0].shape[:2]))} pixels: {error}") from error
 
     def _slide(self, pixels: Pixels, progress: Progress) -> Detections:
         (height, width), (high, wide) = pixels.size, self.window
@@ -91,36 +98,35 @@ class Detector(_Tool):
             together = corners[at : at + self.batch]
             windows = [pixels.read(y, min(y + high, height), x, min(x + wide, width)) for y, x in together]
             for (y, x), window, found in zip(together, windows, self._find(windows)):
-                part = _detections(found, pixels.size, (y, x))
+                part = self._detections(found, pixels.size, (y, x))
                 inner = np.array([x > 0, y > 0, x + wide < width, y + high < height])
                 border = np.array([x, y, x + window.shape[1], y + window.shape[0]])
                 cut.append((inner & (abs(part.boxes - border) < 2)).any(1))
                 parts.append(part)
             progress(len(together) / len(corners))
         patches = None if parts[0].patches is None else [patch for part in parts for patch in part.patches]
-        everything = Detections(
-            pixels.size,
-            *(np.concatenate([getattr(part, name) for part in parts]) for name in ("boxes", "scores", "labels")),
-            patches,
+        boxes, scores, labels = (
+            np.concatenate([getattr(part, name) for part in parts]) for name in ("boxes", "scores", "labels")
         )
-        return everything.pick(_distinct(everything, np.concatenate(cut)))
+        everything = Detections(pixels.size, boxes, scores, labels, patches, self.classes)
+        return everything.pick(distinct(everything, np.concatenate(cut)))
 
-
-def _detections(found: Found, size: Size, corner: Size = (0, 0), scale: int = 1) -> Detections:
-    """What a model found in a part of a picture of `size` that starts at `corner` and is `scale` times smaller."""
-    found = Found(*(None if part is None else part.cpu() for part in found))
-    order = found.scores.argsort(descending=True, stable=True)
-    y, x = corner
-    boxes = found.boxes[order].numpy() * scale + np.array([x, y, x, y], np.float32)
-    limit = np.array([size[1], size[0], size[1], size[0]], np.float32)
-    patches = None
-    if found.masks is not None:
-        patches = [_patch(found.masks[i].numpy(), size, corner, scale) for i in order.tolist()]
-    return Detections(size, boxes.clip(0, limit), found.scores[order].numpy(), found.labels[order].numpy(), patches)
+    def _detections(self, found: Found, size: Size, corner: Size = (0, 0), scale: int = 1) -> Detections:
+        """What the model found in a part of an image of `size`, which starts at `corner` and is `scale` times less."""
+        found = Found(*(None if part is None else part.cpu() for part in found))
+        order = found.scores.argsort(descending=True, stable=True)
+        y, x = corner
+        boxes = found.boxes[order].numpy() * scale + np.array([x, y, x, y], np.float32)
+        limit = np.array([size[1], size[0], size[1], size[0]], np.float32)
+        patches = None
+        if found.masks is not None:
+            patches = [_patch(found.masks[i].numpy(), size, corner, scale) for i in order.tolist()]
+        scores, labels = found.scores[order].numpy(), found.labels[order].numpy()
+        return Detections(size, boxes.clip(0, limit), scores, labels, patches, self.classes)
 
 
 def _patch(mask: np.ndarray, size: Size, corner: Size, scale: int) -> tuple[int, int, np.ndarray]:
-    """What there is of a mask (h, w), and where in the picture that is."""
+    """What there is of a mask (h, w), and where in the image that is."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not len(rows):
         return *corner, np.zeros((0, 0), bool)
@@ -129,22 +135,117 @@ def _patch(mask: np.ndarray, size: Size, corner: Size, scale: int) -> tuple[int,
     return int(top), int(left), part[: size[0] - top, : size[1] - left].copy()
 
 
-def _distinct(found: Detections, cut: np.ndarray) -> np.ndarray:
+# -- what several windows have found ----------------------------------------------------------------------------------
+
+SHARED = 0.5  # of the joint area of two boxes, or of the area of one that is cut: more is the same instance
+
+
+def distinct(found: Detections, cut: np.ndarray) -> np.ndarray:
     """Indices, best first, of instances without those that another one of their class has found, too.
 
     Whole instances go before those that the border of a window cuts, then by score. An instance is dropped if it shares
-    more than half of the joint area with one that stays or, if it is cut, half of its own.
+    more than half of the joint area with one that stays or, if it is cut, half of its own area.
     """
-    order = np.lexsort((-found.scores, cut))
-    boxes, labels = torch.from_numpy(found.boxes), torch.from_numpy(found.labels)
-    areas = box_area(boxes).clamp(min=1e-6)
+    whole, parts = np.flatnonzero(~cut), np.flatnonzero(cut)
+    tensors = (torch.from_numpy(values[whole]) for values in (found.boxes, found.scores, found.labels))
+    whole = whole[batched_nms(*tensors, SHARED).numpy()]
+    # For one that is cut, half of its own area is the weaker condition.
+    parts = parts[np.argsort(-found.scores[parts], kind="stable")]
+    parts = parts[~_covered(found, parts, whole)]
     kept: list[int] = []
-    for i in order.tolist():
-        rivals = [k for k in kept if labels[k] == labels[i]]
-        if rivals:
-            joint = box_iou(boxes[i : i + 1], boxes[rivals])[0]
-            shared = joint / (1 + joint) * (areas[i] + areas[rivals])  # the intersection
-            if (joint > 0.5).any() or (cut[i] and (shared > 0.5 * areas[i]).any()):
-                continue
-        kept.append(i)
-    return np.array(sorted(kept, key=lambda i: -found.scores[i]), int)
+    for i in range(len(parts)):
+        if not _covered(found, parts[i : i + 1], parts[kept]).any():
+            kept.append(i)
+    stays = np.concatenate([whole, parts[kept]])
+    return stays[np.argsort(-found.scores[stays], kind="stable")]
+
+
+def _covered(found: Detections, parts: np.ndarray, by: np.ndarray) -> np.ndarray:
+    """Of each instance in `parts`, whether more than half of its box lies in that of one in `by` of its class."""
+    covered = np.zeros(len(parts), bool)
+    others = found.boxes[None, by]
+    for at in range(0, len(parts), 1024):  # a matrix of all pairs would take memory
+        these = parts[at : at + 1024]
+        boxes = found.boxes[these, None]
+        sides = np.minimum(boxes[..., 2:], others[..., 2:]) - np.maximum(boxes[..., :2], others[..., :2])
+        area = (boxes[..., 2:] - boxes[..., :2]).prod(-1).clip(min=1e-6)
+        share = sides.clip(min=0).prod(-1) / area
+        alike = found.labels[these, None] == found.labels[None, by]
+        covered[at : at + 1024] = (alike & (share > SHARED)).any(1)
+    return covered
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+class Instances(Writer):
+    """All instances in one file of COCO's result format, and the images and categories beside it.
+
+        OUT/detections.json     COCO's result format, masks as RLE
+        OUT/images.json         the images and categories that it speaks of, as a COCO dataset
+
+    Args:
+        out: the folder.
+        classes: the names.
+        score: instances of at least this score are counted; the file has all.
+        annotations: a COCO dataset, whose ids of images (by file name) and categories (by name) are used, so that the
+            results can be evaluated with it.
+
+    Raises:
+        InputError: `annotations` is no such file, or lacks a category.
+    """
+
+    def __init__(self, out: Path, classes: Sequence[str], score: float = 0.3, annotations: Path | None = None):
+        self.out, self.classes, self.score = out, classes, score
+        self.images: list[dict] = []
+        self.results: list[dict] = []
+        self.ids: dict[str, int] | None = None
+        self.categories = [{"id": i, "name": name} for i, name in enumerate(classes, 1)]
+        if annotations:
+            self.ids, known = _read_annotations(annotations)
+            if strange := [name for name in classes if name not in known]:
+                raise InputError(f"{annotations} has no category {strange[0]!r}, which the model knows")
+            self.categories = [{"id": known[name], "name": name} for name in classes]
+        out.mkdir(parents=True, exist_ok=True)
+
+    def save(self, source: Source, answer: Detections, frame: int | None = None) -> list[Path]:
+        """Keeps the instances of an image, or of a frame of a video."""
+        image_id = len(self.images) + 1
+        if self.ids is not None:
+            if source.path.name not in self.ids:
+                raise InputError(f"{source.path} is not among the images of the annotations")
+            image_id = self.ids[source.path.name]
+        image = {"id": image_id, "file_name": str(source.path), "height": answer.size[0], "width": answer.size[1]}
+        self.images.append(image | ({} if frame is None else {"frame": frame}))
+        self.results += answer.coco(image_id, [category["id"] for category in self.categories])
+        return []
+
+    def describe(self, answer: Detections) -> str:
+        """How many there are of each class."""
+        counts = np.bincount(answer.above(self.score).labels, minlength=len(self.classes))
+        order = np.argsort(-counts, kind="stable")
+        return ", ".join(f"{counts[i]} {self.classes[i]}" for i in order if counts[i]) or "nothing"
+
+    def as_json(self, answer: Detections) -> list[dict]:
+        """Class, score and box (left, top, right, bottom) of each instance that is counted."""
+        found = answer.above(self.score)
+        return [
+            {"label": name, "score": round(float(score), 5), "index": int(label), "box": [round(v, 2) for v in box]}
+            for name, score, label, box in zip(found.names, found.scores, found.labels, found.boxes.tolist())
+        ]
+
+    def close(self) -> None:
+        """Writes the files."""
+        dataset = {"images": self.images, "annotations": [], "categories": self.categories}
+        for name, content in (("images.json", dataset), ("detections.json", self.results)):
+            with atomic(self.out / name) as file:
+                file.write(json.dumps(content).encode())
+
+
+def _read_annotations(path: Path) -> tuple[dict[str, int], dict[str, int]]:
+    try:
+        content = json.loads(Path(path).read_text())
+        images = {Path(image["file_name"]).name: image["id"] for image in content["images"]}
+        return images, {category["name"]: category["id"] for category in content["categories"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{path} is not a COCO dataset (images and categories in JSON)") from None

@@ -1,4 +1,4 @@
-"""Segmentors by name, which need no OpenMMLab."""
+"""Models of the zoo as the tools see them; they need no other library."""
 
 from pathlib import Path
 
@@ -9,52 +9,78 @@ from torch.nn import functional as F
 
 from ..checkpoint import CheckpointError, load_checkpoint, read_meta, read_state_dict
 from ..errors import InputError
+from ..media.preprocess import normalise
 from ..zoo import create_model, fetch, find
-from .results import _names
+from .results import names_and_colours
 
-__all__ = ["NamedSegmentor"]
+__all__ = ["NAMED", "NamedSegmentor"]
 
 
 class NamedSegmentor:
-    """SegMAN, tested as published on ADE20K: the shorter side 512 (the longer 2048 at most), both multiples of 32."""
+    """A segmentation model of the zoo: its network maps images (B, C, H, W) to logits (B, classes, H, W).
+
+    The entry's `preprocess` says how it is tested: `mean` and `std` of bytes; `scale` (longest, shortest), to which an
+    image's sides are resized at most; `divisor`, of which both sides are multiples; `min_size`, up to which smaller
+    images are padded.
+
+    Args:
+        name: of the zoo, with or without a tag.
+        checkpoint: weights; by default the published ones.
+        args: of the model, over the entry's.
+
+    Attributes:
+        module: the network.
+        channels: of the logits.
+        classes, palette: names and colours, as the checkpoint has them.
+        window, stride, resizes, align_corners: see `linescan.openmmlab.models.MMSegmentor`.
+    """
 
     window = stride = None
     resizes = True
-    align_corners = False  # of the enlarging of logits
-    scale = (2048, 512)
-    smallest = 224  # what its neighbourhoods fit into; small windows are padded to it
+    align_corners = False
 
     def __init__(self, name: str, checkpoint: str | Path | None, **args):
-        if checkpoint is None:
-            checkpoint = fetch(find(name))
-        head = read_state_dict(checkpoint).get("decode_head.conv_seg.weight")
+        entry = find(name)
+        checkpoint = fetch(entry) if checkpoint is None else checkpoint
+        head = read_state_dict(checkpoint).get(f"{entry.classifier}.weight")
         if head is None:
-            raise CheckpointError(f"{checkpoint} is not a segmentor of SegMAN: it has no decode_head.conv_seg.weight")
+            raise CheckpointError(f"{checkpoint} is not a checkpoint of {name}: it has no {entry.classifier}.weight")
         try:
             self.module = load_checkpoint(create_model(name, num_classes=len(head), **args), checkpoint)
         except TypeError as error:
-            raise InputError(f"{name} cannot be built so: {error}") from None
+            raise InputError(f"cannot build {name} with these arguments: {error}") from None
         self.channels = len(head)
-        self.classes, self.palette = _names(read_meta(checkpoint), self.channels)
-        self.mean, self.std = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
+        self.classes, self.palette = names_and_colours(read_meta(checkpoint), self.channels)
+        how = entry.preprocess
+        self.mean, self.std, self.scale = how["mean"], how["std"], how.get("scale")
+        self.divisor, self.min_size = how.get("divisor", 1), how.get("min_size", 1)
 
-    def resize(self, pixels: np.ndarray) -> np.ndarray:
-        """A picture (H, W, 3) at the scale of the test."""
-        height, width = pixels.shape[:2]
-        factor = min(self.scale[0] / max(height, width), self.scale[1] / min(height, width))
-        size = [-(-int(side * factor + 0.5) // 32) * 32 for side in (height, width)]
-        images = torch.from_numpy(np.array(pixels)).movedim(-1, 0)[None].float()
-        images = F.interpolate(images, size, mode="bilinear", align_corners=False)
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        """Images (..., H, W, 3) of bytes, RGB -> as `logits` takes them: the same."""
+        return images
+
+    def prepare(self, image: np.ndarray) -> np.ndarray:
+        """An image (H, W, 3) of bytes, RGB -> at the scale of the test."""
+        sides = image.shape[:2]
+        if self.scale:
+            factor = min(max(self.scale) / max(sides), min(self.scale) / min(sides))
+            sides = [int(side * factor + 0.5) for side in sides]
+        sides = [max(-(-side // self.divisor), 1) * self.divisor for side in sides]
+        images = torch.from_numpy(np.array(image)).movedim(-1, 0)[None].float()
+        images = F.interpolate(images, sides, mode="bilinear", align_corners=False)
         return images[0].movedim(0, -1).round().byte().numpy()
 
-    def logits(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) of bytes, RGB -> logits (B, classes, H, W)."""
-        height, width = pictures.shape[-2:]
-        mean, std = (v.to(pictures.device)[:, None, None] for v in (self.mean, self.std))
-        below, right = (max(-side % 32, self.smallest - side) for side in (height, width))
-        x = F.pad((pictures.float() - mean) / std, (0, right, 0, below))
+    def logits(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) of bytes -> logits (B, channels, H, W)."""
+        height, width = images.shape[-2:]
+        below, right = (max(-side % self.divisor, self.min_size - side) for side in (height, width))
+        x = F.pad(normalise(images, self.mean, self.std), (0, right, 0, below))
         return self.module(x)[..., :height, :width]
 
     def decide(self, logits: Tensor) -> Tensor:
         """Logits (C, H, W) -> classes (H, W)."""
         return logits.argmax(0)
+
+
+NAMED = {"segmentation": NamedSegmentor}
+"""By task, what opens a model of the zoo: (name, checkpoint, **arguments)."""

@@ -1,27 +1,30 @@
-"""What segmentors and detectors answer."""
+"""What detectors answer, and the names of classes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from html import escape
 from typing import Iterator, NamedTuple, Sequence
 
 import numpy as np
 from torch import Tensor
 
 from ..media.draw import default_palette
-from .windows import Size
+from ..media.images import LARGE
+from .windows import Size, thin
 
-__all__ = ["Detections", "Found", "run_lengths"]
+__all__ = ["Detections", "Found", "dataset_names", "names_and_colours", "run_lengths"]
 
 
 @dataclass
 class Detections:
-    """The instances found in a picture, best first.
+    """The instances found in an image, best first.
 
     Attributes:
-        size: (height, width) of the picture.
+        size: (height, width) of the image.
         boxes: (N, 4) float32: left, top, right, bottom in pixels.
         scores: (N,) float32, 0 to 1.
         labels: (N,) the class of each.
         patches: of each its mask, as (top, left, (h, w) bool); None from a detector without masks.
+        classes: names of the classes; None where they are not known.
     """
 
     size: Size
@@ -29,6 +32,7 @@ class Detections:
     scores: np.ndarray
     labels: np.ndarray
     patches: list[tuple[int, int, np.ndarray]] | None = None
+    classes: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -37,11 +41,18 @@ class Detections:
         """Those of the instances that `chosen`, a boolean array or indices, names."""
         indices = np.arange(len(self))[chosen]
         patches = None if self.patches is None else [self.patches[i] for i in indices]
-        return Detections(self.size, self.boxes[indices], self.scores[indices], self.labels[indices], patches)
+        return replace(
+            self, boxes=self.boxes[indices], scores=self.scores[indices], labels=self.labels[indices], patches=patches
+        )
 
     def above(self, score: float) -> "Detections":
         """Those of at least this score."""
         return self.pick(self.scores >= score)
+
+    @property
+    def names(self) -> list[str]:
+        """The name of the class of each."""
+        return [self.classes[label] if self.classes else f"class {label}" for label in self.labels]
 
     @property
     def masks(self) -> np.ndarray | None:
@@ -49,20 +60,29 @@ class Detections:
         return None if self.patches is None else np.array([*self.each_mask()], bool).reshape(-1, *self.size)
 
     def each_mask(self, factor: int = 1) -> Iterator[np.ndarray]:
-        """The masks (H, W) one by one; of every `factor`-th pixel."""
-        size = [len(range(factor // 2, side, factor)) for side in self.size]
+        """The masks (H, W) one by one; of every `factor`-th pixel (`linescan.tasks.windows.thin`)."""
+        first = [thin(side, factor).start for side in self.size]
+        size = [-(-side // factor) for side in self.size]
         for top, left, patch in self.patches or ():
             mask = np.zeros(size, bool)
-            y, x = (-(-max(edge - factor // 2, 0) // factor) for edge in (top, left))
-            part = patch[y * factor + factor // 2 - top :: factor, x * factor + factor // 2 - left :: factor]
+            y, x = (-(-max(edge - start, 0) // factor) for edge, start in zip((top, left), first))
+            part = patch[y * factor + first[0] - top :: factor, x * factor + first[1] - left :: factor]
             mask[y : y + part.shape[0], x : x + part.shape[1]] = part
             yield mask
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        rows = "".join(
+            f"<tr><td>{escape(name)}</td><td>{score:.2f}</td><td>{', '.join(f'{v:.0f}' for v in box)}</td></tr>"
+            for name, score, box in zip(self.names, self.scores, self.boxes)
+        )
+        return f"<table><tr><th>class</th><th>score</th><th>left, top, right, bottom</th></tr>{rows}</table>"
 
     def coco(self, image_id: int, categories: Sequence[int] | None = None) -> list[dict]:
         """COCO's result format: `bbox` as left, top, width, height; `segmentation` as compressed RLE.
 
         Args:
-            image_id: the picture's.
+            image_id: the image's.
             categories: the category of each label; by default label + 1.
         """
         results = []
@@ -81,7 +101,19 @@ class Detections:
 
 
 def run_lengths(patch: tuple[int, int, np.ndarray], size: Size) -> dict:
-    """COCO's compressed RLE of a mask that is `patch` (top, left, (h, w) bool) in a picture of `size`, else empty."""
+    """COCO's compressed RLE of a mask that is `patch` (top, left, (h, w) bool) in an image of `size`, else empty."""
+    from pycocotools.mask import encode
+
+    if size[0] * size[1] > LARGE:
+        return _run_lengths_by_edges(patch, size)
+    top, left, part = patch
+    whole = np.zeros(size, np.uint8, order="F")
+    whole[top : top + part.shape[0], left : left + part.shape[1]] = part
+    return {"size": list(size), "counts": encode(whole)["counts"].decode("ascii")}
+
+
+def _run_lengths_by_edges(patch: tuple[int, int, np.ndarray], size: Size) -> dict:
+    """The same, without ever holding a mask as large as the image."""
     from pycocotools.mask import frPyObjects
 
     top, left, mask = patch
@@ -97,7 +129,7 @@ def run_lengths(patch: tuple[int, int, np.ndarray], size: Size) -> dict:
 
 
 class Found(NamedTuple):
-    """The instances in one picture: (N, 4) left, top, right, bottom; (N,); (N,); (N, H, W) bool or None."""
+    """The instances in one image: (N, 4) left, top, right, bottom; (N,); (N,); (N, H, W) bool or None."""
 
     boxes: Tensor
     scores: Tensor
@@ -105,7 +137,7 @@ class Found(NamedTuple):
     masks: Tensor | None
 
 
-def _dataset_names(meta: dict) -> dict:
+def dataset_names(meta: dict) -> dict:
     """`classes` and `palette` of what a checkpoint or a config says of its dataset, where they are plain data."""
     said = meta.get("dataset_meta") or meta
     said = {str(key).lower(): value for key, value in said.items()} if isinstance(said, dict) else {}
@@ -118,9 +150,9 @@ def _dataset_names(meta: dict) -> dict:
     return names
 
 
-def _names(meta: dict, count: int) -> tuple[list[str], list[tuple[int, int, int]]]:
+def names_and_colours(meta: dict, count: int) -> tuple[list[str], list[tuple[int, int, int]]]:
     """Names and colours of `count` classes: those that are known, if they are that many."""
-    names = _dataset_names(meta)
+    names = dataset_names(meta)
     classes, palette = names.get("classes", []), names.get("palette", [])
     if len(classes) != count:
         classes, palette = [f"class {i}" for i in range(count)], []

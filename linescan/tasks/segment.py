@@ -1,43 +1,49 @@
-"""Images in, masks out."""
+"""Segmentation: images in, masks out."""
 
+import json
 from collections import defaultdict
 from pathlib import Path
-from typing import Iterable, Iterator
+from typing import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from ..engine.atomic import atomic
 from ..errors import InputError
 from ..media.draw import draw_masks
-from ..media.images import Picture
-from ..media.large import Pixels, blank, open_pixels
-from .base import LARGEST_DRAWING, _bounded, _Tool
-from .open import open_segmentor
-from .windows import Block, Progress, Size, enlarge, slide
+from ..media.find import Source
+from ..media.images import ImageLike
+from ..media.large import Pixels, blank, open_pixels, write_mask
+from .open import open_model
+from .tool import Progress, Writer, silent
+from .windows import Block, Size, WindowTool, bounded, enlarge, reduced_for_drawing, slide, thin
 
-__all__ = ["Segmenter"]
+__all__ = ["Masks", "Segmenter"]
+
+FRAME_LEGEND = 2  # rows of the legend below frames of a video, which are all of one size
 
 
-class Segmenter(_Tool):
-    """Says what each pixel of a picture shows.
+class Segmenter(WindowTool):
+    """Says what each pixel of an image shows.
 
         seg = Segmenter("my_config.py", "weights.pth")
         mask = seg("photo.jpg")                                         # (H, W), the class of each pixel
         print(seg.classes[mask[0, 0]])
 
-    Without `window` a picture is tested as its config says: resized, then whole or by windows; one whose longer side
-    is above 4096 pixels is reduced by a whole factor before. With `window`, windows slide over the picture in its own
-    resolution, and it may be larger than memory.
+    Without `window` an image is tested as its model or config says: resized, then whole or by windows; one whose longer
+    side is above 4096 pixels is reduced by a whole factor before. With `window`, windows slide over the image in its
+    own resolution, and it may be larger than memory.
 
     Args:
-        model: an mmseg config: a file, a name of one of linescan's, or "mmseg::..."; or a model by name, such as
-            "segman_seg_tiny", which needs no OpenMMLab.
-        checkpoint: its weights (.pth, .safetensors). Without it, those that the config names as `load_from`.
+        model: the name of a segmentation model (`linescan list --task segmentation`), which needs no OpenMMLab; or an
+            mmseg config: a file, a name of one of linescan's, or "mmseg::...".
+        checkpoint: its weights (.pth, .safetensors). Without it, the published ones, or those that the config names as
+            `load_from`.
         device: by default CUDA where there is one.
         dtype: torch.bfloat16 or torch.float16 for half precision.
-        batch: pictures, or windows, in one forward pass.
+        batch: images, or windows, in one forward pass.
         window: (height, width) of windows, or one number for both.
         stride: from one window to the next; by default two thirds of it.
         memory: bytes that logits may take at a time.
@@ -60,55 +66,62 @@ class Segmenter(_Tool):
         memory: int = 2**30,
         **args,
     ):
-        super().__init__(open_segmentor(model, checkpoint, **args), device, dtype, batch, window, stride)
+        opened = open_model("segmentation", model, checkpoint, **args)
+        super().__init__(str(model), opened, device, dtype, batch, window, stride)
         self.memory = memory
         if not self.window and self.model.window and not self.model.resizes:
             self.window, self.stride = self.model.window, self.model.stride
 
-    def draw(self, picture: Picture | Pixels, mask: np.ndarray, legend_rows: int | None = None) -> Image.Image:
-        """The picture tinted by its mask, with a legend (`linescan.media.draw`); large ones are drawn smaller."""
-        pixels = open_pixels(picture)
-        factor = -(-max(pixels.size) // LARGEST_DRAWING)
-        mask = np.asarray(mask[factor // 2 :: factor, factor // 2 :: factor])
-        image = pixels.reduced(factor)[: mask.shape[0], : mask.shape[1]]
-        return draw_masks(image, mask, self.classes, self.palette, legend_rows=legend_rows)
+    def draw(self, opened: ImageLike | Pixels, answer: np.ndarray, frame: bool = False) -> Image.Image:
+        """The image tinted by its mask, with a legend (`linescan.media.draw`); large ones are drawn smaller."""
+        image, factor = reduced_for_drawing(pixels := open_pixels(opened))
+        mask = np.asarray(answer[thin(pixels.size[0], factor), thin(pixels.size[1], factor)])
+        return draw_masks(image, mask, self.classes, self.palette, legend_rows=FRAME_LEGEND if frame else None)
 
-    def _forward(self, pictures: np.ndarray) -> Tensor:
-        """(B, h, w, 3) -> logits (B, C, h, w), float32."""
-        tensor = torch.from_numpy(np.ascontiguousarray(pictures)).to(self.device).movedim(-1, 1)
-        try:
-            logits = self.model.logits(tensor).float()
-        except ValueError as error:  # the backbone says which sizes it takes
-            raise InputError(f"windows of {'x'.join(map(str, pictures.shape[1:3]))} pixels: {error}") from error
-        if not logits.sum().isfinite():  # of the sum: a mask of them all would take memory
-            raise InputError("the model answers NaN or infinity; its weights are damaged, or the precision too low")
-        return logits
-
-    def _answer(self, opened: dict[int, Pixels], progress: Progress) -> dict[int, np.ndarray]:
+    def answer(self, opened: Sequence[Pixels], progress: Progress = silent) -> list[np.ndarray]:
         if self.window:
-            return {i: self._mask(pixels.size, self._slide(pixels, progress)) for i, pixels in opened.items()}
-        resized = {i: Pixels(self.model.resize(_bounded(pixels))) for i, pixels in opened.items()}
-        alike = defaultdict(list)  # by size: pictures of one size can be answered together
-        for i, pixels in resized.items():
+            return [self._mask(pixels.size, self._slide(pixels, progress)) for pixels in opened]
+        prepared = [Pixels(self.model.prepare(bounded(pixels)[0])) for pixels in opened]
+        alike = defaultdict(list)  # by size: images of one size can be answered together
+        for i, pixels in enumerate(prepared):
             alike[pixels.size].append(i)
         answers = {}
         for size, members in alike.items():
             if self.model.window:
-                logits = (self._gather(resized[i], progress) for i in members)
+                logits = (self._gather(prepared[i], progress) for i in members)
             else:
-                logits = self._forward(np.stack([resized[i].read(0, size[0], 0, size[1]) for i in members]))
+                logits = self._forward(np.stack([prepared[i].read(0, size[0], 0, size[1]) for i in members]))
             for i, whole in zip(members, logits):
                 target = opened[i].size
                 same = target == size
-                blocks = [Block(0, size[0], 0, size[1], whole)] if same else self._enlarge(whole, target)
-                answers[i] = self._mask(target, blocks)
-                progress(0 if self.model.window else 1)
-        return answers
+                answers[i] = self._mask(
+                    target, [Block(0, size[0], 0, size[1], whole)] if same else self._enlarge(whole, target)
+                )
+        return [answers[i] for i in range(len(opened))]
+
+    def _forward(self, images: np.ndarray) -> Tensor:
+        """(B, h, w, 3) as the model has prepared them -> logits (B, C, h, w), float32."""
+        tensor = torch.from_numpy(np.ascontiguousarray(images)).to(self.device).movedim(-1, 1)
+        try:
+            logits = self.model.logits(tensor).float()
+        except ValueError as error:  # the backbone says which sizes it takes
+            raise InputError(f"windows of {'x'.join(map(str, images.shape[1:3]))} pixels: {error}") from error
+        if not logits.sum().isfinite():  # of the sum: a mask of them all would take memory
+            raise InputError("the model answers NaN or infinity; its weights are damaged, or the precision too low")
+        return logits
 
     def _slide(self, pixels: Pixels, progress: Progress) -> Iterator[Block]:
-        window, stride = (self.window, self.stride) if self.window else (self.model.window, self.model.stride)
+        """Windows over an image as it is, or over one that the model has prepared."""
+        if self.window:
+            window, stride = self.window, self.stride
+
+            def forward(windows: np.ndarray) -> Tensor:
+                return self._forward(self.model.encode(windows))
+
+        else:
+            window, stride, forward = self.model.window, self.model.stride, self._forward
         return slide(
-            pixels, self._forward, self.model.channels, window, stride,
+            pixels, forward, self.model.channels, window, stride,
             batch=self.batch, memory=self.memory, device=self.device, progress=progress,
         )  # fmt: skip
 
@@ -126,3 +139,40 @@ class Segmenter(_Tool):
         for top, bottom, left, right, logits in blocks:
             mask[top:bottom, left:right] = self.model.decide(logits).cpu().numpy()
         return mask
+
+
+class Masks(Writer):
+    """Masks as PNG files, and names and colours of the classes.
+
+        OUT/masks/NAME.png     the class of each pixel, with a palette; of a video NAME/000000.png, ...
+        OUT/classes.json       [{"id": 0, "name": ..., "color": [red, green, blue]}, ...]
+
+    Args:
+        out: the folder.
+        classes, palette: names and colours.
+    """
+
+    def __init__(self, out: Path, classes: Sequence[str], palette: Sequence[tuple[int, int, int]]):
+        self.out, self.classes, self.palette = out, classes, palette
+        self.out.mkdir(parents=True, exist_ok=True)
+        described = [{"id": i, "name": n, "color": c} for i, (n, c) in enumerate(zip(classes, palette))]
+        with atomic(out / "classes.json") as file:
+            file.write(json.dumps(described, indent=1).encode())
+
+    def save(self, source: Source, answer: np.ndarray, frame: int | None = None) -> list[Path]:
+        """Writes the mask of an image, or of a frame of a video."""
+        path = self.out / "masks" / (source.name + (".png" if frame is None else f"/{frame:06}.png"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(path) as file:
+            write_mask(file, answer, self.palette)
+        return [path]
+
+    def describe(self, answer: np.ndarray) -> str:
+        """The largest classes and their shares of the image."""
+        return ", ".join(f"{one['label']} {100 * one['share']:.0f} %" for one in self.as_json(answer)[:3])
+
+    def as_json(self, answer: np.ndarray) -> list[dict]:
+        """The classes that occur, the largest first, with their shares of the image."""
+        counts = sum(np.bincount(rows.ravel(), minlength=len(self.classes)) for rows in np.array_split(answer, 16))
+        order = [int(i) for i in np.argsort(-counts, kind="stable") if counts[i]]
+        return [{"label": self.classes[i], "share": float(counts[i] / answer.size), "index": i} for i in order]

@@ -11,16 +11,79 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..media.large import Pixels
+from ..media.images import ImageLike
+from ..media.large import Pixels, open_pixels
+from .tool import Progress, Tool, silent
 
-__all__ = ["Block", "enlarge", "positions", "slide"]
+__all__ = ["Block", "Size", "WindowTool", "enlarge", "positions", "slide"]
 
-Progress = Callable[[float], None]
 Size = tuple[int, int]
+"""(height, width)."""
+
+LARGEST_DRAWING = 4096  # pixels of the longer side of an overlay at most
+LARGEST_WHOLE = 4096  # of what a model is given at once
 
 
-def _silent(share: float) -> None:
-    pass
+class WindowTool(Tool):
+    """A tool for images of any size: whole, or in windows of the image's own resolution.
+
+    Args:
+        model_name, device, dtype, batch: as for `Tool`; with windows, `batch` of them are in one forward pass.
+        model: the model with what it does to an image before and after the forward pass, such as
+            `linescan.tasks.named.NamedSegmentor`: its network is `model.module`.
+        window: (height, width) of windows, or one number for both.
+        stride: from one window to the next; by default two thirds of it.
+
+    Raises:
+        InputError: sizes that are none, or leave gaps between windows.
+    """
+
+    def __init__(self, model_name: str, model, device, dtype, batch: int, window, stride):
+        super().__init__(model_name, model.module, device, dtype, batch)
+        self.model = model
+        self.window, self.stride = _pair(window, "window"), _pair(stride, "stride")
+        if self.stride and not self.window:
+            raise InputError("a stride is one of windows: give their size as well")
+        if self.window and not self.stride:
+            self.stride = tuple(max(2 * side // 3, 1) for side in self.window)
+        if self.window and any(step > side for step, side in zip(self.stride, self.window)):
+            raise InputError(f"windows of {self.window} every {self.stride} pixels leave gaps: strides are no larger")
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the classes."""
+        return self.model.classes
+
+    @property
+    def palette(self) -> list[tuple[int, int, int]]:
+        """A colour (red, green, blue) for each class."""
+        return self.model.palette
+
+    def facts(self) -> dict[str, str]:
+        """What a person wants to know of this tool, by name."""
+        windows = {"windows": f"windows of {self.window[0]} x {self.window[1]}"} if self.window else {}
+        return super().facts() | {"classes": f"{len(self.classes)} classes"} | windows
+
+    def open(self, given: ImageLike | Pixels) -> Pixels:
+        """The pixels of an image: a path, a PIL image or an array."""
+        return open_pixels(given)
+
+
+def bounded(pixels: Pixels) -> tuple[np.ndarray, int]:
+    """The image (H, W, 3), reduced by a whole factor if it is larger than models are given at once; the factor."""
+    factor = -(-max(pixels.size) // LARGEST_WHOLE)
+    return pixels.reduced(factor), factor
+
+
+def reduced_for_drawing(pixels: Pixels) -> tuple[np.ndarray, int]:
+    """The image (h, w, 3) at most as large as overlays are; the pixel (y, x) is (`thin(H, factor)[y]`, ...) of it."""
+    factor = -(-max(pixels.size) // LARGEST_DRAWING)
+    return pixels.reduced(factor), factor
+
+
+def thin(length: int, factor: int) -> slice:
+    """Every `factor`-th place along a side: one of each that `Pixels.reduced` averages, ceil(length / factor)."""
+    return slice(min(factor // 2, (length - 1) % factor), length, factor)
 
 
 def positions(length: int, window: int, stride: int) -> list[int]:
@@ -49,7 +112,7 @@ def slide(
     batch: int = 1,
     memory: int = 2**30,
     device: torch.device | str = "cpu",
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Iterator[Block]:
     """The mean of the logits of all windows over each pixel, block by block, each pixel once.
 
