@@ -64,7 +64,7 @@ def __dir__() -> list[str]:
 
 
 class _AfterTimm(MetaPathFinder):
-    """Registers the models at the end of `import timm`. It stays until then: timm may be looked for and not imported."""
+    """Registers the models at the end of `import timm`, and stays until then: looking for timm is not importing it."""
 
     def find_spec(self, name, path=None, target=None):
         if name != "timm":

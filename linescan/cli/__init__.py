@@ -12,8 +12,9 @@ demo.py        demo
 import os
 import sys
 import warnings
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib import import_module
+from typing import Iterator
 
 from linescan.errors import CheckpointError, DamagedVideo, Diverged, InputError, visible
 
@@ -33,9 +34,7 @@ def main() -> None:
     try:
         if sys.stdout is None:
             raise InputError("standard output is closed")
-        with warnings.catch_warnings():
-            warnings.simplefilter("always", DamagedVideo)
-            warnings.showwarning = _warn
+        with _warnings_as_lines():
             status = app(sys.argv[1:] or ["--help"], prog_name="linescan", standalone_mode=False) or 0
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -49,14 +48,23 @@ def main() -> None:
     sys.exit(status)
 
 
-def _warn(message: Warning, category: type[Warning], *where) -> None:
-    """What is wrong with a file of the user, in a line; other warnings as Python has them."""
-    if issubclass(category, DamagedVideo):
-        from linescan.engine.progress import say
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """What is wrong with a file of the user is a line; other warnings are as Python has them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", DamagedVideo)
+        plain = warnings.showwarning
 
-        say(("damaged", "yellow"), f" {message}")
-    else:
-        sys.stderr.write(warnings.formatwarning(message, category, *where[:2]))
+        def show(message: Warning, category: type[Warning], *where) -> None:
+            if issubclass(category, DamagedVideo):
+                from linescan.engine.progress import say
+
+                say(("damaged", "yellow"), f" {message}")
+            else:
+                plain(message, category, *where)
+
+        warnings.showwarning = show
+        yield
 
 
 def _fixable(error: Exception) -> str | None:

@@ -38,6 +38,9 @@ Window = Annotated[
 Stride = Annotated[
     Optional[str], typer.Option(metavar="HEIGHTxWIDTH", help="From window to window. Default: two thirds of it.")
 ]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Refuse videos that are cut short or damaged; else what can be read is used.")
+]
 Overlays = Annotated[bool, typer.Option("--overlays/--no-overlays", help="Draw what was found into the images.")]
 
 
@@ -68,6 +71,7 @@ def classify(
     precision: Precision = Floats.fp32,
     batch: Batch = 32,
     model_arg: ModelArgs = None,
+    strict: Strict = False,
     as_json: Json = False,
 ):
     """Name what images and videos show.
@@ -81,7 +85,7 @@ def classify(
         from linescan.tasks.classify import Classifier, Labels
 
         args = model_args(model_arg) | {"views": Views.parse(views) if views else None}
-        args |= {"device": device, "dtype": precision.dtype, "batch": batch, "topk": topk}
+        args |= {"device": device, "dtype": precision.dtype, "batch": batch, "topk": topk, "strict": strict}
         return Classifier(model, checkpoint, **args), Labels()
 
     _answer(open_tool, paths, to, to is not None, as_json, "classifying")
@@ -110,6 +114,7 @@ def segment(
     precision: Precision = Floats.fp32,
     batch: WindowBatch = 1,
     model_arg: ModelArgs = None,
+    strict: Strict = False,
     as_json: Json = False,
 ):  # fmt: skip
     """Say what each pixel of images and videos shows: masks (PNG) and overlays with a legend.
@@ -121,8 +126,8 @@ def segment(
     def open_tool() -> tuple["Tool", "Writer"]:
         from linescan.tasks.segment import Masks, Segmenter
 
-        args = {"device": device, "dtype": precision.dtype, "batch": batch, **sizes, **model_args(model_arg)}
-        tool = Segmenter(model, checkpoint, **args)
+        args = {"device": device, "dtype": precision.dtype, "batch": batch, "strict": strict}
+        tool = Segmenter(model, checkpoint, **args, **sizes, **model_args(model_arg))
         return tool, Masks(to, tool.classes, tool.palette)
 
     _answer(open_tool, paths, to, overlays, as_json, "segmenting")
@@ -151,6 +156,7 @@ def detect(
     device: Device = None,
     precision: Precision = Floats.fp32,
     batch: WindowBatch = 1,
+    strict: Strict = False,
     as_json: Json = False,
 ):
     """Find the instances in images and videos: boxes and masks (COCO's result format), and overlays with a legend.
@@ -162,8 +168,8 @@ def detect(
     def open_tool() -> tuple["Tool", "Writer"]:
         from linescan.tasks.detect import Detector, Instances
 
-        args = {"device": device, "dtype": precision.dtype, "batch": batch, "score": score, **sizes}
-        tool = Detector(model, checkpoint, **args)
+        args = {"device": device, "dtype": precision.dtype, "batch": batch, "score": score}
+        tool = Detector(model, checkpoint, strict=strict, **args, **sizes)
         return tool, Instances(to, tool.classes, score, annotations)
 
     _answer(open_tool, paths, to, overlays, as_json, "detecting")
@@ -197,11 +203,12 @@ def _answer(
     listed = sys.stdin.read() if "-" in paths else ""
 
     def sources(kinds=("image", "video")):
-        return find(paths, kinds, exclude=[to] if to else [], stdin=io.StringIO(listed))
+        found = find(paths, kinds, exclude=[to] if to else [], stdin=io.StringIO(listed))
+        if all(source.error for source in found):
+            raise InputError("; ".join(dict.fromkeys(str(source.error) for source in found)))
+        return found
 
-    found = sources()
-    if all(source.error for source in found):  # before a model is opened in vain
-        raise InputError("; ".join(dict.fromkeys(str(source.error) for source in found)))
+    sources()  # or a model would be opened in vain
     tool, writer = open_tool()
     found = sources(tool.kinds)
     failed = 0

@@ -222,7 +222,7 @@ register(
     first_conv="backbone.patch_embed.0",
     classifier="decode_head.conv_seg",
     inputs=((3, 512, 512),),
-    # As published for ADE20K: the shorter side 512, the longer 2048 at most, both multiples of 32. Smaller images are padded.
+    # As published for ADE20K: the shorter side 512, the longer 2048 at most, both multiples of 32.
     preprocess={
         "scale": (2048, 512),
         "divisor": 32,

@@ -83,6 +83,7 @@ class Classifier(Tool):
         topk: how many classes an answer has.
         views: of a video model: how many clips are taken from a video, and how many crops of each; the answer is their
             mean.
+        strict: refuse videos that are cut short or damaged, instead of answering what can be read.
         args: of the model.
 
     Raises:
@@ -99,6 +100,7 @@ class Classifier(Tool):
         batch: int = 32,
         topk: int = 5,
         views: tuple[int, int] | None = None,
+        strict: bool = False,
         **args,
     ):
         network, card = restore(model, checkpoint, **args)
@@ -106,11 +108,11 @@ class Classifier(Tool):
         if views and not frames:
             raise InputError(f"views are taken of videos; {card.model} reads images")
         image_mode(card.preprocess.channels)  # refuses a model that no image can be given to
-        super().__init__(card.model, network, device, dtype, batch)
+        super().__init__(card.model, network, device, dtype, batch, strict)
         self.card: ModelCard = card
         self.topk = topk
         self._transform = card.preprocess.transform()
-        self.clips = Clips(frames, card.preprocess, Views(*(views or ()))) if frames else None
+        self.clips = Clips(frames, card.preprocess, Views(*(views or ())), strict) if frames else None
         if frames:
             self.kinds, self.whole_videos, self.together = ("video", "frames"), True, max(batch // frames, 1)
             self.batch = 1

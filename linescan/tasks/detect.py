@@ -37,7 +37,7 @@ class Detector(WindowTool):
 
     Args:
         model: an mmdet config: a file, a name of one of linescan's, or "mmdet::...".
-        checkpoint, device, dtype, batch, window, stride: as for `Segmenter`.
+        checkpoint, device, dtype, batch, window, stride, strict: as for `Segmenter`.
         score: instances of at least this score are drawn.
 
     Raises:
@@ -55,10 +55,11 @@ class Detector(WindowTool):
         window: int | Size | None = None,
         stride: int | Size | None = None,
         score: float = 0.3,
+        strict: bool = False,
         **args,
     ):
         opened = open_model("detection", model, checkpoint, **args)
-        super().__init__(str(model), opened, device, dtype, batch, window, stride)
+        super().__init__(str(model), opened, device, dtype, batch, window, stride, strict)
         self.score = score
 
     def draw(

@@ -47,6 +47,7 @@ class Segmenter(WindowTool):
         window: (height, width) of windows, or one number for both.
         stride: from one window to the next; by default two thirds of it.
         memory: bytes that logits may take at a time.
+        strict: refuse videos that are cut short or damaged, instead of answering what can be read.
         args: further arguments of a model by name.
 
     Raises:
@@ -64,10 +65,11 @@ class Segmenter(WindowTool):
         window: int | Size | None = None,
         stride: int | Size | None = None,
         memory: int = 2**30,
+        strict: bool = False,
         **args,
     ):
         opened = open_model("segmentation", model, checkpoint, **args)
-        super().__init__(str(model), opened, device, dtype, batch, window, stride)
+        super().__init__(str(model), opened, device, dtype, batch, window, stride, strict)
         self.memory = memory
         if not self.window and self.model.window and not self.model.resizes:
             self.window, self.stride = self.model.window, self.model.stride

@@ -52,6 +52,7 @@ class Tool:
         device: by default CUDA where there is one.
         dtype: torch.float32, or torch.bfloat16 or torch.float16 for half precision.
         batch: inputs in one forward pass.
+        strict: refuse videos that are cut short or damaged, instead of answering what can be read.
 
     Attributes:
         kinds: what is looked for in folders (`linescan.media.find.KINDS`).
@@ -61,10 +62,19 @@ class Tool:
     kinds: Sequence[str] = ("image", "video")
     whole_videos = False
 
-    def __init__(self, model_name: str, module: nn.Module, device: str | None, dtype: torch.dtype, batch: int):
+    def __init__(
+        self,
+        model_name: str,
+        module: nn.Module,
+        device: str | None,
+        dtype: torch.dtype,
+        batch: int,
+        strict: bool = False,
+    ):
         if not isinstance(batch, int) or batch < 1:
             raise InputError(f"a batch is a number of inputs, 1 or more, not {batch!r}")
         self.model_name, self.device, self.dtype, self.batch = model_name, pick_device(device), dtype, batch
+        self.strict = strict
         self.precision()  # refuses other types
         self.module = module.to(self.device).eval()
 
@@ -296,7 +306,7 @@ class _Work(NamedTuple):
         answers, files, refusal = _Frames(), [], None
         try:
             with ExitStack() as stack:
-                video, film = open_video(source.path), None
+                video, film = open_video(source.path, self.tool.strict), None
                 frames = video.pictures(range(len(video)), 3)
                 for opened, answer in self.tool.each(frames, lambda share: self.progress(share / len(video))):
                     if isinstance(answer, InputError):

@@ -28,7 +28,7 @@ class WindowTool(Tool):
     """A tool for images of any size: whole, or in windows of the image's own resolution.
 
     Args:
-        model_name, device, dtype, batch: as for `Tool`; with windows, `batch` of them are in one forward pass.
+        model_name, device, dtype, batch, strict: as for `Tool`; with windows, `batch` of them are in one forward pass.
         model: the model with what it does to an image before and after the forward pass, such as
             `linescan.tasks.named.NamedSegmentor`: its network is `model.module`.
         window: (height, width) of windows, or one number for both.
@@ -38,8 +38,8 @@ class WindowTool(Tool):
         InputError: sizes that are none, or leave gaps between windows.
     """
 
-    def __init__(self, model_name: str, model, device, dtype, batch: int, window, stride):
-        super().__init__(model_name, model.module, device, dtype, batch)
+    def __init__(self, model_name: str, model, device, dtype, batch: int, window, stride, strict: bool = False):
+        super().__init__(model_name, model.module, device, dtype, batch, strict)
         self.model = model
         self.window, self.stride = _pair(window, "window"), _pair(stride, "stride")
         if self.stride and not self.window:

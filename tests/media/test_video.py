@@ -428,20 +428,21 @@ def test_broken_videos_are_named_and_skipped(linescan_here, model, tmp_path):
 
     status, stdout, _ = linescan_here("classify", tmp_path / "whole.mp4", tmp_path / "cut.mp4", "-c", model, "--json")
     whole, cut = json.loads(stdout)
-    assert status == 1 and whole["guesses"][0].keys() == {"label", "probability", "index"}
-    assert whole["video"].endswith("whole.mp4") and "damaged" in cut["error"]
+    assert status == 1 and whole["answer"][0].keys() == {"label", "probability", "index"}
+    assert whole["source"].endswith("whole.mp4") and "damaged" in cut["error"]
 
 
 def test_what_cannot_be(linescan_here, model, trained, tmp_path):
     video = write_video(tmp_path / "x.mp4", GREYS[:4])
     pictures = trained / "model.safetensors"
     (tmp_path / "nothing").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "lone.png")
     for args, line in (
         ((video, "-c", model, "--views", "4"), "--views is CLIPSxCROPS, as in 4x3, not '4'"),
         ((video, "-c", model, "--views", "0x1"), "not '0x1'"),
-        ((video, "-c", pictures), "x.mp4 is a video, and vit_tiny_patch16_224 reads pictures"),
-        ((video, "-c", pictures, "--views", "4x3"), "views are taken of videos; vit_tiny_patch16_224 reads pictures"),
-        ((tmp_path / "nothing", "-c", model), "nothing holds no videos"),
+        ((video, "-c", pictures, "--views", "4x3"), "views are taken of videos; vit_tiny_patch16_224 reads images"),
+        ((tmp_path / "nothing", "-c", model), "nothing holds no images or videos"),
+        ((tmp_path / "lone.png", "-c", model), "lone.png is an image; only videos or folders of frames are read here"),
     ):
         status, stdout, stderr = linescan_here("classify", *args)
         assert status == 2 and stdout == "" and line in stderr and len(stderr.splitlines()) == 1
