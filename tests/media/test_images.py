@@ -369,6 +369,10 @@ def test_large_files_are_reduced_as_they_are_read(suffix, library, tmp_path, all
     assert min(reduced.size) >= 80 and reduced.width * reduced.height < 20_000
     wanted = np.asarray(whole.resize(reduced.size, Image.Resampling.BOX), int)
     assert np.abs(np.asarray(reduced) - wanted).max() <= (12 if suffix == "jpg" else 5 if suffix == "webp" else 1)
+    if suffix == "jpg":
+        with Image.open(tmp_path / "x.jpg") as image:
+            image.draft("RGB", (80, 120))
+            np.testing.assert_array_equal(reduced, image)
     assert read_image(tmp_path / f"x.{suffix}").size == (400, 600), "not unless its purpose is known"
     assert read_image(tmp_path / f"x.{suffix}", size=(300, 300)).size == (400, 600), "nor where the size is needed"
 
@@ -388,6 +392,8 @@ from linescan.media.preprocess import Preprocess
 model = Preprocess((3, 224, 224), (0.0,) * 3, (1.0,) * 3, crop_pct=0.9)
 transforms = [model.transform(), model.transform("none"), model.transform("light"), model.transform("standard")]
 transforms[0](load_image(Path(sys.argv[1]) / "long2.png", 3, model.resized).crop((0, 0, 3, 3)))
+now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + 2**31, now + 2**31))  # should it fail, then before the machine does
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in sorted(Path(sys.argv[1]).iterdir()):
     for transform in transforms:
