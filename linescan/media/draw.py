@@ -51,14 +51,14 @@ def draw_masks(
     Raises:
         ValueError: image and mask differ in size, or the palette has too few colours, or values that are no bytes.
     """
-    picture, factor = _canvas(image)
+    canvas, factor = _canvas(image)
     palette = _palette(palette, classes)
     mask = np.asarray(mask)
-    _check_size("mask", mask.shape, picture, factor)
+    _check_size("mask", mask.shape, canvas, factor)
     counts = np.bincount(mask.ravel(), minlength=len(classes))[: len(classes)]
     if factor > 1:
         mask = mask.repeat(factor, 0).repeat(factor, 1)
-    pixels = _tint(np.asarray(picture), mask, palette, opacity)
+    pixels = _tint(np.asarray(canvas), mask, palette, opacity)
     shown = [i for i in np.argsort(-counts, kind="stable") if counts[i]]
     entries = [(palette[i], f"{classes[i]} · {_percent(counts[i] / mask.size * factor**2)}") for i in shown]
     return _with_legend(Image.fromarray(pixels), entries, legend_rows)
@@ -93,27 +93,27 @@ def draw_boxes(
     Raises:
         ValueError: image and masks differ in size, or the palette has too few colours, or values that are no bytes.
     """
-    picture, factor = _canvas(image)
+    canvas, factor = _canvas(image)
     palette = _palette(palette, classes)
     boxes, labels = np.asarray(boxes, float).reshape(-1, 4) * factor, [int(label) for label in labels]
     if masks is not None:
-        pixels = np.array(picture)
+        pixels = np.array(canvas)
         for label, mask in zip(labels, masks):
-            _check_size("mask", np.shape(mask), picture, factor)
+            _check_size("mask", np.shape(mask), canvas, factor)
             _tint_instance(pixels, np.asarray(mask, bool), palette[label], factor)
-        picture = Image.fromarray(pixels)
-    pen, line = ImageDraw.Draw(picture), max(round(max(picture.size) / 450), 1)
-    font, names = _typeset(classes, _text_size(picture))
+        canvas = Image.fromarray(pixels)
+    pen, line = ImageDraw.Draw(canvas), max(round(max(canvas.size) / 450), 1)
+    font, names = _typeset(classes, _text_size(canvas))
     order = range(len(boxes)) if scores is None else np.argsort(np.asarray(scores, float), kind="stable")
     for i in order:  # the best ones last: on top
         colour = palette[labels[i]]
         left, top, right, bottom = boxes[i]
         pen.rectangle((left, top, max(right, left), max(bottom, top)), outline=colour, width=line)
         name = names[labels[i]] + ("" if scores is None else f" {scores[i]:.2f}")
-        _tag(pen, picture.size, (left, top), name, colour, font)
+        _tag(pen, canvas.size, (left, top), name, colour, font)
     counts = np.bincount(labels, minlength=len(classes)) if labels else np.zeros(len(classes), int)
     shown = [i for i in np.argsort(-counts, kind="stable") if counts[i]]
-    return _with_legend(picture, [(palette[i], f"{classes[i]} · {counts[i]}") for i in shown], legend_rows)
+    return _with_legend(canvas, [(palette[i], f"{classes[i]} · {counts[i]}") for i in shown], legend_rows)
 
 
 def draw_labels(
@@ -154,8 +154,8 @@ def _palette(palette: Sequence[Colour] | None, classes: Sequence[str]) -> list[C
     return palette
 
 
-def _check_size(what: str, shape: tuple, picture: Image.Image, factor: int) -> None:
-    size = picture.height // factor, picture.width // factor
+def _check_size(what: str, shape: tuple, canvas: Image.Image, factor: int) -> None:
+    size = canvas.height // factor, canvas.width // factor
     if tuple(shape) != size:
         raise ValueError(f"a {what} of shape {tuple(shape)} for an image of {size[0]}x{size[1]} (height x width)")
 
@@ -223,8 +223,8 @@ def _unaccented(text: str) -> str:
     return "".join(letter if _is_plain(letter) else bare or "?" for letter, bare in letters)
 
 
-def _text_size(picture: Image.Image) -> int:
-    return max(round(max(picture.size) / 50), 11)
+def _text_size(canvas: Image.Image) -> int:
+    return max(round(max(canvas.size) / 50), 11)
 
 
 def _tag(pen: ImageDraw.ImageDraw, size: tuple, corner: tuple, text: str, colour: Colour, font) -> None:
@@ -238,19 +238,19 @@ def _tag(pen: ImageDraw.ImageDraw, size: tuple, corner: tuple, text: str, colour
     pen.text((x + font.size * 0.25, y), text, PAPER if dark else INK, font)
 
 
-def _with_legend(picture: Image.Image, entries: list[tuple[Colour, str]], rows: int | None) -> Image.Image:
+def _with_legend(canvas: Image.Image, entries: list[tuple[Colour, str]], rows: int | None) -> Image.Image:
     """The image, and below it rows of coloured squares with words; what does not fit is counted."""
     if rows == 0 or (rows is None and not entries):
-        return picture
-    size = _text_size(picture)
+        return canvas
+    size = _text_size(canvas)
     gap, height = round(size * 0.6), round(size * 1.7)
     font, texts = _typeset([text for _, text in entries], size)
-    pen = ImageDraw.Draw(picture)
+    pen = ImageDraw.Draw(canvas)
     lines: list[list] = [[]]
     x = gap
     for (colour, _), text in zip(entries, texts):
         width = size + gap / 2 + pen.textlength(text, font)
-        if lines[-1] and x + width + gap > picture.width:
+        if lines[-1] and x + width + gap > canvas.width:
             lines.append([])
             x = gap
         lines[-1].append((x, colour, text))
@@ -260,17 +260,17 @@ def _with_legend(picture: Image.Image, entries: list[tuple[Colour, str]], rows: 
         left = sum(map(len, lines[rows:]))
         lines = lines[:rows]
     rows = rows or len(lines)
-    sheet = Image.new("RGB", (picture.width, picture.height + rows * height + gap), PAPER)
-    sheet.paste(picture)
+    sheet = Image.new("RGB", (canvas.width, canvas.height + rows * height + gap), PAPER)
+    sheet.paste(canvas)
     pen = ImageDraw.Draw(sheet)
     for row, line in enumerate(lines):
-        y = picture.height + gap // 2 + row * height + height // 2
+        y = canvas.height + gap // 2 + row * height + height // 2
         for x, colour, text in line:
             pen.rectangle((x, y - size // 2, x + size, y + size // 2), fill=colour, outline=INK)
             pen.text((x + size + gap / 2, y), text, INK, font, anchor="lm")
     if left:
         text = f"+ {left}"
         width = pen.textlength(text, font) + 2 * gap
-        pen.rectangle((picture.width - width, y - height // 2 + 1, picture.width, y + height // 2 - 1), fill=PAPER)
-        pen.text((picture.width - gap, y), text, INK, font, anchor="rm")
+        pen.rectangle((canvas.width - width, y - height // 2 + 1, canvas.width, y + height // 2 - 1), fill=PAPER)
+        pen.text((canvas.width - gap, y), text, INK, font, anchor="rm")
     return sheet

@@ -226,7 +226,7 @@ class Classifier(Tool):
     def _strip(self, path: Path) -> Image.Image:
         video = open_video(path)
         [indices] = segments(len(video), min(SHOWN_FRAMES, self.clips.frames))
-        frames = [frame.convert("RGB") for frame in video.pictures(indices, 3)]
+        frames = [frame.convert("RGB") for frame in video.images(indices, 3)]
         for image in frames:
             image.thumbnail((LARGEST_DRAWING // 4, LARGEST_DRAWING // 4))
         return Image.fromarray(np.concatenate([np.asarray(image) for image in frames], 1))

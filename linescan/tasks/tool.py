@@ -307,7 +307,7 @@ class _Work(NamedTuple):
         try:
             with ExitStack() as stack:
                 video, film = open_video(source.path, self.tool.strict), None
-                frames = video.pictures(range(len(video)), 3)
+                frames = video.images(range(len(video)), 3)
                 for opened, answer in self.tool.each(frames, lambda share: self.progress(share / len(video))):
                     if isinstance(answer, InputError):
                         raise answer
