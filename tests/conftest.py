@@ -78,11 +78,11 @@ def pictures(tmp_path) -> Path:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Path:
     """The folder of a finished run: a small model that has seen the digits for an epoch."""
-    from linescan.engine import Recipe, train
+    from linescan.engine import train
+    from linescan.tasks import ClassificationRecipe
 
     args = dict(img_size=16, patch_size=8, depth=1, embed_dim=24, num_heads=2)
     out = tmp_path_factory.mktemp("runs") / "digits"
-    train(
-        Recipe("digits", model="vit_tiny_patch16_224", model_args=args, epochs=1, lr=3e-3, warmup=0), out, device="cpu"
-    )
+    recipe = ClassificationRecipe("digits", model="vit_tiny_patch16_224", model_args=args, epochs=1, lr=3e-3, warmup=0)
+    train(recipe, out, device="cpu")
     return out

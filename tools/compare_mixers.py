@@ -27,12 +27,14 @@ from rich import box  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from linescan.checkpoint import CheckpointError  # noqa: E402
-from linescan.engine import Classifier, Digits, InputError, Recipe, build, train  # noqa: E402
+from linescan.engine import Digits, Recipe, build, train  # noqa: E402
 from linescan.engine.metrics import read_metrics  # noqa: E402
 from linescan.engine.progress import console, progress_bar, say  # noqa: E402
+from linescan.errors import InputError  # noqa: E402
 from linescan.layers.mixers import MIXERS  # noqa: E402
 from linescan.scans.routes import parse  # noqa: E402
 from linescan.scans.routes.draw import draw_routes  # noqa: E402
+from linescan.tasks import ClassificationRecipe, Classifier  # noqa: E402
 
 PAPER, INK, GREY, RULE = "#fdfdfb", "#2b2d42", "#8d99ae", "#edf0f4"
 COLOURS = "#e76f51 #2a9d8f #3d5a98 #e9a23b #8e5ea2 #5aa9e6 #b5446e #6a994e #774936 #9a8c98 #00798c #d1495b #30638e #555"
@@ -58,8 +60,8 @@ def compare(
     results = []
     for name in names:
         args = dict(shape, mixer=name, routes=routes, merge=merge)
-        recipe = Recipe("digits", model="scan_tiny", model_args=args, epochs=epochs, batch=32, lr=3e-3, warmup=1,
-                        seed=seed)  # fmt: skip
+        settings = dict(epochs=epochs, batch=32, lr=3e-3, warmup=1, seed=seed)
+        recipe = ClassificationRecipe("digits", model="scan_tiny", model_args=args, **settings)
         say()
         say((name, "bold"), f": {MIXERS[name].__doc__.splitlines()[0]}")
         train(recipe, to / name, device="cpu", resume=True)

@@ -3,15 +3,18 @@
 Command modules import torch, and what imports it, inside their functions only: help and completion start at once.
 """
 
+import inspect
 import json
+from dataclasses import MISSING, fields
 from enum import Enum
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Callable, Optional
+from typing import Annotated, Any, Callable, Optional, Sequence, get_args, get_type_hints
 
 import typer
 
 from linescan import __version__
+from linescan.engine.recipe import flag
 from linescan.errors import InputError
 
 # pretty_exceptions: a traceback is for whoever debugs linescan, and a plain one can be pasted.
@@ -39,9 +42,13 @@ def _linescan(
     pass
 
 
+def epilog_of(examples: Sequence[str]) -> str:
+    """What stands below the help of a command."""
+    return "\n\n".join(["Examples:", *(f"  [cyan]{line}[/]" for line in examples)])
+
+
 def command(*examples: str, name: str | None = None) -> Callable:
     """Makes a function a command of `linescan`, with `examples` below its help."""
-    epilog = "\n\n".join(["Examples:", *(f"  [cyan]{line}[/]" for line in examples)])
 
     def register(function: Callable) -> Callable:
         @wraps(function)
@@ -51,7 +58,7 @@ def command(*examples: str, name: str | None = None) -> Callable:
             except BrokenPipeError:  # the parser would end the process without a word
                 raise InputError("standard output was closed before all was written") from None
 
-        app.command(name, epilog=epilog)(run)
+        app.command(name, epilog=epilog_of(examples))(run)
         return function
 
     return register
@@ -77,6 +84,13 @@ Batch = Annotated[int, typer.Option("--batch", "-b", min=1, help="Images (or fra
 Workers = Annotated[
     Optional[int], typer.Option(min=0, help="Processes that load images; default: 4 for files, none for the digits.")
 ]
+VideoViews = Annotated[
+    Optional[str],
+    typer.Option(
+        metavar="CLIPSxCROPS",
+        help="Test-time views of each video, as in 4x3: four clips, three crops of each. Default: 1x1.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -101,18 +115,35 @@ Precision = Annotated[Floats, typer.Option("--precision", help="Compute in this 
 # -- reading them, and printing ---------------------------------------------------------------------------------------
 
 
-def model_args(pairs: list[str] | None) -> dict:
+def model_args(pairs: list[str] | None, option: str = "--model-arg") -> dict:
     """["depth=4", "rope=true", "class_token=head"] -> {"depth": 4, "rope": True, "class_token": "head"}."""
     args = {}
     for pair in pairs or ():
         key, equals, value = pair.partition("=")
         if not key.isidentifier() or not equals:
-            raise InputError(f"--model-arg takes KEY=VALUE, not {pair!r}")
+            raise InputError(f"{option} takes KEY=VALUE, not {pair!r}")
         try:
             args[key] = json.loads({"True": "true", "False": "false", "None": "null"}.get(value, value))
         except json.JSONDecodeError:
             args[key] = value
     return args
+
+
+def parameters_of(recipe: type) -> list[inspect.Parameter]:
+    """The fields of a recipe (see `linescan.engine.recipe.option`) as parameters of a command."""
+    hints, parameters = get_type_hints(recipe), []
+    for f in fields(recipe):
+        facts, kind = f.metadata, hints[f.name]
+        default = None if f.default is MISSING else f.default
+        if kind is dict:  # KEY=VALUE, several times
+            kind = list[str]
+        names = [flag(f.name), *([facts["short"]] if facts["short"] else [])]
+        metavar = facts["metavar"] or (facts["choices"] and "|".join(facts["choices"]))
+        help = facts["help"].format(recipe=recipe)
+        option = typer.Option(*names, help=help, rich_help_panel=facts["panel"], metavar=metavar)
+        kind = Annotated[kind if default is not None or type(None) in get_args(kind) else Optional[kind], option]
+        parameters.append(inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind))
+    return parameters
 
 
 def worker_count(workers: int | None, data: str) -> int:

@@ -10,14 +10,16 @@ import torch
 from ..engine.image_sets import Digits
 from ..engine.metrics import read_metrics
 from ..engine.progress import say
-from ..engine.training import Recipe, train
+from ..engine.recipe import Recipe
+from ..engine.training import train
 from ..media.preprocess import Preprocess
 from ..tasks.classify import Classifier
+from ..tasks.recipes import ClassificationRecipe
 from .telling import tell_commands, tell_files
 
 __all__ = ["RECIPE", "demo"]
 
-RECIPE = Recipe(
+RECIPE = ClassificationRecipe(
     data="digits",
     model="vim_tiny_patch16_224",
     model_args=dict(img_size=32, patch_size=8, stride=6, depth=3, embed_dim=64, d_state=8, global_pool="avg"),

@@ -1,42 +1,37 @@
-"""Training, evaluating and using models: what stands between a backbone and a person.
+"""Training and scoring of any task, on one process or several.
 
-    image_sets.py    sets of images with labels: folders of classes, the embedded digits
-    data.py          images as batches of tensors, in an order that is a function of the step
-    cards.py         building, measuring, saving and restoring models
+    recipe.py        what a run is asked to do: fields that are also the options of the command line
     training.py      the training loop
-    scores.py        accuracy on a labelled set
+    data.py          samples in batches, in an order that is a function of the step
+    image_sets.py    sets of images and videos: folders of classes, the embedded digits
+    samples.py       images and clips as tensors
+    scores.py        totals over held-out data, and the scores from them
+    optimisers.py    optimisers and schedules by name
     metrics.py       metrics.csv and TensorBoard
+    cards.py         building, measuring, saving and restoring models
     benchmark.py     time and memory against resolution
     atomic.py        files that are either whole or absent
     processes.py     one process or many
     progress.py      bars and messages
 
-Every model that timm knows can be trained and used; nothing here knows one from another.
+Nothing here knows one task or one model from another.
 """
 
 from importlib import import_module
 
 _HOMES = {
-    "BrokenImage": "..errors",
-    "BrokenVideo": "..errors",
-    "Classifier": "..tasks.classify",
-    "Detections": "..tasks.results",
-    "Detector": "..tasks.detect",
-    "Digits": ".image_sets",
-    "Folder": ".image_sets",
-    "InputError": "..errors",
-    "Prediction": "..tasks.classify",
-    "Recipe": ".training",
-    "Segmenter": "..tasks.segment",
-    "build": ".cards",
-    "read_image": "..media.images",
-    "train": ".training",
+    "Digits": "image_sets",
+    "Folder": "image_sets",
+    "Recipe": "recipe",
+    "build": "cards",
+    "train": "training",
 }
 
-__all__ = list(_HOMES)
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str):
+    """Names of `__all__`, imported when they are first used: `linescan train --help` needs no torch."""
     if name in _HOMES:
-        return getattr(import_module(_HOMES[name], __name__), name)
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

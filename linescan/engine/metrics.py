@@ -4,12 +4,11 @@ import csv
 import io
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Sequence
 
 from .atomic import atomic
 
 __all__ = ["Log", "read_metrics"]
-
-COLUMNS = ("step", "epoch", "lr", "loss", "val_loss", "val_top1", "val_top5", "seconds")
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
@@ -26,19 +25,20 @@ class Log:
     Args:
         folder: of the run.
         step: the step that training starts from; what an interrupted run has written beyond it is forgotten.
+        columns: of the file, "step" among them.
     """
 
-    def __init__(self, folder: Path, step: int):
+    def __init__(self, folder: Path, step: int, columns: Sequence[str]):
         path = folder / "metrics.csv"
         rows = [row for row in read_metrics(path) if row["step"] <= step] if step and path.exists() else []
         text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(map(_cells, rows))
         with atomic(path) as file:
             file.write(text.getvalue().encode())
         self._file = open(path, "a", newline="")
-        self._writer = csv.DictWriter(self._file, COLUMNS, lineterminator="\n")
+        self._writer = csv.DictWriter(self._file, columns, lineterminator="\n")
         self._board = None
         if find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
@@ -46,7 +46,7 @@ class Log:
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, **values: float) -> None:
-        """One row; `values` are some of COLUMNS, `step` always among them."""
+        """One row; `values` are some of columns, `step` always among them."""
         self._writer.writerow(_cells(values))
         self._file.flush()
         if self._board:

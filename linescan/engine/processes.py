@@ -17,23 +17,24 @@ def pick_device(name: str | None = None) -> torch.device:
     """The device called `name`, or the best there is: CUDA, then the CPU.
 
     Raises:
-        InputError: no such device here.
+        InputError: no such device here, or one that computes nothing ("meta").
     """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.ones(1, device=device).add(1).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
     return device
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among its fellows.
+    """The processes of a run, seen from one of them.
 
     Attributes:
-        rank, count: which of how many; 0 of 1 outside torchrun.
-        device: where this one computes.
+        rank: number of this process, from 0.
+        count: how many there are; 1 outside torchrun.
+        device: where this process computes.
     """
 
     rank: int
@@ -42,7 +43,7 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes files and talks."""
+        """Whether this is the process that writes files and messages."""
         return self.rank == 0
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
@@ -50,6 +51,14 @@ class Processes:
         if self.count > 1:
             dist.all_reduce(x)
         return x
+
+    def share(self, value) -> list:
+        """The `value` of each process (plain values, tensors), by rank."""
+        if self.count == 1:
+            return [value]
+        values = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
 
     def wait(self) -> None:
         """Returns once every process has come here."""

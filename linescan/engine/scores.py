@@ -1,35 +1,106 @@
-"""Accuracy on a labelled set."""
+"""Scores on held-out data: totals over batches and processes, and what is computed from them."""
 
+from abc import ABC, abstractmethod
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Callable, Iterable
+from typing import Any, Callable, ClassVar, NamedTuple
 
 import torch
-from torch import nn
-from torch.nn import functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from ..errors import InputError
+from .data import evaluation_batches, to_device
 from .processes import Processes
 
-__all__ = ["Scores", "score", "precision"]
+__all__ = ["Evaluation", "Evaluator", "Totals", "evaluate", "precision"]
 
 
-@dataclass(frozen=True)
-class Scores:
-    """How a model does on a labelled set.
+class Totals:
+    """What scores are computed from: sums and rows, over all batches and all processes.
 
-    Attributes:
-        loss: mean cross entropy.
-        top1, top5: accuracy in per cent; `top5` counts the first five guesses (all of them, where there are fewer).
-        images: how many were judged.
-        broken: the pictures that could not be read, and were not (those of this process).
+    totals.add(loss=..., correct=...)             # summed, in float64
+    totals.keep(score=..., label=...)             # joined along the first axis, on the CPU
+
+    After `reduce`, `totals["loss"]` is the sum, and `totals["score"]` all rows (in no particular order, but rows of one
+    `keep` stay together).
     """
 
-    loss: float
-    top1: float
-    top5: float
-    images: int
-    broken: tuple[int, ...] = ()
+    def __init__(self):
+        self._sums: dict[str, Tensor] = {}
+        self._rows: dict[str, list[Tensor]] = {}
+
+    def add(self, **values: Tensor | float) -> None:
+        """Adds to the sum of each name; a tensor of any shape, always the same for one name."""
+        for name, value in values.items():
+            value = torch.as_tensor(value).detach().double()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def keep(self, **rows: Tensor) -> None:
+        """Keeps rows under each name; shapes agree but for the first axis."""
+        for name, value in rows.items():
+            self._rows.setdefault(name, []).append(value.detach().cpu())
+
+    def reduce(self, processes: Processes) -> None:
+        """Sums and joins over all processes; every process then has the same."""
+        shapes: dict[str, tuple] = {}
+        for theirs in processes.share({name: tuple(total.shape) for name, total in self._sums.items()}):
+            shapes |= theirs  # a process without a batch has none
+        for name in sorted(shapes):
+            mine = self._sums.get(name, torch.zeros(shapes[name], dtype=torch.float64))
+            self._sums[name] = processes.sum(mine.to(processes.device))
+        rows = {name: torch.cat(parts) for name, parts in self._rows.items()}
+        joined: dict[str, list[Tensor]] = {}
+        for theirs in processes.share(rows):
+            for name, part in theirs.items():
+                joined.setdefault(name, []).append(part)
+        self._rows = {name: [torch.cat(parts)] for name, parts in joined.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The sum, on the CPU, or the rows under this name."""
+        return self._sums[name].cpu() if name in self._sums else torch.cat(self._rows[name])
+
+
+class Evaluator(ABC):
+    """Scores models on a held-out set.
+
+    Attributes:
+        data: the set; what its items are, `measure` knows.
+        names: of the scores, in the order of metrics.csv.
+        primary: the score that tells which weights are the best.
+        higher: whether more of it is better.
+        batch: samples in one forward pass, where it is not for the user to choose.
+    """
+
+    data: Dataset
+    names: ClassVar[tuple[str, ...]]
+    primary: ClassVar[str]
+    higher: ClassVar[bool] = True
+    batch: int | None = None
+
+    @abstractmethod
+    def measure(self, model: nn.Module, batch: Any, totals: Totals) -> None:
+        """Adds what a batch contributes to the totals; the model is in evaluation mode, gradients are off."""
+
+    @abstractmethod
+    def scores(self, totals: Totals) -> dict[str, float]:
+        """The scores, by `names`, from the totals over all batches and processes."""
+
+    def describe(self, scores: dict[str, float]) -> str:
+        """The scores as a reader wants them."""
+        return ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+
+    def better(self, scores: dict[str, float], best: float | None) -> bool:
+        """Whether these scores are better than the best `primary` so far."""
+        value = scores[self.primary]
+        return value == value and (best is None or (value > best if self.higher else value < best))
+
+
+class Evaluation(NamedTuple):
+    """The scores of a model, from how many samples, and a message for each sample that this process could not read."""
+
+    scores: dict[str, float]
+    samples: int
+    broken: list[str]
 
 
 def precision(device: torch.device, dtype: torch.dtype):
@@ -41,42 +112,57 @@ def precision(device: torch.device, dtype: torch.dtype):
     if dtype == torch.float32:
         return nullcontext()
     if dtype not in (torch.bfloat16, torch.float16):
-        raise InputError(f"cannot run in {dtype}; float32, bfloat16 and float16 can be had")
+        raise InputError(f"cannot run in {dtype}; supported: float32, bfloat16, float16")
     return torch.autocast(device.type, dtype)
 
 
 @torch.no_grad()
-def score(
+def evaluate(
+    evaluator: Evaluator,
     model: nn.Module,
-    batches: Iterable,
     processes: Processes,
+    *,
+    batch: int = 64,
+    workers: int = 0,
     dtype: torch.dtype = torch.float32,
-    progress: Callable[[int], None] = lambda images: None,
-) -> Scores:
-    """Scores `model` on `batches` of (images, labels, indices) over all processes; label -1 is a broken picture.
+    progress: Callable[[int], None] = lambda samples: None,
+) -> Evaluation:
+    """Scores `model` on all of the evaluator's data, shared out among the processes; broken samples are left out.
+
+    The model is left in the mode that it came in.
+
+    Args:
+        model: on the device of `processes`.
+        batch: samples in one forward pass, unless the evaluator says another number.
+        workers: processes that load data.
+        dtype: of autocast.
+        progress: called with the number of samples of each batch.
 
     Raises:
-        InputError: no picture could be read.
+        InputError: no sample could be read.
     """
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    total = torch.zeros(4, dtype=torch.float64, device=processes.device)  # loss, first, among five, images
-    broken = []
-    for images, labels, indices in batches:
-        images, labels = images.to(processes.device), labels.to(processes.device)
-        readable = labels >= 0
-        broken += indices[~readable.to(indices.device)].tolist()
-        progress(len(images))
-        if not readable.any():
-            continue
-        with precision(processes.device, dtype):
-            logits = model(images[readable])
-        logits, labels = logits.float(), labels[readable]
-        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        total += torch.stack([loss, hits[:, 0].sum(), hits.sum(), readable.sum()]).double()
-    model.train(was_training)
-    loss, top1, top5, count = processes.sum(total).tolist()
-    if not count:
-        raise InputError("none of the pictures could be read")
-    return Scores(loss / count, 100 * top1 / count, 100 * top5 / count, int(count), tuple(broken))
+    batches = evaluation_batches(
+        evaluator.data, evaluator.batch or batch, processes.rank, processes.count, workers,
+        pin=processes.device.type == "cuda",
+    )  # fmt: skip
+    totals, read, broken = Totals(), 0, []
+    for content, size, errors in batches:
+        broken += errors
+        read += size
+        if size:
+            with precision(processes.device, dtype):
+                evaluator.measure(model, to_device(content, processes.device), totals)
+        progress(size + len(errors))
+    for module, mode in modes:
+        module.training = mode
+    totals.reduce(processes)
+    read = sum(processes.share(read))
+    if not read:
+        raise InputError(f"none of the {len(evaluator.data)} held-out samples can be read" + _first(broken))
+    return Evaluation(evaluator.scores(totals), read, broken)
+
+
+def _first(messages: list[str]) -> str:
+    return f"; the first: {messages[0]}" if messages else ""

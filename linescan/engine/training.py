@@ -1,107 +1,48 @@
-"""The training loop.
+"""The training loop, of any task.
 
 A run lives in a folder:
 
     recipe.json          what was asked for
-    state.pt             everything needed to go on: weights, their average, the optimiser, the step
-    model.safetensors    the weights after the last whole epoch (their average, if one is kept), for use
-    best.safetensors     the same after the best epoch so far
+    state.pt             everything needed to continue: weights, their average, the optimiser, the step
+    model.safetensors    the weights after the last evaluation (their average, if one is kept), for use
+    best.safetensors     the same after the best evaluation so far
     metrics.csv, tensorboard/
 
-Files are replaced in one stroke, and all randomness is a function of the seed and the step (see data.py). A run that is
-killed at any moment and resumed therefore takes the very steps it would have taken.
+Files are replaced whole, and all randomness is a function of the seed and the step (see data.py). A run that is killed
+at any moment and resumed therefore takes the very steps it would have taken.
+
+What is trained, on what, and how it is scored is a task's (`linescan.tasks.base.Task`); nothing here knows one from
+another.
 """
 
 import json
+import os
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from timm.data import Mixup
-from timm.loss import SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from linescan.checkpoint import CheckpointError, load_checkpoint
+from linescan.checkpoint import CheckpointError
 
 from ..errors import Diverged, InputError
 from .atomic import atomic, sweep
-from .cards import ModelCard, build, preprocess_of, save_model
-from .data import Samples, Steps, evaluation_batches, seed_all, training_batches
-from .image_sets import open_data
+from .cards import save_model
+from .data import seed_all, steps_of, to_device, training_batches
 from .metrics import Log
+from .optimisers import build_optimizer, build_schedule
 from .processes import Processes, processes
 from .progress import progress_bar, say
-from .scores import Scores, precision, score
+from .recipe import Recipe, Run, flag
+from .scores import evaluate, precision
 
-__all__ = ["Recipe", "Training", "train"]
+__all__ = ["Training", "train"]
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """All that decides what a run computes. The defaults suit a tiny model and a folder of pictures.
-
-    Attributes:
-        data, val, holdout: see `linescan.engine.image_sets.open_data`.
-        model, model_args: `timm.create_model(model, **model_args)`; classes and channels follow the data.
-        pretrained: start from the published weights.
-        checkpoint: start from the weights in this file; another classifier's are left out.
-        epochs, batch, accumulate: `batch` pictures in one forward pass of one process, `accumulate` passes in a step.
-        lr, min_lr, warmup: the learning rate rises from 0 over `warmup` epochs and falls to `min_lr` along a cosine.
-        weight_decay, layer_decay, clip_grad: of AdamW; of the rate from layer to layer; of the gradient's norm.
-        augment, erasing: see `linescan.media.preprocess.Preprocess.transform`. None: by the data.
-        mixup, cutmix, smoothing: strengths; 0 for none.
-        ema: decay of the moving average of the weights; 0 for none. It starts as a plain average.
-        drop_path: stochastic depth.
-        bf16: compute in bfloat16 under autocast.
-        grad_checkpointing: trade time for memory.
-        seed: of everything random.
-    """
-
-    data: str
-    val: str | None = None
-    holdout: float = 0.1
-    model: str = "vim_tiny_patch16_224"
-    model_args: dict = field(default_factory=dict)
-    pretrained: bool = False
-    checkpoint: str | None = None
-    epochs: int = 100
-    batch: int = 64
-    accumulate: int = 1
-    lr: float = 5e-4
-    min_lr: float = 1e-5
-    warmup: float = 5.0
-    weight_decay: float = 0.05
-    layer_decay: float | None = None
-    clip_grad: float | None = None
-    augment: str | None = None
-    erasing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    smoothing: float = 0.1
-    ema: float = 0.0
-    drop_path: float = 0.0
-    bf16: bool = False
-    grad_checkpointing: bool = False
-    seed: int = 0
-
-    def __post_init__(self):
-        for name in ("epochs", "batch", "accumulate", "lr"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"{name} must be more than 0, not {getattr(self, name)}")
-        for name in ("erasing", "smoothing", "ema", "drop_path", "holdout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 0 and less than 1, not {getattr(self, name)}")
-        for name in ("mixup", "cutmix", "warmup", "min_lr", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must not be negative, and is {getattr(self, name)}")
-        if (self.mixup or self.cutmix) and self.batch % 2:
-            raise InputError(f"mixup and cutmix pair pictures up: the batch must be even, not {self.batch}")
+LENGTHS = ("epochs", "steps")  # what may be raised when a run is resumed
 
 
 class Training:
@@ -110,145 +51,124 @@ class Training:
     Args:
         recipe: what to do.
         out: the folder of the run.
-        us: this process among its fellows.
-        resume: go on from the folder's state (or start, if it holds none yet) rather than refuse a folder that has one.
-        workers: processes that load pictures, each.
-        save_every: steps between two saved states; 0: at the end of each epoch only.
-        log_every: steps between two rows of metrics.csv.
+        processes: those that work together.
+        run: how to carry it out. With `resume` it continues from the folder's state (or starts, if there is none yet);
+            without, a folder that has one is refused.
 
     Raises:
         InputError, CheckpointError: the data, the model, the folder's state or the recipe cannot be used.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        out: str | Path,
-        us: Processes,
-        resume: bool = False,
-        workers: int = 0,
-        save_every: int = 0,
-        log_every: int = 10,
-    ):
-        self.recipe, self.out, self.us = recipe, Path(out), us
-        self.workers, self.save_every, self.log_every = workers, save_every, log_every
-        state = self._read_state(resume)
+    def __init__(self, recipe: Recipe, out: str | Path, processes: Processes, run: Run = Run()):
+        self.recipe, self.out, self.processes, self.how = recipe, Path(out), processes, run
+        state = self._read_state()
 
-        pictures, held_out = open_data(recipe.data, recipe.val, recipe.holdout)
+        task_class = recipe.load()
+        if state:  # with the model that the run was started with; its weights are in the state
+            started = recipe.from_dict(state["started"])
+            self.started = replace(recipe, model=started.model, model_args=started.model_args)
+            ready = replace(self.started, pretrained=False, checkpoint=None)
+        else:
+            self.started = ready = task_class.resolve(recipe)
         seed_all(recipe.seed, "weights")
-        args = {"num_classes": len(pictures.classes), "in_chans": pictures.channels, **recipe.model_args}
-        drop_path = {"drop_path_rate": recipe.drop_path} if recipe.drop_path else {}
-        self.bare = build(recipe.model, pretrained=recipe.pretrained and not state, **drop_path, **args)
-        if getattr(self.bare, "num_frames", 0):
-            raise InputError(f"{recipe.model} reads videos; training takes models of pictures")
-        if self.bare.num_classes != len(pictures.classes):
-            raise InputError(f"num_classes={self.bare.num_classes}, but the data have {len(pictures.classes)} classes")
-        if recipe.checkpoint and not state:
-            load_checkpoint(self.bare, recipe.checkpoint, adapt=True)
+        self.task = task_class(ready)
+        self.task.to(processes.device)
+        self.bare: nn.Module = self.task.model
         if recipe.grad_checkpointing:
-            self.bare.set_grad_checkpointing()
-        self.bare.to(us.device)
-        preprocess = preprocess_of(self.bare, args["in_chans"], args.get("img_size"))
-        self.card = ModelCard(recipe.model, args, list(pictures.classes), preprocess)
+            self.task.checkpoint_gradients()
 
-        augment = recipe.augment or ("light" if recipe.data == "digits" else "rand-m9-mstd0.5-inc1")
-        self.samples = Samples(pictures, preprocess, preprocess.transform(augment, recipe.erasing), recipe.seed)
-        self.held_out = Samples(held_out, preprocess, preprocess.transform())
-        self.steps = Steps(len(pictures), recipe.batch, recipe.accumulate, us.count, recipe.seed)
-        self.last = recipe.epochs * self.steps.per_epoch
-
-        self.mixup, self.criterion = None, nn.CrossEntropyLoss(label_smoothing=recipe.smoothing)
-        if recipe.mixup or recipe.cutmix:
-            self.mixup = Mixup(
-                recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=len(pictures.classes)
-            )
-            self.criterion = SoftTargetCrossEntropy()
-        self.optimizer = create_optimizer_v2(
-            self.bare, "adamw", lr=recipe.lr, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay
-        )
-        self.scheduler, _ = create_scheduler_v2(
-            self.optimizer,
-            "cosine",
-            num_epochs=recipe.epochs,
-            warmup_epochs=min(recipe.warmup, recipe.epochs),
-            warmup_lr=0.0,
-            min_lr=recipe.min_lr,
-            step_on_epochs=False,
-            updates_per_epoch=self.steps.per_epoch,
-        )
+        self.steps = steps_of(self.task.data, recipe.batch, recipe.accumulate, processes.count, recipe.seed)
+        per_epoch = self.steps.per_epoch
+        self.last = recipe.steps or recipe.epochs * per_epoch
+        if recipe.steps:
+            self.between = recipe.evaluate_every or max(recipe.steps // 10, 1)
+        else:
+            self.between = (recipe.evaluate_every or 1) * per_epoch
+        self.optimizer = build_optimizer(recipe, self.task.parameter_groups())
+        self.scheduler = build_schedule(recipe, self.optimizer, per_epoch)
         self.ema = ModelEmaV3(self.bare, recipe.ema, use_warmup=True) if recipe.ema else None
 
         self.step = 0
-        self.best = -1.0
+        self.best: float | None = None
+        self.scores: dict[str, float] | None = None  # of the last evaluation
         self.seconds = 0.0  # of training, in all processes that this run has had
-        self.loss = torch.zeros((), device=us.device)  # summed since the last row of the log
+        self.losses = torch.zeros(
+            len(self.task.losses), device=processes.device
+        )  # summed since the last row of the log
         self.rows = 0  # steps in that sum
         self.broken: set[str] = set()
         if state:
             self._restore(state)
         self.model = self.bare
-        if us.count > 1:
-            self.model = DistributedDataParallel(self.bare, [us.device] if us.device.type == "cuda" else None)
+        if processes.count > 1:
+            device = processes.device
+            self.model = DistributedDataParallel(self.bare, [device] if device.type == "cuda" else None)
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
-    def run(self) -> Scores:
-        """Trains to the end of the recipe; returns the held-out scores of the last epoch."""
-        if self.us.first:
+    def run(self) -> dict[str, float]:
+        """Trains to the end of the recipe; returns the scores of the last evaluation."""
+        processes = self.processes
+        if self.step >= self.last and self.scores:
+            if processes.first:
+                say(f"{self.out} is finished, after {self._length()}: {self._said(self.scores)}")
+            return self.scores
+        if processes.first:
             self._describe()
             sweep(self.out)
-        log = Log(self.out, self.step) if self.us.first else None
-        pin = self.us.device.type == "cuda"
+        columns = ("step", "epoch", "lr", *self.task.losses, *map(self._column, self.task.evaluator.names), "seconds")
+        log = Log(self.out, self.step, columns) if processes.first else None
         batches = iter(
-            training_batches(self.samples, self.steps, self.us.rank, self.step, self.last, self.workers, pin)
-        )
-        scores = None
+            training_batches(
+                self.task.data, self.steps, processes.rank, self.step, self.last, self._workers(self.task.data),
+                pin=processes.device.type == "cuda",
+            )
+        )  # fmt: skip
         started = time.monotonic() - self.seconds
         self.model.train()
         try:
-            with progress_bar("training", self.last, self.step, show=self.us.first) as advance:
+            with progress_bar("training", self.last, self.step, show=processes.first) as advance:
                 while self.step < self.last:
                     self.take_step(batches)
                     self.seconds = time.monotonic() - started
-                    end_of_epoch = self.step % self.steps.per_epoch == 0
-                    if end_of_epoch or self.step % self.log_every == 0:
-                        loss = self._mean_loss()
+                    judged = self.step % self.between == 0 or self.step == self.last
+                    if judged or self.step % self.how.log_every == 0 or self.step % self.steps.per_epoch == 0:
+                        losses = self._mean_losses()
                         if log:
-                            log.write(**self._when(), lr=self.lr, loss=loss, seconds=self.seconds)
-                        advance(0, f"epoch {self.epoch}/{self.recipe.epochs}  loss {loss:.3f}")
-                    if end_of_epoch:
-                        scores = self.evaluate()
+                            log.write(**self._when(), lr=self.lr, **losses, seconds=self.seconds)
+                        advance(0, f"epoch {self.epoch}  loss {losses['loss']:.3f}")
+                    if judged:
+                        self.scores = self.evaluate()
                         self.seconds = time.monotonic() - started
                         if log:
-                            self._report(log, scores)
-                    if end_of_epoch or (self.save_every and self.step % self.save_every == 0):
+                            self._report(log, self.scores)
+                    if judged or (self.how.save_every and self.step % self.how.save_every == 0):
                         self.save()
                     advance()
         finally:
             self.model = self.bare  # the wrapper must be gone before its process group: some exits crash otherwise
             if log:
                 log.close()
-        if scores is None:  # resumed after its last step
-            scores = self.evaluate()
-        return scores
+        return self.scores
 
     def take_step(self, batches) -> None:
         """One step of the optimiser, from the next `accumulate` batches."""
-        recipe, us = self.recipe, self.us
+        recipe, processes = self.recipe, self.processes
+        dtype = torch.bfloat16 if recipe.bf16 else torch.float32
         self.scheduler.step_update(self.step)
         for part in range(recipe.accumulate):
-            images, labels = self._mend(*next(batches))
-            images, labels = images.to(us.device, non_blocking=True), labels.to(us.device, non_blocking=True)
-            seed_all(recipe.seed, "step", self.step, us.rank, part)
-            if self.mixup:
-                images, labels = self.mixup(images, labels)
-            alone = us.count > 1 and part + 1 < recipe.accumulate
-            with self.model.no_sync() if alone else nullcontext():
-                with precision(us.device, torch.bfloat16 if recipe.bf16 else torch.float32):
-                    logits = self.model(images)
-                loss = self.criterion(logits.float(), labels) / recipe.accumulate
-                loss.backward()
-            self.loss += loss.detach()
+            content, size, broken = next(batches)
+            self._name_broken(broken)
+            if not size:
+                raise InputError(f"none of the {len(self.task.data)} training samples can be read; see above")
+            content = to_device(content, processes.device)
+            seed_all(recipe.seed, "step", self.step, processes.rank, part)
+            more = processes.count > 1 and part + 1 < recipe.accumulate
+            with self.model.no_sync() if more else nullcontext():
+                with precision(processes.device, dtype):
+                    result = self.task(self.model, content)
+                (result["loss"] / recipe.accumulate).backward()
+            self.losses += torch.stack([result[name].detach().float() for name in self.task.losses]) / recipe.accumulate
         if recipe.clip_grad:
             nn.utils.clip_grad_norm_(self.bare.parameters(), recipe.clip_grad)
         self.optimizer.step()
@@ -258,18 +178,17 @@ class Training:
         if self.ema:
             self.ema.update(self.bare, step=self.step)
 
-    def evaluate(self) -> Scores:
+    def evaluate(self) -> dict[str, float]:
         """Held-out scores of the weights as they would be used."""
-        samples, us = self.held_out, self.us
-        workers = min(self.workers, 1 + len(samples) // self.recipe.batch)
-        batches = evaluation_batches(samples, self.recipe.batch, us.rank, us.count, workers)
-        scores = score(self.weights, batches, us)
-        self._name_broken([samples.images.names[i] for i in scores.broken])
-        return scores
+        evaluator = self.task.evaluator
+        workers = self._workers(evaluator.data)
+        result = evaluate(evaluator, self.weights, self.processes, batch=self.recipe.batch, workers=workers)
+        self._name_broken(result.broken)
+        return result.scores
 
     @property
     def weights(self) -> nn.Module:
-        """The model as it would be used: the moving average where one is kept."""
+        """What is trained, as it would be used: its moving average where one is kept."""
         return self.ema.module if self.ema else self.bare
 
     @property
@@ -279,144 +198,168 @@ class Training:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the last step (of the layer nearest to the output)."""
+        """The learning rate of the last step (the highest of all groups)."""
         return max(group["lr"] for group in self.optimizer.param_groups)
+
+    def _workers(self, data) -> int:
+        if self.how.workers is not None:
+            return self.how.workers
+        return 0 if getattr(data, "in_memory", False) else min(4, os.cpu_count() or 1)
 
     def _when(self) -> dict[str, int]:
         return {"step": self.step, "epoch": self.epoch}
 
-    def _mean_loss(self) -> float:
-        """The mean loss since the last call, over all processes."""
-        loss = self.us.sum(self.loss.clone()).item() / (self.rows * self.us.count)
-        self._check(loss)
-        self.loss.zero_()
+    def _column(self, name: str) -> str:
+        return f"val_{name}"
+
+    def _mean_losses(self) -> dict[str, float]:
+        """The mean of each loss since the last call, over all processes."""
+        means = (self.processes.sum(self.losses.clone()) / (self.rows * self.processes.count)).tolist()
+        self._check(means)
+        self.losses.zero_()
         self.rows = 0
-        return loss
+        return dict(zip(self.task.losses, means))
 
-    def _check(self, loss: float) -> None:
-        if loss != loss or abs(loss) == float("inf"):
-            raise Diverged(
-                f"the loss is {loss} after step {self.step}; a lower --lr, a longer --warmup, --clip-grad 1 or no "
-                f"--bf16 may help (the last good state is kept in {self.out})"
-            )
+    def _check(self, losses: list[float]) -> None:
+        for name, loss in zip(self.task.losses, losses):
+            if loss != loss or abs(loss) == float("inf"):
+                state = self.out / "state.pt"
+                kept = f"the state before is in {state}" if state.exists() else "no state had been saved yet"
+                raise Diverged(
+                    f"{name} is {loss} after step {self.step}; a lower --lr, a longer --warmup, --clip-grad 1 or no "
+                    f"--bf16 may help ({kept})"
+                )
 
-    def _mend(self, images: Tensor, labels: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Broken pictures' places filled with others of the batch; their names said once."""
-        readable = labels >= 0
-        if readable.all():
-            return images, labels
-        self._name_broken([self.samples.images.names[i] for i in indices[~readable].tolist()])
-        if not readable.any():
-            raise InputError("a whole batch of pictures cannot be read; the first: " + min(self.broken))
-        good = readable.nonzero()[:, 0]
-        source = torch.arange(len(labels))
-        source[~readable] = good[torch.arange(int((~readable).sum())) % len(good)]
-        return images[source], labels[source]
-
-    def _name_broken(self, names: list[str]) -> None:
-        for name in names:
-            if name not in self.broken:
-                say(("left out", "yellow"), f" {name}: not an image, or damaged")
-        self.broken |= set(names)
+    def _name_broken(self, messages: list[str]) -> None:
+        for message in messages:
+            if message not in self.broken:
+                say(("left out", "yellow"), f" {message}")
+        self.broken |= set(messages)
 
     # -- what is written --------------------------------------------------------------------------------------------
 
+    def _length(self) -> str:
+        recipe = self.recipe
+        return f"{recipe.steps} steps" if recipe.steps else f"{recipe.epochs} epochs of {self.steps.per_epoch} steps"
+
+    def _said(self, scores: dict[str, float]) -> str:
+        return self.task.evaluator.describe(scores)
+
     def _describe(self) -> None:
-        recipe, us = self.recipe, self.us
-        count = sum(p.numel() for p in self.bare.parameters())
+        processes = self.processes
+        millions = sum(p.numel() for p in self.bare.parameters() if p.requires_grad) / 1e6
+        name = self.started.model or self.recipe.task
+        say((name, "bold"), f"  {millions:.2f} M parameters, {self.task.describe()}")
         say(
-            (recipe.model, "bold"),
-            f"  {count / 1e6:.2f} M parameters, {len(self.card.classes)} classes, "
-            f"{len(self.samples)} pictures to learn from, {len(self.held_out)} held out",
-        )
-        say(
-            f"{recipe.epochs} epochs of {self.steps.per_epoch} steps of {self.steps.per_step} pictures on "
-            f"{us.count} x {us.device}" + (f", from step {self.step}" if self.step else "") + f", into {self.out}"
+            f"{self._length()} of {self.steps.per_step} {self.task.unit} on {processes.count} x {processes.device}"
+            + (f", from step {self.step}" if self.step else "")
+            + f", into {self.out}"
         )
         self.out.mkdir(parents=True, exist_ok=True)
         with atomic(self.out / "recipe.json") as file:
-            file.write(json.dumps(asdict(recipe), indent=2).encode() + b"\n")
+            file.write(json.dumps(self.recipe.as_dict(), indent=2).encode() + b"\n")
 
-    def _report(self, log: Log, scores: Scores) -> None:
-        """The end of an epoch: a row, a line, and the weights for use."""
-        log.write(
-            **self._when(), val_loss=scores.loss, val_top1=scores.top1, val_top5=scores.top5, seconds=self.seconds
-        )
-        say(
-            f"epoch {self.epoch:>3}/{self.recipe.epochs}  held out: loss {scores.loss:.3f}, top-1 {scores.top1:.2f} %  "
-            f"({self.seconds:.0f} s)"
-        )
-        trained = {**self._when(), "val_top1": scores.top1, "val_loss": scores.loss}
-        card = ModelCard(self.card.model, self.card.args, self.card.classes, self.card.preprocess, trained)
-        save_model(self.out / "model.safetensors", self.weights, card)
-        if scores.top1 > self.best:
-            self.best = scores.top1
-            save_model(self.out / "best.safetensors", self.weights, card)
+    def _report(self, log: Log, scores: dict[str, float]) -> None:
+        """After an evaluation: a row, a line, and the weights for use."""
+        judged = {self._column(name): value for name, value in scores.items()}
+        log.write(**self._when(), **judged, seconds=self.seconds)
+        where = f"step {self.step}/{self.last}" if self.recipe.steps else f"epoch {self.epoch:>3}/{self.recipe.epochs}"
+        say(f"{where}  held out: {self._said(scores)}  ({self.seconds:.0f} s)")
+        model, card = self._product({**self._when(), **judged})
+        save_model(self.out / "model.safetensors", model, card)
+        if self.task.evaluator.better(scores, self.best):
+            self.best = scores[self.task.evaluator.primary]
+            save_model(self.out / "best.safetensors", model, card)
+
+    def _product(self, trained: dict) -> tuple:
+        return self.task.product(self.weights), replace(self.task.card(), trained=trained)
 
     def save(self) -> None:
-        """Writes state.pt."""
-        self._check(self.us.sum(self.loss.clone()).item())
-        if not self.us.first:
+        """Writes state.pt. Its entry `model` is the weights for use, as in model.safetensors."""
+        self._check(self.processes.sum(self.losses.clone()).tolist())
+        if not self.processes.first:
             return
         state = {
-            "recipe": asdict(self.recipe),
-            "steps": asdict(self.steps),
+            "recipe": self.recipe.as_dict(),
+            "started": self.started.as_dict(),
+            "steps": self.steps.facts,
             "step": self.step,
             "best": self.best,
+            "scores": self.scores,
             "seconds": self.seconds,
-            "loss": self.loss,
+            "losses": self.losses.tolist(),  # a tensor here would look like a weight
             "rows": self.rows,
-            "model": self.bare.state_dict(),
+            "model": self.task.product(self.weights).state_dict(),  # of the same storage: takes no room
+            "trained": self.bare.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
         }
         with atomic(self.out / "state.pt") as file:
             torch.save(state, file)
 
-    def _read_state(self, resume: bool) -> dict | None:
+    def _read_state(self) -> dict | None:
         path = self.out / "state.pt"
         if not path.exists():
             return None
-        if not resume:
-            raise InputError(f"{self.out} already holds a run; --resume goes on with it, another --out starts anew")
+        if not self.how.resume:
+            raise InputError(f"{self.out} already holds a run; --resume continues it, another --out starts a new one")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            before = state["recipe"]
+            before, started = state["recipe"], state["started"]
+            if not isinstance(before, dict) or not isinstance(started, dict):
+                raise TypeError
         except Exception:
             raise CheckpointError(f"{path} is not the state of a run, or is damaged") from None
-        now = json.loads(json.dumps(asdict(self.recipe)))
+        now = json.loads(json.dumps(self.recipe.as_dict()))
+        before = json.loads(json.dumps(before))
+        raised = []
         for name in now:
-            if before.get(name) != now[name]:
-                raise InputError(
-                    f"{self.out} is a run with {name}={before.get(name)}, not {now[name]}; --resume goes on with a "
-                    "run as it is (--checkpoint starts a new one from its weights)"
-                )
+            was, wanted = before.get(name), now[name]
+            if was == wanted:
+                continue
+            if name in LENGTHS and was is not None and wanted is not None and wanted > was:
+                raised.append(f"{flag(name)} raised from {was} to {wanted}: from step {state['step']} on the learning "
+                              f"rate follows the schedule of the longer run")  # fmt: skip
+                continue
+            raise InputError(
+                f"{self.out} is a run with {flag(name)} {was}, not {wanted}; --resume continues a run as it is, or "
+                "with more --epochs or --steps (--checkpoint starts a new one from its weights)"
+            )
+        for line in raised if self.processes.first else ():
+            say(line)
         return state
 
     def _restore(self, state: dict) -> None:
-        if state["steps"] != asdict(self.steps):
-            name, now = next((k, v) for k, v in asdict(self.steps).items() if state["steps"].get(k) != v)
-            raise InputError(
-                f"{self.out} is a run with {name}={state['steps'].get(name)}, not {now}; its steps would differ"
-            )
-        self.bare.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.ema:
-            self.ema.module.load_state_dict(state["ema"])
-        self.step, self.best, self.seconds, self.rows = (state[k] for k in ("step", "best", "seconds", "rows"))
-        self.loss = state["loss"].to(self.us.device)
+        for name, now in self.steps.facts.items():
+            if state["steps"].get(name) != now:
+                raise InputError(
+                    f"{self.out} is a run with {name}={state['steps'].get(name)}, not {now}; its steps would differ"
+                )
+        try:
+            self.bare.load_state_dict(state["trained"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.ema:
+                self.ema.module.load_state_dict(state["ema"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise CheckpointError(f"{self.out / 'state.pt'} is the state of another model ({reason})") from None
+        for name in ("step", "best", "scores", "seconds", "rows"):
+            setattr(self, name, state[name])
+        self.losses: Tensor = torch.tensor(state["losses"], device=self.processes.device)
 
 
-def train(recipe: Recipe, out: str | Path, *, device: str | None = None, **options) -> Scores:
+def train(recipe: Recipe, out: str | Path, **run) -> dict[str, float]:
     """Runs `recipe` in the folder `out`, alone or as one of torchrun's processes; returns the held-out scores.
 
     Args:
-        device: by default CUDA where there is one.
-        options: `resume`, `workers`, `save_every`, `log_every` of `Training`.
+        recipe: one of `linescan.tasks.recipes`.
+        out: the folder of the run.
+        run: fields of `Run`: `device`, `workers`, `save_every`, `log_every`, `resume`.
 
     Raises:
         InputError, CheckpointError: something given cannot be used.
         Diverged: the loss is no longer a number.
     """
-    with processes(device) as us:
-        return Training(recipe, out, us, **options).run()
+    how = Run(**run)
+    with processes(how.device) as together:
+        return Training(recipe, out, together, how).run()

@@ -57,15 +57,18 @@ class Preprocess:
         """(height, width) that an image covers before its centre is cropped: `read_image` takes it as `size`."""
         return tuple(math.floor(side / self.crop_pct) for side in self.size[1:])
 
-    def transform(self, augment: str | None = None, erasing: float = 0.0) -> "Transform":
+    def transform(self, augment: str | None = None, erasing: float = 0.0, flip: float | None = None) -> "Transform":
         """PIL image -> normalised tensor (C, H, W), by timm's `create_transform`.
 
         Of a very long or tall image only the middle is resized, so that no image of more than `LARGE` pixels is made.
 
         Args:
-            augment: None, to resize and crop as in evaluation; "light", for small shifts and scales only; "standard",
-                random crops, mirroring and colour jitter; or a policy of timm ("rand-m9-mstd0.5-inc1") on top of that.
+            augment: None, to resize and crop as in evaluation; "none", the same with training's resize; "light", small
+                shifts and scales only; "crop", random crops of at least a fifth of the area, and mirroring;
+                "standard", random crops, mirroring and colour jitter; or a policy of timm ("rand-m9-mstd0.5-inc1") on
+                top of that.
             erasing: how often a rectangle is erased.
+            flip: how often the image is mirrored; by default half of them, and none with "light".
 
         Raises:
             InputError: an unknown augmentation.
@@ -77,6 +80,7 @@ class Preprocess:
             return Transform(create_transform(**common), self.resized)
         strength = {
             "none": dict(no_aug=True),
+            "crop": dict(scale=(0.2, 1.0), color_jitter=0.0),
             "light": dict(scale=(0.7, 1.0), ratio=(0.85, 1.18), hflip=0.0, color_jitter=0.0),
             "standard": dict(),
         }
@@ -84,6 +88,7 @@ class Preprocess:
             raise InputError(f"--augment {augment} is for RGB images; here: {', '.join(strength)}")
         try:
             options = strength.get(augment, dict(auto_augment=augment))
+            options |= {} if flip is None or augment == "none" else dict(hflip=flip)
             steps = create_transform(**common, is_training=True, re_prob=erasing, re_mode="pixel", **options)
         except (AssertionError, ValueError, KeyError):
             raise InputError(

@@ -6,6 +6,7 @@ Only the frames that are used are ever kept, and those as the model's crops: mem
 
 import math
 import os
+import random
 import re
 import warnings
 from abc import ABC, abstractmethod
@@ -28,7 +29,7 @@ from .pixels import to_mode
 from .preprocess import Preprocess, normalise
 from .vips import WHOLE
 
-__all__ = ["Views", "segments", "crop_boxes", "find_videos", "is_video", "open_video", "Clips"]
+__all__ = ["Views", "segments", "random_segments", "crop_boxes", "find_videos", "is_video", "open_video", "Clips"]
 
 
 class Views(NamedTuple):
@@ -63,6 +64,15 @@ def segments(length: int, frames: int, clips: int = 1) -> list[list[int]]:
         [min(round(step * i) + int(step / (clips + 1) * (clip + 1)), length - 1) for i in range(frames)]
         for clip in range(clips)
     ]
+
+
+def random_segments(length: int, frames: int) -> list[int]:
+    """The frames of a clip for training: of each of `frames` equal segments a random one, by Python's generator.
+
+    Segment i runs from round(s i) to round(s (i + 1)), both included, with s = (length - 1) / frames.
+    """
+    step = (length - 1) / frames
+    return [random.randint(round(step * i), round(step * (i + 1))) for i in range(frames)]
 
 
 def crop_boxes(size: tuple[int, int], target: tuple[int, int], crops: int = 1, crop_pct: float = 1.0) -> list[tuple]:

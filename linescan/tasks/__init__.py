@@ -1,1 +1,33 @@
-"""One file a task: its training side (batch -> losses; scores) and its user side (files in, answers out)."""
+"""One file per task: how a model is trained for it and scored, and the tool that people use it by.
+
+Training: `base.Task` is what a task is, `recipes` holds the options of every task that `linescan train` knows.
+classify.py      images and videos (with the tool)
+distill.py       the same, with a teacher; teacher.py
+pretrain.py      masked pre-training
+
+Tools: `tool.Tool` is what they share, windows.py the sliding windows, results.py what they answer with.
+segment.py, detect.py    masks and boxes; open.py and named.py find the models
+"""
+
+from importlib import import_module
+
+_HOMES = {
+    "ClassificationRecipe": "recipes",
+    "Classifier": "classify",
+    "Detections": "results",
+    "Detector": "detect",
+    "DistillationRecipe": "recipes",
+    "Prediction": "classify",
+    "PretrainingRecipe": "recipes",
+    "Segmenter": "segment",
+    "Task": "base",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    """Names of `__all__`, imported when they are first used: `linescan train --help` needs no torch."""
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,80 +1,126 @@
-"""What the tools of all tasks share."""
+"""The training side that all tasks share; their user's side is `linescan.tasks.tool.Tool`."""
 
-from itertools import islice
-from typing import Iterable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from typing import Any, ClassVar
 
-import numpy as np
-import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from ..engine.processes import pick_device
-from ..engine.scores import precision
-from ..errors import InputError
-from ..media.images import Picture
-from ..media.large import Pixels, open_pixels
-from .windows import Progress, _pair, _silent
+from ..checkpoint import CheckpointError, load_checkpoint
+from ..engine.cards import ModelCard, build, read_card
+from ..engine.optimisers import groups_of
+from ..engine.recipe import Recipe
+from ..engine.scores import Evaluator, Totals
 
-LARGEST_DRAWING = 4096  # the longer side of an overlay at most
-LARGEST_WHOLE = 4096  # of what a model is shown at once
+__all__ = ["HeldOutLosses", "Task", "build_model"]
 
 
-class _Tool:
-    """What segmenting and detecting have in common: a model somewhere, and pictures one after the other."""
+class Task(nn.Module, ABC):
+    """What is trained, on what, and how it is scored: all that `linescan.engine.training` must know of a task.
 
-    def __init__(self, model, device: str | None, dtype: torch.dtype, batch: int, window, stride):
-        self.device, self.dtype, self.batch = pick_device(device), dtype, batch
-        precision(self.device, dtype)
-        self.model = model
-        self.model.module.to(self.device).eval()
-        self.window, self.stride = _pair(window, "window"), _pair(stride, "stride")
-        if self.stride and not self.window:
-            raise InputError("a stride is one of windows: give their size as well")
-        if self.window and not self.stride:
-            self.stride = tuple(max(2 * side // 3, 1) for side in self.window)
-        if self.window and any(step > side for step, side in zip(self.stride, self.window)):
-            raise InputError(f"windows of {self.window} every {self.stride} pixels leave gaps: strides are no larger")
+    A task is built from its recipe. Its `__init__` sets `model`, `data` and `evaluator`; `forward` turns a batch into
+    losses. Teachers, criteria and other modules that are not trained are attributes like any other: the whole task is
+    moved to the device, but only `model` is optimised, averaged, wrapped for several processes, and saved.
+    docs/add-a-task.md builds one.
 
-    @property
-    def classes(self) -> list[str]:
-        """The names of the classes."""
-        return self.model.classes
+    Attributes:
+        losses: names of the losses that `forward` returns, as columns of metrics.csv; "loss" first, the one that is
+            minimised.
+        unit: what a sample is called in messages.
+        model: what is trained. Several networks are one module that holds them.
+        data: the training set; see `linescan.engine.data` for what it may have beside items.
+        evaluator: the held-out set and its scores.
+    """
 
-    @property
-    def palette(self) -> list[tuple[int, int, int]]:
-        """A colour (red, green, blue) for each class."""
-        return self.model.palette
+    losses: ClassVar[tuple[str, ...]] = ("loss",)
+    unit: ClassVar[str] = "samples"
 
-    def each(self, pictures: Iterable[Picture], progress: Progress = _silent) -> Iterator[tuple]:
-        """For each picture in turn (pixels, answer); or (None, the InputError that it cannot be read).
+    model: nn.Module
+    data: Dataset
+    evaluator: Evaluator
 
-        `pictures` may be endless; they are taken `batch` at a time. `progress` gets shares of one picture.
-        """
-        pictures = iter(pictures)
-        while together := list(islice(pictures, self.batch)):
-            opened, answers = {}, {}
-            for i, picture in enumerate(together):
-                try:
-                    opened[i] = open_pixels(picture)
-                except InputError as error:
-                    answers[i] = error
-            with torch.inference_mode(), precision(self.device, self.dtype):
-                answers |= self._answer(opened, progress)
-            yield from ((opened.get(i), answers[i]) for i in range(len(together)))
+    def __init__(self, recipe: Recipe):
+        super().__init__()
+        self.recipe = recipe
 
-    def __call__(self, pictures: Picture | Sequence[Picture]):
-        """The answer for a picture: a path, a PIL image, or an array; a list of answers for a list.
+    @classmethod
+    def resolve(cls, recipe: Recipe) -> Recipe:
+        """The recipe, complete: with the model, and its arguments, that the card of its checkpoint names.
 
         Raises:
-            BrokenImage, InputError: one that cannot be read, or is no picture.
+            CheckpointError: the checkpoint cannot be read, or is one of another model.
         """
-        one = not isinstance(pictures, (list, tuple))
-        answers = []
-        for _, answer in self.each([pictures] if one else pictures):
-            if isinstance(answer, InputError):
-                raise answer
-            answers.append(answer)
-        return answers[0] if one else answers
+        card = read_card(recipe.checkpoint) if recipe.checkpoint else None
+        if card is None:
+            return replace(recipe, model=recipe.model or recipe.default_model)
+        if recipe.model and recipe.model.partition(".")[0] != card.model.partition(".")[0]:
+            raise CheckpointError(f"{recipe.checkpoint} is a checkpoint of {card.model}, not of {recipe.model}")
+        args = {name: value for name, value in card.args.items() if name not in ("num_classes", "in_chans")}
+        return replace(recipe, model=recipe.model or card.model, model_args=args | recipe.model_args)
+
+    @abstractmethod
+    def forward(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        """The losses of a batch, by `losses`, and the model's `output`; each loss is a mean over the samples.
+
+        Args:
+            model: `self.model`, wrapped for several processes, or its moving average.
+            batch: what the data set's samples were collated to, on the device. Random numbers are seeded by the step.
+        """
+
+    def product(self, model: nn.Module) -> nn.Module:
+        """What is saved for use, out of `self.model` or its moving average."""
+        return model
+
+    @abstractmethod
+    def card(self) -> ModelCard:
+        """What the saved file says of itself."""
+
+    def parameter_groups(self) -> list[dict]:
+        """Groups of parameters for the optimiser; each may have a `weight_decay` and an `lr_scale`."""
+        return groups_of(self.recipe, self.model)
+
+    def checkpoint_gradients(self) -> None:
+        """Makes `model` recompute activations in the backward pass, for `--grad-checkpointing`."""
+        self.model.set_grad_checkpointing()
+
+    def describe(self) -> str:
+        """What is trained on, in a few words."""
+        return f"{len(self.data)} {self.unit} to train on, {len(self.evaluator.data)} held out"
 
 
-def _bounded(pixels: Pixels) -> np.ndarray:
-    """The picture, (H, W, 3); a larger one than models are ever shown at once is reduced by a whole factor first."""
-    return pixels.reduced(-(-max(pixels.size) // LARGEST_WHOLE))
+class HeldOutLosses(Evaluator):
+    """The task's own losses on held-out data, where nothing better can be measured.
+
+    Args:
+        task: the task.
+        data: the held-out set.
+    """
+
+    primary = "loss"
+    higher = False
+
+    def __init__(self, task: Task, data: Dataset):
+        self.task, self.data = task, data
+        self.names = task.losses
+
+    def measure(self, model: nn.Module, batch: Any, totals: Totals) -> None:
+        result = self.task(model, batch)
+        size = len(result["output"])
+        totals.add(samples=size, **{name: result[name].double() * size for name in self.names})
+
+    def scores(self, totals: Totals) -> dict[str, float]:
+        return {name: (totals[name] / totals["samples"]).item() for name in self.names}
+
+
+def build_model(recipe: Recipe, **args) -> nn.Module:
+    """The recipe's model with the weights that it starts from; `recipe.model_args` override `args`.
+
+    Raises:
+        InputError, CheckpointError: it cannot be built so, or the weights cannot be had.
+    """
+    drop_path = {"drop_path_rate": recipe.drop_path} if recipe.drop_path else {}
+    model = build(recipe.model, pretrained=recipe.pretrained, **{**drop_path, **args, **recipe.model_args})
+    if recipe.checkpoint:
+        load_checkpoint(model, recipe.checkpoint, adapt=True)
+    return model

@@ -1,26 +1,38 @@
-"""Classification: images and videos in, names out."""
+"""Classification: images and videos in, names out (`Classifier`); and how such models are trained and scored."""
 
 from collections import Counter
 from html import escape
 from itertools import islice
 from pathlib import Path
-from typing import Any, Iterable, NamedTuple, Sequence
+from typing import Any, Callable, Iterable, NamedTuple, Sequence
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from timm.data import Mixup
+from timm.loss import SoftTargetCrossEntropy
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
 
-from ..engine.cards import ModelCard, restore
+from ..engine.cards import ModelCard, preprocess_of, restore
+from ..engine.image_sets import Digits, Folder, classes_of, open_data
+from ..engine.samples import Samples, reader
+from ..engine.scores import Evaluator, Totals
 from ..errors import InputError
 from ..media.draw import draw_labels
 from ..media.find import Source
 from ..media.images import ImageLike, load_image
 from ..media.pixels import image_mode
 from ..media.video import Clips, Views, open_video, segments
+from .base import Task, build_model
+from .recipes import ClassificationRecipe
 from .tool import Progress, Tool, Writer, silent
 
-__all__ = ["Classifier", "Labels", "Prediction", "Predictions"]
+__all__ = [
+    "Accuracy", "ClassificationTask", "Classifier", "Labels", "Prediction", "Predictions", "default_augment",
+    "labelled",
+]  # fmt: skip
 
 LARGEST_DRAWING = 1024  # pixels of the longer side of what is kept of an image, to be drawn
 SHOWN_FRAMES = 8  # of a clip
@@ -258,3 +270,133 @@ class Labels(Writer):
     def as_json(self, answer: Predictions) -> list[dict]:
         """Each class with its probability and index."""
         return [p._asdict() for p in answer]
+
+
+# -- training and scoring ----------------------------------------------------------------------------------------------
+
+
+class Accuracy(Evaluator):
+    """Mean cross entropy, and how often the class is the likeliest, or among the five likeliest, in per cent.
+
+    `top5` counts all classes where there are fewer than five. Of a video's views the mean probability is scored.
+
+    Args:
+        data: items {"input": an image (C, H, W), or views of a video (V, C, T, H, W); "label": its class}.
+        answer: (model, inputs) -> logits.
+        batch: samples in one forward pass.
+    """
+
+    names = ("loss", "top1", "top5")
+    primary = "top1"
+
+    def __init__(self, data: Dataset, answer: Callable = lambda model, inputs: model(inputs), batch: int | None = None):
+        self.data, self.answer, self.batch = data, answer, batch
+
+    def measure(self, model: nn.Module, batch: Any, totals: Totals) -> None:
+        inputs, labels = batch["input"], batch["label"]
+        if inputs.ndim == 6:  # (samples, views, C, T, H, W)
+            logits = self.answer(model, inputs.flatten(0, 1)).float().unflatten(0, inputs.shape[:2])
+            scores = logits.log_softmax(-1).logsumexp(1)
+        else:
+            scores = self.answer(model, inputs).float()
+        hits = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
+        loss = F.cross_entropy(scores, labels, reduction="sum")
+        totals.add(loss=loss, top1=hits[:, 0].sum(), top5=hits.sum(), samples=len(labels))
+
+    def scores(self, totals: Totals) -> dict[str, float]:
+        count = totals["samples"].item()
+        loss, top1, top5 = (totals[name].item() / count for name in self.names)
+        return {"loss": loss, "top1": 100 * top1, "top5": 100 * top5}
+
+    def describe(self, scores: dict[str, float]) -> str:
+        return f"loss {scores['loss']:.3f}, top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %"
+
+
+def default_augment(data: str, channels: int, frames: int) -> str:
+    """The augmentation for data of this many channels, and clips of this many frames (0: images)."""
+    if data == "digits":
+        return "light"
+    if channels != 3:
+        return "standard"
+    return "rand-m5-n2-mstd0.5-inc1" if frames else "rand-m9-mstd0.5-inc1"
+
+
+def labelled(data: str, card: ModelCard, frames: int = 0, views: Views = Views()) -> Samples:
+    """Data to score a model on, as its card wants them.
+
+    Args:
+        data: a folder of classes, or "digits" (those held out). Folders bear the names of the model's classes, or (as
+            ImageNet's synsets) stand in their order.
+        card: of the model.
+        frames: of a clip; 0 for images.
+        views: of each video.
+
+    Raises:
+        InputError: no such data, or another number of classes.
+    """
+    if data == "digits":
+        images = Digits(held_out=True)
+    else:
+        found, _ = classes_of(data)
+        known = set(found) <= set(card.classes)
+        images = Folder(data, classes=card.classes if known else None, videos=bool(frames))
+    if len(images.classes) != len(card.classes):
+        raise InputError(f"{data} has {len(images.classes)} classes, the model {len(card.classes)}")
+    return Samples(images, reader(card.preprocess, frames, views=views))
+
+
+class ClassificationTask(Task):
+    """Images or clips -> cross entropy against their labels.
+
+    Raises:
+        InputError: the data and the model do not fit together.
+    """
+
+    def __init__(self, recipe: ClassificationRecipe):
+        super().__init__(recipe)
+        self.classes, channels = classes_of(recipe.data, recipe.val)
+        self.args = {"num_classes": len(self.classes), "in_chans": channels, **recipe.model_args}
+        self.model = build_model(recipe, **self.args)
+        if self.model.num_classes != len(self.classes):
+            raise InputError(f"num_classes={self.model.num_classes}, but the data have {len(self.classes)} classes")
+        frames, views = getattr(self.model, "num_frames", 0), Views.parse(recipe.views)
+        if views.count > 1 and not frames:
+            raise InputError(f"--views are of videos; {recipe.model} reads images")
+        self.preprocess = preprocess_of(self.model, self.args["in_chans"], self.args.get("img_size"))
+        self.unit = "videos" if frames else "images"
+
+        images, held_out = open_data(recipe.data, recipe.val, recipe.holdout, bool(frames))
+        augment = recipe.augment or default_augment(recipe.data, self.preprocess.channels, frames)
+        options = dict(augment=augment, erasing=recipe.erasing, flip=recipe.flip)
+        self.data = Samples(images, reader(self.preprocess, frames, **options), recipe.repeats)
+        judged = Samples(held_out, reader(self.preprocess, frames, views=views))
+        self.evaluator = Accuracy(judged, self.answer, max(recipe.batch // views.count, 1))
+
+        self.mixup, self.criterion = None, nn.CrossEntropyLoss(label_smoothing=recipe.smoothing)
+        if recipe.mixup or recipe.cutmix:
+            mixed = dict(label_smoothing=recipe.smoothing, num_classes=len(self.classes))
+            self.mixup, self.criterion = Mixup(recipe.mixup, recipe.cutmix, **mixed), SoftTargetCrossEntropy()
+
+    @staticmethod
+    def answer(model: nn.Module, inputs: Tensor) -> Tensor:
+        """The logits of what is trained."""
+        return model(inputs)
+
+    def mixed(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """Inputs and labels, mixed up where the recipe says so."""
+        inputs, labels = batch["input"], batch["label"]
+        if not self.mixup:
+            return inputs, labels
+        flat, labels = self.mixup(inputs.flatten(1, -3), labels)  # of a clip all frames alike
+        return flat.view_as(inputs), labels
+
+    def forward(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
+        inputs, labels = self.mixed(batch)
+        logits = model(inputs)
+        return {"loss": self.criterion(logits.float(), labels), "output": logits}
+
+    def card(self) -> ModelCard:
+        return ModelCard(self.recipe.model, self.args, list(self.classes), self.preprocess)
+
+    def describe(self) -> str:
+        return f"{len(self.classes)} classes, {super().describe()}"

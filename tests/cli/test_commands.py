@@ -57,7 +57,7 @@ def test_evaluate_finds_what_training_wrote(linescan_here, trained):
     )
     scores = json.loads(stdout)
     written = [row for row in read_metrics(trained / "metrics.csv") if "val_top1" in row][-1]
-    assert status == 0 and scores["images"] == 359
+    assert status == 0 and scores["samples"] == 359
     assert scores["top1"] == pytest.approx(written["val_top1"], abs=1e-9)
     assert scores["loss"] == pytest.approx(written["val_loss"], rel=1e-5)
 

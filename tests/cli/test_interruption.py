@@ -1,7 +1,6 @@
 """Training that is killed, and training in several processes: real ones, through the command line."""
 
 import json
-import random
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import torch
 from linescan.engine.metrics import read_metrics
 
 from ..conftest import ENVIRONMENT, SMALL, command, write_pictures
+from ..runs import contents, finish, kill_and_resume, rows_of, same
 
 # Everything random is on, and every kind of state is kept.
 RECIPE = (
@@ -50,67 +50,21 @@ main()
 """
 
 
-def finish(folder, out, **options):
-    done = subprocess.run(
-        command(*RECIPE, "-o", out, "--resume"), cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, **options
-    )
-    assert done.returncode == 0, done.stderr
-    return done
-
-
-def contents(run) -> tuple:
-    """All that a run has come to, but for the time it took."""
-    state = torch.load(run / "state.pt", weights_only=True)
-    rows = read_metrics(run / "metrics.csv")
-    for timed in (state, *rows):
-        del timed["seconds"]
-    return state, rows, (run / "model.safetensors").read_bytes(), (run / "best.safetensors").read_bytes()
-
-
-def same(a, b) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The folder with the pictures and a run that nothing has disturbed."""
     folder = tmp_path_factory.mktemp("interruption")
     write_pictures(folder / "pictures")
-    finish(folder, "whole", timeout=300)
+    finish(folder, RECIPE, "whole")
     assert contents(folder / "whole")[0]["step"] == 36
     return folder
-
-
-def rows_of(run) -> int:
-    try:
-        return (run / "metrics.csv").read_text().count("\n") - 1
-    except FileNotFoundError:
-        return 0
 
 
 @pytest.mark.slow
 def test_killed_at_random_moments(whole):
     """kill -9, again and again, whenever it falls; then the very same end."""
-    run, dice, killed = whole / "random", random.Random(), 0
-    for _ in range(3):
-        target = rows_of(run) + dice.randint(1, 14)
-        process = subprocess.Popen(
-            command(*RECIPE, "-o", run, "--resume"), cwd=whole, env=ENVIRONMENT, stderr=subprocess.DEVNULL
-        )
-        while process.poll() is None and rows_of(run) < target:
-            time.sleep(0.001)
-        time.sleep(dice.random() * 0.05)
-        process.send_signal(signal.SIGKILL)
-        killed += process.wait() == -signal.SIGKILL
-    assert killed
-    finish(whole, "random")
-    assert same(contents(run), contents(whole / "whole"))
+    kill_and_resume(whole, RECIPE, "random", times=3, rows=14)
+    assert same(contents(whole / "random"), contents(whole / "whole"))
 
 
 @pytest.mark.slow
@@ -126,7 +80,7 @@ def test_killed_while_writing(whole):
         left = [p.name for p in (whole / "writing").iterdir() if p.name.endswith(".partial")]
         assert left == ([] if moment == "after" else [".state.pt.partial"])
         torch.load(whole / "writing" / "state.pt", weights_only=True)
-    finish(whole, "writing")
+    finish(whole, RECIPE, "writing")
     assert same(contents(whole / "writing"), contents(whole / "whole"))
     assert not list((whole / "writing").glob(".*"))
 
@@ -145,24 +99,27 @@ def test_stopped_from_the_keyboard(tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=300)
-    assert process.returncode == 130 and "--resume goes on" in stderr and "Traceback" not in stderr
+    assert process.returncode == 130 and "--resume continues" in stderr and "Traceback" not in stderr
 
 
 AGREE = """
 import json, sys, torch
 import torch.distributed as dist
 from linescan.engine.processes import processes
-from linescan.engine.training import Recipe, Training
-with processes("cpu") as us:
-    training = Training(Recipe(**json.loads(sys.argv[1])), sys.argv[2], us, log_every=1)
+from linescan.engine.recipe import Run
+from linescan.engine.training import Training
+from linescan.tasks.recipes import RECIPES
+with processes("cpu") as together:
+    recipe = json.loads(sys.argv[1])
+    training = Training(RECIPES[recipe["task"]].from_dict(recipe), sys.argv[2], together, Run(log_every=1))
     scores = training.run()
     states = [*training.bare.state_dict().values(), *training.ema.module.state_dict().values()]
     mine = torch.cat([t.double().flatten() for t in states])
-    all = [torch.empty_like(mine) for _ in range(us.count)]
+    all = [torch.empty_like(mine) for _ in range(together.count)]
     dist.all_gather(all, mine)
-    seen = [None] * us.count
-    dist.all_gather_object(seen, (scores.top1, scores.images, training.step))
-    if us.first:
+    seen = [None] * together.count
+    dist.all_gather_object(seen, (scores["top1"], training.step))
+    if together.first:
         print(json.dumps({"equal": all[0].equal(all[1]), "seen": seen}))
 """
 
@@ -170,7 +127,7 @@ with processes("cpu") as us:
 @pytest.mark.slow
 def test_two_processes_agree_with_each_other_and_with_one(tmp_path):
     args = dict(img_size=16, patch_size=8, depth=1, embed_dim=24, num_heads=2)
-    recipe = dict(data="digits", model="vit_tiny_patch16_224", model_args=args, epochs=1, batch=40, ema=0.9)
+    recipe = dict(task="classify", data="digits", model=SMALL[1], model_args=args, epochs=1, batch=40, ema=0.9)
     (tmp_path / "agree.py").write_text(AGREE)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
@@ -179,7 +136,7 @@ def test_two_processes_agree_with_each_other_and_with_one(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
-    assert said["equal"] and said["seen"][0] == said["seen"][1] and said["seen"][0][1:] == [359, 18]
+    assert said["equal"] and said["seen"][0] == said["seen"][1] and said["seen"][0][1] == 18
 
     # The command, alone: one process with twice the batch sees the same pictures in the same steps.
     one = subprocess.run(
@@ -203,5 +160,5 @@ def test_torchrun_runs_the_command(tmp_path):
             timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        assert ("on 2 x cpu" in done.stderr) and done.stderr.count("epochs of 2 steps of 720 pictures") == 1
+        assert ("on 2 x cpu" in done.stderr) and done.stderr.count("epochs of 2 steps of 720 images") == 1
     assert (tmp_path / "run" / "model.safetensors").exists()

@@ -7,7 +7,7 @@ import json
 import pytest
 from PIL import Image
 
-from linescan.engine import InputError
+from linescan.errors import InputError
 
 from ..conftest import REPOSITORY
 

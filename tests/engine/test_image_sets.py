@@ -49,7 +49,7 @@ def test_folders_that_cannot_be_used(tmp_path):
         Folder(tmp_path / "one")
     write_pictures(tmp_path / "hollow")
     (tmp_path / "hollow" / "void").mkdir()
-    with pytest.raises(InputError, match="void holds no pictures"):
+    with pytest.raises(InputError, match="void holds no images"):
         Folder(tmp_path / "hollow")
     write_pictures(tmp_path / "single", each=1)
     with pytest.raises(InputError, match="cannot be split"):

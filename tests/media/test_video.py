@@ -12,12 +12,12 @@ import timm
 import torch
 from PIL import Image
 
-from linescan.engine import BrokenVideo, Classifier, InputError
 from linescan.engine.cards import ModelCard, class_names, preprocess_of, save_model
-from linescan.errors import DamagedVideo
+from linescan.errors import BrokenVideo, DamagedVideo, InputError
 from linescan.media import video as video_module
 from linescan.media.preprocess import Preprocess
 from linescan.media.video import Clips, Views, crop_boxes, find_videos, open_video, segments
+from linescan.tasks import Classifier
 
 av = pytest.importorskip("av")
 

@@ -18,9 +18,10 @@ from mmengine.runner import save_checkpoint  # noqa: E402
 
 import linescan.openmmlab  # noqa: E402, F401
 from linescan.checkpoint import CheckpointError  # noqa: E402
-from linescan.engine import Detector, InputError, Segmenter  # noqa: E402
+from linescan.errors import InputError  # noqa: E402
 from linescan.openmmlab.backbone import CONFIGS  # noqa: E402
 from linescan.openmmlab.models import _read_config  # noqa: E402
+from linescan.tasks import Detector, Segmenter  # noqa: E402
 
 from ..tasks.test_classify import Bomb  # noqa: E402
 from ..tasks.test_dense import photo, write_video  # noqa: E402

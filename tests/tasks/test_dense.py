@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from linescan import create_model
-from linescan.engine import InputError, Segmenter
+from linescan.errors import InputError
 from linescan.media.draw import SMALLEST
 from linescan.media.large import Pixels
+from linescan.tasks import Segmenter
 from linescan.tasks.detect import distinct
 from linescan.tasks.results import Detections
 from linescan.tasks.windows import enlarge, positions, slide, thin
@@ -409,7 +410,7 @@ def test_without_openmmlab_one_line_says_what_to_install(weights, tmp_path):
 def test_three_lines(weights, tmp_path, monkeypatch):
     Image.fromarray(photo(40, 60)).save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
-    from linescan.engine import Segmenter
+    from linescan.tasks import Segmenter
     seg = Segmenter("segman_seg_tiny", weights, **SMALL)  # fmt: skip
     mask = seg("photo.jpg")
     assert mask.shape == (40, 60)

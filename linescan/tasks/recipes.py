@@ -1,0 +1,182 @@
+"""The recipes of all tasks: what `linescan train --task NAME` can be told, and what it does by default.
+
+Each task adds its options to those of `Recipe`. Nothing here imports torch.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from ..engine.recipe import (
+    AUGMENT,
+    COUNT,
+    DATA,
+    LOSS,
+    MODEL,
+    NATURAL,
+    OPTIMISER,
+    POSITIVE,
+    SHARE,
+    UNIT,
+    Range,
+    Recipe,
+    option,
+)
+from ..errors import InputError
+
+__all__ = ["RECIPES", "ClassificationRecipe", "DistillationRecipe", "PretrainingRecipe", "read_recipe"]
+
+
+@dataclass(frozen=True)
+class _Mirrored(Recipe):
+    flip: float | None = option(
+        None, "How often a sample is mirrored; default: 0.5, and 0 with --augment light.", AUGMENT, UNIT
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Taught(Recipe):
+    teacher: str | None = option(None, "A name of `linescan list`, or of timm. Default: that of --teacher-checkpoint.",
+                                 MODEL)  # fmt: skip
+    teacher_checkpoint: str | None = option(
+        None, "The teacher's weights; without them the published ones are fetched.", MODEL
+    )  # fmt: skip
+    teacher_args: dict = option({}, "An argument of the teacher; may be repeated.", MODEL, metavar="KEY=VALUE")
+
+
+@dataclass(frozen=True)
+class ClassificationRecipe(_Mirrored):
+    """Train a classifier of images, or of videos if the model is one for clips."""
+
+    task: ClassVar[str] = "classify"
+    implementation: ClassVar[str] = "linescan.tasks.classify:ClassificationTask"
+    default_model: ClassVar[str] = "vim_tiny_patch16_224"
+    examples: ClassVar[tuple[str, ...]] = (
+        "linescan train --data digits --out runs/digits --epochs 30 --model-arg img_size=32 --model-arg patch_size=8 "
+        "--model-arg depth=4",
+        "linescan train --data flowers --out runs/flowers --model vim_small_patch16_224 --pretrained --epochs 30 "
+        "--mixup 0.8 --cutmix 1 --ema 0.9998 --bf16",
+        "linescan train --data flowers --out runs/flowers [dim](the same options)[/] --resume",
+        "linescan train --data clips --out runs/clips --model videomamba_video_tiny_patch16_224.k400_f8 --pretrained",
+        "torchrun --standalone --nproc_per_node=4 -m linescan train --data imagenet --out runs/imagenet --epochs 300",
+        "linescan train --config segmentation/vmamba_tiny_upernet_ade20k --cfg-options train_dataloader.batch_size=4",
+    )
+
+    views: str = option(
+        "1x1", "Of each held-out video: clips x crops, whose mean is scored.", DATA, metavar="CLIPSxCROPS"
+    )  # fmt: skip
+    smoothing: float = option(0.1, "Label smoothing.", LOSS, SHARE)
+    augment: str | None = option(
+        None, "none, light, standard, or a policy of timm; default: light for the digits, rand-m9-mstd0.5-inc1 for RGB "
+        "images, rand-m5-n2-mstd0.5-inc1 for videos, else standard.", AUGMENT,
+    )  # fmt: skip
+    erasing: float = option(0.0, "How often a rectangle is erased.", AUGMENT, UNIT)
+    mixup: float = option(0.0, "Strength of mixup; 0: none.", AUGMENT, NATURAL)
+    cutmix: float = option(0.0, "Strength of cutmix; 0: none.", AUGMENT, NATURAL)
+    repeats: int = option(
+        1, "Augmented copies of each sample in a row; an epoch then has this many times fewer samples.", AUGMENT, COUNT
+    )  # fmt: skip
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (self.mixup or self.cutmix) and self.batch % 2:
+            raise InputError(f"mixup and cutmix pair samples up: --batch must be even, not {self.batch}")
+
+
+@dataclass(frozen=True)
+class DistillationRecipe(ClassificationRecipe, _Taught):
+    """Train a classifier to match a frozen teacher as well as the labels."""
+
+    task: ClassVar[str] = "distill"
+    implementation: ClassVar[str] = "linescan.tasks.distill:DistillationTask"
+    examples: ClassVar[tuple[str, ...]] = (
+        "linescan train --task distill --data flowers --out runs/student --teacher vim_small_patch16_224 "
+        "--model vim_tiny_patch16_224 --pretrained",
+        "linescan train --task distill --data digits --out runs/student --match features "
+        "--teacher-checkpoint runs/demo/best.safetensors --model scan_tiny --model-arg img_size=32",
+    )
+
+    match: str = option(
+        "soft", "What is matched: soft (the teacher's probabilities), hard (its best class), features (before the "
+        "classifier) or tokens (of the last layer, as VideoMamba distils itself).", LOSS,
+        choices=("soft", "hard", "features", "tokens"),
+    )  # fmt: skip
+    temperature: float = option(1.0, "Of soft probabilities.", LOSS, POSITIVE)
+    label_weight: float = option(1.0, "Of the loss against the labels.", LOSS, NATURAL)
+    match_weight: float = option(1.0, "Of the loss against the teacher.", LOSS, POSITIVE)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not (self.teacher or self.teacher_checkpoint):
+            raise InputError("--task distill needs --teacher, a model's name, or --teacher-checkpoint")
+
+
+@dataclass(frozen=True)
+class PretrainingRecipe(_Mirrored, _Taught):
+    """Train a backbone without labels on what is masked; `--task classify --checkpoint` fine-tunes the result.
+
+    A VideoMamba for clips reads the visible tokens and matches a frozen teacher's; a Vision-RWKV restores the hidden
+    patches from the visible ones (MAE).
+    """
+
+    task: ClassVar[str] = "pretrain"
+    implementation: ClassVar[str] = "linescan.tasks.pretrain:PretrainingTask"
+    default_model: ClassVar[str] = "vrwkv_base"
+    examples: ClassVar[tuple[str, ...]] = (
+        "linescan train --task pretrain --data imagenet --out runs/mae --model vrwkv_base --model-arg key_norm=true "
+        "--drop-path 0.1",
+        "linescan train --task pretrain --data clips --out runs/masked --model videomamba_video_middle_patch16_224 "
+        "--teacher vit_base_patch16_clip_quickgelu_224.openai --project --drop-path 0.4 --bf16",
+        "linescan train --data clips --out runs/tuned --checkpoint runs/masked/model.safetensors",
+    )
+
+    data: str = option(..., "`digits`; a folder of files, in folders or not; or one with train/ and val/ in it.", DATA,
+                       short="-d")  # fmt: skip
+    mask_ratio: float | None = option(
+        None, "The share of patches that is hidden; default: 0.75 of an image, 0.8 of a clip.", LOSS,
+        Range(above=0, below=1),
+    )  # fmt: skip
+    mask: str | None = option(
+        None, "Where patches of a clip are hidden: attention (seldom where the teacher's class token attends to; the "
+        "default), random, tube (alike in all frames), row (whole rows) or frame-row (equally many in each frame).",
+        LOSS, choices=("attention", "random", "tube", "row", "frame-row"),
+    )  # fmt: skip
+    project: bool = option(False, "Put the teacher's tokens through its head, as CLIP's projection.", MODEL)
+    layers: int = option(1, "For clips: how many of the last layers are matched.", LOSS, COUNT)
+    interval: int = option(1, "Blocks between two of these layers.", LOSS, COUNT)
+    include_last: bool = option(
+        False, "For clips: train the last block too, which the published training left out.", LOSS
+    )  # fmt: skip
+    decoder_dim: int = option(512, "For images: channels of the decoder.", MODEL, COUNT)
+    decoder_depth: int = option(8, "For images: blocks of the decoder.", MODEL, COUNT)
+    norm_pixels: bool = option(False, "For images: normalise the pixels of each patch that is restored.", LOSS)
+    augment: str | None = option(
+        None, "none, light, crop, standard, or a policy of timm; default: light for the digits, else crop.", AUGMENT
+    )  # fmt: skip
+
+    epochs: int = option(800, "Times that each sample is seen.", OPTIMISER, COUNT, short="-e")
+    lr: float = option(1.5e-4, "Highest learning rate; as published, times the samples per step / 256.", OPTIMISER,
+                       POSITIVE)  # fmt: skip
+    betas: tuple[float, float] | None = option((0.9, 0.95), "Decay of the mean and of the variance of the gradient.",
+                                               OPTIMISER, SHARE)  # fmt: skip
+    warmup: float = option(40.0, "Epochs in which the learning rate rises from 0.", OPTIMISER, NATURAL)
+
+
+RECIPES: dict[str, type[Recipe]] = {
+    recipe.task: recipe for recipe in (ClassificationRecipe, DistillationRecipe, PretrainingRecipe)
+}
+"""By the name of the task."""
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """The recipe in a run's recipe.json.
+
+    Raises:
+        InputError: it cannot be read, or is one of another version.
+    """
+    try:
+        values = json.loads(Path(path).read_text())
+        return RECIPES[values["task"]].from_dict(values)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not a recipe of this version ({error})") from None
