@@ -2,7 +2,7 @@
 
 import struct
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Iterator
 
@@ -67,12 +67,11 @@ def _identify(file, path: str | Path) -> Image.Image:
         raise BrokenImage("the file is empty")
     for name in image_formats():
         factory, accepts = Image.OPEN[name]
-        if accepts is None or accepts(head) is True or accepts(head) == 1:
-            file.seek(0)
-            try:
+        with suppress(SyntaxError, IndexError, TypeError, struct.error):  # not this format
+            accepted = accepts is None or accepts(head)
+            if accepted and not isinstance(accepted, str):  # a text says why the format cannot be read
+                file.seek(0)
                 return factory(file, str(path))
-            except (SyntaxError, IndexError, TypeError, struct.error):  # not this format
-                continue
     raise BrokenImage("not an image, or damaged")
 
 

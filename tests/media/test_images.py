@@ -295,6 +295,7 @@ def test_broken_images_are_named(tmp_path):
         ("cut.png", data[: len(data) // 2], "truncated"),
         ("empty.png", b"", "the file is empty"),
         ("text.png", b"hello, I am not an image", "not an image, or damaged"),
+        ("two.jpg", b"no", "not an image, or damaged"),
         ("script.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n", "not an image, or damaged"),
         ("missing.png", None, "No such file"),
         ("folder.png", None, "not a file"),
