@@ -27,8 +27,6 @@ LARGEST = 2**32
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 """A file, a PIL image, or an array (see `from_array`)."""
 
-Picture = ImageLike
-
 
 @contextmanager
 def one_line(path: str | Path) -> Iterator[None]:
@@ -150,6 +148,3 @@ def load_image(image: ImageLike, channels: int = 3, size: tuple[int, int] | None
     except Exception as error:
         raise BrokenImage(f"{getattr(image, 'filename', '') or 'a PIL image'}: {error}") from None
     return to_mode(image, channels)
-
-
-_from_array = from_array

@@ -165,8 +165,6 @@ class _Video(ABC):
                     self._report(f"{len(indices) - missing} of {len(indices)} frames could be decoded")
                 yield self._show(ahead[1] if frame is None else frame, channels)
 
-    pictures = images
-
     def _report(self, damage: str) -> None:
         if self.strict:
             raise BrokenVideo(f"{self.path}: {damage}")
