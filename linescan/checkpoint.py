@@ -190,6 +190,8 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, adapt: bool = False) 
     Raises:
         CheckpointError: the file cannot be read, or a key is missing, left over, or of another shape.
     """
+    if not model.state_dict():
+        return model  # made of operators alone: there is nothing to load
     state = read_state_dict(path, getattr(model, "checkpoint_nesting", ()))
     if hasattr(model, "checkpoint_filter"):
         try:

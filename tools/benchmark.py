@@ -342,6 +342,161 @@ def recurrences(
     save(out, "recurrences", {"machine": machine(), "unit": "ms", "rows": rows}, draw)
 
 
+# -- points and voxels -------------------------------------------------------------------------------------------------
+
+
+def street(count: int, shape: tuple[int, int, int] = (32, 400, 400)) -> Tensor:
+    """(N, 3) cells z, y, x of a hilly surface one or two cells thick, as of a scanner: about 6 neighbours each."""
+    generator = torch.Generator().manual_seed(0)
+    y, x = torch.randint(0, shape[1], (2, 4 * count), generator=generator)
+    height = 8 + 4 * torch.sin(x / 20) + 4 * torch.cos(y / 15) + 1.5 * torch.rand(4 * count, generator=generator)
+    cells = torch.stack((height.long(), y, x), 1).unique(dim=0)
+    return cells[torch.randperm(len(cells), generator=generator)[:count]].contiguous()
+
+
+def sampling(count: int, chosen: int) -> dict[str, Callable]:
+    """Farthest point sampling, and the packages that have it; among points almost equally far they choose others."""
+    from linescan.layers import points as ours
+    from linescan.scans.kernels import cpu
+
+    cloud = torch.randn(count, 3, generator=torch.Generator().manual_seed(0))
+
+    def loop():
+        missing, cpu.missing = cpu.missing, lambda: "turned off"
+        try:
+            return ours.farthest_points(cloud, chosen)
+        finally:
+            cpu.missing = missing
+
+    runs = {"linescan": lambda: ours.farthest_points(cloud, chosen), "linescan, torch loop": loop}
+    if find_spec("torch_quickfps"):
+        import torch_quickfps
+
+        runs["torch-quickfps"] = lambda: torch_quickfps.sample_idx(cloud, chosen, h=7, start_idx=0)[None]
+    if find_spec("fpsample"):
+        import fpsample
+
+        array = cloud.numpy()
+        runs["fpsample"] = lambda: torch.from_numpy(fpsample.fps_sampling(array, chosen, start_idx=0).astype(int))[None]
+    assert torch.equal(runs["linescan"](), loop()), "samplings differ"
+    return runs
+
+
+def neighbours(count: int, asked: int, k: int) -> dict[str, Callable]:
+    """The k nearest of `count` points to `asked` of them."""
+    from linescan.layers import points as ours
+
+    cloud = torch.randn(count, 3, generator=torch.Generator().manual_seed(0))
+    queries = cloud[:asked]
+
+    def all_distances():
+        tree, ours._tree = ours._tree, lambda: None
+        try:
+            return ours.knn(cloud, queries, k)
+        finally:
+            ours._tree = tree
+
+    def by_cdist():
+        exact = "donot_use_mm_for_euclid_dist"
+        return [torch.cdist(part, cloud, compute_mode=exact).topk(k, largest=False) for part in queries.split(64)]
+
+    runs = {"linescan": lambda: ours.knn(cloud, queries, k), "linescan, all distances": all_distances}
+    runs["torch.cdist and topk"] = by_cdist
+    if find_spec("scipy"):
+        from scipy.spatial import cKDTree
+
+        runs["SciPy's k-d tree alone"] = lambda: cKDTree(cloud.numpy()).query(queries.numpy(), k)
+    return runs
+
+
+def convolution(count: int, channels: int) -> dict[str, Callable]:
+    """A submanifold 3x3x3 convolution of `count` voxels: its parts, and other ways to compute the same."""
+    from linescan.layers.sparse import Sites, SparseTensor, SubmanifoldConv
+
+    torch.manual_seed(0)
+    shape = (32, 400, 400)
+    cells = street(count, shape)
+    coords = torch.cat((torch.zeros_like(cells[:, :1]), cells), 1)
+    conv = SubmanifoldConv(channels, channels)
+    x = SparseTensor(torch.randn(len(coords), channels), Sites(coords, shape, 1))
+    weight = conv.weight.detach().flatten(1, 3).transpose(0, 1).mT.flatten(0, 1)  # (27 in, out)
+    neighbours = x.sites.neighbours((3, 3, 3), (1, 1, 1))
+    table = torch.full((len(coords), 27), len(coords))  # one more row holds zeros
+    everywhere = torch.arange(len(coords))
+    for offset, (read, write) in enumerate(zip(neighbours.reads, neighbours.writes)):
+        table[everywhere if write is None else write, offset] = everywhere if read is None else read
+
+    def forward():
+        with torch.no_grad():
+            return conv(x).features
+
+    def both():
+        features = x.features.requires_grad_()
+        return torch.autograd.grad(conv(x.replace(features)).features.sum(), (features, conv.weight))
+
+    def gathered():
+        rows = torch.cat((x.features.detach(), x.features.new_zeros(1, channels)))
+        return torch.cat([rows[part].flatten(1) @ weight for part in table.split(4096)])
+
+    def dense():
+        with torch.no_grad():
+            grid = x.dense()
+            return torch.nn.functional.conv3d(grid, conv.weight.movedim(-1, 1), padding=1)
+
+    assert torch.allclose(gathered(), forward(), atol=1e-3)
+    return {
+        "linescan, table of neighbours": lambda: Sites(coords, shape, 1).neighbours((3, 3, 3), (1, 1, 1)),
+        "linescan, forward": forward,
+        "linescan, forward + backward": both,
+        "all 27 neighbours gathered, one product": gathered,
+        "dense conv3d over the grid": dense,
+    }
+
+
+@app.command()
+def points(
+    out: Out = Path("runs/benchmark"),
+    cloud: Annotated[int, typer.Option(help="Points of a cloud.")] = 120_000,
+    chosen: Annotated[int, typer.Option(help="Points that are sampled, and that ask for neighbours.")] = 8_192,
+    k: Annotated[int, typer.Option(help="Neighbours.")] = 32,
+    voxels: int = 100_000,
+    channels: int = 64,
+    budget: Annotated[float, typer.Option(help="Seconds for each number.")] = 5.0,
+):
+    """Farthest point sampling, nearest neighbours and submanifold convolution beside the alternatives, one thread.
+
+    torch-quickfps and fpsample are measured where they are installed.
+    """
+    torch.set_num_threads(1)
+    keep_memory()
+    sections = {
+        f"{chosen:,} farthest of {cloud:,} points": sampling(cloud, chosen),
+        f"{k} nearest of {cloud:,} points to {chosen:,}": neighbours(cloud, chosen, k),
+        f"submanifold 3x3x3, {voxels:,} voxels, {channels} channels": convolution(voxels, channels),
+    }
+    rows: dict[str, dict[str, float]] = {}
+    for title, runs in sections.items():
+        with console.status(title):
+            slow = {name: run for name, run in runs.items() if name.startswith("dense")}  # minutes in turns
+            taken = side_by_side({name: run for name, run in runs.items() if name not in slow}, budget)
+            taken |= {name: seconds(run, budget) for name, run in slow.items()}
+        rows[title] = {name: 1e3 * several for name, several in taken.items()}
+        table = Table(title, "ms", "/ linescan")
+        first = next(value for name, value in rows[title].items() if name in ("linescan", "linescan, forward"))
+        for name, value in rows[title].items():
+            table.add_row(name, f"{value:.1f}", f"{value / first:.2f}")
+        console.print(table)
+
+    def draw(axes):
+        names = [(title, name) for title, row in rows.items() for name in row][::-1]
+        colours = [f"C{list(rows).index(title)}" for title, _ in names]
+        axes.barh(range(len(names)), [rows[title][name] for title, name in names], color=colours)
+        axes.set_yticks(range(len(names)), [name for _, name in names], fontsize=7)
+        axes.set(xscale="log", xlabel="ms, one thread")
+
+    save(out, "points", {"machine": machine(), "unit": "ms", "rows": rows}, draw)
+
+
 # -- whole models -----------------------------------------------------------------------------------------------------
 
 

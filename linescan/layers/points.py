@@ -41,7 +41,7 @@ __all__ = [
 Lengths = Sequence[int] | Tensor | None
 
 _BUDGET = 2**22  # distances held at a time
-_TREE = 2**24  # distances to compute from which on a k-d tree is faster
+_TREE = 2**18  # distances in a cloud from which on a k-d tree is faster
 
 
 # -- batches of clouds ------------------------------------------------------------------------------------------------
