@@ -188,3 +188,13 @@ def test_outputs_never_share_a_name(tmp_path):
     folders = {name for name in names if "clip" in name.casefold() and "/" not in name}
     inside = {str(Path(name).parent) for name in names}
     assert len(folders) == 2 and not folders & inside, "no image lies among the frames of a video"
+
+
+def test_nothing_lies_among_the_frames_of_a_video(tmp_path):
+    make(tmp_path, "film.mp4", "photos/film/0.png", "photos/film/1.png")
+    assert [s.name for s in find([tmp_path / "film.mp4", tmp_path / "photos"])] == [
+        "film",
+        "film-2/0.png",
+        "film-2/1.png",
+    ]
+    assert [s.name for s in find([tmp_path / "photos", tmp_path / "film.mp4"])] == ["film/0", "film/1", "film.mp4"]
