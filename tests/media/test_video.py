@@ -302,6 +302,17 @@ def test_frames_that_are_damaged_in_the_middle(tmp_path, name, options):
         list(open_video(path, strict=True).images(range(40), 3))
 
 
+def test_frames_that_are_decoded_in_part_are_not_shown(tmp_path):
+    large = [np.asarray(Image.fromarray(pixels).resize((256, 192))) for pixels in NOISY]
+    path = write_video(tmp_path / "x.mkv", large, "mpeg4")
+    data = path.read_bytes()
+    with av.open(str(path)) as container:
+        content = [bytes(p) for p in container.demux(video=0) if p.size][21]
+    path.write_bytes(data.replace(content, content[: len(content) // 2].ljust(len(content), b"\0")))
+    found, said = read_all(path)
+    assert found[20:22] == [20, 20] and said == ["39 of 40 frames could be decoded"]
+
+
 def test_a_folder_with_a_broken_frame(tmp_path):
     for i, grey in enumerate(GREYS[:9]):
         Image.new("L", (30, 20), grey).save(tmp_path / f"{i}.png")
