@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Callable, Iterable, Iterator, NamedTuple, Sequence, TextIO
 
 from ..errors import InputError
-from .formats import is_hidden, is_image, is_video
+from .formats import is_cloud, is_hidden, is_image, is_video
 
-__all__ = ["KINDS", "Source", "find", "find_images", "find_videos", "pair", "walk"]
+__all__ = ["KINDS", "Source", "find", "find_clouds", "find_images", "find_videos", "pair", "walk"]
 
 
 def _frame_folder(folder: str, folders: list[str], files: list[str]) -> Iterator[str]:
@@ -23,8 +23,9 @@ def _files(belongs: Callable[[str], bool]) -> Callable[[str, list[str], list[str
     return lambda folder, folders, files: (os.path.join(folder, name) for name in files if belongs(name))
 
 
-KINDS = {"image": _files(is_image), "video": _files(is_video), "frames": _frame_folder}
-"""What can be found in a folder: image files, video files, and folders that are videos, one image for each frame."""
+KINDS = {"image": _files(is_image), "video": _files(is_video), "frames": _frame_folder, "cloud": _files(is_cloud)}
+"""What can be found in a folder: image files, video files, folders that are videos (one image for each frame),
+and point clouds."""
 
 
 class Source(NamedTuple):
@@ -99,6 +100,15 @@ def find_videos(folder: str | Path) -> list[Path]:
         InputError: a folder cannot be read.
     """
     return _inside(folder, ["video", "frames"], _refuse)
+
+
+def find_clouds(folder: str | Path) -> list[Path]:
+    """Every point cloud in `folder` and below it, sorted; told by their suffixes. Hidden ones are passed over.
+
+    Raises:
+        InputError: a folder cannot be read.
+    """
+    return _inside(folder, ["cloud"], _refuse)
 
 
 def find(
@@ -241,7 +251,8 @@ def _expand(pattern: str) -> list[Path]:
 
 
 def _plural(kinds: Sequence[str]) -> str:
-    return " or ".join("folders of frames" if kind == "frames" else f"{kind}s" for kind in kinds)
+    plural = {"frames": "folders of frames", "cloud": "point clouds"}
+    return " or ".join(plural.get(kind, f"{kind}s") for kind in kinds)
 
 
 def _distinct(names: Sequence[str], folders: Sequence[bool]) -> list[str]:

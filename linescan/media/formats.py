@@ -1,10 +1,10 @@
-"""Which files are images and which are videos: by their suffix, and what is read at all."""
+"""Which files are images, videos and point clouds: by their suffix, and what is read at all."""
 
 from pathlib import Path
 
 from PIL import Image
 
-__all__ = ["CONTAINERS", "image_formats", "is_hidden", "is_image", "is_video"]
+__all__ = ["CONTAINERS", "image_formats", "is_cloud", "is_hidden", "is_image", "is_video"]
 
 # Formats that Pillow hands to another program (EPS to Ghostscript), to the system (WMF) or to nothing (the stubs),
 # and those that are documents with images in them.
@@ -13,6 +13,8 @@ _REFUSED = {"BUFR", "EPS", "FPX", "GRIB", "HDF5", "IPTC", "MIC", "MPEG", "PDF", 
 _VIDEOS = frozenset(
     ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .ts .m2ts .mts .wmv .asf .flv .ogv .3gp .mxf .vob .y4m".split()
 )
+
+_CLOUDS = frozenset(".ply .pcd .las .laz .npy .npz .txt .xyz .pts .asc .csv .bin .off .obj .stl".split())
 
 # FFmpeg's names of the containers that are opened. Playlists (HLS, DASH, concat) are not among them: they would make it
 # open other files.
@@ -37,6 +39,11 @@ def is_image(path: str | Path) -> bool:
 def is_video(path: str | Path) -> bool:
     """Whether a file is a video by its suffix."""
     return Path(path).suffix.lower() in _VIDEOS
+
+
+def is_cloud(path: str | Path) -> bool:
+    """Whether a file is a point cloud or a mesh by its suffix."""
+    return Path(path).suffix.lower() in _CLOUDS
 
 
 def is_hidden(path: str | Path) -> bool:

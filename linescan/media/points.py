@@ -26,8 +26,9 @@ from typing import BinaryIO, Callable, Iterator, NamedTuple, Sequence
 import numpy as np
 
 from ..errors import BrokenCloud, InputError
+from .formats import is_cloud
 
-__all__ = ["LARGEST_CLOUD", "PointCloud", "find_clouds", "is_cloud", "read_points"]
+__all__ = ["LARGEST_CLOUD", "PointCloud", "read_points"]
 
 LARGEST_CLOUD = 2_000_000
 """Points that are kept of a file, unless asked otherwise."""
@@ -68,17 +69,6 @@ class PointCloud:
     def __repr__(self) -> str:
         there = [name for name in ("intensity", "normals", "colours", "labels") if getattr(self, name) is not None]
         return f"<PointCloud of {len(self):,} points{' with ' * bool(there)}{', '.join(there)}>"
-
-
-def is_cloud(path: str | Path) -> bool:
-    """Whether the name of a file is that of a point cloud or mesh."""
-    return Path(path).suffix.lower() in _READERS
-
-
-def find_clouds(folder: str | Path) -> list[Path]:
-    """Every point cloud in `folder` and below it, sorted; told by their suffixes. Hidden files are none."""
-    files = (p for p in Path(folder).rglob("*") if is_cloud(p) and not p.name.startswith("."))
-    return sorted(p for p in files if p.is_file())
 
 
 def read_points(

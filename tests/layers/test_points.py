@@ -155,6 +155,13 @@ def test_farthest_points_is_its_definition(rule, batch, count):
         assert rows == farthest_by_definition(cloud[:length], count, rule)
 
 
+@pytest.mark.parametrize("count", [511, 512, 1100])
+def test_pointnet2_has_at_most_512_threads(count):
+    points = torch.randn(1, count, 3, generator=torch.Generator().manual_seed(count)).round() + 5
+    rows = farthest_points(points, 150, rule="pointnet2").tolist()[0]
+    assert rows == farthest_by_definition(points[0].numpy(), 150, "pointnet2")
+
+
 @needs_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rule", ["plain", "pointnet2"])

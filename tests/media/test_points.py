@@ -11,7 +11,9 @@ import pytest
 
 from linescan.errors import BrokenCloud, InputError
 from linescan.media import points as module
-from linescan.media.points import find_clouds, is_cloud, read_points
+from linescan.media.find import find, find_clouds
+from linescan.media.formats import _CLOUDS, is_cloud
+from linescan.media.points import read_points
 
 laspy, plyfile, pypcd4, trimesh = map(pytest.importorskip, ("laspy", "plyfile", "pypcd4", "trimesh"))
 
@@ -466,6 +468,12 @@ def test_names_and_folders(tmp_path):
     (tmp_path / "folder.ply").mkdir()
     assert [str(p.relative_to(tmp_path)) for p in find_clouds(tmp_path)] == ["a.PCD", "b/2.ply", "c.laz"]
     assert is_cloud("A.NPZ") and not is_cloud("a.jpg")
+    assert _CLOUDS == set(module._READERS)
+    found = find([tmp_path, tmp_path / "b/x.jpg"], ["cloud"])
+    assert [s.name for s in found if not s.error] == ["a", "b/2", "c"]
+    assert [str(s.error) for s in found if s.error] == [
+        f"{tmp_path}/b/x.jpg is an image; only point clouds are read here"
+    ]
     with pytest.raises(InputError, match="not a point cloud by its name; these are: .ply .pcd .las"):
         read_points("a.jpg")
     with pytest.raises(BrokenCloud, match="none.ply: No such file or directory"):
