@@ -10,6 +10,7 @@ __all__ = [
     "DamagedVideo",
     "Diverged",
     "InputError",
+    "known",
     "visible",
 ]
 
@@ -57,3 +58,14 @@ def visible(text: str) -> str:
 def _escape(found: re.Match) -> str:
     code = ord(found[0])
     return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else found[0].encode("unicode_escape").decode()
+
+
+def known(what: str, value, choices):
+    """`value`, if it is one of `choices`.
+
+    Raises:
+        InputError: it is not; one line says what there is.
+    """
+    if value not in choices:
+        raise InputError(f"{what} is one of {', '.join(map(repr, choices))}, not {value!r}")
+    return value

@@ -106,7 +106,7 @@ def test_a_tag_decides_classes_frames_and_grid():
 def test_none_is_a_value_where_the_class_says_so():
     for create, none in ((linescan.create_model, None), (linescan.create_model, "none"), (timm.create_model, "none")):
         assert create("vim_tiny_patch16_224", depth=1, class_token=none).cls_token is None
-        assert create("vim_tiny_patch16_224", depth=1, bimamba_type="none").directions == "row"
+        assert create("vim_tiny_patch16_224", depth=1, bimamba_type="none").blocks[0].mixer.along.n_routes == 1
         model = create("vrwkv_small", depth=1, init_values=none)
         assert not [key for key in model.state_dict() if "gamma" in key]
     with pytest.raises(ValueError, match="class_token"):
@@ -116,8 +116,8 @@ def test_none_is_a_value_where_the_class_says_so():
 def test_a_mapping_completes_the_entrys_own():
     with torch.device("meta"):
         model = linescan.create_model("segman_seg_tiny", backbone={"depths": (1, 1, 1, 1)})
-    assert [len(stage.blocks) for stage in model.backbone.stages] == [1, 1, 1, 1]
-    assert model.backbone.dims == [32, 64, 144, 192]
+    assert [len(stage.blocks) for stage in model.backbone.trunk.stages] == [1, 1, 1, 1]
+    assert model.backbone.out_channels == [32, 64, 144, 192]
 
 
 class Pair(nn.Module):

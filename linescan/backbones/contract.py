@@ -6,27 +6,36 @@ states its architecture and its checkpoint filter; what timm and OpenMMLab expec
 
 import inspect
 import sys
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from math import isqrt, prod
 from typing import Callable, Iterable, Mapping, Sequence, get_args
 
 import timm
 import torch
-from timm.models import (
-    build_model_with_cfg,
-    checkpoint,
-    generate_default_cfgs,
-    register_model,
-    resolve_pretrained_cfg,
-)
-from timm.models._features import feature_take_indices
+from timm.layers import to_2tuple
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from .. import zoo
-from ..checkpoint import load_checkpoint
-from ..errors import InputError
-from ..layers.linear import through_onednn
+from ..checkpoint import load_checkpoint, strip_prefix
+from ..errors import InputError, known
+from ..layers.blocks import run
+from ..layers.pos_embed import resample_pos_embed
+from ..layers.tracing import opaque
 
-__all__ = ["Backbone", "PlainBackbone", "HierarchicalBackbone", "architecture", "create_backbone", "register"]
+__all__ = [
+    "Backbone",
+    "DenseForm",
+    "HierarchicalBackbone",
+    "PlainBackbone",
+    "architecture",
+    "check_images",
+    "create_backbone",
+    "register",
+    "take_indices",
+    "to_format",
+]
 
 # How classifiers of ImageNet are evaluated, where a table states nothing else.
 IMAGENET = {
@@ -76,6 +85,7 @@ def _timm_cfg(entry: zoo.Entry) -> dict:
         "classifier": entry.classifier,
         "license": entry.licence.lower(),
         "paper_ids": f"arXiv:{entry.arxiv}" if entry.arxiv else None,
+        **entry.cls.timm_sizes(height, width, entry.args),
         **entry.preprocess,
     }
 
@@ -132,7 +142,8 @@ def create_backbone(name: str, pretrained: bool = False, **kwargs) -> nn.Module:
     Args:
         name: the registered name, without a tag.
         pretrained: load the official weights, or the file that `pretrained_cfg_overlay={"file": PATH}` names.
-        kwargs: the model's arguments and timm's (`features_only`, `out_indices`, `pretrained_cfg_overlay`, ...).
+        kwargs: the model's arguments and timm's (`features_only`, `out_indices`, `pretrained_cfg_overlay`, `device`,
+            `dtype`, ...). Numbers are initialised in float32, whatever the dtype.
 
     Raises:
         InputError: the weights cannot be fetched.
@@ -145,12 +156,18 @@ def create_backbone(name: str, pretrained: bool = False, **kwargs) -> nn.Module:
             source = replace(entry, hub=cfg.hf_hub_id, file=cfg.hf_hub_filename, url=cfg.url)
             overlay["file"] = str(zoo.fetch(source, kwargs.get("cache_dir")))
     overlay.setdefault("custom_load", "hf")  # timm then hands the file's path to Backbone.load_pretrained
+    device, dtype = kwargs.pop("device", None), kwargs.pop("dtype", None)
     given = {key: kwargs.pop(key) for key in _TIMMS & kwargs.keys()}
     cls, args = architecture(entry.full_name, **kwargs)
     if "num_classes" not in kwargs:
         args.pop("num_classes", None)  # timm takes them from the configuration, which may be another file's
+
+    def build(**args) -> Backbone:
+        with nullcontext() if device is None else torch.device(device):
+            return cls(**args).to(dtype=dtype)
+
     return build_model_with_cfg(
-        cls,
+        build,
         name,
         pretrained,
         pretrained_cfg_overlay=overlay,
@@ -167,45 +184,206 @@ _TIMMS = {
 }  # fmt: skip
 
 
+# -- pooling -----------------------------------------------------------------------------------------------------------
+
+# Outputs per channel of each pooling. timm's "fast" poolings are the same functions.
+POOLS = {"avg": 1, "max": 1, "avgmax": 1, "catavgmax": 2}
+
+
+def _base_pool(kind: str) -> str:
+    return "avg" if kind == "fast" else kind.removeprefix("fast")
+
+
+def pool_tokens(x: Tensor, kind: str, dims: tuple[int, ...]) -> Tensor:
+    """Mean and maximum over `dims` as timm's poolings have them: "avg", "max", their mean, or both side by side."""
+    kind = _base_pool(kind)
+    if kind == "avg":
+        return x.mean(dims)
+    if kind == "max":
+        return x.amax(dims)
+    mean, most = x.mean(dims), x.amax(dims)
+    return 0.5 * (mean + most) if kind == "avgmax" else torch.cat([mean, most], -1)
+
+
+# -- features ----------------------------------------------------------------------------------------------------------
+
+
+def take_indices(count: int, indices: int | Sequence[int] | None, name: str = "indices") -> list[int]:
+    """Numbers of the wanted units, sorted.
+
+    Args:
+        count: units that there are.
+        indices: their numbers, negative ones counted from the end; the last n if an int; all if None.
+        name: of the argument, for the message.
+
+    Raises:
+        InputError: none is wanted, one is out of range, or one is given twice.
+    """
+    if indices is None:
+        return list(range(count))
+    wanted = range(count - indices, count) if isinstance(indices, int) else list(indices)
+    taken = sorted({i + count if i < 0 else i for i in wanted})
+    if not taken or taken[0] < 0 or taken[-1] >= count or len(taken) != len(wanted):
+        what = indices if isinstance(indices, int) else tuple(indices)
+        raise InputError(f"{name} {what} out of range: they are different numbers from 0 to {count - 1}, or below 0")
+    return taken
+
+
+def to_format(x: Tensor, output_fmt: str) -> Tensor:
+    """A map (B, H, W, C) as "NCHW", "NHWC" or "NLC"."""
+    if output_fmt == "NCHW":
+        return x.movedim(-1, 1).contiguous()
+    return x.flatten(1, -2) if output_fmt == "NLC" else x
+
+
+# -- backbones ---------------------------------------------------------------------------------------------------------
+
+
+@opaque
+def check_images(x: Tensor, in_chans: int, min_size: int, name: str) -> None:
+    """Raises one clear InputError for images of the wrong rank, channel count or size."""
+    if x.ndim != 4:
+        raise InputError(f"{name} expects images (B, {in_chans}, H, W), got shape {tuple(x.shape)}")
+    if x.shape[1] != in_chans:
+        raise InputError(f"{name} expects {in_chans} input channels, got {x.shape[1]} (shape {tuple(x.shape)})")
+    if min(x.shape[-2:]) < min_size:
+        raise InputError(
+            f"{name} expects images of at least {min_size}x{min_size} pixels, got {x.shape[-2]}x{x.shape[-1]}"
+        )
+
+
+@dataclass(frozen=True)
+class DenseForm:
+    """What a family's authors take for segmentation and detection; see `feature_maps.DenseBackbone`.
+
+    Attributes:
+        out_indices: units; None for all stages, or four blocks at equal distances.
+        tap, norms: of `DenseBackbone`.
+        neck: of `dense_parts`.
+        trunk: arguments of the trunk.
+        norms_by_place: published files number the norms from 0, not by the block.
+        new_keys: pattern of the trunk's parameters that no classifier has.
+    """
+
+    out_indices: Sequence[int] | None = None
+    tap: str = "stream"
+    norms: str | None = "each"
+    neck: str | None = None
+    trunk: Mapping = field(default_factory=dict)
+    norms_by_place: bool = False
+    new_keys: str | None = None
+
+
 class Backbone(nn.Module):
     """What every linescan backbone has in common.
 
-    Subclasses set `num_features`, `feature_info`, and either the plain or the hierarchical members, and call
-    `init_head` once. `blocks` or `stages` are the units of features, checkpointing and layer decay.
+    Subclasses define `in_chans`, `num_features`, `embed`, their units (`blocks` or `stages`), `norm`, `translate` and
+    `grid_of`, and call `init_head` once, at the end. The units are what features, checkpointing, layer decay and
+    pruning count.
     """
 
     default_out_indices: Sequence[int] = (0, 1, 2, 3)
     head_name = "head"
     min_size = 1  # smallest height and width that the model can read
     checkpoint_nesting: Sequence[str] = ()  # entries of a published file that come before those of `read_state_dict`
+    unit_name: str  # "blocks" or "stages"
+    dense = DenseForm()
+
+    def __init__(self):
+        super().__init__()
+        self.grad_checkpointing = False
+        self.register_parameter("pos_embed", None)  # (1, H, W, dim), for the grid of `img_size`
+
+    @property
+    def units(self) -> nn.ModuleList:
+        """The stages of a hierarchical backbone, the blocks of a plain one."""
+        return getattr(self, self.unit_name)
+
+    def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, ...], tuple]:
+        """Images -> the stream before the first unit, its grid, and what units read beside the stream."""
+        raise NotImplementedError
+
+    def run_unit(self, unit: nn.Module, x: Tensor, context: tuple, **options):
+        """One unit over the stream."""
+        raise NotImplementedError
+
+    def to_map(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
+        """The stream as a map (B, H, W, C), without class tokens."""
+        return x
+
+    def as_next_reads(self, x: Tensor, unit: int, context: tuple) -> Tensor:
+        """The stream after a unit, as the next one sees it."""
+        return x
+
+    def finish(self, x: Tensor) -> Tensor:
+        """The stream after the last unit -> what `forward_features` returns."""
+        return self.norm(x)
+
+    @classmethod
+    def timm_sizes(cls, height: int, width: int, args: Mapping) -> dict:
+        """What timm's configuration of a model says of sizes: `pool_size` for an image, `min_input_size`.
+
+        Args:
+            height, width: of the image.
+            args: the model's arguments.
+        """
+        return {"pool_size": None}
+
+    # -- classifier -------------------------------------------------------------------------------------------------
 
     def init_head(self, num_classes: int, global_pool: str, drop_rate: float) -> None:
         """Sets the classifier: dropout and a Linear from the pooled features; `num_classes=0` for none."""
-        self.num_classes = num_classes
-        self.global_pool = global_pool
-        self.head_hidden_size = self.num_features
-        self.grad_checkpointing = False
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
-        through_onednn(self)
+        self.set_pool(global_pool)
+        self.set_classifier(num_classes)
 
-    # -- classifier -------------------------------------------------------------------------------------------------
+    def set_pool(self, global_pool: str) -> None:
+        """Sets the pooling: "avg", "max", "avgmax", "catavgmax", "token" (the class token), or "" for none.
+
+        Raises:
+            InputError: another word, or no class token to take.
+        """
+        token = self.has_class_token
+        if global_pool not in ("", *["token"] * token) and _base_pool(global_pool) not in POOLS:
+            known = [*POOLS, *["token"] * token, ""]
+            raise InputError(
+                f"global_pool of this {type(self).__name__} is one of {', '.join(map(repr, known))}, "
+                f"not {global_pool!r}"
+            )
+        self.global_pool = global_pool
+        self.head_hidden_size = self.num_features * POOLS.get(_base_pool(global_pool), 1)
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether a class token can be pooled."""
+        return False
+
+    def set_classifier(self, num_classes: int, **factory) -> None:
+        """A new, untrained classifier of `num_classes`, none for 0."""
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.head_hidden_size, num_classes, **factory) if num_classes else nn.Identity()
 
     def get_classifier(self) -> nn.Module:
         """The final Linear, or Identity."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new, untrained classifier for `num_classes` (0: none); optionally another pooling."""
-        self.num_classes = num_classes
+        """A new, untrained classifier for `num_classes` (0: none); optionally another pooling.
+
+        Raises:
+            InputError: there is no such pooling.
+        """
         if global_pool is not None:
-            self.global_pool = global_pool
+            self.set_pool(global_pool)
         old = next(self.parameters())
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
-        self.head.to(device=old.device, dtype=old.dtype)
+        self.set_classifier(num_classes, device=old.device, dtype=old.dtype)
+
+    def pool(self, x: Tensor) -> Tensor:
+        """What `forward_features` returned -> (B, head_hidden_size), by `global_pool`; with "" as it is."""
+        raise NotImplementedError
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Features of `forward_features` -> pooled (B, num_features) if `pre_logits`, else logits."""
+        """Features of `forward_features` -> pooled (B, head_hidden_size) if `pre_logits`, else logits."""
         x = self.head_drop(self.pool(x))
         return x if pre_logits else self.head(x)
 
@@ -213,83 +391,14 @@ class Backbone(nn.Module):
         """Images (B, in_chans, H, W) -> logits (B, num_classes), or pooled features without a classifier."""
         return self.forward_head(self.forward_features(x))
 
-    # -- training utilities -----------------------------------------------------------------------------------------
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block's activations in the backward pass."""
-        self.grad_checkpointing = enable
-
-    def run(self, block: Callable, x: Tensor, *context) -> Tensor:
-        """One block, under gradient checkpointing where that is on."""
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, *context)
-        return block(x, *context)
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay skips: what the modules themselves name, and class tokens and positions."""
-        names = {n for n, _ in self.named_parameters() if n.rpartition(".")[2] in ("pos_embed", "cls_token")}
-        for prefix, module in self.named_modules():
-            if module is not self and hasattr(module, "no_weight_decay"):
-                names |= {f"{prefix}.{name}" for name in module.no_weight_decay()}
-        return names
-
-    # -- weights ----------------------------------------------------------------------------------------------------
-
-    def load_pretrained(self, path: str) -> None:
-        """Loads a published file, keeping the own classifier or folding the stem where classes or channels differ."""
-        load_checkpoint(self, path, adapt=True)
-
-    def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Maps the keys and layouts of the official file to this model's."""
-        return state
-
-    # -- input ------------------------------------------------------------------------------------------------------
-
-    def check_input(self, x: Tensor, in_chans: int) -> None:
-        """Raises one clear ValueError for an input of the wrong rank, channel count or size."""
-        name = type(self).__name__
-        if x.ndim != 4:
-            raise ValueError(f"{name} expects images (B, {in_chans}, H, W), got shape {tuple(x.shape)}")
-        if x.shape[1] != in_chans:
-            raise ValueError(f"{name} expects {in_chans} input channels, got {x.shape[1]} (shape {tuple(x.shape)})")
-        if min(x.shape[-2:]) < self.min_size:
-            raise ValueError(
-                f"{name} expects images of at least {self.min_size}x{self.min_size} pixels, "
-                f"got {x.shape[-2]}x{x.shape[-1]}"
-            )
-
-
-def _take(count: int, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
-    try:
-        return feature_take_indices(count, indices)
-    except AssertionError as error:
-        raise ValueError(str(error)) from None
-
-
-class PlainBackbone(Backbone):
-    """Equal blocks over a token sequence (B, L, dim).
-
-    Subclasses define `blocks`, `norm`, `embed(x) -> (tokens, grid, context)`, where every block is called as
-    `block(tokens, *context)`, `patch_tokens(x, grid) -> (B, H * W, dim)` if class tokens stand in the sequence, and
-    `pool(x)`.
-    """
-
-    default_out_indices = (-1,)
-
-    def patch_tokens(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
-        """The grid tokens of a sequence, in row-major order, without class tokens."""
-        return x
-
-    def pool(self, x: Tensor) -> Tensor:
-        """Tokens after the final norm -> (B, num_features)."""
-        return x.mean(1)
+    # -- features ---------------------------------------------------------------------------------------------------
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images -> all tokens (B, L, dim) after the final norm."""
+        """Images -> all tokens (B, L, dim), or the last map (B, H, W, C), after the final norm."""
         x, _, context = self.embed(x)
-        for block in self.blocks:
-            x = self.run(block, x, *context)
-        return self.norm(x)
+        for unit in self.units:
+            x = self.run_unit(unit, x, context)
+        return self.finish(x)
 
     def forward_intermediates(
         self,
@@ -301,129 +410,296 @@ class PlainBackbone(Backbone):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ):
-        """Features after chosen blocks, as timm has it.
+        """The map after each chosen unit, as timm has it.
 
         Args:
             x: images (B, in_chans, H, W).
-            indices: block numbers, the last n if an int, all if None.
-            return_prefix_tokens: accepted for timm; class tokens are never among the intermediates.
-            norm: apply the final norm to each.
-            stop_early: skip the blocks after the last wanted one.
-            output_fmt: "NCHW" maps or "NLC" tokens.
+            indices: of stages or blocks, see `take_indices`.
+            return_prefix_tokens: pairs of a map and its class tokens (B, n, C), where the model has class tokens.
+            norm: apply the final norm: to every map, or in a hierarchical backbone to the last stage's (the others have
+                another width).
+            stop_early: skip the units after the last wanted one.
+            output_fmt: "NCHW" or "NHWC" maps, or "NLC" tokens.
             intermediates_only: return only the list.
 
         Returns:
-            The list of intermediates, or (final features, list).
+            The list of maps, or (what `forward_features` returns, list). Where `stop_early` left units out, the stream
+            after the last one that ran, with the final norm if it fits.
+
+        Raises:
+            InputError: wrong indices, or an unknown format.
         """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt is 'NCHW' or 'NLC', not {output_fmt!r}")
-        take, last = _take(len(self.blocks), indices)
+        known("output_fmt", output_fmt, ("NCHW", "NHWC", "NLC"))
+        take = take_indices(len(self.units), indices)
         x, grid, context = self.embed(x)
         kept = []
-        for i, block in enumerate(self.blocks):
-            if stop_early and i > last:
-                break
-            x = self.run(block, x, *context)
+        for i, unit in enumerate(self.units[: take[-1] + 1] if stop_early else self.units):
+            x = self.run_unit(unit, x, context)
             if i in take:
-                tokens = self.patch_tokens(self.norm(x) if norm else x, grid)
-                kept.append(tokens if output_fmt == "NLC" else tokens.transpose(1, 2).unflatten(2, grid).contiguous())
-        return kept if intermediates_only else (self.norm(x), kept)
+                y = self.norm(x) if norm and self.fits_norm(i) else x
+                kept.append(to_format(self.to_map(y, grid), output_fmt))
+                if return_prefix_tokens and self.has_class_token:
+                    kept[-1] = kept[-1], self.class_tokens(y)
+        if intermediates_only:
+            return kept
+        return self.finish(x) if self.fits_norm(i) else x, kept
+
+    def fits_norm(self, unit: int) -> bool:
+        """Whether the final norm is for the channels of a unit's output."""
+        return True
 
     def prune_intermediate_layers(self, indices=1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
-        """Drops the blocks after the last wanted one (and norm and head if asked); returns the block numbers."""
-        take, last = _take(len(self.blocks), indices)
-        self.blocks = self.blocks[: last + 1]
-        if prune_norm:
+        """Drops the units after the last wanted one, the norm if it was of one of them or if asked, and the classifier.
+
+        Returns:
+            The numbers of the wanted units.
+        """
+        take = take_indices(len(self.units), indices)
+        if prune_norm or not self.fits_norm(take[-1]):
             self.norm = nn.Identity()
+        setattr(self, self.unit_name, self.units[: take[-1] + 1])
         if prune_head:
             self.reset_classifier(0)
         return take
 
+    # -- training utilities -----------------------------------------------------------------------------------------
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block's activations in the backward pass."""
+        self.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay skips: what the modules themselves name, class tokens and position tables."""
+        names = {n for n, _ in self.named_parameters() if n.endswith(("pos_embed", "cls_token"))}
+        for prefix, module in self.named_modules():
+            if module is not self and hasattr(module, "no_weight_decay"):
+                names |= {f"{prefix}.{name}" for name in module.no_weight_decay()}
+        return names
+
+    # -- weights ----------------------------------------------------------------------------------------------------
+
+    def load_pretrained(self, path: str) -> None:
+        """Loads a published file; keeps the model's classifier (or folds the stem) if classes (or channels) differ."""
+        load_checkpoint(self, path, adapt=True)
+
+    def checkpoint_filter(self, state: dict[str, Tensor], img_size: int | Sequence[int] | None = None):
+        """Keys and layouts of an official file, or of ours, to this model's; position tables are resampled.
+
+        Args:
+            state: tensors of the file, of a whole segmentor or detector too (below "backbone.").
+            img_size: at which the file was trained, where its position table is for a grid that is not square and that
+                neither the file nor `pretrained_cfg` tells.
+
+        Raises:
+            InputError: the grid of the position table is not known.
+            KeyError: a tensor is missing that others are stacked with.
+        """
+        return self.fit_positions(self.translate(strip_prefix(state, "backbone.")), img_size)
+
+    def translate(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Official keys and layouts to ours; what is ours or unknown stays."""
+        return state
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Positions down and across for an image of this size."""
+        raise NotImplementedError
+
+    @property
+    def native_grid(self) -> tuple[int, int]:
+        """The grid that the position table is built for."""
+        return tuple(self.pos_embed.shape[1:3])
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """The position table (1, H, W, dim) at a grid."""
+        return resample_pos_embed(self.pos_embed, grid)
+
+    def fit_positions(self, state: dict[str, Tensor], img_size: int | Sequence[int] | None) -> dict[str, Tensor]:
+        """Resamples the position table of a file to this model's grid.
+
+        Ours, (1, H, W, dim), tells its grid. Of one given as tokens, (1, L, dim), the grid is that of `img_size`, of
+        `pretrained_cfg`, or a square, or if L is no square number this model's own.
+        """
+        table = state.get("pos_embed")
+        if table is None or self.pos_embed is None:
+            return state
+        if table.ndim == 3:
+            table = table.unflatten(1, self._file_grid(table.shape[1], img_size))
+        return state | {"pos_embed": resample_pos_embed(table, self.native_grid)}
+
+    def _file_grid(self, positions: int, img_size: int | Sequence[int] | None) -> tuple[int, int]:
+        if img_size is not None:
+            grid = self.grid_of(*to_2tuple(img_size))
+            if prod(grid) != positions:
+                raise InputError(f"{positions} positions in the file, an image of {img_size} has {grid[0]}x{grid[1]}")
+            return grid
+        cfg = getattr(self, "pretrained_cfg", None) or {}
+        side = isqrt(positions)
+        guesses = [self.grid_of(*cfg["input_size"][-2:])] if "input_size" in cfg else []
+        for grid in (*guesses, (side, side), self.native_grid):
+            if prod(grid) == positions:
+                return grid
+        raise InputError(f"{positions} positions make no square: give the img_size that the file was trained at")
+
+
+class PlainBackbone(Backbone):
+    """Equal blocks over a stream of one resolution: tokens (B, L, dim), or a map (B, H, W, dim).
+
+    Subclasses define `blocks`, `norm`, `embed_dim`, `stride` and `embed(x) -> (stream, grid, context)`, where every
+    block is called as `block(stream, *context)`. `init_positions` makes position table and class tokens.
+    """
+
+    default_out_indices = (-1,)
+    unit_name = "blocks"
+    dense = DenseForm(neck="rescaled")
+    file_class_token = "head"  # where class tokens stand in published files, for a model without
+    class_positions = True  # whether class tokens have positions
+    pools_class_tokens = True  # whether mean and maximum include them
+
+    def __init__(self):
+        super().__init__()
+        self.class_token = None  # where class tokens stand: "head", "middle", "tail", or "double" (head and tail)
+        self.register_parameter("cls_token", None)
+        self.register_parameter("cls_pos_embed", None)
+
+    def init_head(self, num_classes: int, global_pool: str | None, drop_rate: float) -> None:
+        """As `Backbone`; by default the class token is classified, or the mean of the tokens."""
+        self.feature_info = [
+            {"num_chs": self.embed_dim, "reduction": self.stride, "module": f"blocks.{i}"}
+            for i in range(len(self.blocks))
+        ]
+        if global_pool is None:
+            global_pool = "token" if self.has_class_token else "avg"
+        super().init_head(num_classes, global_pool, drop_rate)
+
+    # -- tokens -----------------------------------------------------------------------------------------------------
+
+    def init_positions(self, grid: tuple[int, int], class_token: str | None = None) -> None:
+        """Makes the position table for a grid, class tokens, and positions of their own for these; all zeros."""
+        known("class_token", class_token, ("head", "middle", "tail", "double", None))
+        self.pos_embed = nn.Parameter(torch.zeros(1, *grid, self.embed_dim))
+        self.class_token = class_token
+        if class_token:
+            count = 2 if class_token == "double" else 1
+            self.cls_token = nn.Parameter(torch.zeros(1, count, self.embed_dim))
+            if self.class_positions:
+                self.cls_pos_embed = nn.Parameter(torch.zeros(1, count, self.embed_dim))
+
+    @property
+    def has_class_token(self) -> bool:
+        return self.class_token is not None
+
+    @staticmethod
+    def class_rows(place: str | None, patches: int) -> list[int]:
+        """Rows of the class tokens among all tokens."""
+        return {
+            None: [],
+            "head": [0],
+            "middle": [patches // 2],
+            "tail": [patches],
+            "double": [0, patches + 1],
+        }[place]
+
+    def add_class_tokens(self, x: Tensor) -> Tensor:
+        """Tokens (B, H * W, dim) -> all tokens (B, L, dim)."""
+        if self.cls_token is None:
+            return x
+        tokens = self.cls_token if self.cls_pos_embed is None else self.cls_token + self.cls_pos_embed
+        rows = self.class_rows(self.class_token, x.shape[1])
+        for i, row in enumerate(rows):
+            token = tokens[:, i : i + 1].expand(x.shape[0], -1, -1)
+            x = torch.cat([x[:, :row], token, x[:, row:]], 1)
+        return x
+
+    def class_tokens(self, x: Tensor) -> Tensor:
+        """The class tokens (B, n, dim) of all tokens (B, L, dim)."""
+        rows = self.class_rows(self.class_token, x.shape[1] - self.cls_token.shape[1])
+        return torch.cat([x[:, row : row + 1] for row in rows], 1)
+
+    def patch_tokens(self, x: Tensor) -> Tensor:
+        """The stream as tokens (B, H * W, dim), row-major, without class tokens."""
+        x = x.flatten(1, -2)
+        if self.class_token is None:
+            return x
+        if self.class_token == "middle":
+            row = (x.shape[1] - 1) // 2
+            return torch.cat([x[:, :row], x[:, row + 1 :]], 1)
+        return {"head": x[:, 1:], "tail": x[:, :-1], "double": x[:, 1:-1]}[self.class_token]
+
+    def to_map(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
+        return self.patch_tokens(x).unflatten(1, grid)
+
+    def pool(self, x: Tensor) -> Tensor:
+        if self.global_pool == "token":
+            return self.class_tokens(x).mean(1)
+        if not self.global_pool:
+            return x
+        return pool_tokens(x if self.pools_class_tokens else self.patch_tokens(x), self.global_pool, (1,))
+
+    # -- units ------------------------------------------------------------------------------------------------------
+
+    def run_unit(self, unit: nn.Module, x: Tensor, context: tuple, **options):
+        return run(unit, x, *context, checkpointing=self.grad_checkpointing, **options)
+
+    def finish(self, x: Tensor) -> Tensor:
+        return self.norm(x).flatten(1, -2)
+
     def group_matcher(self, coarse: bool = False) -> dict:
         """Layer groups for layer-wise learning-rate decay."""
         return {
-            "stem": r"^cls_token|^pos_embed|^temporal_pos|^patch_embed",
+            "stem": r"^cls_token|^\w*pos_embed|^patch_embed",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
+
+    def fit_positions(self, state: dict[str, Tensor], img_size: int | Sequence[int] | None) -> dict[str, Tensor]:
+        """As `Backbone`; the rows of class tokens in a table of tokens are taken out, to `cls_pos_embed`."""
+        table, tokens = state.get("pos_embed"), state.get("cls_token")
+        if table is not None and table.ndim == 3 and tokens is not None and self.class_positions:
+            place = self.class_token or ("double" if tokens.shape[1] == 2 else self.file_class_token)
+            rows = self.class_rows(place, table.shape[1] - tokens.shape[1])
+            patches = [i for i in range(table.shape[1]) if i not in rows]
+            state = state | {"pos_embed": table[:, patches], "cls_pos_embed": table[:, rows]}
+        return super().fit_positions(state, img_size)
 
 
 class HierarchicalBackbone(Backbone):
     """Stages over a channels-last map (B, H, W, C), each at half the resolution of the one before.
 
-    Subclasses define `patch_embed(x) -> (B, H, W, C)`, `stages`, each a `downsample` and then `blocks`,
-    and `norm`.
+    Subclasses define `patch_embed(x) -> (B, H, W, C)`, `stages`, each a `Stage`, their channels `dims`, and `norm`.
     """
 
+    unit_name = "stages"
+    output_fmt = "NHWC"
+
+    @classmethod
+    def timm_sizes(cls, height: int, width: int, args: Mapping) -> dict:
+        """The last map's size, for four stages and an image whose sides 32 divides."""
+        return {"pool_size": (height // 32, width // 32)}
+
+    def init_head(self, num_classes: int, global_pool: str, drop_rate: float) -> None:
+        self.feature_info = [
+            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(self.dims)
+        ]
+        self.feature_info[-1]["num_chs_norm"] = self.num_features
+        super().init_head(num_classes, global_pool, drop_rate)
+
+    def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, ...], tuple]:
+        check_images(x, self.in_chans, self.min_size, type(self).__name__)
+        x = self.patch_embed(x)
+        return x, x.shape[1:3], ()
+
+    def run_unit(self, unit: nn.Module, x: Tensor, context: tuple) -> Tensor:
+        return unit(x)
+
+    def fits_norm(self, unit: int) -> bool:
+        return unit == len(self.dims) - 1
+
     def pool(self, x: Tensor) -> Tensor:
-        """Map (B, H, W, C) after the final norm -> (B, C), its mean or maximum by `global_pool`; with "" as it is."""
-        if self.global_pool == "max":
-            return x.amax((1, 2))
-        return x.mean((1, 2)) if self.global_pool else x
+        return pool_tokens(x, self.global_pool, (1, 2)) if self.global_pool else x
 
-    def forward_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
-        """A stage's downsampling, then its blocks one by one."""
-        x = stage.downsample(x)
-        for block in stage.blocks:
-            x = self.run(block, x)
-        return x
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images -> the last map (B, H, W, C) after the final norm."""
-        x = self.embed(x)
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        super().set_grad_checkpointing(enable)
         for stage in self.stages:
-            x = self.forward_stage(stage, x)
-        return self.norm(x)
-
-    def embed(self, x: Tensor) -> Tensor:
-        """Checks the images and runs the stem."""
-        self.check_input(x, self.in_chans)
-        return self.patch_embed(x)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ):
-        """The map after each chosen stage, as timm has it.
-
-        Args:
-            x: images (B, in_chans, H, W).
-            indices: stage numbers, the last n if an int, all if None.
-            norm: apply the final norm to the last stage's map (the others have another width).
-            stop_early: skip the stages after the last wanted one.
-            output_fmt: "NCHW" or "NHWC".
-            intermediates_only: return only the list.
-
-        Returns:
-            The list of maps, or (final features, list).
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt is 'NCHW' or 'NHWC', not {output_fmt!r}")
-        take, last = _take(len(self.stages), indices)
-        x = self.embed(x)
-        kept = []
-        for i, stage in enumerate(self.stages):
-            if stop_early and i > last:
-                break
-            x = self.forward_stage(stage, x)
-            if i in take:
-                y = self.norm(x) if norm and i == len(self.stages) - 1 else x
-                kept.append(y if output_fmt == "NHWC" else y.permute(0, 3, 1, 2).contiguous())
-        return kept if intermediates_only else (self.norm(x), kept)
-
-    def prune_intermediate_layers(self, indices=1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
-        """Drops the stages after the last wanted one (and norm and head if asked); returns the stage numbers."""
-        take, last = _take(len(self.stages), indices)
-        self.stages = self.stages[: last + 1]
-        if prune_norm or last + 1 < len(self.feature_info):
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0)
-        return take
+            stage.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Layer groups for layer-wise learning-rate decay."""

@@ -1,201 +1,248 @@
 """Backbones for dense prediction: images -> a list of feature maps, of any registered model.
 
-Families with a published form for segmentation and detection (an adapter, a choice of features, output norms) come in
-that form; all others give the maps after some of their stages or blocks, each through a LayerNorm of its own. Maps of
-one scale can be brought to several.
+A `DenseBackbone` has a trunk, takes features after some of its units, and may have norms and a neck behind them. Each
+family says in its `dense` attribute (`contract.DenseForm`) what its authors take.
 """
 
-import inspect
 import re
+from functools import partial
 from pathlib import Path
-from typing import Sequence
+from typing import Mapping, Sequence
 
+from timm.models import group_parameters
 from torch import Tensor, nn
 
-from ..checkpoint import CheckpointError, read_state_dict, strip_prefix
+from ..checkpoint import CheckpointError, read_state_dict, rename, strip_prefix
+from ..errors import InputError, known
+from ..layers.adapter import ViTAdapter
 from ..layers.pyramid import RescaledFeatures, SimpleFeaturePyramid
-from .contract import Backbone, PlainBackbone, architecture
-from .localmamba import LocalVim, LocalVimDense, LocalVMamba, LocalVMambaDense
-from .segman import SegMANDense, SegMANEncoder
-from .vig import HierViG, HierViGDense
-from .vim import Vim, VimDense
-from .vision_rwkv import VisionRWKV, VisionRWKVAdapter
-from .vmamba import VMamba, VMambaDense
+from ..layers.stems import pad_to_multiple
+from .contract import Backbone, architecture, take_indices, to_format
 
-__all__ = ["DENSE_FORMS", "FeatureMaps", "NormedMaps"]
+__all__ = ["DenseBackbone", "dense_backbone", "dense_parts"]
 
-DENSE_FORMS: dict[type, type] = {
-    Vim: VimDense,
-    VMamba: VMambaDense,
-    LocalVim: LocalVimDense,
-    LocalVMamba: LocalVMambaDense,
-    HierViG: HierViGDense,
-    SegMANEncoder: SegMANDense,
-    VisionRWKV: VisionRWKVAdapter,
-}
-"""The published dense form of each family that has one."""
+# What a classifier has and a dense backbone may have no use for.
+CLASSIFIER = re.compile(r"^trunk\.(norm|head|head_inner|cls_token|cls_pos_embed)(\.|$)")
 
-# What a classifier has and a dense backbone has no use for.
-CLASSIFIER = re.compile(r"^(norm|head|head_inner|cls_token)(\.|$)")
+# What published files call the parts behind the trunk.
+OFFICIAL_NAMES = (
+    (r"^outnorm_?(\d+)\.", r"norms.\1."),
+    (r"^(fpn\d|simfp_\d|level_embed$|spm|interactions|up|norm[1-4])(?=\.|$)", r"neck.\1"),
+)
 
 
-class NormedMaps(nn.Module):
-    """The maps of a backbone after chosen units (stages, or blocks of a plain one), each through its own LayerNorm.
+class DenseBackbone(nn.Module):
+    """Images -> a list of maps (B, C, H, W).
 
     Args:
-        trunk: the backbone; units after the last chosen one, its final norm and its classifier are removed.
-        out_indices: units; by default all stages, or four blocks at equal distances.
-    """
-
-    def __init__(self, trunk: Backbone, out_indices: Sequence[int] | None = None):
-        super().__init__()
-        count = len(units(trunk))
-        if out_indices is None:
-            plain = isinstance(trunk, PlainBackbone)
-            out_indices = [count * (i + 1) // 4 - 1 for i in range(4)] if plain else range(count)
-        self.out_indices = check_indices(out_indices, count)
-        trunk.prune_intermediate_layers(self.out_indices, prune_norm=True)
-        self.trunk = trunk
-        self.channels = [trunk.feature_info[i]["num_chs"] for i in self.out_indices]
-        self.out_norms = nn.ModuleDict({str(i): nn.LayerNorm(c) for i, c in zip(self.out_indices, self.channels)})
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        maps = self.trunk.forward_intermediates(x, self.out_indices, intermediates_only=True)
-        normed = [norm(y.permute(0, 2, 3, 1)) for norm, y in zip(self.out_norms.values(), maps)]
-        return [y.permute(0, 3, 1, 2).contiguous() for y in normed]
-
-    def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """As the backbone's own, without the units that are not used."""
-        if any(key.startswith("trunk.") for key in state):
-            return state
-        used, unit = len(units(self.trunk)), re.compile(r"^(?:blocks|stages)\.(\d+)\.")
-        state = self.trunk.checkpoint_filter(state)
-        return {f"trunk.{k}": v for k, v in state.items() if not (m := unit.match(k)) or int(m[1]) < used}
-
-
-class FeatureMaps(nn.Module):
-    """Images -> a list of maps (B, C, H, W), of any registered model.
-
-    Args:
-        model: a registered name.
-        out_indices: stages, or blocks of a plain backbone, whose maps are taken (with an adapter: which of its maps);
-            by default those of the published dense form, or all stages, or four blocks at equal distances.
-        neck: "rescaled" brings four maps of one scale to strides 4, 8, 16 and 32 (`RescaledFeatures`), "simple" makes
-            p2 to p6 of the last map (`SimpleFeaturePyramid`), None leaves the maps alone; "auto" is what the published
-            dense form does, and "rescaled" for other plain backbones.
-        out_channels: of the "simple" neck.
-        kwargs: of the published dense form and of the model; they override what the name stands for.
+        trunk: the backbone. What stands behind the last wanted unit is removed from it, and its classifier.
+        out_indices: units (stages, or blocks of a plain backbone) whose features are taken, see `take_indices`. With an
+            adapter, which takes its own, the maps of the pyramid that are wanted.
+        tap: "stream" for the stream after a unit, as the next one reads it; "mixer" for the output of a block's mixer
+            alone, before it joins the stream (plain backbones).
+        norms: "each" for a LayerNorm behind every feature; "last" for the trunk's final norm behind the last block's;
+            None for features as they are.
+        neck: a module from the features to other maps, or from the trunk itself (`ViTAdapter`); None for none.
 
     Attributes:
-        body: the model, or its dense form.
-        trunk: the backbone within it.
+        out_channels, strides: of each map.
+        feature_info: of each map, as timm has it.
         frozen: units that `freeze` has frozen; -1 for none.
 
     Raises:
-        ValueError: unknown model, or indices it does not have.
+        InputError: a trunk that reads clips, indices that it does not have, or options that do not go together.
     """
 
     def __init__(
         self,
-        model: str,
-        out_indices: Sequence[int] | None = None,
-        neck: str | None = "auto",
-        out_channels: int = 256,
-        **kwargs,
+        trunk: Backbone,
+        out_indices: int | Sequence[int] | None = None,
+        tap: str = "stream",
+        norms: str | None = None,
+        neck: nn.Module | None = None,
     ):
         super().__init__()
-        if neck not in ("auto", "rescaled", "simple", None):
-            raise ValueError(f"neck is 'auto', 'rescaled', 'simple' or None, not {neck!r}")
-        cls, kwargs = architecture(model, **kwargs)
-        dense = DENSE_FORMS.get(cls)
-        self.taken = None
-        if dense is None:
-            plain = issubclass(cls, PlainBackbone)
-            self.body = NormedMaps(cls(**{**kwargs, "num_classes": 0}), out_indices)
-            self.trunk_prefix = "body.trunk."
-            neck = ("rescaled" if plain else None) if neck == "auto" else neck
+        known("tap", tap, ("stream", "mixer"))
+        known("norms", norms, ("each", "last", None))
+        if getattr(trunk, "num_frames", 0):
+            raise InputError(f"this {type(trunk).__name__} reads clips: a dense backbone needs one that reads images")
+        plain = trunk.unit_name == "blocks"
+        if tap == "mixer" and not plain:
+            raise InputError(f"tap='mixer' is for plain backbones: a {type(trunk).__name__} has stages")
+        self.tap, self.frozen = tap, -1
+        count = len(trunk.units)
+        if isinstance(neck, ViTAdapter):
+            if tap != "stream" or norms:
+                raise InputError("an adapter takes the stream of all blocks, without norms")
+            if not plain or trunk.stride != 16 or count % 4 or trunk.class_token:
+                raise InputError("an adapter needs patches of 16 pixels, a depth that 4 divides, and no class token")
+            neck.keep_maps(take_indices(4, out_indices, "out_indices"))
+            self.out_indices = [count - 1]
         else:
-            known = inspect.signature(dense).parameters
-            if "neck" in known:
-                kwargs |= {} if neck == "auto" else {"neck": neck, "out_channels": out_channels}
-                neck = None
-            if "out_indices" not in known:
-                self.taken = None if out_indices is None else check_indices(out_indices, 4)
-            elif out_indices is not None:
-                kwargs["out_indices"] = check_indices(out_indices, count_units(cls, kwargs))
-            self.body = dense(**kwargs)
-            self.trunk_prefix = "body."
-            neck = None if neck == "auto" else neck
-        width = self.trunk.feature_info[-1]["num_chs"]
-        if neck == "rescaled":
-            self.neck = RescaledFeatures(width, self.trunk.feature_info[-1]["reduction"])
+            self.out_indices = take_indices(count, out_indices, "out_indices")
+        if isinstance(neck, RescaledFeatures) and len(self.out_indices) != 4:
+            raise InputError(f"neck 'rescaled' is for four maps, out_indices has {len(self.out_indices)}")
+        trunk.prune_intermediate_layers(self.out_indices, prune_norm=norms != "last")
+        if tap == "mixer":
+            trunk.units[-1].without_mlp()
+        self.trunk = trunk
+        infos = [trunk.feature_info[i] for i in self.out_indices]
+        self.norms = nn.ModuleDict()
+        if norms == "each":
+            self.norms.update({str(i): nn.LayerNorm(f["num_chs"]) for i, f in zip(self.out_indices, infos)})
+        self.last_norm = norms == "last"
+        self.neck = neck
+        if neck is None:
+            self.out_channels, self.strides = [f["num_chs"] for f in infos], [f["reduction"] for f in infos]
+            modules = [f"norms.{i}" if self.norms else f"trunk.{trunk.unit_name}.{i}" for i in self.out_indices]
         else:
-            self.neck = SimpleFeaturePyramid(width, out_channels) if neck == "simple" else nn.Identity()
-        self.single = neck == "simple"
-        self.frozen = -1
+            self.out_channels, self.strides, modules = neck.describe()
+            modules = [f"neck.{name}" for name in modules]
+        self.feature_info = [
+            {"num_chs": channels, "reduction": stride, "module": module, "index": i}
+            for i, (channels, stride, module) in enumerate(zip(self.out_channels, self.strides, modules))
+        ]
 
-    @property
-    def trunk(self) -> Backbone:
-        return self.get_submodule(self.trunk_prefix[:-1])
-
-    def _of_trunk(self, name: str, units: str = r"|^(blocks|stages)\.") -> bool:
-        """Whether a parameter belongs to the stem or to the units, as a classifier's does."""
-        inside = name.startswith(self.trunk_prefix)
-        stem = self.trunk.group_matcher()["stem"]
-        return inside and re.match(stem + units, name.removeprefix(self.trunk_prefix)) is not None
+    def forward_maps(self, x: Tensor) -> list[Tensor]:
+        """Images -> the features (B, C, H, W), before the neck."""
+        trunk, kept = self.trunk, []
+        x, grid, context = trunk.embed(x)
+        dtype = next(trunk.parameters()).dtype
+        for i, unit in enumerate(trunk.units):
+            if self.tap == "mixer":
+                x, y = trunk.run_unit(unit, x, context, with_mixed=True)
+            else:
+                x = trunk.run_unit(unit, x, context)
+                y = trunk.as_next_reads(x, i, context)
+            if i not in self.out_indices:
+                continue
+            if self.last_norm and i == self.out_indices[-1]:
+                y = trunk.norm(y)
+            y = trunk.to_map(y, grid)
+            if dtype.itemsize < y.dtype.itemsize:  # a float32 stream between half-precision layers
+                y = y.to(dtype)
+            kept.append(to_format(self.norms[str(i)](y) if self.norms else y, "NCHW"))
+        return kept
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        maps = self.body(x)
-        maps = maps if self.taken is None else [maps[i] for i in self.taken]
-        return self.neck(maps[-1] if self.single else maps)
+        """Images (B, in_chans, H, W) -> maps (B, C, H / stride, W / stride), sizes rounded as the trunk has it."""
+        if isinstance(self.neck, ViTAdapter):
+            return self.forward_adapter(x)
+        maps = self.forward_maps(x)
+        return maps if self.neck is None else self.neck(maps)
+
+    def forward_adapter(self, x: Tensor) -> list[Tensor]:
+        """The maps of an adapter; sides that 32 does not divide are padded, and the maps cut to the image."""
+        height, width = x.shape[-2:]
+        x = pad_to_multiple(x, 32)
+        tokens, grid, context = self.trunk.embed(x)
+        quarter = len(self.trunk.blocks) // 4
+
+        def part(start: int, tokens: Tensor) -> Tensor:
+            for block in self.trunk.blocks[start : start + quarter]:
+                tokens = self.trunk.run_unit(block, tokens, context)
+            return tokens
+
+        maps = self.neck(x, tokens, grid, [partial(part, i * quarter) for i in range(4)])
+        return [y[..., : -(-height // s), : -(-width // s)] for y, s in zip(maps, self.strides)]
 
     # -- training ---------------------------------------------------------------------------------------------------
 
-    def freeze(self, stages: int) -> None:
-        """Stops the training of the stem (`stages` >= 0) and of the first stages, or blocks of a plain backbone.
+    def of_trunk(self, name: str, units: bool = True) -> bool:
+        """Whether a parameter is of the stem (or, with `units`, of a unit), which a classifier has, too."""
+        stem = self.trunk.group_matcher()["stem"]
+        pattern = rf"{stem}|^{self.trunk.unit_name}\." if units else stem
+        return name.startswith("trunk.") and re.match(pattern, name.removeprefix("trunk.")) is not None
 
-        The new norms of their maps go on learning. `train` keeps the frozen parts in evaluation mode.
+    def freeze(self, units: int) -> None:
+        """Stops the training of the stem (`units` >= 0) and of the first units.
+
+        The new norms of their maps go on training. `train` keeps the frozen parts in evaluation mode.
         """
-        self.frozen = stages
-        if stages < 0:
+        self.frozen = units
+        if units < 0:
             return
         for name, parameter in self.named_parameters():
-            if self._of_trunk(name, units=""):
+            if self.of_trunk(name, units=False):
                 parameter.requires_grad_(False)
-        for unit in units(self.trunk)[:stages]:
+        for unit in self.trunk.units[:units]:
             unit.requires_grad_(False)
         self.train(self.training)
 
     def train(self, mode: bool = True):
         super().train(mode)
         if mode and self.frozen >= 0:
-            for module in (self.trunk.patch_embed, *units(self.trunk)[: self.frozen]):
+            for module in (self.trunk.patch_embed, *self.trunk.units[: self.frozen]):
                 module.eval()
         return self
 
-    def layer_ids(self) -> dict[str, int]:
-        """Every parameter's layer: the stem 0, blocks from 1 on, and one above the last for what no classifier has."""
-        from timm.models._manipulate import group_parameters
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block's activations in the backward pass."""
+        self.trunk.set_grad_checkpointing(enable)
 
+    def layer_ids(self) -> dict[str, int]:
+        """Every parameter's layer: the stem 0, blocks from 1 on; what no classifier has is one above the last."""
         ids = group_parameters(self.trunk, self.trunk.group_matcher(coarse=False), reverse=True)
-        ids = {self.trunk_prefix + name: i for name, i in ids.items() if self._of_trunk(self.trunk_prefix + name)}
+        ids = {f"trunk.{name}": i for name, i in ids.items() if self.of_trunk(f"trunk.{name}")}
         return {name: ids.get(name, max(ids.values()) + 1) for name, _ in self.named_parameters()}
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay skips, as the backbone says."""
-        return {self.trunk_prefix + name for name in self.trunk.no_weight_decay()}
+        """Parameters that weight decay skips, as the trunk says."""
+        return {f"trunk.{name}" for name in self.trunk.no_weight_decay()}
 
     # -- weights ----------------------------------------------------------------------------------------------------
 
-    def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Keys of a classification or dense file, official or ours, whole models included, to this module's."""
-        state = strip_prefix(state, "backbone.")
-        if any(key.startswith("body.") for key in state):
-            return state
-        return {f"body.{key}": value for key, value in self.body.checkpoint_filter(state).items()}
+    @property
+    def checkpoint_nesting(self) -> Sequence[str]:
+        return self.trunk.checkpoint_nesting
 
-    def load_pretrained(self, path: str | Path) -> tuple[list[str], list[str]]:
-        """Loads a published classification or dense checkpoint, or one of ours; position embeddings are resampled.
+    def fit(
+        self, state: dict[str, Tensor], img_size: int | Sequence[int] | None = None
+    ) -> tuple[dict[str, Tensor], list[str], list[str]]:
+        """Brings a classification or dense file, official or ours, whole models included, to this module's keys.
+
+        Args:
+            state: tensors of the file.
+            img_size: as for `Backbone.checkpoint_filter`.
+
+        Returns:
+            the state; keys left out of it, which only a classifier or a longer trunk has; and keys of this module that
+            no classifier has, filled with what they are now.
+        """
+        own, form = self.state_dict(), self.trunk.dense
+        state = strip_prefix(state, "backbone.")
+        state = rename({key.removeprefix("net."): value for key, value in state.items()}, OFFICIAL_NAMES)
+        if form.norms_by_place:  # the file numbers the norms, not the blocks
+            places = {f"norms.{k}.": f"norms.{i}." for k, i in enumerate(self.out_indices)}
+            ours = any(key.startswith("trunk.") for key in state)
+            state = state if ours else {_replace(key, places): value for key, value in state.items()}
+        behind = {key: value for key, value in state.items() if key.startswith(("norms.", "neck."))}
+        inner = {key.removeprefix("trunk."): value for key, value in state.items() if key not in behind}
+        state = behind | {f"trunk.{k}": v for k, v in self.trunk.checkpoint_filter(inner, img_size).items()}
+        unit, count = re.compile(rf"^trunk\.{self.trunk.unit_name}\.(\d+)\."), len(self.trunk.units)
+
+        def is_useless(key: str) -> bool:
+            if number := unit.match(key):  # of a unit behind the last, or of an MLP behind the last mixer
+                after_mixer = self.tap == "mixer" and re.search(r"^[\w.]+?\.(cpe2|norm2|mlp|scale2)\.", key)
+                return int(number[1]) >= count - bool(after_mixer)
+            adapter = isinstance(self.neck, ViTAdapter) and self.neck.is_of_other_map(key.removeprefix("neck."))
+            return adapter or CLASSIFIER.match(key) is not None
+
+        def is_new(key: str) -> bool:
+            return key.startswith(("norms.", "neck.")) or bool(form.new_keys and re.search(form.new_keys, key))
+
+        dropped = [key for key in state if key not in own and is_useless(key)]
+        new = [] if behind else [key for key in own if key not in state and is_new(key)]
+        return {k: v for k, v in state.items() if k not in dropped} | {k: own[k] for k in new}, dropped, new
+
+    def checkpoint_filter(self, state: dict[str, Tensor], img_size: int | Sequence[int] | None = None):
+        """Keys of a classification or dense file to this module's, see `fit`."""
+        return self.fit(state, img_size)[0]
+
+    def load_pretrained(
+        self, path: str | Path, img_size: int | Sequence[int] | None = None
+    ) -> tuple[list[str], list[str]]:
+        """Loads a published classification or dense checkpoint, or one of ours; position tables are resampled.
 
         Returns:
             (dropped, new): the file's parameters that only a classifier has, and ours that no classifier has and that
@@ -204,47 +251,88 @@ class FeatureMaps(nn.Module):
         Raises:
             CheckpointError: the file cannot be read, or is not one of this backbone.
         """
+        state = read_state_dict(path, self.checkpoint_nesting)
         try:
-            state = self.checkpoint_filter(read_state_dict(path, self.trunk.checkpoint_nesting))
+            state, dropped, new = self.fit(state, img_size)
         except (KeyError, RuntimeError, ValueError, IndexError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{path} is not a checkpoint of {type(self.trunk).__name__} ({error})") from None
         own = self.state_dict()
-        dropped = [k for k in state if k not in own and CLASSIFIER.match(k.removeprefix(self.trunk_prefix))]
-        state = {k: v for k, v in state.items() if k not in dropped}
-        new = [k for k in own if k not in state and not self._of_trunk(k)]
         wrong = {
-            "missing": [k for k in own if k not in state and k not in new],
+            "missing": [k for k in own if k not in state],
             "unexpected": [k for k in state if k not in own],
             "of another shape": [k for k in state if k in own and state[k].shape != own[k].shape],
         }
         said = [f"{len(keys)} keys {what} (first: {keys[0]})" for what, keys in wrong.items() if keys]
         if said:
             raise CheckpointError(f"{path} is not a checkpoint of this {type(self.trunk).__name__}: {'; '.join(said)}")
-        self.load_state_dict(own | state)
+        self.load_state_dict(state)
         return dropped, new
 
 
-def units(trunk: Backbone) -> nn.ModuleList:
-    """The stages of a hierarchical backbone, the blocks of a plain one."""
-    return trunk.blocks if isinstance(trunk, PlainBackbone) else trunk.stages
+def _replace(key: str, prefixes: Mapping[str, str]) -> str:
+    return next((new + key.removeprefix(old) for old, new in prefixes.items() if key.startswith(old)), key)
 
 
-def count_units(cls: type[Backbone], kwargs: dict) -> int:
-    """How many units `cls(**kwargs)` will have."""
-    known = inspect.signature(cls).parameters
-    if issubclass(cls, PlainBackbone):
-        return kwargs.get("depth", known["depth"].default)
-    return len(kwargs["depths"] if "depths" in kwargs else known["depths"].default)
+# -- by name -----------------------------------------------------------------------------------------------------------
 
 
-def check_indices(indices: Sequence[int], count: int) -> list[int]:
-    """The indices sorted, negative ones counted from the end.
+def dense_parts(
+    model: str,
+    out_indices: int | Sequence[int] | None = None,
+    tap: str | None = None,
+    norms: str | None = "auto",
+    neck: str | Mapping | None = "auto",
+    **kwargs,
+) -> dict:
+    """The arguments of `DenseBackbone` for a registered model.
+
+    Args:
+        model: a registered name.
+        out_indices, tap, norms: of `DenseBackbone`; by default what the family's authors take, or else a LayerNorm
+            behind the stream after all stages, or after four blocks at equal distances.
+        neck: "rescaled" brings four maps of one scale to strides 4, 8, 16 and 32 (`RescaledFeatures`), "simple" makes
+            p2 to p6 of the last map (`SimpleFeaturePyramid`), "adapter" exchanges features with a pyramid
+            (`ViTAdapter`); with options as a dict, {"type": "simple", "out_channels": 128}. None is none. By default
+            what the authors take, or "rescaled" for other plain backbones.
+        kwargs: of the model, over what the name stands for.
 
     Raises:
-        ValueError: one of them is out of range.
+        InputError: unknown model, options or indices.
     """
-    if not indices or any(not -count <= i < count for i in indices):
-        raise ValueError(f"out_indices are from 0 to {count - 1}, got {tuple(indices)}")
-    return sorted(i % count for i in indices)
+    cls, kwargs = architecture(model, **kwargs)
+    form = cls.dense
+    trunk = cls(**{**form.trunk, **kwargs, "num_classes": 0})
+    count = len(trunk.units)
+    options = dict(neck) if isinstance(neck, Mapping) else {"type": neck}
+    kind = options.pop("type", None)
+    kind = form.neck if kind == "auto" else known("neck", kind, ("auto", "rescaled", "simple", "adapter", None))
+    if kind == "adapter":
+        options.setdefault("drop_path_rate", kwargs.get("drop_path_rate", 0.0))
+    width, stride = trunk.feature_info[-1]["num_chs"], trunk.feature_info[-1]["reduction"]
+    try:
+        made = {
+            "rescaled": lambda: RescaledFeatures(width, stride, **options),
+            "simple": lambda: SimpleFeaturePyramid(width, **options),
+            "adapter": lambda: ViTAdapter(width, in_chans=trunk.in_chans, **options),
+            None: lambda: None,
+        }[kind]()
+    except TypeError as error:
+        raise InputError(f"neck {kind!r} does not take these options: {', '.join(options)} ({error})") from None
+    if out_indices is None and kind != "adapter":
+        out_indices = form.out_indices
+        if out_indices is None and trunk.unit_name == "blocks":
+            out_indices = [count * (i + 1) // 4 - 1 for i in range(4)]
+    return {
+        "trunk": trunk,
+        "out_indices": out_indices,
+        "tap": tap or form.tap,
+        "norms": (None if kind == "adapter" else form.norms) if norms == "auto" else norms,
+        "neck": made,
+    }
+
+
+def dense_backbone(model: str, **options) -> DenseBackbone:
+    """A registered model as a backbone for dense prediction; options as for `dense_parts`."""
+    return DenseBackbone(**dense_parts(model, **options))

@@ -8,25 +8,28 @@ added. LocalVMamba is the vanilla VMamba with the same change. A model without d
 scans all eight candidates and learns their weights; `searched_directions` makes the final model of it.
 """
 
-import re
 from typing import Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import calculate_drop_path_rates, lecun_normal_, trunc_normal_
+from timm.layers import calculate_drop_path_rates, lecun_normal_, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
-from ..checkpoint import strip_prefix
-from ..layers.mamba import MambaBlock, take_places
-from ..layers.norm import RMSNorm
-from ..layers.pos_embed import grid_rope, resample_pos_embed, rotate_pairs
-from ..layers.ss2d import SS2D
+from ..checkpoint import rename
+from ..errors import InputError, known
+from ..layers.linear import init_linear
+from ..layers.mamba import MambaMixer, TurnedBlock, stack_routes
+from ..layers.norm import RMSNorm, at_least_float32
+from ..layers.pos_embed import grid_rope, resample_pos_embed
+from ..layers.s6 import S6Scan
+from ..layers.stems import pad_to_multiple
+from ..layers.tracing import opaque
 from ..scans import routes
-from ..scans.multi_route import ChannelAttention
-from .contract import PlainBackbone, register
-from .vmamba import VANILLA, VMamba, VMambaDense
+from ..scans.multi_route import ChannelAttention, MultiRoute
+from .contract import DenseForm, PlainBackbone, check_images, register
+from .vmamba import VANILLA, VMamba
 
-__all__ = ["LocalVMamba", "LocalVMambaDense", "LocalVim", "LocalVimDense", "searched_directions"]
+__all__ = ["LocalVMamba", "LocalVim", "searched_directions"]
 
 
 # -- directions ------------------------------------------------------------------------------------------------------
@@ -47,7 +50,7 @@ Directions = str | Sequence[str | Sequence[str]]
 
 
 def _table(text: str) -> list[list[str]]:
-    """Directions a layer, written short: h hF v vF 2 2F 7 7F, with layers between bars."""
+    """Parses the directions of each layer from shorthand: h hF v vF 2 2F 7 7F, layers separated by bars."""
     short = {name.removeprefix("w").replace("_flip", "F"): name for name in CANDIDATES}
     return [[short[word] for word in layer.split()] for layer in text.split("|")]
 
@@ -77,7 +80,7 @@ def _routes(directions: Directions | None, depth: int) -> list[str]:
     if isinstance(directions, str) or all(isinstance(name, str) and name in CANDIDATES for name in directions):
         directions = [directions] * depth
     if len(directions) < depth:
-        raise ValueError(f"directions are given for {len(directions)} blocks, the model has {depth}")
+        raise InputError(f"directions are given for {len(directions)} blocks, the model has {depth}")
     return [
         layer if isinstance(layer, str) else ", ".join(CANDIDATES.get(name, name) for name in layer)
         for layer in directions[:depth]
@@ -117,7 +120,7 @@ def searched_directions(model: nn.Module, keep: int = 4, **changes) -> tuple[lis
     """
     searches = [module for module in model.modules() if isinstance(module, DirectionSearch)]
     if not searches:
-        raise ValueError(f"this {type(model).__name__} has its directions; a super-net is built with directions=None")
+        raise InputError(f"this {type(model).__name__} has its directions; a super-net is built with directions=None")
     names, table = list(CANDIDATES), []
     for i, search in enumerate(searches):
         best = search.weights.flatten().topk(keep).indices.sort().values.tolist()
@@ -126,56 +129,50 @@ def searched_directions(model: nn.Module, keep: int = 4, **changes) -> tuple[lis
     return table, type(model)(**{**model.options, "directions": table, **changes})
 
 
-def _merge_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Renames what merges the directions, to lie in `merge` of each mixer."""
-    out = {}
-    for key, value in state.items():
-        if key.endswith(".multi_scan.weights"):
-            value = value.reshape(-1, 1, 1)
-        out[re.sub(r"\.(multi_scan\.attn|multi_scan|attn)\.", ".merge.", key)] = value
-    return out
+def _merge_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a search's routes in our layout."""
+    return {k: v.reshape(-1, 1, 1) if k.endswith(".multi_scan.weights") else v for k, v in state.items()}
 
 
-def _published_places(directions: Sequence[routes.Route], grid: tuple[int, int], device) -> Tensor | None:
-    """(K, L): the token whose output the official code puts at each place; None where that is the token itself.
+class LocalRoutes(MultiRoute):
+    """`MultiRoute` that puts the outputs of columns where the official code does, and knows a class token.
 
-    It reads columns rightly, but puts their outputs back as if the map were as high as it is wide, and the other way
-    round. On maps that are not square that exchanges tokens; the published dense results are made so.
+    That code reads columns rightly, but puts their outputs back as if the map were as high as it is wide, and the other
+    way round. On maps that are not square that exchanges tokens; the published dense results are made so.
     """
-    if grid[0] == grid[1]:
-        return None
-    row, col = routes.table("row, col", grid, device).long()
-    return torch.stack([col[col] if route.spec in ("col", "-col") else row for route in directions])
+
+    class_token = False  # one more token stands in the middle, in storage and in every route
+
+    def table(self, grid: tuple[int, int], device: torch.device | str | None = None) -> Tensor:
+        if not self.class_token:
+            return super().table(grid, device)
+        middle = grid[0] * grid[1] // 2  # by the number of tokens, whatever padding a route has
+        return routes.table([route.with_tokens([middle], [middle]) for route in self.routes], grid, device)
+
+    def merge_routes(self, y: Tensor, grid: tuple[int, int] | None) -> Tensor:
+        """Outputs (B, K, L, D) of the routes -> (B, L, D)."""
+        if grid is not None and grid[0] != grid[1] and not self.class_token:
+            row, column = routes.table("row, col", grid, y.device).long()
+            places = [column[column] if str(route) in ("col", "-col") else row for route in self.routes]
+            y = y[:, torch.arange(len(places), device=y.device)[:, None], torch.stack(places)]
+        return super().merge_routes(y, grid)
 
 
 # -- LocalVim --------------------------------------------------------------------------------------------------------
 
 
-class LocalVimBlock(MambaBlock):
-    """`MambaBlock` along routes of its own: called with the grid of the tokens instead of a table.
+class LocalMixer(MambaMixer):
+    """`MambaMixer` along `LocalRoutes`."""
 
-    Args:
-        dim: channels of the stream.
-        directions: spec of its routes.
-        class_token: a token more stands in the middle, in storage and in every route.
-        kwargs: of `MambaBlock`.
-    """
+    multi_route = LocalRoutes
 
-    def __init__(self, dim: int, directions: str, class_token: bool = False, **kwargs):
-        self.routes = routes.parse(directions)
-        super().__init__(dim, n_routes=len(self.routes), **kwargs)
-        self.class_token = class_token
 
-    def branch(self, x: Tensor, grid: tuple[int, int], rope: tuple[Tensor, Tensor] | None = None):
-        route, place = routes.table(self.routes, grid, x.device), None
-        if self.class_token:  # in the middle by the number of tokens, whatever padding a route has
-            middle = grid[0] * grid[1] // 2
-            route = routes.insert_tokens(route, at=[middle], stored=[middle], length=grid[0] * grid[1])
-        else:
-            place = _published_places(self.routes, grid, x.device)
-        if rope is not None:
-            x = rotate_pairs(x, *rope)
-        return x, self.mixer(self.norm(x), route, place)
+@opaque
+def resample_rope(pos_embed: Tensor, grid: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary tables (H * W, dim) made for the grid of the position embedding and resampled to another, as that is."""
+    native_grid = pos_embed.shape[1:3]
+    tables = (t.unflatten(0, native_grid)[None] for t in grid_rope(native_grid, pos_embed.shape[-1], like=like))
+    return tuple(resample_pos_embed(table, grid).flatten(1, 2)[0] for table in tables)
 
 
 class LocalVim(PlainBackbone):
@@ -187,10 +184,10 @@ class LocalVim(PlainBackbone):
         patch_size: side of the square patches.
         in_chans: input channels.
         num_classes: classes; 0 for none.
-        global_pool: "token" (the class token), "avg" (all tokens), "max", or "" for the tokens as they are.
+        global_pool: "token" (the class token), a pooling of all tokens, or "" for the tokens as they are.
         embed_dim: channels of the stream.
         depth: number of blocks.
-        directions: routes of the blocks: a list of the paper's names, or one a block (more than `depth` are left
+        directions: routes of the blocks: a list of the paper's names, or one per block (more than `depth` are left
             out); or specs of `linescan.scans.routes`. None: the search's super-net.
         d_state, d_conv, expand: of the Mamba mixer.
         class_token: classify a token in the middle of the sequence; then without rotary embedding, as published.
@@ -198,6 +195,15 @@ class LocalVim(PlainBackbone):
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth, from 0 at the first block to this at the last.
     """
+
+    file_class_token = "middle"
+    dense = DenseForm(
+        out_indices=(4, 9, 14, 19),
+        tap="mixer",
+        trunk={"norm_layer": "layer"},
+        norms_by_place=True,
+        new_keys=r"blocks\.\d+\.norm1\.bias$",
+    )
 
     def __init__(
         self,
@@ -219,36 +225,27 @@ class LocalVim(PlainBackbone):
     ):
         super().__init__()
         self.options = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        if norm_layer not in NORMS:
-            raise ValueError(f"norm_layer is 'rms' or 'layer', not {norm_layer!r}")
+        norm = NORMS[known("norm_layer", norm_layer, tuple(NORMS))]
         self.in_chans = in_chans
         self.num_features = self.embed_dim = embed_dim
-        self.patch_size = self.min_size = patch_size
-        self.native_grid = self.grid_of(*((img_size, img_size) if isinstance(img_size, int) else img_size))
-        patches = self.native_grid[0] * self.native_grid[1]
+        self.patch_size = self.stride = self.min_size = patch_size
 
         self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
-        self.pos_embed = nn.Parameter(torch.zeros(1, patches + class_token, embed_dim))
+        self.init_positions(self.grid_of(*to_2tuple(img_size)), "middle" if class_token else None)
+        merge = DirectionSearch if directions is None else "channel_attention"
         self.blocks = nn.ModuleList(
-            LocalVimBlock(
+            TurnedBlock(
                 embed_dim,
-                spec,
-                class_token,
+                LocalMixer(embed_dim, spec, d_state, d_conv, expand, merge=merge),
+                norm_layer=norm,
                 drop_path=rate,
-                norm_layer=NORMS[norm_layer],
-                d_state=d_state,
-                d_conv=d_conv,
-                expand=expand,
-                merge=DirectionSearch if directions is None else "channel_attention",
             )
             for spec, rate in zip(_routes(directions, depth), calculate_drop_path_rates(drop_path_rate, depth))
         )
-        self.norm = NORMS[norm_layer](embed_dim)
-        self.feature_info = [
-            {"num_chs": embed_dim, "reduction": patch_size, "module": f"blocks.{i}"} for i in range(depth)
-        ]
-        self.init_head(num_classes, global_pool or ("token" if class_token else "avg"), drop_rate)
+        for block in self.blocks:
+            block.mixer.along.class_token = class_token
+        self.norm = norm(embed_dim)
+        self.init_head(num_classes, global_pool, drop_rate)
         self.init_weights()
 
     @torch.no_grad()
@@ -256,14 +253,10 @@ class LocalVim(PlainBackbone):
         """The published initialisation, which overwrites Mamba's steps: they all start at softplus(0)."""
         lecun_normal_(self.patch_embed.weight)
         nn.init.zeros_(self.patch_embed.bias)
-        for table in (self.pos_embed, self.cls_token):
+        for table in (self.pos_embed, self.cls_token, self.cls_pos_embed):
             if table is not None:
                 trunc_normal_(table, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        self.apply(init_linear)
         for block in self.blocks:
             mixer = block.mixer
             trunc_normal_(mixer.x_proj, std=0.02)
@@ -272,137 +265,48 @@ class LocalVim(PlainBackbone):
             nn.init.kaiming_uniform_(mixer.out_proj.weight, a=5**0.5)
             mixer.out_proj.weight /= len(self.blocks) ** 0.5
 
-    # -- tokens -----------------------------------------------------------------------------------------------------
-
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
-        """Patches down and across for an image of this size, the last ones perhaps padded."""
-        return -(-height // self.patch_size), -(-width // self.patch_size)
-
-    def class_rows(self, grid: tuple[int, int]) -> list[int]:
-        """Where the class token stands in the sequence."""
-        return [] if self.cls_token is None else [grid[0] * grid[1] // 2]
+        return -(-height // self.patch_size), -(-width // self.patch_size)  # the last ones perhaps padded
 
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int], tuple]:
-        self.check_input(x, self.in_chans)
-        height, width = x.shape[-2:]
-        x = self.patch_embed(F.pad(x, (0, -width % self.patch_size, 0, -height % self.patch_size)))
-        grid = tuple(x.shape[-2:])
-        x = x.flatten(2).transpose(1, 2)
-        rows = self.class_rows(grid)
-        for row in rows:
-            x = torch.cat([x[:, :row], self.cls_token.expand(len(x), -1, -1), x[:, row:]], 1)
-        x = x + resample_pos_embed(self.pos_embed, self.native_grid, grid, self.class_rows(self.native_grid), rows)
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        rope = None
-        if not rows:  # the tables of another grid are resampled, as the position embedding is
-            tables = grid_rope(self.native_grid, self.embed_dim)
-            rope = tuple(resample_pos_embed(t.to(x)[None], self.native_grid, grid)[0] for t in tables)
+        check_images(x, self.in_chans, self.min_size, type(self).__name__)
+        x = self.patch_embed(pad_to_multiple(x, self.patch_size)).permute(0, 2, 3, 1)
+        grid = x.shape[1:3]
+        x = at_least_float32(self.add_class_tokens((x + self.positions(grid)).flatten(1, 2)))
+        rope = None if self.has_class_token else resample_rope(self.pos_embed, grid, x)
         return x, grid, (grid, rope)
 
-    def patch_tokens(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        for row in self.class_rows(grid):
-            x = torch.cat([x[:, :row], x[:, row + 1 :]], 1)
-        return x
-
-    def pool(self, x: Tensor) -> Tensor:
-        """Class token, mean or maximum over all tokens, by `global_pool`."""
-        if self.global_pool == "token" and self.cls_token is not None:
-            return x[:, (x.shape[1] - 1) // 2]
-        if self.global_pool == "max":
-            return x.amax(1)
-        return x.mean(1) if self.global_pool else x
-
-    # -- weights ----------------------------------------------------------------------------------------------------
-
-    def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def translate(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Official keys to ours: the directions' parameters stacked, rotary tables dropped (they are computed)."""
-        state = strip_prefix(state, "backbone.")
-        if any(key.startswith("layers.") for key in state):
-            state = self._from_official(_merge_keys(state))
-        table = state.get("pos_embed")
-        if table is not None and table.shape[1] != self.pos_embed.shape[1]:
-            side = int((table.shape[1] - len(self.class_rows((1, 1)))) ** 0.5)
-            state["pos_embed"] = resample_pos_embed(
-                table, (side, side), self.native_grid, self.class_rows((side, side)), self.class_rows(self.native_grid)
-            )
-        return state
-
-    def _from_official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        out = {}
+        if not any(key.startswith("layers.") for key in state):
+            return state
+        state, out = _merge_weights(state), {}
         for i, block in enumerate(self.blocks):
-            for name, key in PER_DIRECTION.items():
-                keys = [f"layers.{i}.mixer.{key.format(k)}" for k in range(len(block.routes))]
-                rows = [state.pop(key) for key in keys]
-                out[f"blocks.{i}.mixer.{name}"] = torch.stack([r.squeeze(1) if r.ndim == 3 else r for r in rows])
-        for key, value in state.items():
-            if key not in ("rope.freqs_cos", "rope.freqs_sin"):
-                key = key.replace("layers.", "blocks.", 1).replace("norm_f.", "norm.")
-                out[key.replace("patch_embed.proj.", "patch_embed.")] = value
-        return out
+            suffixes = [f"_{k}" for k in range(block.mixer.along.n_routes)]
+            for name, rows in stack_routes(state, f"layers.{i}.mixer.", block.mixer, suffixes, A_log="A_log{}").items():
+                out[f"blocks.{i}.mixer.{name}"] = rows
+        computed = ("rope.freqs_cos", "rope.freqs_sin")
+        return out | rename({k: v for k, v in state.items() if k not in computed}, VIM_NAMES)
+
+
+VIM_NAMES = (
+    (r"\.mixer\.(multi_scan\.attn|multi_scan|attn)\.", ".mixer.along.merge."),
+    (r"^layers\.(\d+)\.norm\.", r"blocks.\1.norm1."),
+    (r"^layers\.", "blocks."),
+    (r"^norm_f\.", "norm."),
+    (r"^patch_embed\.proj\.", "patch_embed."),
+)
 
 
 NORMS = {"rms": RMSNorm, "layer": nn.LayerNorm}
 
-# Our stacked parameter, and the official name of the part that belongs to one direction.
-PER_DIRECTION = {
-    "conv_weight": "conv1d_{}.weight",
-    "conv_bias": "conv1d_{}.bias",
-    "x_proj": "x_proj_{}.weight",
-    "dt_proj": "dt_proj_{}.weight",
-    "dt_bias": "dt_proj_{}.bias",
-    "A_log": "A_log_{}",
-    "D": "D_{}",
-}
-
-
-class LocalVimDense(LocalVim):
-    """LocalVim as a backbone for segmentation and detection: images -> maps (B, C, H, W) at the stride of the patches.
-
-    A map is what the block's mixer gives, without the stream, through a LayerNorm of its own, as published.
-
-    Args:
-        out_indices: blocks whose maps are taken.
-        kwargs: of `LocalVim`. The authors' dense models have norm_layer="layer".
-    """
-
-    def __init__(self, out_indices: Sequence[int] = (4, 9, 14, 19), norm_layer: str = "layer", **kwargs):
-        super().__init__(**{**kwargs, "norm_layer": norm_layer, "num_classes": 0})
-        self.out_indices = sorted(i % len(self.blocks) for i in out_indices)
-        self.norm = nn.Identity()
-        self.out_norms = nn.ModuleList(nn.LayerNorm(self.embed_dim) for _ in self.out_indices)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        x, grid, context = self.embed(x)
-        hidden = []
-        for i, block in enumerate(self.blocks[: self.out_indices[-1] + 1]):
-            x, h = self.run(block.branch, x, *context)
-            x = x + block.drop_path(h)
-            if i in self.out_indices:
-                hidden.append(self.patch_tokens(h, grid))
-        return [norm(h).transpose(1, 2).unflatten(2, grid).contiguous() for norm, h in zip(self.out_norms, hidden)]
-
-    def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """As `LocalVim`; of a classification file, the norms that it lacks stay as they are, the head is dropped."""
-        state = super().checkpoint_filter(state)
-        state = {re.sub(r"^outnorm_", "out_norms.", key): value for key, value in state.items()}
-        if "head.weight" in state:
-            new = re.compile(r"^out_norms\.|^blocks\.\d+\.norm\.bias$")
-            state = {k: v for k, v in self.state_dict().items() if new.match(k)} | state
-            state = {k: v for k, v in state.items() if not k.startswith(("head.", "norm."))}
-        return state
-
-
 # -- LocalVMamba -----------------------------------------------------------------------------------------------------
 
 
-class LocalSS2D(SS2D):
-    """SS2D that puts the columns' outputs where the official code does."""
+class LocalScan(S6Scan):
+    """`S6Scan` along `LocalRoutes`."""
 
-    def scan(self, u: Tensor) -> Tensor:
-        grid = tuple(u.shape[1:3])
-        y = self.ssm(u.flatten(1, 2), routes.table(self.routes, grid, u.device), merge=None)
-        place = _published_places(self.routes, grid, u.device)
-        return self.merge(y if place is None else take_places(y, place)).unflatten(1, grid)
+    multi_route = LocalRoutes
 
 
 class LocalVMamba(VMamba):
@@ -414,7 +318,7 @@ class LocalVMamba(VMamba):
         kwargs: of `VMamba`.
     """
 
-    mixer_layer = LocalSS2D
+    scan_layer = LocalScan
 
     def __init__(
         self, directions: Directions | None = LOCAL_VMAMBA_TINY, depths: Sequence[int] = (2, 2, 9, 2), **kwargs
@@ -424,13 +328,9 @@ class LocalVMamba(VMamba):
         super().__init__(depths=depths, **options)
         self.options = {"directions": directions, "depths": depths, **kwargs}
 
-    def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def translate(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """As `VMamba`, and the keys of what merges the directions."""
-        return super().checkpoint_filter(_merge_keys(state))
-
-
-class LocalVMambaDense(VMambaDense, LocalVMamba):
-    """LocalVMamba as a backbone for segmentation and detection; see `VMambaDense`."""
+        return super().translate(rename(_merge_weights(state), ((r"\.multi_scan\.(attn\.)?", ".ssm.along.merge."),)))
 
 
 # -- models -----------------------------------------------------------------------------------------------------------

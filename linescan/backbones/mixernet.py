@@ -2,53 +2,58 @@
 
 linescan's own: no paper, no published weights. A plain one, of DeiT's shape (Touvron et al., arXiv 2012.12877), and a
 hierarchical one, of Swin's (Liu et al., arXiv 2103.14030). Blocks are pre-norm, mixer then MLP; what the mixer is,
-along which routes it reads, and how their outputs are merged are arguments:
+along which routes it reads, and how their outputs are merged are arguments. Blocks may have different mixers:
 
     timm.create_model("scan_tiny", mixer="gla", routes=("row", "-row", "col", "-col"), merge="gate")
+    timm.create_model("scan_tiny", mixer=("s6", "s6", "window"))                      # every third block attends
+    timm.create_model("scanh_tiny", mixer=("s6", "s6", ("s6", "softmax"), "softmax"))            # stage by stage
 """
 
 from typing import Sequence
 
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.layers import calculate_drop_path_rates, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
-from ..layers.mixers import Mixer
-from ..layers.pos_embed import resample_pos_embed
+from ..errors import InputError, known
+from ..layers.blocks import Block, Stage
+from ..layers.linear import init_linear
+from ..layers.mixers import MIXERS, Mixer
+from ..layers.mlp import Mlp
 from ..layers.stems import ConvDownsample, ConvStem
-from .contract import HierarchicalBackbone, PlainBackbone, register
+from .contract import HierarchicalBackbone, PlainBackbone, check_images, register
 
-__all__ = ["PlainScanNet", "HierarchicalScanNet"]
+__all__ = ["HierarchicalScanNet", "PlainScanNet"]
 
-
-class Block(nn.Module):
-    """x + mixer(norm1(x)), then x + mlp(norm2(x)), over a map (B, H, W, dim)."""
-
-    def __init__(self, dim: int, mlp_ratio: float, drop_path: float, **mixer):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.mixer = Mixer(dim, **mixer)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(mlp_ratio * dim))
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.mixer(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+Mixers = str | Sequence[str | Sequence[str]]
 
 
-class SequenceBlock(Block):
-    """`Block` over the tokens of a map (B, H * W, dim)."""
+def mixer_names(mixer: Mixers, depths: Sequence[int]) -> list[list[str]]:
+    """The mixer of every block, stage by stage.
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        return super().forward(x.unflatten(1, grid)).flatten(1, 2)
+    Args:
+        mixer: one name for all blocks; one entry per stage, each a name or names that repeat over its blocks; or names
+            that repeat over all blocks.
+        depths: blocks of each stage.
+
+    Raises:
+        InputError: an unknown name, or more entries than blocks to take them.
+    """
+
+    def repeat(names: str | Sequence[str], depth: int, where: str) -> list[str]:
+        names = [names] if isinstance(names, str) else list(names)
+        if not 1 <= len(names) <= depth:
+            raise InputError(f"mixer gives {len(names)} names for {where}, which has {depth} blocks")
+        return [known("mixer", names[i % len(names)], MIXERS) for i in range(depth)]
+
+    if len(depths) > 1 and not isinstance(mixer, str) and len(mixer) == len(depths):
+        return [repeat(names, depth, f"stage {i}") for i, (names, depth) in enumerate(zip(mixer, depths))]
+    names = iter(repeat(mixer, sum(depths), "the model"))
+    return [[next(names) for _ in range(depth)] for depth in depths]
 
 
-def init_linear(module: nn.Module) -> None:
-    """Linear weights trunc-normal (0.02), biases 0."""
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+def scan_block(dim: int, mixer: str, mlp_ratio: float, drop_path: float, options: dict) -> Block:
+    """A block of either network; `options` are those of `Mixer`."""
+    return Block(dim, Mixer(dim, mixer, **options), Mlp(dim, int(mlp_ratio * dim)), drop_path=drop_path)
 
 
 class PlainScanNet(PlainBackbone):
@@ -59,10 +64,11 @@ class PlainScanNet(PlainBackbone):
         patch_size: side of the patches.
         in_chans: input channels.
         num_classes: classes; 0 for none.
-        global_pool: "avg", or "" for the tokens as they are.
+        global_pool: a pooling, or "" for the tokens as they are.
         embed_dim, depth: width and number of blocks.
         mlp_ratio: hidden channels of the MLP as a multiple of `embed_dim`.
-        mixer, routes, merge, head_dim: of `linescan.layers.mixers.Mixer`.
+        mixer: name of the mixer (`linescan.layers.mixers.MIXERS`), or names that repeat over the blocks.
+        routes, merge, head_dim, window: of `linescan.layers.mixers.Mixer`.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth, from 0 at the first block to this at the last.
     """
@@ -77,55 +83,44 @@ class PlainScanNet(PlainBackbone):
         embed_dim: int = 192,
         depth: int = 12,
         mlp_ratio: float = 4.0,
-        mixer: str = "s6",
-        routes: str | Sequence[str] = "row,-row,col,-col",
+        mixer: str | Sequence[str] = "s6",
+        routes: str | Sequence[str] = "row, -row, col, -col",
         merge: str = "mean",
         head_dim: int = 32,
+        window: int = 7,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ):
         super().__init__()
         self.in_chans = in_chans
         self.num_features = self.embed_dim = embed_dim
-        self.min_size = patch_size
-        sides = (img_size, img_size) if isinstance(img_size, int) else img_size
-        self.native_grid = tuple(side // patch_size for side in sides)
-        options = dict(mixer=mixer, routes=routes, merge=merge, head_dim=head_dim)
+        self.stride = self.min_size = patch_size
+        options = {"routes": routes, "merge": merge, "head_dim": head_dim, "window": window}
 
         self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
-        self.pos_embed = nn.Parameter(trunc_normal_(self._positions(), std=0.02))
+        self.init_positions(self.grid_of(*to_2tuple(img_size)))
+        (names,) = mixer_names(mixer, [depth])
         self.blocks = nn.ModuleList(
-            SequenceBlock(embed_dim, mlp_ratio, rate, **options)
-            for rate in calculate_drop_path_rates(drop_path_rate, depth)
+            scan_block(embed_dim, name, mlp_ratio, rate, options)
+            for name, rate in zip(names, calculate_drop_path_rates(drop_path_rate, depth))
         )
         self.norm = nn.LayerNorm(embed_dim)
-        self.feature_info = [
-            {"num_chs": embed_dim, "reduction": patch_size, "module": f"blocks.{i}"} for i in range(depth)
-        ]
         self.init_head(num_classes, global_pool, drop_rate)
-        self.apply(init_linear)
+        self.init_weights()
 
-    def _positions(self) -> Tensor:
-        return self.patch_embed.weight.new_empty(1, self.native_grid[0] * self.native_grid[1], self.embed_dim)
+    def init_weights(self) -> None:
+        """Linear layers and positions truncated normal; the recurrences' parameters have their own initialisation."""
+        self.apply(init_linear)
+        trunc_normal_(self.pos_embed, std=0.02)
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        return height // self.stride, width // self.stride
 
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int], tuple]:
-        self.check_input(x, self.in_chans)
-        x = self.patch_embed(x)
-        grid = tuple(x.shape[-2:])
-        x = x.flatten(2).transpose(1, 2)
-        return x + resample_pos_embed(self.pos_embed, self.native_grid, grid), grid, (grid,)
-
-    def pool(self, x: Tensor) -> Tensor:
-        return x.mean(1) if self.global_pool else x
-
-
-class Stage(nn.Module):
-    """Downsampling (none in the first stage), then blocks."""
-
-    def __init__(self, dim: int, previous: int | None, mlp_ratio: float, rates: Sequence[float], **mixer):
-        super().__init__()
-        self.downsample = ConvDownsample(previous, dim) if previous else nn.Identity()
-        self.blocks = nn.Sequential(*(Block(dim, mlp_ratio, rate, **mixer) for rate in rates))
+        check_images(x, self.in_chans, self.min_size, type(self).__name__)
+        x = self.patch_embed(x).permute(0, 2, 3, 1)
+        grid = x.shape[1:3]
+        return x + self.positions(grid), grid, ()
 
 
 class HierarchicalScanNet(HierarchicalBackbone):
@@ -134,10 +129,12 @@ class HierarchicalScanNet(HierarchicalBackbone):
     Args:
         in_chans: input channels.
         num_classes: classes; 0 for none.
-        global_pool: "avg", or "" for the map as it is.
+        global_pool: a pooling, or "" for the map as it is.
         dims, depths: width and number of blocks of each stage.
         img_size: accepted for timm; every size runs.
-        mlp_ratio, mixer, routes, merge, head_dim, drop_rate, drop_path_rate: as in `PlainScanNet`.
+        mixer: name of the mixer (`linescan.layers.mixers.MIXERS`); or one entry per stage, a name or names that repeat
+            over its blocks; or names that repeat over all blocks.
+        mlp_ratio, routes, merge, head_dim, window, drop_rate, drop_path_rate: as in `PlainScanNet`.
     """
 
     min_size = 4
@@ -151,33 +148,34 @@ class HierarchicalScanNet(HierarchicalBackbone):
         depths: Sequence[int] = (2, 2, 6, 2),
         img_size: int | tuple[int, int] | None = None,
         mlp_ratio: float = 4.0,
-        mixer: str = "s6",
-        routes: str | Sequence[str] = "row,-row,col,-col",
+        mixer: Mixers = "s6",
+        routes: str | Sequence[str] = "row, -row, col, -col",
         merge: str = "mean",
         head_dim: int = 32,
+        window: int = 7,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ):
         super().__init__()
+        if len(dims) != len(depths):
+            raise InputError(f"dims gives {len(dims)} stages, depths {len(depths)}")
         self.in_chans = in_chans
+        self.dims = list(dims)
         self.num_features = dims[-1]
-        options = dict(mixer=mixer, routes=routes, merge=merge, head_dim=head_dim)
+        options = {"routes": routes, "merge": merge, "head_dim": head_dim, "window": window}
         rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
 
         self.patch_embed = ConvStem(in_chans, dims[0])
         self.stages = nn.ModuleList(
-            Stage(dim, previous, mlp_ratio, [next(rates) for _ in range(depth)], **options)
-            for dim, previous, depth in zip(dims, (None, *dims), depths)
+            Stage(
+                ConvDownsample(dims[i - 1], dim) if i else None,
+                [scan_block(dim, name, mlp_ratio, next(rates), options) for name in names],
+            )
+            for i, (dim, names) in enumerate(zip(dims, mixer_names(mixer, depths)))
         )
         self.norm = nn.LayerNorm(dims[-1])
-        self.feature_info = [
-            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
-        ]
         self.init_head(num_classes, global_pool, drop_rate)
         self.apply(init_linear)
-
-    def pool(self, x: Tensor) -> Tensor:
-        return x.mean((1, 2)) if self.global_pool else x
 
 
 # -- models -----------------------------------------------------------------------------------------------------------

@@ -12,60 +12,39 @@ size will do in which the windows fit: 193 pixels a side for the published model
 
 import math
 from functools import partial
-from typing import Sequence
+from typing import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_
+from timm.layers import calculate_drop_path_rates, to_2tuple, trunc_normal_
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from ..checkpoint import rename, strip_prefix
+from ..checkpoint import rename
+from ..errors import InputError
+from ..layers.blocks import Block, Stage, TokenMixer
+from ..layers.linear import linear
+from ..layers.mlp import ConvMlp
 from ..layers.neighborhood import neighborhood_attention
 from ..layers.pos_embed import axial_rope, rotate_pairs
-from ..layers.s6 import S6Scan
-from ..layers.ss2d import CROSS
-from ..layers.stems import MapBatchNorm2d, MapConv2d
-from ..scans.routes import parse, table
-from .contract import HierarchicalBackbone, register
+from ..layers.s6 import CROSS
+from ..layers.ss2d import MapScan
+from ..layers.stems import ChannelsFirst, channels_first, depthwise
+from ..layers.tracing import opaque
+from .contract import DenseForm, HierarchicalBackbone, register
 
-__all__ = ["SegMANEncoder", "SegMANDense", "SegMANBlock", "MapScan", "VARIANTS"]
+__all__ = ["VARIANTS", "SegMANEncoder", "segman_block"]
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
-
-
-def depthwise(dim: int, kernel_size: int) -> MapConv2d:
-    """A depthwise convolution over a map, which keeps its size."""
-    return MapConv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
 
 
 # -- blocks ----------------------------------------------------------------------------------------------------------
 
 
-class MapScan(S6Scan):
-    """A map (B, H, W, dim) through S6 with one state a channel, along routes whose outputs are added.
-
-    Args:
-        dim: channels in and out.
-        ratio: scanned channels as a multiple of `dim`; if not 1, between two Linear layers.
-        routes: spec of the routes (`linescan.scans.routes.parse`).
-    """
-
-    def __init__(self, dim: int, ratio: float = 1.0, routes: str = CROSS):
-        parsed = parse(routes)
-        inner = int(ratio * dim)
-        super().__init__(inner, len(parsed), d_state=1, dt_rank=math.ceil(dim / 16))
-        self.routes = parsed
-        self.in_proj = nn.Linear(dim, inner) if ratio != 1 else nn.Identity()
-        self.out_proj = nn.Linear(inner, dim) if ratio != 1 else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        grid = x.shape[1:3]
-        y = super().forward(self.in_proj(x).flatten(1, 2), table(self.routes, grid, x.device))
-        return self.out_proj(y).unflatten(1, grid)
-
-
-class LocalMixer(nn.Module):
+class LocalMixer(TokenMixer):
     """proj(context(o, q, k) + lepe): neighbourhood attention o, what a subclass makes of it, local positions of v.
+
+    The block gives it rotary tables (H, W, d), cosines and sines.
 
     Args:
         dim: channels.
@@ -83,19 +62,20 @@ class LocalMixer(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.local_bias = nn.Parameter(torch.zeros(num_heads, 2 * window - 1, 2 * window - 1)) if use_rpb else None
 
-    def context(self, o: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        """Attention output, turned queries (scaled) and keys, all (B, H, W, heads, d) -> (B, H, W, dim)."""
+    def context(self, o: Tensor, q: Tensor, k: Tensor, **options) -> tuple[Tensor, Tensor | None]:
+        """Attention output, turned queries (scaled) and keys, all (B, H, W, heads, d) -> (B, H, W, dim) and a state."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Map (B, H, W, dim), rotary tables (H, W, d) -> (B, H, W, dim)."""
-        q, k, v = self.qkv(x).chunk(3, -1)
+    def mix_tokens(self, x: Tensor, grid: tuple[int, int], rope: tuple[Tensor, Tensor], **options):
+        q, k, v = linear(self.qkv, x).unflatten(1, grid).chunk(3, -1)
         lepe = self.lepe(v)
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in (q, k, v))
-        q, k = (rotate_pairs(x, cos.unsqueeze(2), sin.unsqueeze(2)).to(v.dtype) for x in (q, k))
+        cos, sin = (table.unsqueeze(2) for table in rope)
+        q, k = (rotate_pairs(x, cos, sin).to(v.dtype) for x in (q, k))
         q = q * q.shape[-1] ** -0.5
         o = neighborhood_attention(q, k, v, self.window, bias=self.local_bias)
-        return self.proj(self.context(o, q, k) + lepe)
+        o, state = self.context(o, q, k, **options)
+        return linear(self.proj, o + lepe).flatten(1, 2), state
 
 
 class ScanMixer(LocalMixer):
@@ -118,13 +98,14 @@ class ScanMixer(LocalMixer):
     ):
         super().__init__(dim, num_heads, window, use_rpb)
         self.conv = depthwise(dim, 3)
-        self.conv_norm = MapBatchNorm2d(dim)
+        self.conv_norm = nn.BatchNorm2d(dim)
         self.ssm = MapScan(dim, ssm_ratio, routes)
         self.norm = LayerNorm(dim)
 
-    def context(self, o: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    def context(self, o: Tensor, q: Tensor, k: Tensor, **options) -> tuple[Tensor, Tensor]:
         o = o.flatten(-2)
-        return o + self.norm(self.ssm(F.silu(self.conv_norm(self.conv(o)))))
+        y, state = self.ssm(F.silu(channels_first(self.conv_norm, self.conv(o))), **options)
+        return o + self.norm(y), state
 
 
 class AttentionMixer(LocalMixer):
@@ -133,85 +114,57 @@ class AttentionMixer(LocalMixer):
     Args:
         dim, num_heads, window, use_rpb: as for `LocalMixer`.
         tokens: positions in a map of the native size. The bias between any two of them is resized for other maps as
-            the authors do it: the table of all pairs as if it were a picture.
+            the authors do it: the table of all pairs as if it were an image.
     """
 
     def __init__(self, dim: int, num_heads: int, window: int, use_rpb: bool = True, tokens: int = 49):
         super().__init__(dim, num_heads, window, use_rpb)
         self.global_bias = nn.Parameter(torch.zeros(num_heads, tokens, tokens)) if use_rpb else None
 
-    def context(self, o: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    def context(self, o: Tensor, q: Tensor, k: Tensor, **options) -> tuple[Tensor, None]:
         grid = o.shape[1:3]
         q, k, o = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, o))
         bias = self.global_bias
         if bias is not None:
             bias = resize_bias(bias, q.shape[2])[None].to(q.dtype)
         x = F.scaled_dot_product_attention(q, k, o, attn_mask=bias, scale=1.0)
-        return x.transpose(1, 2).flatten(2).unflatten(1, grid)
+        return x.transpose(1, 2).flatten(2).unflatten(1, grid), None
 
 
 def resize_bias(bias: Tensor, tokens: int) -> Tensor:
-    """A bias between all pairs (heads, L, L), resized as a picture to (heads, tokens, tokens), at least in float32."""
+    """A bias between all pairs (heads, L, L), resized as an image to (heads, tokens, tokens), at least in float32."""
     if bias.shape[-1] == tokens:
         return bias
-    picture = bias[None].to(torch.promote_types(bias.dtype, torch.float32))
-    return F.interpolate(picture, (tokens, tokens), mode="bicubic", align_corners=False)[0].to(bias.dtype)
+    image = bias[None].to(torch.promote_types(bias.dtype, torch.float32))
+    return F.interpolate(image, (tokens, tokens), mode="bicubic", align_corners=False)[0].to(bias.dtype)
 
 
-class ConvMlp(nn.Module):
-    """fc2(y + conv(y)), y = GELU(fc1(x)), the convolution 3x3 depthwise; over maps (B, H, W, dim)."""
-
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.act = nn.GELU()
-        self.dwconv = depthwise(hidden, 3)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.fc1(x))
-        return self.fc2(x + self.dwconv(x))
-
-
-class SegMANBlock(nn.Module):
-    """x += cpe1(x); x += mixer(norm1(x)); x += cpe2(x); x += mlp(norm2(x)); over maps (B, H, W, dim).
+def segman_block(
+    dim: int, mixer: nn.Module, mlp_hidden: int, init_layer_scale: float = 0.0, drop_path: float = 0.0
+) -> Block:
+    """A block of the encoder and of the decoder: a 3x3 convolution is added before both branches.
 
     Args:
         dim: channels.
-        mixer: the token mixer, a module over maps and the block's further inputs.
+        mixer: the token mixer.
         mlp_hidden: hidden channels of the MLP.
-        init_layer_scale: first value of a learned factor (beside an offset) a channel, on both branches; 0 for none.
+        init_layer_scale: first value of a learned factor (beside an offset) per channel, on both branches; 0 for none.
         drop_path: rate of stochastic depth, for both branches.
     """
-
-    def __init__(
-        self,
-        dim: int,
-        mixer: nn.Module,
-        mlp_hidden: int,
-        init_layer_scale: float = 0.0,
-        drop_path: float = 0.0,
-    ):
-        super().__init__()
-        self.cpe1 = depthwise(dim, 3)
-        self.norm1 = LayerNorm(dim)
-        self.mixer = mixer
-        self.cpe2 = depthwise(dim, 3)
-        self.norm2 = LayerNorm(dim)
-        self.mlp = ConvMlp(dim, mlp_hidden)
-        self.layer_scale1 = depthwise(dim, 1) if init_layer_scale else nn.Identity()
-        self.layer_scale2 = depthwise(dim, 1) if init_layer_scale else nn.Identity()
-        self.drop_path = DropPath(drop_path)
-        self.apply(init_weights)
-        if init_layer_scale:
-            for layer in (self.layer_scale1, self.layer_scale2):
-                nn.init.constant_(layer.weight, init_layer_scale)
-
-    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
-        x = x + self.cpe1(x)
-        x = x + self.drop_path(self.layer_scale1(self.mixer(self.norm1(x), *context)))
-        x = x + self.cpe2(x)
-        return x + self.drop_path(self.layer_scale2(self.mlp(self.norm2(x))))
+    block = Block(
+        dim,
+        mixer,
+        ConvMlp(dim, mlp_hidden),
+        LayerNorm,
+        scale_layer=partial(depthwise, kernel_size=1) if init_layer_scale else None,
+        cpe_layer=partial(depthwise, kernel_size=3),
+        drop_path=drop_path,
+    )
+    block.apply(init_weights)
+    if init_layer_scale:
+        nn.init.constant_(block.scale1.weight, init_layer_scale)
+        nn.init.constant_(block.scale2.weight, init_layer_scale)
+    return block
 
 
 def init_weights(module: nn.Module) -> None:
@@ -238,13 +191,27 @@ class ConvStem(nn.Sequential):
         return super().forward(x).permute(0, 2, 3, 1)
 
 
-class SegMANStage(nn.Module):
-    """A downsampling and the blocks after it."""
+class SegMANStage(Stage):
+    """A stage whose blocks all turn their queries and keys by the same rotary tables."""
 
-    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]):
-        super().__init__()
-        self.downsample = downsample
-        self.blocks = nn.ModuleList(blocks)
+    def context(self, x: Tensor) -> tuple:
+        return None, pixel_rope(x, self.blocks[0].mixer.num_heads)
+
+
+@register_notrace_module
+class Projection(nn.Sequential):
+    """Over a map (B, H, W, dim): Linear, BatchNorm, SiLU."""
+
+    def __init__(self, dim: int, out_dim: int):
+        super().__init__(nn.Linear(dim, out_dim), nn.BatchNorm2d(out_dim), nn.SiLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self[2](channels_first(self[1], linear(self[0], x)))
+
+
+def smallest_side(windows: Sequence[int]) -> int:
+    """Of an image in whose maps, at strides 4, 8, ..., the windows fit; sizes round up."""
+    return max(4 * 2**i * (window - 1) + 1 for i, window in enumerate(windows))
 
 
 class SegMANEncoder(HierarchicalBackbone):
@@ -254,11 +221,11 @@ class SegMANEncoder(HierarchicalBackbone):
         img_size: size (or height and width) that the last stage's bias is built for; other sizes resize it.
         in_chans: input channels.
         num_classes: classes; 0 for none.
-        global_pool: "avg", "max", or "" for the map as it is.
+        global_pool: a pooling, or "" for the map as it is.
         depths, dims, num_heads: blocks, channels and attention heads of each stage.
         windows: odd sides of the neighbourhoods in each stage.
         mlp_ratios: hidden channels of the MLPs as a multiple of the stage's.
-        init_layer_scale: first value of the factors on the branches, 0 for none; one for all stages or one a stage.
+        init_layer_scale: first value of the factors on the branches, 0 for none; one for all stages or one per stage.
         projection: channels between the last map and the classifier (Linear, BatchNorm, SiLU, before the pooling);
             0 for none, as in the files of the segmentation models.
         use_rpb: learn relative biases, and absolute ones in the last stage.
@@ -268,6 +235,7 @@ class SegMANEncoder(HierarchicalBackbone):
         drop_path_rate: stochastic depth, from 0 at the first block to this at the last.
     """
 
+    dense = DenseForm(norms=None, trunk={"projection": 0})
     checkpoint_nesting = ("state_dict_ema",)  # the weights that the authors evaluate and start from
 
     def __init__(
@@ -300,19 +268,18 @@ class SegMANEncoder(HierarchicalBackbone):
             ("init_layer_scale", scales),
         ):
             if len(values) != count:
-                raise ValueError(f"{name} gives {len(values)} stages, depths {count}")
+                raise InputError(f"{name} gives {len(values)} stages, depths {count}")
         for dim, heads in zip(dims, num_heads):
             if dim % (4 * heads):
-                raise ValueError(f"{dim} channels do not divide into {heads} heads of a multiple of 4 channels")
+                raise InputError(f"{dim} channels do not divide into {heads} heads of a multiple of 4 channels")
         for window in windows:
             if window < 1 or window % 2 == 0:
-                raise ValueError(f"windows are odd, got {window}")
+                raise InputError(f"windows are odd, got {window}")
         self.in_chans = in_chans
         self.dims = list(dims)
         strides = [4 * 2**i for i in range(count)]
-        self.min_size = max(stride * (window - 1) + 1 for stride, window in zip(strides, windows))  # sizes round up
-        size = (img_size, img_size) if isinstance(img_size, int) else img_size
-        tokens = math.prod(math.ceil(n / strides[-1]) for n in size)
+        self.min_size = smallest_side(windows)
+        tokens = math.prod(math.ceil(n / strides[-1]) for n in to_2tuple(img_size))
 
         rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         self.patch_embed = ConvStem(in_chans, dims[0])
@@ -323,7 +290,7 @@ class SegMANEncoder(HierarchicalBackbone):
             else:
                 mixer = partial(AttentionMixer, tokens=tokens)
             blocks = [
-                SegMANBlock(
+                segman_block(
                     dim,
                     mixer(dim, num_heads[i], windows[i], use_rpb),
                     int(mlp_ratios[i] * dim),
@@ -332,54 +299,42 @@ class SegMANEncoder(HierarchicalBackbone):
                 )
                 for _ in range(depths[i])
             ]
-            downsample = nn.Identity()
+            downsample = None
             if i:
-                conv = MapConv2d(dims[i - 1], dim, 3, 2, 1, bias=False)
-                downsample = nn.Sequential(conv, MapBatchNorm2d(dim))
+                downsample = ChannelsFirst(nn.Conv2d(dims[i - 1], dim, 3, 2, 1, bias=False), nn.BatchNorm2d(dim))
             self.stages.append(SegMANStage(downsample, blocks))
         self.num_features = projection or dims[-1]
-        self.norm = nn.Identity()
-        if projection:
-            self.norm = nn.Sequential(nn.Linear(dims[-1], projection), MapBatchNorm2d(projection), nn.SiLU())
-        self.feature_info = [
-            {"num_chs": dim, "reduction": stride, "module": f"stages.{i}"}
-            for i, (dim, stride) in enumerate(zip(dims, strides))
-        ]
+        self.norm = Projection(dims[-1], projection) if projection else nn.Identity()
         self.init_head(num_classes, global_pool, drop_rate)
         for part in (self.patch_embed, *(stage.downsample for stage in self.stages), self.norm, self.head):
             part.apply(init_weights)
 
-    def forward_stage(self, stage: SegMANStage, x: Tensor) -> Tensor:
-        """A stage's downsampling, then its blocks; all of a stage turn their queries and keys by the same tables."""
-        x = stage.downsample(x)
-        mixer = stage.blocks[0].mixer
-        rope = pixel_rope(x, x.shape[-1] // mixer.num_heads)
-        for block in stage.blocks:
-            x = self.run(block, x, *rope)
-        return x
-
     # -- weights ----------------------------------------------------------------------------------------------------
 
-    def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The official code's keys to ours, for files of the encoder and of the segmentation models.
+    def translate(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The official code's keys to ours, for files of the encoder and of the segmentation models."""
+        if not any(key.startswith("layers.") for key in state):
+            return state
+        return from_official({k: v for k, v in state.items() if not k.endswith(".rope.angle")}, self)  # computed
 
-        A bias of the last stage for another size is resized.
-        """
-        state = strip_prefix(state, "backbone.")
-        if any(key.startswith("layers.") for key in state):
-            state = {k: v for k, v in state.items() if not k.endswith(".rope.angle")}  # computed
-            state = from_official(state, self)
-        for key, own in self.state_dict().items():
-            if key.endswith(".global_bias") and key in state:
-                state[key] = resize_bias(state[key], own.shape[-1])
-        return state
+    @classmethod
+    def timm_sizes(cls, height: int, width: int, args: Mapping) -> dict:
+        side = smallest_side(args["windows"])
+        return {**super().timm_sizes(height, width, args), "min_input_size": (3, side, side)}
+
+    def fit_positions(self, state: dict[str, Tensor], img_size=None) -> dict[str, Tensor]:
+        """As the authors do it: the last stage's bias for another size is resized as an image."""
+        own = {k: len(v[0]) for k, v in self.state_dict().items() if k.endswith(".global_bias") and k in state}
+        return state | {key: resize_bias(state[key], tokens) for key, tokens in own.items()}
 
 
-def pixel_rope(x: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Rotary tables (H, W, head_dim) of a map (B, H, W, C) by raw pixel indices; at least float32.
+@opaque
+def pixel_rope(x: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    """Rotary tables (H, W, C / num_heads) of a map (B, H, W, C) by raw pixel indices; at least float32.
 
     The frequencies fall geometrically from 1 to 1 / 10000, both included.
     """
+    head_dim = x.shape[-1] // num_heads
     dtype = torch.promote_types(x.dtype, torch.float32)
     freqs = 1.0 / 10000 ** torch.linspace(0, 1, head_dim // 4, dtype=torch.float32, device=x.device)
     positions = (torch.arange(n, dtype=dtype, device=x.device) for n in x.shape[1:3])
@@ -394,6 +349,7 @@ OFFICIAL_NAMES = (
     (r"\.dwconv\.1\.", ".conv_norm."),
     (r"\.rpb\.0$", ".local_bias"),
     (r"\.rpb\.1$", ".global_bias"),
+    (r"\.layer_scale([12])\.", r".scale\1."),
     (r"\.ssm\.proj\.", ".ssm.in_proj."),
     (r"\.ssm\.yproj\.", ".ssm.out_proj."),
     (r"\.x_proj_weight$", ".x_proj"),
@@ -417,27 +373,6 @@ def from_official(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tenso
         if (stacked or matrix) and value.numel() == shape.numel():
             state[key] = value.reshape(shape)
     return state
-
-
-class SegMANDense(SegMANEncoder):
-    """SegMAN Encoder for segmentation and detection: images -> a list of maps (B, C, H, W), as they are.
-
-    Args:
-        out_indices: stages whose maps are taken.
-        kwargs: of `SegMANEncoder`.
-    """
-
-    def __init__(self, out_indices: Sequence[int] = (0, 1, 2, 3), **kwargs):
-        super().__init__(**{**kwargs, "num_classes": 0, "projection": 0})
-        self.out_indices = sorted(i % len(self.stages) for i in out_indices)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return self.forward_intermediates(x, self.out_indices, stop_early=True, intermediates_only=True)
-
-    def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """As `SegMANEncoder`; what a classification file has behind the last map is not needed."""
-        state = super().checkpoint_filter(state)
-        return {k: v for k, v in state.items() if not k.startswith(("norm.", "head."))}
 
 
 # -- models -----------------------------------------------------------------------------------------------------------

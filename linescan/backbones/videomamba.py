@@ -9,21 +9,35 @@ Also here: the student of masked pretraining, the visual encoder of the video-te
 self-distillation.
 """
 
+from math import prod
 from typing import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import calculate_drop_path_rates, trunc_normal_
+from timm.layers import calculate_drop_path_rates, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
-from ..checkpoint import strip_prefix
-from ..layers.mamba import MambaBlock, stack_directions
-from ..layers.norm import RMSNorm
-from ..layers.pos_embed import resample_pos_embed, sinusoid_table
-from ..scans import routes
-from .contract import PlainBackbone, register
+from ..checkpoint import rename, strip_prefix
+from ..errors import InputError, known
+from ..layers.blocks import Block
+from ..layers.linear import init_linear
+from ..layers.mamba import MambaMixer, stack_routes
+from ..layers.norm import RMSNorm, at_least_float32
+from ..layers.pos_embed import resample_frames, sinusoid_table
+from ..layers.tracing import opaque
+from .contract import PlainBackbone, check_images, register
 
 __all__ = ["VideoMamba", "VideoMambaDistilled", "VideoMambaPretrain"]
+
+
+@opaque
+def check_clips(x: Tensor, in_chans: int, tubelet_size: int, min_size: int, name: str) -> None:
+    """Raises one clear InputError for clips of the wrong rank, length, channel count or size."""
+    if x.ndim != 5:
+        raise InputError(f"{name} expects clips (B, {in_chans}, T, H, W), got shape {tuple(x.shape)}")
+    if x.shape[2] < tubelet_size:
+        raise InputError(f"a clip has at least {tubelet_size} frames, got {x.shape[2]}")
+    check_images(x[:, :, 0], in_chans, min_size, name)
 
 
 class VideoMamba(PlainBackbone):
@@ -37,7 +51,7 @@ class VideoMamba(PlainBackbone):
         tubelet_size: frames in a patch of a clip.
         in_chans: input channels.
         num_classes: classes; 0 for none.
-        global_pool: "token" (the class token) or "avg" (all tokens).
+        global_pool: "token" (the class token), a pooling of all tokens, or "" for the tokens as they are.
         embed_dim: channels of the stream.
         depth: number of blocks.
         d_state, d_conv, expand: of the Mamba mixer.
@@ -67,14 +81,12 @@ class VideoMamba(PlainBackbone):
     ):
         super().__init__()
         if num_frames % tubelet_size:
-            raise ValueError(f"num_frames ({num_frames}) is a multiple of tubelet_size ({tubelet_size})")
+            raise InputError(f"num_frames ({num_frames}) is a multiple of tubelet_size ({tubelet_size})")
         self.in_chans = in_chans
         self.num_features = self.embed_dim = embed_dim
         self.patch_size = self.min_size = patch_size
         self.stride = stride or patch_size
         self.num_frames, self.tubelet_size = num_frames, tubelet_size
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        self.native_grid = tuple((side - patch_size) // self.stride + 1 for side in (height, width))
 
         if num_frames:
             kernel = (tubelet_size, patch_size, patch_size)
@@ -82,127 +94,95 @@ class VideoMamba(PlainBackbone):
             self.temporal_pos_embed = nn.Parameter(torch.zeros(1, num_frames // tubelet_size, embed_dim))
         else:
             self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, self.stride)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.native_grid[0] * self.native_grid[1], embed_dim))
+        self.init_positions(self.grid_of(*to_2tuple(img_size)), "head")
         self.blocks = nn.ModuleList(
-            MambaBlock(
+            Block(
                 embed_dim,
-                rate,
-                norm_layer,
-                d_state=d_state,
-                d_conv=d_conv,
-                expand=expand,
+                MambaMixer(embed_dim, d_state=d_state, d_conv=d_conv, expand=expand),
+                norm_layer=norm_layer,
+                drop_path=rate,
             )
             for rate in calculate_drop_path_rates(drop_path_rate, depth)
         )
         self.norm = norm_layer(embed_dim)
-        self.feature_info = [
-            {"num_chs": embed_dim, "reduction": self.stride, "module": f"blocks.{i}"} for i in range(depth)
-        ]
-        self.init_head(num_classes, global_pool or "token", drop_rate)
+        self.init_head(num_classes, global_pool, drop_rate)
         self.init_weights()
 
+    @torch.no_grad()
     def init_weights(self) -> None:
         """The published initialisation: every linear map is normal (0.02), also the step sizes', whose biases are 0."""
-        trunc_normal_(self.pos_embed, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        self.apply(init_linear)
+        for table in (self.pos_embed, self.cls_pos_embed):
+            trunc_normal_(table, std=0.02)
         for block in self.blocks:
             trunc_normal_(block.mixer.x_proj, std=0.02)
             trunc_normal_(block.mixer.dt_proj, std=0.02)
             nn.init.zeros_(block.mixer.dt_bias)
             nn.init.kaiming_uniform_(block.mixer.out_proj.weight, a=5**0.5)
-            with torch.no_grad():
-                block.mixer.out_proj.weight /= len(self.blocks) ** 0.5
+            block.mixer.out_proj.weight /= len(self.blocks) ** 0.5
 
-    def no_weight_decay(self) -> set[str]:
-        return super().no_weight_decay() | ({"temporal_pos_embed"} if self.num_frames else set())
-
-    def check_input(self, x: Tensor, in_chans: int) -> None:
-        """As `Backbone`; a clip has a time axis of at least one tubelet."""
-        if not self.num_frames:
-            return super().check_input(x, in_chans)
-        if x.ndim != 5:
-            raise ValueError(
-                f"{type(self).__name__} expects clips (B, {in_chans}, T, H, W), got shape {tuple(x.shape)}"
-            )
-        if x.shape[2] < self.tubelet_size:
-            raise ValueError(f"a clip has at least {self.tubelet_size} frames, got {x.shape[2]}")
-        super().check_input(x[:, :, 0], in_chans)
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        return (height - self.patch_size) // self.stride + 1, (width - self.patch_size) // self.stride + 1
 
     # -- tokens -----------------------------------------------------------------------------------------------------
 
     def tokens(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Images or clips -> class token and patches with their positions (B, 1 + patches, dim), and the grid."""
-        self.check_input(x, self.in_chans)
-        x = self.patch_embed(x)
-        grid = tuple(x.shape[2:])
-        positions = resample_pos_embed(self.pos_embed, self.native_grid, grid[-2:], class_rows=[0])
-        first, positions = self.cls_token + positions[:, :1], positions[:, 1:]
+        name = type(self).__name__
         if self.num_frames:
-            time = self.temporal_pos_embed
-            if time.shape[1] != grid[0]:
-                time = resample_frames(time, grid[0])
-            positions = (positions[:, None] + time[:, :, None]).flatten(1, 2)
-        x = x.flatten(2).transpose(1, 2) + positions
-        return torch.cat([first.expand(x.shape[0], -1, -1), x], 1), grid
+            check_clips(x, self.in_chans, self.tubelet_size, self.min_size, name)
+            x = self.patch_embed(x).permute(0, 2, 3, 4, 1)  # (B, T, H, W, dim)
+            time = resample_frames(self.temporal_pos_embed, x.shape[1])
+            positions = self.positions(x.shape[2:4])[:, None] + time[:, :, None, None]
+        else:
+            check_images(x, self.in_chans, self.min_size, name)
+            x = self.patch_embed(x).permute(0, 2, 3, 1)
+            positions = self.positions(x.shape[1:3])
+        return self.add_class_tokens((x + positions).flatten(1, -2)), x.shape[1:-1]
 
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, ...], tuple]:
         x, grid = self.tokens(x)
-        route = routes.table("row,-row", (1, x.shape[1]), x.device)
-        return x.to(torch.promote_types(x.dtype, torch.float32)), grid, (route,)
-
-    def patch_tokens(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
-        return x[:, 1:]
-
-    def pool(self, x: Tensor) -> Tensor:
-        """The class token, or the mean over all tokens, by `global_pool`."""
-        if self.global_pool == "token":
-            return x[:, 0]
-        return x.mean(1) if self.global_pool else x
+        return at_least_float32(x), grid, ()
 
     # -- weights ----------------------------------------------------------------------------------------------------
 
-    def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Official keys to ours. An image checkpoint is inflated into a video model: each kernel in the middle of its
-        tubelet, the temporal embedding as it is; positions are resampled to this model's grid and frames."""
+    def translate(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Official keys to ours; what only other forms of the model have is left out."""
         state = {k: v for k, v in state.items() if not k.startswith(("distill_head.", "clip_decoder."))}
-        if any(key.startswith("layers.") for key in state):
-            state = self._from_official(state)
-        if self.num_frames and state["patch_embed.weight"].ndim == 4:
-            kernel = state["patch_embed.weight"]
+        if not any(key.startswith("layers.") for key in state):
+            return state
+        out = {}
+        for i, block in enumerate(self.blocks):
+            for name, rows in stack_routes(state, f"layers.{i}.mixer.", block.mixer).items():
+                out[f"blocks.{i}.mixer.{name}"] = rows
+        return out | rename(state, OFFICIAL_NAMES)
+
+    def fit_positions(self, state: dict[str, Tensor], img_size=None) -> dict[str, Tensor]:
+        """As `Backbone`, and the temporal table to this model's frames.
+
+        An image checkpoint is inflated into a video model: each kernel in the middle of its tubelet, the temporal
+        table as it is.
+        """
+        state = dict(super().fit_positions(state, img_size))
+        if not self.num_frames:
+            return state
+        kernel = state["patch_embed.weight"]
+        if kernel.ndim == 4:
             inflated = kernel.new_zeros(*kernel.shape[:2], self.tubelet_size, *kernel.shape[2:])
             inflated[:, :, self.tubelet_size // 2] = kernel
             state["patch_embed.weight"] = inflated
             state["temporal_pos_embed"] = self.temporal_pos_embed.detach()
-        rows = state["pos_embed"].shape[1]
-        if rows != self.pos_embed.shape[1]:
-            side = int((rows - 1) ** 0.5)
-            state["pos_embed"] = resample_pos_embed(state["pos_embed"], (side, side), self.native_grid, class_rows=[0])
-        if self.num_frames and state["temporal_pos_embed"].shape[1] != self.temporal_pos_embed.shape[1]:
-            state["temporal_pos_embed"] = resample_frames(state["temporal_pos_embed"], self.temporal_pos_embed.shape[1])
-        return state
-
-    def _from_official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        state, out = dict(state), {}
-        for i, block in enumerate(self.blocks):
-            for name, rows in stack_directions(state, f"layers.{i}.mixer.", block.mixer).items():
-                out[f"blocks.{i}.mixer.{name}"] = rows
-        for key, value in state.items():
-            key = key.replace("layers.", "blocks.", 1).replace("norm_f.", "norm.")
-            key = key.replace("patch_embed.proj.", "patch_embed.")
-            out[key.replace("temporal_pos_embedding", "temporal_pos_embed")] = value
-        return out
+        frames = self.temporal_pos_embed.shape[1]
+        return state | {"temporal_pos_embed": resample_frames(state["temporal_pos_embed"], frames)}
 
 
-def resample_frames(table: Tensor, frames: int) -> Tensor:
-    """A temporal table (1, T, D) at another number of frames: linear, align_corners=False."""
-    compute = torch.promote_types(table.dtype, torch.float32)
-    table_t = table.to(compute).transpose(1, 2)
-    return F.interpolate(table_t, size=frames, mode="linear", align_corners=False).transpose(1, 2).to(table.dtype)
+OFFICIAL_NAMES = (
+    (r"^layers\.(\d+)\.norm\.", r"blocks.\1.norm1."),
+    (r"^layers\.", "blocks."),
+    (r"^norm_f\.", "norm."),
+    (r"^patch_embed\.proj\.", "patch_embed."),
+    (r"^temporal_pos_embedding$", "temporal_pos_embed"),
+)
 
 
 class VideoMambaDistilled(VideoMamba):
@@ -227,10 +207,10 @@ class VideoMambaDistilled(VideoMamba):
         x = self.forward_features(x)
         return self.forward_head(x), F.normalize(self.distill_head(x), dim=-1)
 
-    def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def translate(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """As `VideoMamba`, keeping the distillation head."""
         extra = {k: v for k, v in state.items() if k.startswith("distill_head.")}
-        return super().checkpoint_filter(state) | extra
+        return super().translate(state) | extra
 
 
 class Decoder(nn.Module):
@@ -273,8 +253,7 @@ class VideoMambaPretrain(VideoMamba):
         **kwargs,
     ):
         super().__init__(num_classes=0, num_frames=num_frames, **kwargs)
-        if pool_type not in ("cls+avg", "cls", "avg", "cls_cat_avg", None):
-            raise ValueError(f"pool_type is 'cls+avg', 'cls', 'avg', 'cls_cat_avg' or None, not {pool_type!r}")
+        known("pool_type", pool_type, ("cls+avg", "cls", "avg", "cls_cat_avg", None))
         depth = len(self.blocks)
         self.taps = [depth - 1 - i * return_interval for i in reversed(range(return_layers))]
         self.include_last = include_last
@@ -297,11 +276,9 @@ class VideoMambaPretrain(VideoMamba):
         if mask is not None:
             self._check_mask(mask, x)
             x = x[~mask].reshape(x.shape[0], -1, x.shape[2])
-        route = routes.table("row,-row", (1, x.shape[1]), x.device)
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        streams = []
+        x, streams = at_least_float32(x), []
         for i, block in enumerate(self.blocks):
-            before, x = x, self.run(block, x, route)
+            before, x = x, self.run_unit(block, x, ())
             if i == len(self.blocks) - 1:
                 streams.append(x if self.include_last else before)
             elif i in self.taps:
@@ -311,7 +288,8 @@ class VideoMambaPretrain(VideoMamba):
     def forward_decoded(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Clips and mask -> (decoded (layers, B, V, output_dim), the streams with their fixed positions (.., dim))."""
         _, streams = self.forward_streams(x, mask)
-        table = sinusoid_table(1 + self._patches(x), self.embed_dim).to(streams[0])
+        patches = prod((x.shape[2] // self.tubelet_size, *self.grid_of(*x.shape[-2:])))
+        table = sinusoid_table(1 + patches, self.embed_dim).to(streams[0])
         table = table.expand(x.shape[0], -1, -1)
         if mask is not None:
             table = table[~mask].reshape(x.shape[0], -1, self.embed_dim)
@@ -336,25 +314,17 @@ class VideoMambaPretrain(VideoMamba):
         }[self.pool_type or "cls+avg"]()
         return patches, self.pool_norm(pooled) if self.pool_norm is not None else pooled
 
-    def _patches(self, x: Tensor) -> int:
-        kernels = (self.tubelet_size, self.patch_size, self.patch_size)
-        steps = (self.tubelet_size, self.stride, self.stride)
-        count = 1
-        for size, kernel, step in zip(x.shape[2:], kernels, steps):
-            count *= (size - kernel) // step + 1
-        return count
-
     def _check_mask(self, mask: Tensor, x: Tensor) -> None:
         if mask.dtype != torch.bool or tuple(mask.shape) != tuple(x.shape[:2]):
-            raise ValueError(f"mask is bool {tuple(x.shape[:2])}, got {mask.dtype} {tuple(mask.shape)}")
+            raise InputError(f"mask is bool {tuple(x.shape[:2])}, got {mask.dtype} {tuple(mask.shape)}")
         if (mask.sum(1) != mask[0].sum()).any():
-            raise ValueError("every sample of a batch hides the same number of tokens")
+            raise InputError("every sample of a batch hides the same number of tokens")
 
-    def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def translate(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """As `VideoMamba`, keeping the decoders; a video-text file's visual part is taken out of the whole."""
         state = strip_prefix(state, "vision_encoder.")
         extra = {k.replace("clip_decoder.", "decoders."): v for k, v in state.items() if k.startswith("clip_decoder.")}
-        return super().checkpoint_filter(state) | extra
+        return super().translate(state) | extra
 
 
 # -- models -----------------------------------------------------------------------------------------------------------

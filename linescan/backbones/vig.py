@@ -4,65 +4,43 @@ Paper: "ViG: Linear-complexity Visual Sequence Learning with Gated Linear Attent
 arXiv 2405.18425. Official code: github.com/hustvl/ViG (MIT). Written from the paper and the published weights.
 
 Pre-norm blocks of a `BiGLA` mixer and a gated MLP: over one grid with learned positions (ViG), or in four stages
-without (ViG-H). `HierViGDense` is ViG-H as a backbone for segmentation and detection.
+without (ViG-H).
 """
 
 from functools import partial
 from typing import Callable, Sequence
 
 import torch
-from timm.layers import DropPath, GluMlp, LayerScale, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.layers import LayerScale, calculate_drop_path_rates, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
-from ..checkpoint import rename, strip_prefix
+from ..checkpoint import rename
+from ..errors import InputError, known
+from ..layers.blocks import Block, Stage
 from ..layers.gla import BiGLA
+from ..layers.linear import init_linear
+from ..layers.mlp import GatedMlp, Mlp
 from ..layers.norm import RMSNorm
-from ..layers.pos_embed import resample_pos_embed
 from ..layers.stems import ConvDownsample, ConvStem, PatchMerging
-from .contract import HierarchicalBackbone, PlainBackbone, register
+from ..layers.tracing import opaque
+from .contract import HierarchicalBackbone, PlainBackbone, check_images, register
 
-__all__ = ["ViG", "HierViG", "HierViGDense"]
+__all__ = ["HierViG", "ViG"]
 
 
 def feed_forward(dim: int, gated: bool, multiple: int, act_layer: Callable) -> nn.Module:
     """A block's MLP: gated by SiLU with 8/3 of the channels, rounded up to a `multiple`, or plain with four times."""
     if not gated:
-        return Mlp(dim, 4 * dim, act_layer=act_layer)
+        return Mlp(dim, 4 * dim, act_layer)
     hidden = -(-int(8 * dim / 3) // multiple) * multiple
-    return GluMlp(dim, 2 * hidden, act_layer=nn.SiLU, bias=False, gate_last=False)
+    return GatedMlp(dim, hidden, nn.SiLU, bias=False, gate_first=True)
 
 
-class ViGBlock(nn.Module):
-    """x + mixer(norm1(x)), then x + mlp(norm2(x)), over a map (B, H, W, dim)."""
-
-    def __init__(
-        self,
-        dim: int,
-        norm_layer: Callable,
-        mlp: nn.Module,
-        drop_path: float = 0.0,
-        init_values: float | None = None,
-        **mixer,
-    ):
-        super().__init__()
-        self.norm1 = norm_layer(dim)
-        self.mixer = BiGLA(dim, **mixer)
-        self.ls1 = LayerScale(dim, init_values) if init_values is not None else nn.Identity()
-        self.norm2 = norm_layer(dim)
-        self.mlp = mlp
-        self.ls2 = LayerScale(dim, init_values) if init_values is not None else nn.Identity()
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.ls1(self.mixer(self.norm1(x))))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
-
-
-class TokenBlock(ViGBlock):
-    """A block over the tokens (B, H * W, dim) of a grid."""
-
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        return super().forward(x.unflatten(1, grid)).flatten(1, 2)
+@opaque
+def turn_rows(x: Tensor) -> Tensor:
+    """Turns every second row of a map (B, H, W, C) around; its own inverse."""
+    odd = torch.arange(x.shape[1], device=x.device) % 2 == 1
+    return torch.where(odd[:, None, None], x.flip(2), x)
 
 
 # -- ViG ---------------------------------------------------------------------------------------------------------------
@@ -75,7 +53,7 @@ class ViG(PlainBackbone):
         img_size: size (or height and width) that the position embedding is built for; other sizes run too.
         in_chans: input channels.
         num_classes: classes; 0 for none.
-        global_pool: "avg", or "" for the tokens as they are.
+        global_pool: a pooling, or "" for the tokens as they are.
         embed_dim: channels of the stream.
         depth: number of blocks.
         num_heads: heads of the mixer.
@@ -109,36 +87,28 @@ class ViG(PlainBackbone):
         drop_path_rate: float = 0.0,
     ):
         super().__init__()
-        if scan not in ("row", "zigzag"):
-            raise ValueError(f"scan is 'row' or 'zigzag', not {scan!r}")
+        known("scan", scan, ("row", "zigzag"))
         self.in_chans = in_chans
         self.num_features = self.embed_dim = embed_dim
         self.scan = scan
-        self.native_grid = self.grid_of(*((img_size, img_size) if isinstance(img_size, int) else img_size))
 
         self.patch_embed = ConvStem(in_chans, embed_dim, kernel_size=9, stride=8, act_layer=nn.SiLU)
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.native_grid[0] * self.native_grid[1], embed_dim))
+        self.init_positions(self.grid_of(*to_2tuple(img_size)))
         self.pos_drop = nn.Dropout(drop_rate)
         norm_layer = partial(RMSNorm, eps=1e-6)
+        mixer = partial(BiGLA, embed_dim, num_heads, conv_act=conv_act, conv_bias=conv_bias, out_act=out_act)
         self.blocks = nn.ModuleList(
-            TokenBlock(
+            Block(
                 embed_dim,
-                norm_layer,
+                mixer(scale=0.25),  # the published evaluation halves the mean of the directions once more
                 feed_forward(embed_dim, gated_mlp, 256, nn.SiLU),
-                rate,
-                init_values,
-                num_heads=num_heads,
-                conv_act=conv_act,
-                conv_bias=conv_bias,
-                out_act=out_act,
-                scale=0.25,  # the published evaluation halves the mean of the directions once more
+                norm_layer,
+                scale_layer=None if init_values is None else partial(LayerScale, init_values=init_values),
+                drop_path=rate,
             )
             for rate in calculate_drop_path_rates(drop_path_rate, depth)
         )
         self.norm = norm_layer(embed_dim)
-        self.feature_info = [
-            {"num_chs": embed_dim, "reduction": self.stride, "module": f"blocks.{i}"} for i in range(depth)
-        ]
         self.init_head(num_classes, global_pool, drop_rate)
         self.init_weights()
 
@@ -151,52 +121,26 @@ class ViG(PlainBackbone):
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
 
-    @staticmethod
-    def grid_of(height: int, width: int) -> tuple[int, int]:
-        """Tokens down and across for an image of this size."""
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
         return tuple(((size - 7) // 8) // 2 + 1 for size in (height, width))
 
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int], tuple]:
-        self.check_input(x, self.in_chans)
+        check_images(x, self.in_chans, self.min_size, type(self).__name__)
         x = self.patch_embed(x)
-        grid = tuple(x.shape[1:3])
-        x = self.turn_rows(x).flatten(1, 2) + resample_pos_embed(self.pos_embed, self.native_grid, grid)
-        return self.pos_drop(x), grid, (grid,)
+        grid = x.shape[1:3]
+        if self.scan == "zigzag":
+            x = turn_rows(x)
+        return self.pos_drop(x + self.positions(grid)), grid, ()
 
-    def turn_rows(self, x: Tensor) -> Tensor:
-        """Turns every second row of a map (B, H, W, C) around if the scan is a zigzag; its own inverse."""
-        if self.scan == "row":
-            return x
-        odd = torch.arange(x.shape[1], device=x.device) % 2 == 1
-        return torch.where(odd[:, None, None], x.flip(2), x)
+    def patch_tokens(self, x: Tensor) -> Tensor:
+        return super().patch_tokens(turn_rows(x) if self.scan == "zigzag" else x)
 
-    def patch_tokens(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        return self.turn_rows(x.unflatten(1, grid)).flatten(1, 2)
-
-    def pool(self, x: Tensor) -> Tensor:
-        """Mean over the tokens, or the tokens as they are without `global_pool`."""
-        return x.mean(1) if self.global_pool else x
-
-    def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Official keys to ours; a position embedding of another grid is resampled."""
-        state = rename(strip_prefix(state, "backbone."), PLAIN_KEYS)
-        positions = state.get("pos_embed")
-        if positions is not None and positions.shape[1] != self.pos_embed.shape[1]:
-            side = int(positions.shape[1] ** 0.5)
-            state["pos_embed"] = resample_pos_embed(positions, (side, side), self.native_grid)
-        return state
+    def translate(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Official keys to ours."""
+        return rename(state, PLAIN_KEYS)
 
 
 # -- ViG-H -------------------------------------------------------------------------------------------------------------
-
-
-class ViGStage(nn.Module):
-    """Downsampling, then blocks of one width."""
-
-    def __init__(self, downsample: nn.Module, blocks: Sequence[ViGBlock]):
-        super().__init__()
-        self.downsample = downsample
-        self.blocks = nn.ModuleList(blocks)
 
 
 class HierViG(HierarchicalBackbone):
@@ -205,13 +149,14 @@ class HierViG(HierarchicalBackbone):
     Args:
         in_chans: input channels.
         num_classes: classes; 0 for none.
-        global_pool: "avg", or "" for the map as it is.
+        global_pool: a pooling, or "" for the map as it is.
         dims: channels of the stages; an int doubles with every stage.
         depths: blocks of the stages.
         num_heads: heads of the mixers of the stages.
         gated_mlp: gated MLP of 8/3 the channels; otherwise a plain one of four times with GELU.
         downsample: "conv" (`ConvDownsample`), or "merge" (`PatchMerging`).
         conv_act, conv_bias, out_act: of the mixer (`BiGLA`).
+        img_size: accepted for timm; every size runs.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth, from 0 at the first block to this at the last.
     """
@@ -231,33 +176,30 @@ class HierViG(HierarchicalBackbone):
         conv_act: bool = False,
         conv_bias: bool = False,
         out_act: bool = False,
+        img_size: int | tuple[int, int] | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ):
         super().__init__()
         dims = [dims * 2**i for i in range(len(depths))] if isinstance(dims, int) else list(dims)
         if not len(dims) == len(depths) == len(num_heads):
-            raise ValueError(f"dims, depths and num_heads are for the same stages, got {dims}, {depths}, {num_heads}")
-        if downsample not in ("conv", "merge"):
-            raise ValueError(f"downsample is 'conv' or 'merge', not {downsample!r}")
-        reduce = ConvDownsample if downsample == "conv" else PatchMerging
+            raise InputError(f"dims, depths and num_heads are for the same stages, got {dims}, {depths}, {num_heads}")
+        reduce = {"conv": ConvDownsample, "merge": PatchMerging}[known("downsample", downsample, ("conv", "merge"))]
         self.in_chans = in_chans
+        self.dims = dims
         self.num_features = dims[-1]
         self.patch_embed = ConvStem(in_chans, dims[0])
         rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        mixer = partial(BiGLA, conv_act=conv_act, conv_bias=conv_bias, out_act=out_act)
         self.stages = nn.ModuleList(
-            ViGStage(
-                reduce(dims[i - 1], dim) if i else nn.Identity(),
+            Stage(
+                reduce(dims[i - 1], dim) if i else None,
                 [
-                    ViGBlock(
+                    Block(
                         dim,
-                        nn.LayerNorm,
+                        mixer(dim, num_heads[i]),
                         feed_forward(dim, gated_mlp, 32, nn.GELU),
-                        next(rates),
-                        num_heads=num_heads[i],
-                        conv_act=conv_act,
-                        conv_bias=conv_bias,
-                        out_act=out_act,
+                        drop_path=next(rates),
                     )
                     for _ in range(depths[i])
                 ],
@@ -265,61 +207,16 @@ class HierViG(HierarchicalBackbone):
             for i, dim in enumerate(dims)
         )
         self.norm = nn.LayerNorm(self.num_features)
-        self.feature_info = [
-            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
-        ]
         self.init_head(num_classes, global_pool, drop_rate)
         self.init_weights()
 
     def init_weights(self) -> None:
         """The published initialisation: every Linear truncated normal 0.02; the mixers' convolutions keep their own."""
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear):
-                trunc_normal_(layer.weight, std=0.02)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
+        self.apply(init_linear)
 
-    def pool(self, x: Tensor) -> Tensor:
-        """Mean over the map, or the map as it is without `global_pool`."""
-        return super().pool(x) if self.global_pool else x
-
-    def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def translate(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Official keys to ours: a stage's downsampling stands at the end of the stage before in the file."""
-        return rename(strip_prefix(state, "backbone."), HIERARCHICAL_KEYS)
-
-
-class HierViGDense(HierViG):
-    """ViG-H as a backbone for segmentation and detection: images -> a list of normalised maps (B, C, H, W).
-
-    Args:
-        out_indices: stages whose maps are returned, each after a LayerNorm of its own.
-        kwargs: of `HierViG`.
-    """
-
-    def __init__(self, out_indices: Sequence[int] = (0, 1, 2, 3), **kwargs):
-        super().__init__(num_classes=0, **kwargs)
-        self.norm = nn.Identity()
-        stages = range(len(self.stages))
-        if any(i not in stages for i in out_indices):
-            raise ValueError(f"out_indices are stages {stages[0]} to {stages[-1]}, got {tuple(out_indices)}")
-        self.out_indices = sorted(out_indices)
-        for i in self.out_indices:
-            self.add_module(f"outnorm{i}", nn.LayerNorm(self.feature_info[i]["num_chs"]))
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        maps = self.forward_intermediates(x, self.out_indices, output_fmt="NHWC", intermediates_only=True)
-        return [
-            self.get_submodule(f"outnorm{i}")(y).permute(0, 3, 1, 2).contiguous()
-            for i, y in zip(self.out_indices, maps)
-        ]
-
-    def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """As `HierViG`; a classification file fills all but the output norms, which keep their values."""
-        state = super().checkpoint_filter(state)
-        if not any(key.startswith("outnorm") for key in state):
-            state = {key: value for key, value in state.items() if not key.startswith(("norm.", "head."))}
-            state |= {key: value for key, value in self.state_dict().items() if key.startswith("outnorm")}
-        return state
+        return rename(state, HIERARCHICAL_KEYS)
 
 
 # -- official keys -----------------------------------------------------------------------------------------------------
@@ -342,7 +239,7 @@ PLAIN_KEYS = [
     (r"\.mlp_norm\.", ".norm2."),
     (r"\.gate_proj\.", ".fc1."),
     (r"\.down_proj\.", ".fc2."),
-    (r"\.gamma([12])$", r".ls\1.gamma"),
+    (r"\.gamma([12])$", r".scale\1.gamma"),
     (r"\.attn\.", ".mixer."),
     *MIXER_KEYS,
 ]

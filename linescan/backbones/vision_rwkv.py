@@ -7,24 +7,23 @@ weights.
 Blocks of a spatial mix over tokens and a channel mix; both blend every token with its four neighbours first
 (`QuadShift`). VRWKV mixes tokens by Bi-WKV, weights that fall with distance; VRWKV6 by the matrix states of RWKV-6, run
 forward and backward. Bi-WKV is the paper's equation; the official CUDA kernel departs from it by 0.01 to 1 % (it counts
-some distances one too long). `VisionRWKVAdapter` is the form for segmentation and detection.
+some distances one too long). For segmentation and detection it works with a `ViTAdapter`.
 """
 
-import re
 from functools import partial
 
 import torch
-import torch.nn.functional as F
-from timm.layers import calculate_drop_path_rates, trunc_normal_
+from timm.layers import LayerScale, calculate_drop_path_rates, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
-from ..checkpoint import rename, strip_prefix
-from ..layers.adapter import ViTAdapter
-from ..layers.pos_embed import resample_pos_embed
-from ..layers.rwkv import HEAD_DIM, QuadShift, RWKVBlock, SpatialMix, SpatialMix6
-from .contract import PlainBackbone, register
+from ..checkpoint import rename
+from ..errors import InputError, known
+from ..layers.linear import init_linear
+from ..layers.rwkv import HEAD_DIM, ChannelMix, QuadShift, RWKVBlock, SpatialMix, SpatialMix6
+from ..layers.stems import pad_to_multiple
+from .contract import DenseForm, PlainBackbone, check_images, register
 
-__all__ = ["VisionRWKV", "VisionRWKVAdapter"]
+__all__ = ["VisionRWKV"]
 
 
 class VisionRWKV(PlainBackbone):
@@ -36,7 +35,7 @@ class VisionRWKV(PlainBackbone):
         patch_size: side of the square patches.
         in_chans: input channels.
         num_classes: classes; 0 for none.
-        global_pool: "avg" (of the grid), or "" for the tokens as they are.
+        global_pool: a pooling of the grid, "token" (the class token), or "" for the tokens as they are.
         embed_dim: channels of the stream.
         depth: number of blocks.
         version: of RWKV: 4 (VRWKV) or 6 (VRWKV6, where the neighbours are of each head of 64 channels).
@@ -49,6 +48,10 @@ class VisionRWKV(PlainBackbone):
         drop_rate: dropout before the classifier and after the position embedding.
         drop_path_rate: stochastic depth, from 0 at the first block to this at the last.
     """
+
+    dense = DenseForm(norms=None, neck="adapter", new_keys=r"\.scale[12]\.")
+    class_positions = False
+    pools_class_tokens = False
 
     def __init__(
         self,
@@ -71,118 +74,89 @@ class VisionRWKV(PlainBackbone):
         drop_path_rate: float = 0.0,
     ):
         super().__init__()
-        if version not in (4, 6):
-            raise ValueError(f"version is 4 or 6, not {version!r}")
+        known("version", version, (4, 6))
         if version == 6 and embed_dim % HEAD_DIM:
-            raise ValueError(f"version 6 has heads of {HEAD_DIM} channels: embed_dim is a multiple, not {embed_dim}")
+            raise InputError(f"version 6 has heads of {HEAD_DIM} channels: embed_dim is a multiple, not {embed_dim}")
         self.in_chans = in_chans
         self.num_features = self.embed_dim = embed_dim
-        self.patch_size = self.min_size = patch_size
-        self.native_grid = self.grid_of(*((img_size, img_size) if isinstance(img_size, int) else img_size))
+        self.patch_size = self.stride = self.min_size = patch_size
         self.head_hidden = head_hidden
 
         self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.native_grid[0] * self.native_grid[1], embed_dim))
+        self.init_positions(self.grid_of(*to_2tuple(img_size)), "tail" if class_token else None)
         self.pos_drop = nn.Dropout(drop_rate)
+        mixer = SpatialMix6 if version == 6 else SpatialMix
+        shift = partial(QuadShift, embed_dim // HEAD_DIM if version == 6 else 1, shift_gamma, shift_pixels)
+        places = [i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(
             RWKVBlock(
                 embed_dim,
-                QuadShift(embed_dim // HEAD_DIM if version == 6 else 1, shift_gamma, shift_pixels),
-                SpatialMix6 if version == 6 else SpatialMix,
-                i / max(depth - 1, 1),
-                post_norm,
-                key_norm,
-                init_values,
-                rate,
+                mixer(embed_dim, shift(), place, key_norm),
+                ChannelMix(embed_dim, shift(), place, key_norm),
+                post_norm=post_norm,
+                scale_layer=None if init_values is None else partial(LayerScale, init_values=init_values),
+                drop_path=rate,
+                pre_norm=place == 0,
             )
-            for i, rate in enumerate(calculate_drop_path_rates(drop_path_rate, depth))
+            for place, rate in zip(places, calculate_drop_path_rates(drop_path_rate, depth))
         )
         self.norm = nn.LayerNorm(embed_dim)
-        self.feature_info = [
-            {"num_chs": embed_dim, "reduction": patch_size, "module": f"blocks.{i}"} for i in range(depth)
-        ]
         self.init_head(num_classes, global_pool, drop_rate)
         self.init_weights()
 
     def init_weights(self) -> None:
         """The published initialisation of Linear layers; the mixes' own parameters have theirs by channel and depth."""
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear):
-                trunc_normal_(layer.weight, std=0.02)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
+        self.apply(init_linear)
         if self.cls_token is not None:
             trunc_normal_(self.cls_token, std=0.02)
 
     # -- tokens -----------------------------------------------------------------------------------------------------
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
-        """Patches down and across for an image of this size."""
         return -(-height // self.patch_size), -(-width // self.patch_size)
 
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int], tuple]:
-        self.check_input(x, self.in_chans)
-        height, width = x.shape[-2:]
-        x = self.patch_embed(F.pad(x, (0, -width % self.patch_size, 0, -height % self.patch_size)))
-        grid = tuple(x.shape[-2:])
-        x = x.flatten(2).mT + resample_pos_embed(self.pos_embed, self.native_grid, grid)
-        if self.cls_token is not None:
-            x = torch.cat([x, self.cls_token.expand(len(x), -1, -1)], 1)
+        check_images(x, self.in_chans, self.min_size, type(self).__name__)
+        x = self.patch_embed(pad_to_multiple(x, self.patch_size)).permute(0, 2, 3, 1)
+        grid = x.shape[1:3]
+        x = self.add_class_tokens((x + self.positions(grid)).flatten(1, 2))
         return self.pos_drop(x), grid, (grid,)
-
-    def patch_tokens(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        return x[:, : grid[0] * grid[1]]
 
     # -- classifier -------------------------------------------------------------------------------------------------
 
-    def init_head(self, num_classes: int, global_pool: str, drop_rate: float) -> None:
-        super().init_head(num_classes, global_pool, drop_rate)
-        self._add_hidden()
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+    def set_classifier(self, num_classes: int, **factory) -> None:
         """A new, untrained classifier, its hidden layer included, for `num_classes` (0: none)."""
-        super().reset_classifier(num_classes, global_pool)
-        self._add_hidden()
-
-    def _add_hidden(self) -> None:
+        super().set_classifier(num_classes, **factory)
         self.head_inner = nn.Identity()
-        if self.head_hidden and self.num_classes:
-            place = self.head.weight
-            self.head_inner = nn.Sequential(nn.Linear(self.num_features, self.head_hidden), nn.Tanh()).to(place)
-            self.head = nn.Linear(self.head_hidden, self.num_classes).to(place)
+        if self.head_hidden and num_classes:
+            hidden = nn.Linear(self.head_hidden_size, self.head_hidden, **factory)
+            self.head_inner = nn.Sequential(hidden, nn.Tanh())
+            self.head = nn.Linear(self.head_hidden, num_classes, **factory)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.head_drop(self.pool(x))
         return x if pre_logits else self.head(self.head_inner(x))
 
-    def pool(self, x: Tensor) -> Tensor:
-        """Mean over the grid, without the class token, or all tokens as they are without `global_pool`."""
-        if not self.global_pool:
-            return x
-        return (x if self.cls_token is None else x[:, :-1]).mean(1)
-
     # -- weights ----------------------------------------------------------------------------------------------------
 
-    def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Official keys to ours, of any of the three trainers; a position embedding of another grid is resampled."""
+    def checkpoint_filter(self, state: dict[str, Tensor], img_size=None) -> dict[str, Tensor]:
+        """As `Backbone`; mmpretrain's files have the classifier beside the backbone."""
+        return super().checkpoint_filter(rename(state, ((r"^backbone\.", ""),)), img_size)
+
+    def translate(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Official keys to ours, of any of the three trainers."""
         out = rename(state, OFFICIAL_KEYS)
         for key, value in out.items():
             if key.endswith((".decay", ".first")) and value.ndim == 1:
                 out[key] = value[None]
         for i in range(len(self.blocks)):
-            mix = f"blocks.{i}.spatial_mix"
+            mix = f"blocks.{i}.mixer"
             if f"{mix}.time_maa_w" in out:
                 out[f"{mix}.mix"] = torch.cat([out.pop(f"{mix}.time_maa_{name}") for name in "wkvrg"])
-        positions = out.get("pos_embed")
-        if positions is not None and positions.shape[1] != self.pos_embed.shape[1]:
-            side = int(positions.shape[1] ** 0.5)
-            out["pos_embed"] = resample_pos_embed(positions, (side, side), self.native_grid)
         return out
 
 
 OFFICIAL_KEYS = (
-    (r"^backbone\.", ""),
     (r"^patch_embed\.projection\.", "patch_embed."),
     (r"^ln1\.", "norm."),
     (r"^head\.0\.", "head_inner.0."),
@@ -190,83 +164,15 @@ OFFICIAL_KEYS = (
     (r"^layers\.", "blocks."),
     (r"\.ln0\.", ".pre_norm."),
     (r"\.ln([12])\.", r".norm\1."),
-    (r"\.gamma([12])$", r".ls\1.gamma"),
-    (r"\.att\.", ".spatial_mix."),
-    (r"\.ffn\.", ".channel_mix."),
+    (r"\.gamma([12])$", r".scale\1.gamma"),
+    (r"\.att\.", ".mixer."),
+    (r"\.ffn\.", ".mlp."),
     (r"\.spatial_(decay|first|mix_[kvr])$", r".\1"),
     (r"\.time_maa_(x|w1|w2)$", r".mix_\1"),
     (r"\.time_(decay|decay_w1|decay_w2)$", r".\1"),
     (r"\.time_faaaa$", ".bonus"),
     (r"\.ln_x\.", ".head_norm."),
 )
-
-
-class VisionRWKVAdapter(VisionRWKV):
-    """Vision-RWKV with a `ViTAdapter` for segmentation and detection: images -> four maps at strides 4, 8, 16, 32.
-
-    The published UperNet (`features="each"`) and Mask R-CNN ("last") files have:
-
-        tiny    embed_dim=192, init_values=1.0
-        small   embed_dim=384, post_norm=True, init_values=1e-5
-        base    embed_dim=768, post_norm=True, init_values=1e-5, deform_heads=12, deform_ratio=0.5
-        large   embed_dim=1024, depth=24, post_norm=True, key_norm=True, init_values=1e-5, deform_heads=16,
-                deform_ratio=0.5
-
-    Args:
-        features: tokens added to the maps: after "each" part of the backbone (segmentation), or the "last" (detection).
-        deform_heads, deform_ratio, deform_points: of the adapter's attention.
-        conv_width: channels of the adapter's convolutional stem.
-        kwargs: of `VisionRWKV`; `patch_size` is 16 and `depth` a multiple of four.
-    """
-
-    def __init__(
-        self,
-        features: str = "each",
-        deform_heads: int = 6,
-        deform_ratio: float = 1.0,
-        deform_points: int = 4,
-        conv_width: int = 64,
-        in_chans: int = 3,
-        drop_path_rate: float = 0.0,
-        **kwargs,
-    ):
-        super().__init__(in_chans=in_chans, drop_path_rate=drop_path_rate, num_classes=0, **kwargs)
-        if self.patch_size != 16 or len(self.blocks) % 4 or self.cls_token is not None:
-            raise ValueError("an adapter needs patches of 16 pixels, a depth that 4 divides, and no class token")
-        self.norm = nn.Identity()
-        self.adapter = ViTAdapter(
-            self.embed_dim,
-            deform_heads,
-            deform_ratio,
-            deform_points,
-            in_chans,
-            conv_width,
-            drop_path_rate=drop_path_rate,
-            features=features,
-        )
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        tokens, grid, context = self.embed(x)
-        quarter = len(self.blocks) // 4
-
-        def part(start: int, tokens: Tensor) -> Tensor:
-            for block in self.blocks[start : start + quarter]:
-                tokens = self.run(block, tokens, *context)
-            return tokens
-
-        return self.adapter(x, tokens, grid, [partial(part, i * quarter) for i in range(4)])
-
-    def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """As `VisionRWKV`, of a whole segmentor or detector too; a classification file leaves the adapter as it is."""
-        state = strip_prefix(state, "backbone.")
-        adapter = {k: v for k, v in state.items() if k.startswith(("level_embed", "spm.", "interactions.", "up."))}
-        adapter |= {k: v for k, v in state.items() if re.match(r"norm[1-4]\.|adapter\.", k)}
-        state = super().checkpoint_filter({k: v for k, v in state.items() if k not in adapter})
-        state |= {f"adapter.{k.removeprefix('adapter.')}": v for k, v in adapter.items()}
-        if not any(k.startswith("adapter.") for k in state):
-            own = {k: v for k, v in self.state_dict().items() if k.startswith("adapter.") or ".ls" in k}
-            state = own | {k: v for k, v in state.items() if not k.startswith(("norm.", "head"))}
-        return state
 
 
 # -- models -----------------------------------------------------------------------------------------------------------

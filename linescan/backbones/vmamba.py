@@ -4,8 +4,8 @@ Paper: "VMamba: Visual State Space Model", Liu et al., NeurIPS 2024, arXiv 2401.
 github.com/MzeroMiko/VMamba (MIT). Written from the paper and the published weights.
 
 Four stages of pre-norm blocks: SS2D, and from the second generation on an MLP. The first generation ("vanilla") has a
-gate, 16 states a channel and patch merging; the current one has neither gate nor more than one state, and convolutional
-stem and downsampling. No position embedding, so any image size will do.
+gate, 16 states per channel and patch merging; the current one has no gate, one state, and convolutions as stem and
+downsampling. No position embedding, so any image size will do.
 """
 
 import re
@@ -13,16 +13,19 @@ from functools import partial
 from typing import Callable, Sequence
 
 import torch
-from timm.layers import DropPath, GluMlp, Mlp, calculate_drop_path_rates, get_act_layer, trunc_normal_
+from timm.layers import calculate_drop_path_rates, get_act_layer, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
-from ..checkpoint import strip_prefix
-from ..layers.pos_embed import resample_pos_embed
-from ..layers.ss2d import CROSS, SS2D, CascadeSS2D, SSDScan
+from ..errors import InputError, known
+from ..layers.blocks import Block, Stage
+from ..layers.linear import init_linear
+from ..layers.mlp import GatedMlp, Mlp
+from ..layers.s6 import CROSS, S6Scan
+from ..layers.ss2d import SS2D, CascadeSS2D, SSDScan
 from ..layers.stems import ConvDownsample, ConvStem, PatchMerging, PatchStem
 from .contract import HierarchicalBackbone, register
 
-__all__ = ["VMamba", "VMambaDense", "parse_forward_type"]
+__all__ = ["VMamba", "parse_forward_type"]
 
 
 # -- forward types ---------------------------------------------------------------------------------------------------
@@ -57,80 +60,18 @@ def parse_forward_type(text: str) -> dict:
         if rest.endswith(tag) and not options.keys() & option.keys():
             rest, options = rest.removesuffix(tag), options | option
     if rest not in CORES:
-        raise ValueError(
+        raise InputError(
             f"unknown forward_type {text!r}: a core ({', '.join(CORES)}), then in this order "
             f"[{'|'.join(OUT_NORM_TAGS)}][_nozact][_noz][_oact][_no32]"
         )
     if rest == "m0" and options.get("gate", "act") is not None:
-        raise ValueError(f"forward_type {text!r}: m0 has no gate, so it is written m0_noz")
+        raise InputError(f"forward_type {text!r}: m0 has no gate, so it is written m0_noz")
     if rest in ("v0", "v0seq"):  # the first release's class, before these were options
         options |= {"act_layer": nn.SiLU, "d_conv": 3, "conv_bias": True}
     return CORES[rest] | options
 
 
 # -- model -----------------------------------------------------------------------------------------------------------
-
-
-class VMambaBlock(nn.Module):
-    """x + drop_path(mixer(norm1(x))), then x + drop_path(mlp(norm2(x))) if there is an MLP; over maps (B, H, W, dim).
-
-    Args:
-        dim: channels.
-        mixer: the token mixer, a module over maps.
-        mlp_ratio: hidden channels of the MLP as a multiple of `dim`; 0 for no MLP.
-        gmlp: gate the MLP: fc2(a * GELU(b)) with (a, b) = fc1(x).
-        mlp_drop_rate: dropout in the MLP.
-        drop_path: rate of stochastic depth, for both branches.
-        post_norm: normalise each branch's output instead of its input.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        mixer: nn.Module,
-        mlp_ratio: float = 4.0,
-        gmlp: bool = False,
-        mlp_drop_rate: float = 0.0,
-        drop_path: float = 0.0,
-        post_norm: bool = False,
-    ):
-        super().__init__()
-        self.post_norm = post_norm
-        self.norm1 = nn.LayerNorm(dim)
-        self.mixer = mixer
-        self.drop_path = DropPath(drop_path)
-        self.mlp = None
-        if mlp_ratio > 0:
-            hidden = int(mlp_ratio * dim)
-            self.norm2 = nn.LayerNorm(dim)
-            self.mlp = (
-                GluMlp(dim, 2 * hidden, act_layer=nn.GELU, drop=mlp_drop_rate)
-                if gmlp
-                else Mlp(dim, hidden, drop=mlp_drop_rate)
-            )
-
-    def branch(self, x: Tensor, norm: nn.Module, layer: nn.Module) -> Tensor:
-        """The input with one branch's output added."""
-        return x + self.drop_path(norm(layer(x)) if self.post_norm else layer(norm(x)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.branch(x, self.norm1, self.mixer)
-        return x if self.mlp is None else self.branch(x, self.norm2, self.mlp)
-
-
-class VMambaStage(nn.Module):
-    """A downsampling and the blocks after it."""
-
-    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]):
-        super().__init__()
-        self.downsample = downsample
-        self.blocks = nn.ModuleList(blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
-        for block in self.blocks:
-            x = block(x)
-        return x
 
 
 STEMS = {"v1": PatchStem, "v2": ConvStem}
@@ -144,7 +85,7 @@ class VMamba(HierarchicalBackbone):
         img_size: size (or height and width) that the position embedding is built for, where there is one.
         in_chans: input channels.
         num_classes: classes; 0 for none.
-        global_pool: "avg", "max", or "" for the map as it is.
+        global_pool: a pooling, or "" for the map as it is.
         depths: blocks in each stage.
         dims: channels of the first stage, doubled from stage to stage; or of every stage.
         d_state: states per channel.
@@ -155,7 +96,7 @@ class VMamba(HierarchicalBackbone):
         act_layer: SS2D's activation, by timm's name for it.
         ssm_init: initialisation of the scans, "v0", "v1" or "v2"; see `S6Scan`.
         forward_type: routes, gate and output norm of SS2D, in the official code's words; see `parse_forward_type`.
-        routes: other routes than the forward type's (`linescan.scans.routes`): one spec for all blocks, or one a block.
+        routes: other routes than the forward type's (`linescan.scans.routes`): one spec for all blocks, or one each.
         merge: how the routes' outputs become one, see `SS2D`.
         mlp_ratio: hidden channels of the MLP as a multiple of the stage's; 0 for blocks without MLP.
         gmlp: gated MLP.
@@ -168,7 +109,7 @@ class VMamba(HierarchicalBackbone):
         drop_path_rate: stochastic depth, from 0 at the first block to this at the last.
     """
 
-    mixer_layer = SS2D
+    scan_layer = S6Scan
 
     def __init__(
         self,
@@ -199,23 +140,20 @@ class VMamba(HierarchicalBackbone):
         drop_path_rate: float = 0.0,
     ):
         super().__init__()
-        for name, value, known in (("patch_embed", patch_embed, STEMS), ("downsample", downsample, DOWNSAMPLES)):
-            if value not in known:
-                raise ValueError(f"{name} is one of {', '.join(map(repr, known))}, not {value!r}")
+        known("patch_embed", patch_embed, tuple(STEMS))
+        known("downsample", downsample, tuple(DOWNSAMPLES))
         self.in_chans = in_chans
         self.dims = [dims * 2**i for i in range(len(depths))] if isinstance(dims, int) else list(dims)
         if len(self.dims) != len(depths):
-            raise ValueError(f"dims gives {len(self.dims)} stages, depths {len(depths)}")
+            raise InputError(f"dims gives {len(self.dims)} stages, depths {len(depths)}")
         self.num_features = self.dims[-1]
         self.min_size = 4 * 2 ** (len(depths) - 1) if downsample == "v2" else 4
         self.patch_embed = STEMS[patch_embed](in_chans, self.dims[0])
-        self.native_grid = self.pos_embed = None
         if pos_embed:
-            height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-            self.native_grid = (height // 4, width // 4)
-            self.pos_embed = nn.Parameter(torch.zeros(1, self.native_grid[0] * self.native_grid[1], self.dims[0]))
+            self.pos_embed = nn.Parameter(torch.zeros(1, *self.grid_of(*to_2tuple(img_size)), self.dims[0]))
 
-        mixer = {
+        options = {
+            "scan_layer": self.scan_layer,
             "expand": expand,
             "d_state": d_state,
             "dt_rank": dt_rank,
@@ -227,66 +165,48 @@ class VMamba(HierarchicalBackbone):
             "merge": merge,
             **parse_forward_type(forward_type),
         }
-        mixer_layer = partial(mixer.pop("mixer_layer", self.mixer_layer), **mixer)
+        mixer_layer = partial(options.pop("mixer_layer", SS2D), **options)
         per_block = [routes] * sum(depths) if routes is None or isinstance(routes, str) else list(routes)
         if len(per_block) != sum(depths):
-            raise ValueError(f"routes are given for {len(per_block)} blocks, depths has {sum(depths)}")
+            raise InputError(f"routes are given for {len(per_block)} blocks, depths has {sum(depths)}")
         mixers = iter([mixer_layer if own is None else partial(mixer_layer, routes=own) for own in per_block])
         rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        mlp_layer = GatedMlp if gmlp else Mlp
+
+        def block(dim: int) -> Block:
+            mlp = mlp_layer(dim, int(mlp_ratio * dim), drop=proj_drop_rate) if mlp_ratio > 0 else None
+            return Block(dim, next(mixers)(dim), mlp, post_norm=post_norm, drop_path=next(rates))
+
         self.stages = nn.ModuleList(
-            VMambaStage(
-                DOWNSAMPLES[downsample](self.dims[i - 1], dim) if i else nn.Identity(),
-                [
-                    VMambaBlock(dim, next(mixers)(dim), mlp_ratio, gmlp, proj_drop_rate, next(rates), post_norm)
-                    for _ in range(depth)
-                ],
+            Stage(
+                DOWNSAMPLES[downsample](self.dims[i - 1], dim) if i else None,
+                [block(dim) for _ in range(depth)],
             )
             for i, (dim, depth) in enumerate(zip(self.dims, depths))
         )
         self.norm = nn.LayerNorm(self.num_features)
-        self.feature_info = [
-            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(self.dims)
-        ]
         self.init_head(num_classes, global_pool, drop_rate)
         self.init_weights()
 
     def init_weights(self) -> None:
         """The published initialisation: Linear layers truncated normal; convolutions and scans keep their own."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        self.apply(init_linear)
         if self.pos_embed is not None:
             trunc_normal_(self.pos_embed, std=0.02)
 
-    def embed(self, x: Tensor) -> Tensor:
-        x = super().embed(x)
-        if self.pos_embed is not None:
-            grid = tuple(x.shape[1:3])
-            x = x + resample_pos_embed(self.pos_embed, self.native_grid, grid).unflatten(1, grid)
-        return x
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        return height // 4, width // 4
+
+    def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int], tuple]:
+        x, grid, context = super().embed(x)
+        return x if self.pos_embed is None else x + self.positions(grid), grid, context
 
     # -- weights ----------------------------------------------------------------------------------------------------
 
-    def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The official code's keys, of any of its generations, to ours; the scans' parameters get an axis of routes.
-
-        A position embedding of another grid is resampled.
-        """
-        state = strip_prefix(state, "backbone.")
-        if any(key.startswith("layers.") for key in state):
-            state = self._from_official(state)
-        table = state.get("pos_embed")
-        if table is not None and self.pos_embed is not None and table.shape != self.pos_embed.shape:
-            if table.ndim == 4:  # official: (1, C, H, W)
-                grid, table = table.shape[2:], table.flatten(2).transpose(1, 2)
-            else:
-                grid = (int(table.shape[1] ** 0.5),) * 2
-            state["pos_embed"] = resample_pos_embed(table, tuple(grid), self.native_grid)
-        return state
-
-    def _from_official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def translate(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The official code's keys, of any of its generations, to ours; the scans' parameters get an axis of routes."""
+        if not any(key.startswith("layers.") for key in state):
+            return state
         own, out = self.state_dict(), {}
         stem = SEQUENCES[type(self.patch_embed)]
         downsample = SEQUENCES[type(self.stages[-1].downsample)]
@@ -304,6 +224,8 @@ class VMamba(HierarchicalBackbone):
                     continue
             if value.ndim == 4 and key in own and own[key].ndim == 2:  # a Linear kept as a 1x1 convolution
                 value = value.flatten(1)
+            if key == "pos_embed":  # (1, dim, H, W)
+                value = value.permute(0, 2, 3, 1)
             out[key] = value
         return out
 
@@ -335,34 +257,6 @@ OFFICIAL_NAMES = (
     (r"\.out_norm\.1\.", ".out_norm."),
     (r"\.out_norm\.2\.", ".out_norm.1."),
 )
-
-
-class VMambaDense(VMamba):
-    """VMamba as a backbone for segmentation and detection: images -> a list of maps (B, C, H, W), each normalised.
-
-    Args:
-        out_indices: stages whose maps are taken, each through a LayerNorm of its own; the stream goes on without it.
-        kwargs: of `VMamba`.
-    """
-
-    def __init__(self, out_indices: Sequence[int] = (0, 1, 2, 3), **kwargs):
-        super().__init__(**{**kwargs, "num_classes": 0})
-        self.out_indices = sorted(i % len(self.stages) for i in out_indices)
-        self.norm = nn.Identity()
-        self.out_norms = nn.ModuleDict({str(i): nn.LayerNorm(self.dims[i]) for i in self.out_indices})
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        options = {"output_fmt": "NHWC", "stop_early": True, "intermediates_only": True}
-        maps = self.forward_intermediates(x, self.out_indices, **options)
-        return [norm(x).permute(0, 3, 1, 2).contiguous() for norm, x in zip(self.out_norms.values(), maps)]
-
-    def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """As `VMamba`; a classification file leaves the output norms as they are, and its classifier is not needed."""
-        state = super().checkpoint_filter(state)
-        if "head.weight" in state:
-            own = {k: v for k, v in self.state_dict().items() if k.startswith("out_norms.")}
-            return {k: v for k, v in state.items() if not k.startswith(("norm.", "head."))} | own
-        return {re.sub(r"^outnorm(\d+)", r"out_norms.\1", k): v for k, v in state.items()}
 
 
 # -- models -----------------------------------------------------------------------------------------------------------

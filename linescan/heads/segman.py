@@ -11,11 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbones.segman import PUBLISHED, VARIANTS, MapScan, SegMANBlock, SegMANDense, from_official
-from ..layers.ss2d import CROSS
+from ..backbones.feature_maps import DenseBackbone
+from ..backbones.segman import PUBLISHED, VARIANTS, SegMANEncoder, from_official, segman_block
+from ..errors import InputError
+from ..layers.linear import linear
+from ..layers.s6 import CROSS
+from ..layers.ss2d import MapScan
+from ..layers.stems import pad_to_multiple
 from ..zoo import register
 
-__all__ = ["MMSCopE", "SegMANDecoder", "SegMAN"]
+__all__ = ["MMSCopE", "SegMAN", "SegMANDecoder"]
 
 
 def conv_module(in_chans: int, out_chans: int, kernel_size: int = 1, stride: int = 1, padding: int = 0) -> nn.Module:
@@ -38,14 +43,15 @@ class Projection(nn.Module):
         self.proj = nn.Linear(in_chans, out_chans)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return linear(self.proj, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class MMSCopE:
     """What SegMAN's decoder and its head for mmseg share: the fusion of the encoder's maps, on top of an nn.Module.
 
-    Everything happens at stride 8. The fused map x is seen at strides 8, 16 and 32, all folded to stride 32 without
-    losing a pixel (pixel_unshuffle), and one block scans the three together.
+    Everything happens at stride 8. The fused map x is read at strides 8, 16 and 32, all folded to stride 32 without
+    losing a pixel (pixel_unshuffle), and one block scans the three together. A map whose sides 4 does not divide is
+    padded by zeros for that, and the result cut to its size.
     """
 
     def init_fusion(self, in_channels: Sequence[int], channels: int, feat_proj_dim: int, routes: str = CROSS) -> None:
@@ -56,7 +62,7 @@ class MMSCopE:
         self.linear_c4, self.linear_c3, self.linear_c2 = (Projection(c, f) for c in reversed(in_channels[1:]))
         self.linear_fuse = conv_module(3 * f, e)
         self.reduce_channels = nn.ModuleList(conv_module(n * e, e) for n in (4, 8, 16))
-        self.vssm = SegMANBlock(3 * e, MapScan(3 * e, routes=routes), 4 * 3 * e)
+        self.vssm = segman_block(3 * e, MapScan(3 * e, routes=routes), 4 * 3 * e)
         self.short_path = conv_module(e, e)
         self.image_pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), conv_module(e, e))
         self.proj_out = conv_module(3 * e, f)
@@ -66,25 +72,20 @@ class MMSCopE:
         """Maps (B, C, H / s, W / s) of strides s = 4, 8, 16, 32 -> (B, channels, H / 8, W / 8); the first is not used.
 
         Raises:
-            ValueError: not four maps, or the sides of the image are no multiples of 32.
+            InputError: not four maps.
         """
-        name = type(self).__name__
         if len(maps) != 4:
-            raise ValueError(f"{name} expects four maps, of strides 4, 8, 16 and 32, got {len(maps)}")
+            raise InputError(f"{type(self).__name__} expects four maps, of strides 4, 8, 16 and 32, got {len(maps)}")
         size = maps[1].shape[-2:]
-        if size[0] % 4 or size[1] % 4:
-            raise ValueError(
-                f"{name} needs images whose height and width are multiples of 32, got maps of stride 8 of "
-                f"{size[0]}x{size[1]} positions"
-            )
         c2, c3, c4 = self.linear_c2(maps[1]), self.linear_c3(maps[2]), self.linear_c4(maps[3])
         c3, c4 = resize(c3, size), resize(c4, size)
         x = self.linear_fuse(torch.cat([c4, c3, c2], 1))
 
-        scales = self.conv_downsample_4(x), F.pixel_unshuffle(self.conv_downsample_2(x), 2), F.pixel_unshuffle(x, 4)
+        y = pad_to_multiple(x, 4)
+        scales = self.conv_downsample_4(y), F.pixel_unshuffle(self.conv_downsample_2(y), 2), F.pixel_unshuffle(y, 4)
         by_4, by_2, full = (reduce(scale) for reduce, scale in zip(self.reduce_channels, scales))
         m = self.vssm(torch.cat([full, by_2, by_4], 1).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        m = resize(m, size)
+        m = resize(m, y.shape[-2:])[..., : size[0], : size[1]]
         p = self.proj_out(m)
         pooled = self.image_pool(x).expand(-1, -1, *size)
         return self.cat(torch.cat([self.short_path(x), pooled, m, c2 + p, c3 + p, c4 + p], 1))
@@ -129,11 +130,10 @@ class SegMANDecoder(MMSCopE, nn.Module):
 class SegMAN(nn.Module):
     """The segmentation model: encoder and decoder. Published mmcv files load with `linescan.load_checkpoint`.
 
-    `forward` takes images whose sides are multiples of 32 and gives logits of their size; losses are usually taken on
-    these, too.
+    `forward` gives logits of the image's size; losses are usually taken on these, too.
 
     Args:
-        backbone: arguments of the encoder, a `SegMANDense`.
+        backbone: arguments of the encoder, a `SegMANEncoder`.
         channels, feat_proj_dim, num_classes, dropout_ratio, routes: of `SegMANDecoder`.
     """
 
@@ -147,15 +147,12 @@ class SegMAN(nn.Module):
         routes: str = CROSS,
     ):
         super().__init__()
-        self.backbone = SegMANDense(**backbone)
-        widths = self.backbone.dims
+        self.backbone = DenseBackbone(SegMANEncoder(**{**backbone, "num_classes": 0, "projection": 0}))
+        widths = self.backbone.out_channels
         self.decode_head = SegMANDecoder(widths, channels, feat_proj_dim, num_classes, dropout_ratio, routes)
 
     def forward_features(self, x: Tensor) -> list[Tensor]:
         """Images (B, in_chans, H, W) -> the encoder's maps (B, C, H / s, W / s), strides s = 4, 8, 16, 32."""
-        height, width = x.shape[-2:]
-        if height % 32 or width % 32:
-            raise ValueError(f"SegMAN needs images whose height and width are multiples of 32, got {height}x{width}")
         return self.backbone(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -219,7 +216,7 @@ register(
     **PUBLISHED,
     task="segmentation",
     page="https://drive.google.com/drive/folders/1C2bmb7KP7mECm9c04NCrUAJQGsEf_bQ4",
-    first_conv="backbone.patch_embed.0",
+    first_conv="backbone.trunk.patch_embed.0",
     classifier="decode_head.conv_seg",
     inputs=((3, 512, 512),),
     # As published for ADE20K: the shorter side 512, the longer 2048 at most, both multiples of 32.

@@ -8,12 +8,16 @@ names below it are the published ones.
 """
 
 import math
+from operator import attrgetter
 from typing import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
+
+from ..errors import InputError, known
+from .linear import linear
 
 __all__ = ["MSDeformableAttention", "SpatialPrior", "ViTAdapter", "deformable_attention", "reference_points"]
 
@@ -73,7 +77,7 @@ class MSDeformableAttention(nn.Module):
         super().__init__()
         inner = int(dim * ratio)
         if inner % num_heads:
-            raise ValueError(f"num_heads has to divide {inner} inner channels, got {num_heads}")
+            raise InputError(f"num_heads has to divide {inner} inner channels, got {num_heads}")
         self.points = num_heads, n_levels, n_points
         self.sampling_offsets = nn.Linear(dim, 2 * math.prod(self.points))
         self.attention_weights = nn.Linear(dim, math.prod(self.points))
@@ -82,7 +86,7 @@ class MSDeformableAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Every head looks in its own direction, point by point farther, with equal weights."""
+        """Each head has its own direction, each point a longer distance, all the same weight."""
         heads, levels, points = self.points
         for layer in (self.sampling_offsets, self.attention_weights):
             nn.init.zeros_(layer.weight)
@@ -99,20 +103,20 @@ class MSDeformableAttention(nn.Module):
 
     def forward(self, query: Tensor, query_grids: Grids, feat: Tensor, feat_grids: Grids) -> Tensor:
         """Queries (B, Q, dim) at the cells of their grids, tokens to read (B, F, dim) at theirs -> (B, Q, dim)."""
-        offsets = self.sampling_offsets(query).unflatten(-1, (*self.points, 2))
-        weights = self.attention_weights(query).unflatten(-1, (self.points[0], -1)).softmax(-1)
+        offsets = linear(self.sampling_offsets, query).unflatten(-1, (*self.points, 2))
+        weights = linear(self.attention_weights, query).unflatten(-1, (self.points[0], -1)).softmax(-1)
         # Places are kept in at least float32: half precision cannot tell neighbouring pixels apart.
         offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32))
         sizes = offsets.new_tensor([(width, height) for height, width in feat_grids])
         places = reference_points(query_grids, query.device).to(offsets.dtype)[:, None, None, None]
-        value = self.value_proj(feat).unflatten(-1, (self.points[0], -1))
+        value = linear(self.value_proj, feat).unflatten(-1, (self.points[0], -1))
         y = deformable_attention(
             value.to(offsets.dtype),
             feat_grids,
             places + offsets / sizes[:, None],
             weights.unflatten(-1, self.points[1:]),
         )
-        return self.output_proj(y.to(value.dtype))
+        return linear(self.output_proj, y.to(value.dtype))
 
 
 class Injector(nn.Module):
@@ -152,7 +156,7 @@ class PyramidMlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor, grids: Grids) -> Tensor:
-        return self.fc2(self.act(self.dwconv(self.fc1(x), grids)))
+        return linear(self.fc2, self.act(self.dwconv(linear(self.fc1, x), grids)))
 
 
 class Extractor(nn.Module):
@@ -220,11 +224,11 @@ class SpatialPrior(nn.Module):
         self.fc3 = nn.Conv2d(4 * width, dim, 1)
         self.fc4 = nn.Conv2d(4 * width, dim, 1)
 
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor) -> list[Tensor | None]:
         maps = []
         for conv, fc in ((self.stem, self.fc1), (self.conv2, self.fc2), (self.conv3, self.fc3), (self.conv4, self.fc4)):
             x = conv(x)
-            maps.append(fc(x))
+            maps.append(None if fc is None else fc(x))
         return maps
 
 
@@ -238,7 +242,7 @@ class ViTAdapter(nn.Module):
         dim: channels of the backbone.
         num_heads: heads of the deformable attention.
         ratio: its inner channels as a multiple of `dim`.
-        n_points: its points a head and map.
+        n_points: its points per head and map.
         in_chans: channels of the image.
         width: channels of the spatial prior's stem.
         ffn_ratio: hidden channels of the extractors' MLP as a multiple of `dim`.
@@ -250,7 +254,7 @@ class ViTAdapter(nn.Module):
     def __init__(
         self,
         dim: int,
-        num_heads: int,
+        num_heads: int = 6,
         ratio: float = 1.0,
         n_points: int = 4,
         in_chans: int = 3,
@@ -260,9 +264,8 @@ class ViTAdapter(nn.Module):
         features: str = "each",
     ):
         super().__init__()
-        if features not in ("each", "last"):
-            raise ValueError(f"features is 'each' or 'last', not {features!r}")
-        self.features = features
+        self.features = known("features", features, ("each", "last"))
+        self.dim, self.kept = dim, [0, 1, 2, 3]
         self.level_embed = nn.Parameter(torch.zeros(3, dim))
         self.spm = SpatialPrior(in_chans, width, dim)
         attention = dict(num_heads=num_heads, n_points=n_points, ratio=ratio)
@@ -290,6 +293,23 @@ class ViTAdapter(nn.Module):
                     trunc_normal_(layer.weight, std=0.02)
                     nn.init.zeros_(layer.bias)
 
+    def keep_maps(self, indices: Sequence[int]) -> None:
+        """Removes what makes the maps of other indices, of strides 4, 8, 16 and 32."""
+        self.kept = list(indices)
+        for i in {0, 1, 2, 3} - set(indices):
+            setattr(self, f"norm{i + 1}", None)
+        if 0 not in indices:
+            self.up = self.spm.fc1 = None
+
+    def is_of_other_map(self, name: str) -> bool:
+        """Whether a parameter is of a part that `keep_maps` has removed."""
+        part = name.rpartition(".")[0]
+        return part in ("norm1", "norm2", "norm3", "norm4", "up", "spm.fc1") and attrgetter(part)(self) is None
+
+    def describe(self) -> tuple[list[int], list[int], list[str]]:
+        """Channels, strides and modules of the maps."""
+        return [self.dim] * len(self.kept), [4 * 2**i for i in self.kept], [f"norm{i + 1}" for i in self.kept]
+
     def forward(
         self, image: Tensor, x: Tensor, grid: tuple[int, int], parts: Sequence[Callable[[Tensor], Tensor]]
     ) -> list[Tensor]:
@@ -302,10 +322,10 @@ class ViTAdapter(nn.Module):
             parts: the backbone's four parts, each tokens -> tokens.
 
         Raises:
-            ValueError: sides that 32 does not divide.
+            InputError: sides that 32 does not divide.
         """
         if image.shape[-2] % 32 or image.shape[-1] % 32:
-            raise ValueError(f"an adapter needs sides divisible by 32, got {image.shape[-2]}x{image.shape[-1]}")
+            raise InputError(f"an adapter needs sides divisible by 32, got {image.shape[-2]}x{image.shape[-1]}")
         finest, *pyramid = self.spm(image)
         grids = [tuple(y.shape[-2:]) for y in pyramid]
         c = torch.cat([y.flatten(2).mT + level for y, level in zip(pyramid, self.level_embed)], 1)
@@ -316,11 +336,11 @@ class ViTAdapter(nn.Module):
         pyramid = [
             y.unflatten(-1, size) for y, size in zip(c.mT.split([height * width for height, width in grids], -1), grids)
         ]
-        maps = [self.up(pyramid[0]) + finest, *pyramid]
         if self.features == "last":
             after = after[-1:] * 4
-        norms = self.norm1, self.norm2, self.norm3, self.norm4
-        return [
-            norm(y + F.interpolate(x.mT.unflatten(-1, grid), y.shape[-2:], mode="bilinear", align_corners=False))
-            for norm, y, x in zip(norms, maps, after)
-        ]
+        maps = []
+        for i in self.kept:
+            y = pyramid[i - 1] if i else self.up(pyramid[0]) + finest
+            x = F.interpolate(after[i].mT.unflatten(-1, grid), y.shape[-2:], mode="bilinear", align_corners=False)
+            maps.append(self.get_submodule(f"norm{i + 1}")(y + x))
+        return maps

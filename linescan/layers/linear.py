@@ -1,22 +1,42 @@
-"""`nn.Linear` on the fast path of `linescan.scans.matmul`."""
+"""Linear layers of models: ordinary `nn.Linear`s, computed on the fast path of `linescan.scans.matmul` on a CPU."""
 
+import torch
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from ..scans.matmul import linear
+from .._compat import is_observed
+from ..scans import matmul
 
-__all__ = ["Linear", "through_onednn"]
-
-
-class Linear(nn.Linear):
-    """`nn.Linear` that computes with `linear`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in_features) -> (..., out_features)."""
-        return linear(x, self.weight, self.bias)
+__all__ = ["init_linear", "linear"]
 
 
-def through_onednn(model: nn.Module) -> None:
-    """Makes every plain `nn.Linear` inside a model, timm's included, a `Linear`; weights and names stay."""
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = Linear
+def linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """`layer(x)`; an `nn.Linear` that nothing observes is computed by `linescan.scans.matmul.linear`.
+
+    So the layers of a model are `nn.Linear` by type, as tools expect (quantisation, FLOP counters, low-rank adapters),
+    and what such a tool hooks to a layer, or puts in its place, is called.
+
+    Args:
+        layer: an `nn.Linear`, or what stands in its place.
+        x: (..., in_features).
+
+    Returns:
+        (..., out_features).
+    """
+    if (
+        type(layer) is not nn.Linear
+        or type(x) is not Tensor
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or is_observed(layer)
+    ):
+        return layer(x)
+    return matmul.linear(x, layer.weight, layer.bias)
+
+
+def init_linear(module: nn.Module) -> None:
+    """The initialisation that most systems share, for `nn.Module.apply`: weights trunc-normal (0.02), biases 0."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,291 +1,462 @@
-"""Token mixers on equal terms: any recurrence, any routes, any merge, inside the same frame.
+"""Token mixers on equal terms: any recurrence or attention, any routes, any merge, inside the same frame.
 
     u = silu(conv3x3(x));   y = merge_k(core(u) along route k);   out = proj(norm(y) * silu(gate(x)))
 
-Only the core differs between two mixers, so what differs between two models is the recurrence. A core turns tokens
-(B, L, dim) and a route table (K, S) into the K routes' outputs (B, K, L, dim); projections of queries, keys and values
-are shared by the routes, decays and gates are each route's own.
+Only the core differs between two mixers, so what differs between two models is the recurrence. A core's `project` makes
+the recurrence's inputs of tokens (B, L, dim): projections of queries, keys and values are shared by the routes, each
+route has its own decays and gates. Its `scan` runs the recurrence along the K routes and merges.
 """
 
 import math
+from typing import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..scans import (
-    bi_wkv,
-    delta_rule,
-    gated_delta_rule,
-    gla,
-    hgrn2,
-    kda,
-    linear_attention,
-    retention,
-    rwkv7,
-    wkv4,
-    wkv6,
-)
-from ..scans.multi_route import create_merge
-from ..scans.routes import parse, table
+from .. import scans
+from ..errors import InputError, known
+from ..scans.multi_route import MultiRoute, create_merge
+from ..scans.routes import RouteLike
+from .attention import fit_window, sliding_attention, window_attention
+from .blocks import TokenMixer
+from .linear import linear
+from .neighborhood import neighborhood_attention
 from .norm import RMSNorm
 from .s6 import S6Scan
 from .ss2d import SSDScan
-from .stems import MapConv2d
+from .stems import depthwise
 
-__all__ = ["MIXERS", "Mixer"]
+__all__ = ["MIXERS", "Core", "Mixer"]
 
 
-class Core(nn.Module):
-    """Base of the cores with heads: shared projections of the tokens, and values of every route.
+class Heads(TokenMixer):
+    """Base of the cores with heads: their projections of the tokens.
 
     Args:
         dim: channels in and out.
         n_routes: K.
-        head_dim: channels of a head.
-        shared: names of the shared projections, each dim wide ("q k v").
-        per_route: name -> number of channels, of projections that every route has for itself.
+        head_dim: channels per head.
+        window: odd side of the windows of attentions.
+
+    Raises:
+        InputError: heads do not divide the channels, or the window is even.
     """
 
-    ordered = True  # whether the order of the tokens matters
+    shared = "q k v"  # projections that all routes share, dim wide
+    per_route: dict[str, str | int] = {}  # those of each route: a value per "channel", per "head", or so many per head
 
-    def __init__(self, dim: int, n_routes: int, head_dim: int, shared: str = "q k v", **per_route: int):
+    def __init__(self, dim: int, n_routes: int, head_dim: int, window: int):
         super().__init__()
         if dim % head_dim:
-            raise ValueError(f"head_dim divides the channels: {dim} is not a multiple of {head_dim}")
-        self.n_routes, self.head_dim, self.n_heads = n_routes, head_dim, dim // head_dim
-        self.shared, self.per_route = shared.split(), per_route
-        self.proj = nn.Linear(dim, dim * len(self.shared), bias=False)
-        self.own = nn.ModuleDict({name: nn.Linear(dim, n_routes * size) for name, size in per_route.items()})
+            raise InputError(f"head_dim divides the channels: {dim} is not a multiple of {head_dim}")
+        if window < 1 or window % 2 == 0:
+            raise InputError(f"windows are odd, got {window}")
+        self.n_routes, self.head_dim, self.n_heads, self.window = n_routes, head_dim, dim // head_dim, window
+        self.proj = nn.Linear(dim, dim * len(self.shared.split()), bias=False)
+        sizes = {"channel": head_dim, "head": 1}
+        self.own = nn.ModuleDict(
+            {k: nn.Linear(dim, n_routes * self.n_heads * sizes.get(size, size)) for k, size in self.per_route.items()}
+        )
 
     def tokens(self, u: Tensor) -> list[Tensor]:
         """The shared projections, (B, 1, L, heads, head_dim) each."""
-        return [x.unflatten(-1, (self.n_heads, -1)) for x in self.proj(u)[:, None].chunk(len(self.shared), -1)]
+        parts = linear(self.proj, u)[:, None].chunk(len(self.shared.split()), -1)
+        return [x.unflatten(-1, (self.n_heads, self.head_dim)) for x in parts]
 
     def values(self, name: str, u: Tensor) -> Tensor:
-        """A route's own projection in float32: (B, K, L, heads, head_dim), or (B, K, L, heads) if it has one a head."""
-        x = self.own[name](u)
-        x = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (self.n_routes, -1)).transpose(1, 2)
-        return x if x.shape[-1] == self.n_heads else x.unflatten(-1, (self.n_heads, -1))
+        """A projection of each route in float32: (B, K, L, heads, values), or (B, K, L, heads) for one per head."""
+        x = linear(self.own[name], u)
+        x = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (self.n_routes, self.n_heads, -1))
+        return x.movedim(2, 1).squeeze(-1) if self.per_route[name] == "head" else x.movedim(2, 1)
+
+    def project(self, u: Tensor) -> Sequence[Tensor]:
+        """Tokens (B, L, dim) -> the inputs of the recurrence."""
+        return self.tokens(u)
+
+
+class Core(Heads):
+    """Base of the cores that are a recurrence.
+
+    Args:
+        dim, head_dim, window: of `Heads`.
+        routes, merge: of `MultiRoute`.
+    """
+
+    recurrence: Callable
+    joins_heads = True
+
+    def __init__(
+        self,
+        dim: int,
+        routes: RouteLike | Sequence[RouteLike] | int,
+        merge: str,
+        head_dim: int,
+        window: int,
+    ):
+        along = MultiRoute(self.recurrence, routes, merge, dim, join_heads=self.joins_heads)
+        super().__init__(dim, along.n_routes, head_dim, window)
+        self.along = along
+
+    def scan(self, *inputs: Tensor, **options):
+        """The recurrence over what `project` made, and the merge: (B, L, merge.out_dim); options of `MultiRoute`."""
+        return self.along(*inputs, **options)
+
+    def mix_tokens(self, x: Tensor, grid: tuple[int, ...], **options) -> tuple[Tensor, Tensor | None]:
+        return self.scan(*self.project(x), grid=grid, **options)
 
 
 class S6(S6Scan):
-    """Mamba's selective scan (`selective_scan`), 16 states a channel."""
+    """Mamba's selective scan (`selective_scan`), 16 states per channel."""
 
-    ordered = True
-
-    def __init__(self, dim: int, n_routes: int, head_dim: int):
-        super().__init__(dim, n_routes)
-        self.n_routes = n_routes
-
-    def forward(self, u: Tensor, route: Tensor) -> Tensor:
-        return super().forward(u, route, merge=None)
+    def __init__(self, dim: int, routes, merge: str, head_dim: int, window: int):
+        super().__init__(dim, routes, merge=merge)
 
 
 class SSD(SSDScan):
-    """Mamba-2's scan (`ssd`), 16 states a channel, a decay a head."""
+    """Mamba-2's scan (`ssd`), 16 states per channel, a decay per head."""
 
-    ordered = True
+    def __init__(self, dim: int, routes, merge: str, head_dim: int, window: int):
+        super().__init__(dim, routes, d_state=16, dt_rank=dim // head_dim, merge=merge)
 
-    def __init__(self, dim: int, n_routes: int, head_dim: int):
-        super().__init__(dim, n_routes, d_state=16, dt_rank=dim // head_dim)
-        self.n_routes = n_routes
 
-    def forward(self, u: Tensor, route: Tensor) -> Tensor:
-        return super().forward(u, route, merge=None)
+# -- decays ------------------------------------------------------------------------------------------------------------
 
 
 class GLA(Core):
-    """Gated linear attention (`gla`): a decay a key channel, sigmoid(.)^(1/16)."""
+    """Gated linear attention (`gla`): a decay per key channel, sigmoid(.)^(1/16)."""
 
-    def __init__(self, dim: int, n_routes: int, head_dim: int):
-        super().__init__(dim, n_routes, head_dim, forget=dim)
+    recurrence = staticmethod(scans.gla)
+    per_route = {"forget": "channel"}
 
-    def forward(self, u: Tensor, route: Tensor) -> Tensor:
-        return gla(*self.tokens(u), F.logsigmoid(self.values("forget", u)) / 16, route=route).flatten(-2)
+    def project(self, u: Tensor) -> Sequence[Tensor]:
+        return *self.tokens(u), F.logsigmoid(self.values("forget", u)) / 16
+
+
+class SimpleGLA(GLA):
+    """Gated linear attention with a decay per head (`simple_gla`)."""
+
+    recurrence = staticmethod(scans.simple_gla)
+    per_route = {"forget": "head"}
 
 
 class Retention(Core):
-    """Retention (`retention`): a fixed decay a head."""
+    """Retention (`retention`): a fixed decay per head."""
 
-    def forward(self, u: Tensor, route: Tensor) -> Tensor:
-        return retention(*self.tokens(u), route=route).flatten(-2)
+    recurrence = staticmethod(scans.retention)
+
+
+class HGRN(Core):
+    """HGRN (`hgrn`): every channel a gated sum, without queries and keys."""
+
+    recurrence = staticmethod(scans.hgrn)
+    joins_heads = False
+    shared = "v"
+    per_route = {"forget": "channel"}
+
+    def project(self, u: Tensor) -> Sequence[Tensor]:
+        (v,) = self.tokens(u)
+        forget = F.logsigmoid(self.values("forget", u)) / 16
+        return tuple(x.flatten(-2) for x in (-torch.expm1(forget) * F.silu(v), forget))
 
 
 class HGRN2(Core):
     """HGRN-2 (`hgrn2`): the key is what is forgotten."""
 
-    def __init__(self, dim: int, n_routes: int, head_dim: int):
-        super().__init__(dim, n_routes, head_dim, "q v", forget=dim)
+    recurrence = staticmethod(scans.hgrn2)
+    shared = "q v"
+    per_route = {"forget": "channel"}
 
-    def forward(self, u: Tensor, route: Tensor) -> Tensor:
+    def project(self, u: Tensor) -> Sequence[Tensor]:
         q, v = self.tokens(u)
-        return hgrn2(q, self.values("forget", u), v, route=route).flatten(-2)
+        return q, self.values("forget", u), v
+
+
+class LogLinear(Core):
+    """Log-linear attention (`log_linear_attention`): a decay per head, and a weight per bucket of the past.
+
+    The first 12 levels of buckets have weights of their own, those above share that of the twelfth.
+    """
+
+    recurrence = staticmethod(scans.log_linear_attention)
+    per_route = {"forget": "head", "weights": 12}
+
+    def project(self, u: Tensor) -> Sequence[Tensor]:
+        weights = F.softplus(self.values("weights", u))
+        return *self.tokens(u), F.logsigmoid(self.values("forget", u)) / 16, weights
+
+    def scan(self, *inputs: Tensor, grid: tuple[int, ...] | None = None, route: Tensor | None = None, **options):
+        *inputs, weights = inputs
+        route = self.along.table(grid, weights.device) if route is None else route
+        last = options.get("position", 0) + route.shape[-1] - 1
+        level = torch.arange(last.bit_length() + 1, device=weights.device).clamp_max(weights.shape[-1] - 1)
+        return super().scan(*inputs, weights[..., level], grid=grid, route=route, **options)
 
 
 class LinearAttention(Core):
     """Normalised linear attention (`linear_attention`) with features elu + 1: no decay."""
 
-    def forward(self, u: Tensor, route: Tensor) -> Tensor:
+    recurrence = staticmethod(scans.linear_attention)
+
+    def project(self, u: Tensor) -> Sequence[Tensor]:
         q, k, v = self.tokens(u)
-        return linear_attention(F.elu(q) + 1, F.elu(k) + 1, v, normalize=True, route=route).flatten(-2)
+        return F.elu(q) + 1, F.elu(k) + 1, v
+
+    def scan(self, *inputs: Tensor, **options):
+        return super().scan(*inputs, normalize=True, **options)
+
+
+# -- delta rules -------------------------------------------------------------------------------------------------------
 
 
 class DeltaNet(Core):
     """The delta rule (`delta_rule`): a token corrects what the state says of its key."""
 
-    def __init__(self, dim: int, n_routes: int, head_dim: int):
-        super().__init__(dim, n_routes, head_dim, beta=dim // head_dim)
+    recurrence = staticmethod(scans.delta_rule)
+    per_route = {"beta": "head"}
 
-    def forward(self, u: Tensor, route: Tensor) -> Tensor:
+    def project(self, u: Tensor) -> Sequence[Tensor]:
         q, k, v = self.tokens(u)
-        beta = self.values("beta", u).sigmoid()
-        return delta_rule(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, beta, route=route).flatten(-2)
+        decays = [F.logsigmoid(self.values("forget", u)) / 16] if "forget" in self.own else []
+        return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, *decays, self.values("beta", u).sigmoid()
 
 
-class GatedDeltaNet(Core):
-    """The gated delta rule (`gated_delta_rule`): with a decay a head."""
+class GatedDeltaNet(DeltaNet):
+    """The gated delta rule (`gated_delta_rule`): with a decay per head."""
 
-    def __init__(self, dim: int, n_routes: int, head_dim: int):
-        super().__init__(dim, n_routes, head_dim, beta=dim // head_dim, forget=dim // head_dim)
-
-    def forward(self, u: Tensor, route: Tensor) -> Tensor:
-        q, k, v = self.tokens(u)
-        forget, beta = F.logsigmoid(self.values("forget", u)) / 16, self.values("beta", u).sigmoid()
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        return gated_delta_rule(q, k, v, forget, beta, route=route).flatten(-2)
+    recurrence = staticmethod(scans.gated_delta_rule)
+    per_route = {"beta": "head", "forget": "head"}
 
 
-class KDA(Core):
-    """Kimi delta attention (`kda`): the gated delta rule with a decay a key channel."""
+class KDA(DeltaNet):
+    """Kimi delta attention (`kda`): the gated delta rule with a decay per key channel."""
 
-    def __init__(self, dim: int, n_routes: int, head_dim: int):
-        super().__init__(dim, n_routes, head_dim, beta=dim // head_dim, forget=dim)
+    recurrence = staticmethod(scans.kda)
+    per_route = {"beta": "head", "forget": "channel"}
 
-    def forward(self, u: Tensor, route: Tensor) -> Tensor:
-        q, k, v = self.tokens(u)
-        forget, beta = F.logsigmoid(self.values("forget", u)) / 16, self.values("beta", u).sigmoid()
-        return kda(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, forget, beta, route=route).flatten(-2)
+
+class DPLR(Core):
+    """A diagonal plus a low-rank transition (`dplr`): what a learned key reads of the state is removed."""
+
+    recurrence = staticmethod(scans.dplr)
+    per_route = {"forget": "channel", "remove": "channel", "strength": "head"}
+
+    def project(self, u: Tensor) -> Sequence[Tensor]:
+        removed = F.normalize(self.values("remove", u), dim=-1)
+        strength = self.values("strength", u).sigmoid().unsqueeze(-1)
+        return *self.tokens(u), -removed, removed * strength, F.logsigmoid(self.values("forget", u)) / 16
+
+
+# -- RWKV --------------------------------------------------------------------------------------------------------------
 
 
 class WKV4(Core):
-    """RWKV-4's attention (`wkv4`): a fixed decay a channel, normalised."""
+    """RWKV-4's attention (`wkv4`): a fixed decay per channel, normalised."""
 
-    recurrence = staticmethod(wkv4)
+    recurrence = staticmethod(scans.wkv4)
+    joins_heads = False
+    shared = "k v"
 
-    def __init__(self, dim: int, n_routes: int, head_dim: int):
-        super().__init__(dim, n_routes, head_dim, "k v")
-        self.decay = nn.Parameter(torch.linspace(-5, 1, dim).expand(n_routes, -1).clone())
-        self.bonus = nn.Parameter(torch.zeros(n_routes, dim))
+    def __init__(self, dim: int, *args, **kwargs):
+        super().__init__(dim, *args, **kwargs)
+        self.decay = nn.Parameter(torch.linspace(-5, 1, dim).expand(self.n_routes, -1).clone())
+        self.bonus = nn.Parameter(torch.zeros(self.n_routes, dim))
 
     def no_weight_decay(self) -> set[str]:
         return {"decay", "bonus"}
 
-    def weights(self, length: int) -> tuple[Tensor, Tensor]:
-        """Decay a step and bonus of the own token."""
-        return self.decay.exp(), self.bonus
-
-    def forward(self, u: Tensor, route: Tensor) -> Tensor:
-        k, v = (x.flatten(-2) for x in self.tokens(u))
-        return self.recurrence(k, v, *self.weights(u.shape[1]), route=route)
+    def project(self, u: Tensor) -> Sequence[Tensor]:
+        return *(x.flatten(-2) for x in self.tokens(u)), self.decay.exp(), self.bonus
 
 
 class BiWKV4(WKV4):
     """Vision-RWKV's attention (`bi_wkv`): both sides of a token at once, decay by distance over length."""
 
-    recurrence = staticmethod(bi_wkv)
+    recurrence = staticmethod(scans.bi_wkv)
 
-    def weights(self, length: int) -> tuple[Tensor, Tensor]:
-        return self.decay / length, self.bonus / length
+    def project(self, u: Tensor) -> Sequence[Tensor]:
+        length = u.shape[1]
+        return *(x.flatten(-2) for x in self.tokens(u)), self.decay / length, self.bonus / length
 
 
 class WKV6(Core):
-    """RWKV-6's attention (`wkv6`): a decay a token and key channel, a bonus for the own token."""
+    """RWKV-6's attention (`wkv6`): a decay per token and key channel, a bonus for the own token."""
 
-    def __init__(self, dim: int, n_routes: int, head_dim: int):
-        super().__init__(dim, n_routes, head_dim, "r k v", decay=dim)
-        self.bonus = nn.Parameter(torch.zeros(n_routes, self.n_heads, head_dim))
+    recurrence = staticmethod(scans.wkv6)
+    shared = "r k v"
+    per_route = {"decay": "channel"}
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.bonus = nn.Parameter(torch.zeros(self.n_routes, self.n_heads, self.head_dim))
 
     def no_weight_decay(self) -> set[str]:
         return {"bonus"}
 
-    def forward(self, u: Tensor, route: Tensor) -> Tensor:
-        decay = -torch.exp(self.values("decay", u) - 3)  # starts near exp(-0.05) a token
-        return wkv6(*self.tokens(u), decay, self.bonus, scale=self.head_dim**-0.5, route=route).flatten(-2)
+    def project(self, u: Tensor) -> Sequence[Tensor]:
+        decay = -torch.exp(self.values("decay", u) - 3)  # starts near exp(-0.05) per token
+        return *self.tokens(u), decay, self.bonus
+
+    def scan(self, *inputs: Tensor, **options):
+        return super().scan(*inputs, scale=self.head_dim**-0.5, **options)
+
+
+class BiWKV6(WKV6):
+    """VRWKV6's attention (`bi_wkv6`): that of RWKV-6 over the tokens on both sides."""
+
+    recurrence = staticmethod(scans.bi_wkv6)
 
 
 class WKV7(Core):
     """RWKV-7's attention (`rwkv7`): decay, removal and writing, all by the token."""
 
-    def __init__(self, dim: int, n_routes: int, head_dim: int):
-        super().__init__(dim, n_routes, head_dim, "r k v", decay=dim, remove=dim)
+    recurrence = staticmethod(scans.rwkv7)
+    shared = "r k v"
+    per_route = {"decay": "channel", "remove": "channel"}
 
-    def forward(self, u: Tensor, route: Tensor) -> Tensor:
+    def project(self, u: Tensor) -> Sequence[Tensor]:
         r, k, v = self.tokens(u)
         decay = -math.exp(-0.5) * self.values("decay", u).sigmoid()
         remove = self.values("remove", u).sigmoid()
-        return rwkv7(r, k * remove, v, decay, F.normalize(k, dim=-1), remove, route=route).flatten(-2)
+        return r, k * remove, v, decay, F.normalize(k, dim=-1), remove
 
 
-class SoftmaxAttention(Core):
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+
+class SlidingAttention(Core):
+    """Softmax attention to the `window` squared tokens around each on every route (`sliding_attention`)."""
+
+    recurrence = staticmethod(sliding_attention)
+
+    def scan(self, *inputs: Tensor, **options):
+        return super().scan(*inputs, window=self.window**2, **options)
+
+
+class Attention(Heads):
+    """Base of the cores that read all tokens of a map, wherever they stand: no routes, no state.
+
+    Subclasses define `attend(q, k, v)` over maps (B, H, W, heads, head_dim).
+    """
+
+    def __init__(self, dim: int, routes, merge: str, head_dim: int, window: int):
+        super().__init__(dim, 1, head_dim, window)
+        self.merge = create_merge(merge, dim, 1)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def mix_tokens(self, x: Tensor, grid: tuple[int, ...], **options) -> tuple[Tensor, None]:
+        q, k, v = (t[:, 0].unflatten(1, grid) for t in self.project(x))
+        y = self.attend(q, k, v).flatten(-2).flatten(1, len(grid))
+        return self.merge(y[:, None]), None
+
+
+class SoftmaxAttention(Attention):
     """Softmax attention, the control: quadratic, and blind to the order of tokens."""
 
-    ordered = False
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        grid = q.shape[1:-2]
+        q, k, v = (x.flatten(1, -3).transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).unflatten(1, grid)
 
-    def forward(self, u: Tensor, route: Tensor) -> Tensor:
-        q, k, v = (x[:, 0].transpose(1, 2) for x in self.tokens(u))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)[:, None]
+
+class GlobalLinearAttention(Attention):
+    """Linear attention to all tokens (`global_linear_attention`) with features elu + 1: no order, no decay."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        grid = q.shape[1:-2]
+        q, k, v = (x.flatten(1, -3)[:, None] for x in (F.elu(q) + 1, F.elu(k) + 1, v))
+        return scans.global_linear_attention(q, k, v)[:, 0].unflatten(1, grid)
 
 
-MIXERS: dict[str, type] = {
+class WindowAttention(Attention):
+    """Softmax attention within windows that tile the map (`window_attention`)."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return window_attention(q, k, v, self.window)
+
+
+class NeighborhoodAttention(Attention):
+    """Softmax attention to the window around each token (`neighborhood_attention`), as large as the map lets it be."""
+
+    dilation = 1
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        sides = q.shape[1:3]
+        window = tuple(fit_window(self.window, side) for side in sides)
+        dilation = tuple(max(1, min(self.dilation, side // w)) for side, w in zip(sides, window))
+        return neighborhood_attention(q, k, v, window, dilation, scale=self.head_dim**-0.5)
+
+
+class DilatedAttention(NeighborhoodAttention):
+    """Neighbourhood attention to every second token, as far as the map lets it be (arXiv 2209.15001)."""
+
+    dilation = 2
+
+
+MIXERS: dict[str, type[TokenMixer]] = {
     "s6": S6,
     "ssd": SSD,
     "gla": GLA,
+    "simple_gla": SimpleGLA,
     "retention": Retention,
+    "hgrn": HGRN,
     "hgrn2": HGRN2,
+    "log_linear": LogLinear,
     "linear": LinearAttention,
+    "global_linear": GlobalLinearAttention,
     "delta": DeltaNet,
     "gated_delta": GatedDeltaNet,
     "kda": KDA,
+    "dplr": DPLR,
     "wkv4": WKV4,
     "bi_wkv4": BiWKV4,
     "wkv6": WKV6,
+    "bi_wkv6": BiWKV6,
     "wkv7": WKV7,
     "softmax": SoftmaxAttention,
+    "window": WindowAttention,
+    "neighborhood": NeighborhoodAttention,
+    "dilated": DilatedAttention,
+    "sliding": SlidingAttention,
 }
 
 
-class Mixer(nn.Module):
+class Mixer(TokenMixer):
     """A token mixer over a map (B, H, W, dim) -> (B, H, W, dim), in the frame that all of `MIXERS` share.
 
     Args:
         dim: channels.
         mixer: a name of `MIXERS`.
-        routes: spec of the routes, for `linescan.scans.routes.parse`.
+        routes: of the scans, see `MultiRoute`; attentions that read all tokens at once have none.
         merge: name for `linescan.scans.multi_route.create_merge`: "sum", "mean", "gate", "concat", "channel_attention".
-        head_dim: channels of a head.
+        head_dim: channels per head.
+        window: odd side of the windows of "window", "neighborhood", "dilated" and "sliding".
 
     Raises:
-        ValueError: unknown mixer, route or merge, or heads that do not divide the channels.
+        ValueError: unknown mixer, route or merge, heads that do not divide the channels, or an even window.
     """
 
     def __init__(
-        self, dim: int, mixer: str = "s6", routes="row,-row,col,-col", merge: str = "mean", head_dim: int = 32
+        self,
+        dim: int,
+        mixer: str = "s6",
+        routes: RouteLike | Sequence[RouteLike] | int = "row, -row, col, -col",
+        merge: str = "mean",
+        head_dim: int = 32,
+        window: int = 7,
     ):
         super().__init__()
-        if mixer not in MIXERS:
-            raise ValueError(f"unknown mixer {mixer!r}; there are: {', '.join(MIXERS)}")
-        self.routes = parse(routes)
-        n_routes = len(self.routes) if MIXERS[mixer].ordered else 1
-        self.conv = MapConv2d(dim, dim, 3, padding=1, groups=dim)
-        self.core = MIXERS[mixer](dim, n_routes, head_dim)
-        self.merge = create_merge(merge, dim, n_routes)
-        self.norm = RMSNorm(self.merge.out_dim)
-        self.gate = nn.Linear(dim, self.merge.out_dim)
-        self.proj = nn.Linear(self.merge.out_dim, dim)
+        core = MIXERS[known("mixer", mixer, MIXERS)]
+        self.conv = depthwise(dim, 3)
+        self.core = core(dim, routes, merge, head_dim, window=window)
+        width = getattr(self.core, "along", self.core).merge.out_dim
+        self.norm = RMSNorm(width)
+        self.gate = nn.Linear(dim, width)
+        self.proj = nn.Linear(width, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        grid = tuple(x.shape[1:3])
-        u = F.silu(self.conv(x)).flatten(1, 2)
-        y = self.merge(self.core(u, table(self.routes, grid, x.device)))
-        return self.proj(self.norm(y).unflatten(1, grid) * F.silu(self.gate(x)))
+    def mix_tokens(self, x: Tensor, grid: tuple[int, ...], **options) -> tuple[Tensor, Tensor | None]:
+        u = F.silu(self.conv(x.unflatten(1, grid))).flatten(1, 2)
+        y, state = self.core.mix_tokens(u, grid, **options)
+        return linear(self.proj, self.norm(y) * F.silu(linear(self.gate, x))), state

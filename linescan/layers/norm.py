@@ -2,11 +2,21 @@
 
 import torch
 import torch.nn.functional as F
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-__all__ = ["RMSNorm"]
+from .tracing import opaque
+
+__all__ = ["RMSNorm", "at_least_float32"]
 
 
+@opaque
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32, or float64 if it is: the dtype of a residual stream between half-precision layers."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@register_notrace_module
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last axis: w * x / sqrt(mean(x^2) + eps) (Zhang and Sennrich, arXiv 1910.07467).
 

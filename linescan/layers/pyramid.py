@@ -2,9 +2,10 @@
 
 from typing import Sequence
 
-import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
+
+from ..errors import InputError
 
 __all__ = ["RescaledFeatures", "SimpleFeaturePyramid"]
 
@@ -37,10 +38,16 @@ class RescaledFeatures(nn.Module):
             self.fpn3 = nn.Sequential(nn.MaxPool2d(2))
             self.fpn4 = nn.Sequential(nn.MaxPool2d(4))
         else:
-            raise ValueError(f"a rescaled pyramid exists for patch sizes 16 and 8, not {patch_size}")
+            raise InputError(f"a rescaled pyramid exists for patch sizes 16 and 8, not {patch_size}")
+
+        self.dim = dim
+
+    def describe(self) -> tuple[list[int], list[int], list[str]]:
+        """Channels, strides and modules of the maps."""
+        return [self.dim] * 4, [4, 8, 16, 32], [f"fpn{i}" for i in (1, 2, 3, 4)]
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Four (B, dim, H, W) maps -> the same at strides 4, 8, 16, 32 (for 16-pixel patches)."""
+        """Four (B, dim, H, W) maps of one scale -> maps at strides 4, 8, 16, 32."""
         return [op(x) for op, x in zip((self.fpn1, self.fpn2, self.fpn3, self.fpn4), maps)]
 
 
@@ -80,8 +87,14 @@ class SimpleFeaturePyramid(nn.Module):
         for level, (layers, width) in resize.items():
             layers += [_NormedConv(width, out_channels, 1), _NormedConv(out_channels, out_channels, 3)]
             self.add_module(f"simfp_{level}", nn.Sequential(*layers))
+        self.p6 = nn.MaxPool2d(1, 2)
+        self.out_channels = out_channels
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """(B, dim, H, W) at stride 16 -> five maps (B, out_channels, ., .) at strides 4, 8, 16, 32, 64."""
-        maps = [self.get_submodule(f"simfp_{level}")(x) for level in (2, 3, 4, 5)]
-        return [*maps, F.max_pool2d(maps[-1], kernel_size=1, stride=2)]
+    def describe(self) -> tuple[list[int], list[int], list[str]]:
+        """Channels, strides and modules of the maps."""
+        return [self.out_channels] * 5, [4, 8, 16, 32, 64], [*(f"simfp_{level}" for level in (2, 3, 4, 5)), "p6"]
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """The last of maps (B, dim, H, W) at stride 16 -> five (B, out_channels, ., .) at strides 4, 8, 16, 32, 64."""
+        pyramid = [self.get_submodule(f"simfp_{level}")(maps[-1]) for level in (2, 3, 4, 5)]
+        return [*pyramid, self.p6(pyramid[-1])]

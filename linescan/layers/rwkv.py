@@ -2,14 +2,17 @@
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerScale
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..scans import bi_wkv, bi_wkv6
+from ..scans.multi_route import MultiRoute
+from .blocks import Block, TokenMixer
+from .linear import linear
 
 __all__ = ["ChannelMix", "QuadShift", "RWKVBlock", "SpatialMix", "SpatialMix6"]
 
-HEAD_DIM = 64  # channels of a head of VRWKV6
+HEAD_DIM = 64  # channels per head of VRWKV6
 
 
 class QuadShift(nn.Module):
@@ -59,14 +62,15 @@ def decay_ramp(dim: int, depth: float) -> Tensor:
 
 
 def ripple(dim: int) -> Tensor:
-    """0, 0.5, -0.5 times two, channel by channel: what tells neighbouring channels' bonuses apart."""
+    """0, 1, -1 over and over along the channels: what tells neighbouring channels' bonuses apart."""
     return (torch.arange(dim) + 1) % 3 - 1.0
 
 
-class SpatialMix(nn.Module):
+class SpatialMix(TokenMixer):
     """Token mixer of VRWKV: y = W_o (sigmoid(r) * BiWKV(k, v)), with r, k, v from tokens blended with their neighbours.
 
-    Decay and bonus are divided by the number of tokens, so that weights fall alike over grids of any size.
+    Decay and bonus are divided by the number of tokens, so that weights fall alike over grids of any size. Class tokens
+    come after those of the grid.
 
     Args:
         dim: channels.
@@ -78,6 +82,7 @@ class SpatialMix(nn.Module):
     def __init__(self, dim: int, shift: QuadShift, depth: float, key_norm: bool = False):
         super().__init__()
         self.shift = shift
+        self.along = MultiRoute(bi_wkv, None)  # the weights fall with the distance on both sides: one route is enough
         self.decay = nn.Parameter(-5 + 8 * decay_ramp(dim, depth)[None])  # (routes, dim), as the first below
         self.first = nn.Parameter(torch.full((1, dim), 0.3).log() + 0.5 * ripple(dim))
         self.mix_k = nn.Parameter(ramp(dim, 1 - depth)[None, None])
@@ -89,18 +94,24 @@ class SpatialMix(nn.Module):
         self.key_norm = nn.LayerNorm(dim) if key_norm else nn.Identity()
         self.output = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def project(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (B, L, dim) on a grid -> keys, values and receptance, alike."""
         near = self.shift(x, grid)
-        k, v, r = (
-            layer(torch.lerp(near, x, mix.to(x.dtype)))
-            for layer, mix in ((self.key, self.mix_k), (self.value, self.mix_v), (self.receptance, self.mix_r))
-        )
-        length = x.shape[1]
-        y = bi_wkv(k[:, None], v[:, None], self.decay / length, self.first / length)[:, 0]
-        return self.output(torch.sigmoid(r) * self.key_norm(y))
+        parts = (self.key, self.mix_k), (self.value, self.mix_v), (self.receptance, self.mix_r)
+        return tuple(linear(layer, torch.lerp(near, x, mix.to(x.dtype))) for layer, mix in parts)
+
+    def scan(self, k: Tensor, v: Tensor, **options):
+        """Bi-WKV of keys and values (B, L, dim) -> (B, L, dim); options of `MultiRoute`."""
+        length = k.shape[1]
+        return self.along(k[:, None], v[:, None], self.decay / length, self.first / length, **options)
+
+    def mix_tokens(self, x: Tensor, grid: tuple[int, int], **options) -> tuple[Tensor, None]:
+        k, v, r = self.project(x, grid)
+        y, state = self.scan(k, v, **options)
+        return linear(self.output, torch.sigmoid(r) * self.key_norm(y)), state
 
 
-class SpatialMix6(nn.Module):
+class SpatialMix6(TokenMixer):
     """Token mixer of VRWKV6: matrix states forward and backward, with decays and blends that depend on the token.
 
     Args:
@@ -123,6 +134,7 @@ class SpatialMix6(nn.Module):
     ):
         super().__init__()
         self.shift = shift
+        self.along = MultiRoute(bi_wkv6, None)
         self.num_heads = dim // HEAD_DIM
         near = 1 - ramp(dim, 1 - depth)
         gates = 1 - ramp(dim, 0.5 * (1 - depth))
@@ -143,22 +155,31 @@ class SpatialMix6(nn.Module):
         self.head_norm = nn.GroupNorm(self.num_heads, dim)
         self.output = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def project(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Tokens (B, L, dim) on a grid -> r, k, v, log decays (B, 1, L, heads, 64), and the gate (B, L, dim)."""
         step = self.shift(x, grid) - x
         mix = torch.tanh((x + step * self.mix_x) @ self.mix_w1).unflatten(-1, (5, -1))
         mix = self.mix[:, None] + torch.einsum("blgr,grc->gblc", mix, self.mix_w2)
         w, k, v, r, g = x + step * mix
         w = self.decay + torch.tanh(w @ self.decay_w1) @ self.decay_w2
         w = -torch.exp(w.to(torch.promote_types(w.dtype, torch.float32)))
-        r, k, v, w = (
-            t.unflatten(-1, (self.num_heads, HEAD_DIM))[:, None]
-            for t in (self.receptance(r), self.key(k), self.value(v), w)
-        )
-        y = self.key_norm(bi_wkv6(r, k, v, w, self.bonus)[:, 0].flatten(2))
+        tokens = linear(self.receptance, r), linear(self.key, k), linear(self.value, v), w
+        heads = (t.unflatten(-1, (self.num_heads, HEAD_DIM))[:, None] for t in tokens)
+        return *heads, linear(self.gate, g)
+
+    def scan(self, r: Tensor, k: Tensor, v: Tensor, w: Tensor, **options):
+        """Both-sided WKV-6 of what `project` made -> (B, L, heads, 64); options of `MultiRoute`."""
+        return self.along(r, k, v, w, self.bonus, **options)
+
+    def mix_tokens(self, x: Tensor, grid: tuple[int, int], **options) -> tuple[Tensor, None]:
+        r, k, v, w, gate = self.project(x, grid)
+        y, state = self.scan(r, k, v, w, **options)
+        y = self.key_norm(y.flatten(2))
         y = self.head_norm(y.flatten(0, 1)).view_as(y)
-        return self.output(y * F.silu(self.gate(g)))
+        return linear(self.output, y * F.silu(gate)), state
 
 
+@register_notrace_module
 class ChannelMix(nn.Module):
     """The MLP of RWKV: y = sigmoid(r) * W_v relu(W_k x_k)^2, from tokens blended with their neighbours.
 
@@ -181,45 +202,26 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         near = self.shift(x, grid)
-        k = self.key(torch.lerp(near, x, self.mix_k.to(x.dtype)))
-        r = self.receptance(torch.lerp(near, x, self.mix_r.to(x.dtype)))
-        return torch.sigmoid(r) * self.value(self.key_norm(F.relu(k).square()))
+        k = linear(self.key, torch.lerp(near, x, self.mix_k.to(x.dtype)))
+        r = linear(self.receptance, torch.lerp(near, x, self.mix_r.to(x.dtype)))
+        return torch.sigmoid(r) * linear(self.value, self.key_norm(F.relu(k).square()))
 
 
-class RWKVBlock(nn.Module):
-    """Spatial mix, then channel mix: each x + scale * mix(norm(x)), or x + scale * norm(mix(x)) with `post_norm`.
+class RWKVBlock(Block):
+    """A `Block` whose MLP is a `ChannelMix`, which reads the grid as the mixer does.
 
-    The first block normalises the stream itself before (`pre_norm`).
+    Args:
+        dim: channels.
+        pre_norm: normalise the stream itself first (published: in the first block).
+        args, kwargs: of `Block`.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        shift: QuadShift,
-        spatial_mix: type,
-        depth: float,
-        post_norm: bool,
-        key_norm: bool,
-        init_values: float | None,
-        drop_path: float,
-    ):
-        super().__init__()
-        self.post_norm = post_norm
-        self.pre_norm = nn.LayerNorm(dim) if depth == 0 else nn.Identity()
-        self.norm1 = nn.LayerNorm(dim)
-        self.spatial_mix = spatial_mix(dim, shift, depth, key_norm)
-        self.ls1 = LayerScale(dim, init_values) if init_values is not None else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim)
-        self.channel_mix = ChannelMix(dim, shift, depth, key_norm)
-        self.ls2 = LayerScale(dim, init_values) if init_values is not None else nn.Identity()
-        self.drop_path = DropPath(drop_path)
+    mlp_reads_context = True
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        x = self.pre_norm(x)
-        for norm, mix, scale in (
-            (self.norm1, self.spatial_mix, self.ls1),
-            (self.norm2, self.channel_mix, self.ls2),
-        ):
-            y = norm(mix(x, grid)) if self.post_norm else mix(norm(x), grid)
-            x = x + self.drop_path(scale(y))
-        return x
+    def __init__(self, dim: int, *args, pre_norm: bool = False, **kwargs):
+        super().__init__(dim, *args, **kwargs)
+        self.pre_norm = nn.LayerNorm(dim) if pre_norm else nn.Identity()
+
+    def forward(self, x: Tensor, grid: tuple[int, int], **options):
+        """x (B, H * W + classes, dim), grid (H, W) -> the stream after the block."""
+        return super().forward(self.pre_norm(x), grid, **options)

@@ -4,14 +4,21 @@ Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 
 """
 
 import math
+from typing import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import known
 from ..scans import selective_scan
 from ..scans.matmul import project_routes
+from ..scans.multi_route import MultiRoute
+from ..scans.routes import RouteLike
+from .blocks import TokenMixer
 
-__all__ = ["S6Scan", "init_dt_bias"]
+__all__ = ["CROSS", "S6Scan", "init_dt_bias"]
+
+CROSS = "row, col, -row, -col"  # VMamba's cross-scan, in the order of its parameters
 
 
 def init_dt_bias(shape: tuple[int, ...], dt_min: float = 1e-3, dt_max: float = 1e-1, floor: float = 1e-4) -> Tensor:
@@ -20,37 +27,48 @@ def init_dt_bias(shape: tuple[int, ...], dt_min: float = 1e-3, dt_max: float = 1
     return dt + torch.log(-torch.expm1(-dt))
 
 
-class S6Scan(nn.Module):
+class S6Scan(TokenMixer):
     """Tokens (B, L, D) through an S6 recurrence along K routes, each with its own projections, A, D and steps.
 
         dt, B, C = x_proj[k] u;    y[k] = S6(u, softplus(dt_proj[k] dt + dt_bias[k]), -exp(A_log[k]), B, C, D[k])
 
+    `project` makes dt, B and C of the tokens, `scan` runs the recurrence and merges, for systems that change them
+    between: exchange C, add a prompt to it, or pass states.
+
     Args:
         dim: D, channels.
-        n_routes: K.
+        routes: what `MultiRoute` takes.
         d_state: N, state size per channel.
         dt_rank: R, rank of the step-size projection; None for ceil(dim / 16).
-        n_sets: 1 if all routes share x_proj, dt_proj, dt_bias and D and differ in A alone; K by default.
         init: "v0" (Mamba's: steps log-uniform in [1e-3, 1e-1], A = -1..-N), "v1" (A_log normal, dt_proj and dt_bias
             0.1 normal) or "v2" (A = -1, dt_proj and dt_bias 0.1 uniform).
+        shared: "" (every route its own parameters), "inputs" (all routes share x_proj, dt_proj, dt_bias and D and
+            differ in A alone), or "all".
+        merge: how the routes' outputs become one, see `MultiRoute`.
     """
+
+    multi_route = MultiRoute
 
     def __init__(
         self,
         dim: int,
-        n_routes: int = 4,
+        routes: RouteLike | Sequence[RouteLike] | int = CROSS,
         d_state: int = 16,
         dt_rank: int | None = None,
         init: str = "v0",
-        n_sets: int | None = None,
+        shared: str = "",
+        merge: str | Callable[[int, int], nn.Module] = "sum",
     ):
         super().__init__()
-        rank, sets = dt_rank or math.ceil(dim / 16), n_sets or n_routes
+        self.along = self.multi_route(selective_scan, routes, merge, dim)
+        n_routes = self.along.n_routes
+        rank = dt_rank or math.ceil(dim / 16)
+        sets = 1 if known("shared", shared, ("", "inputs", "all")) else n_routes
         self.split = rank, d_state, d_state
         self.x_proj = nn.Parameter(torch.empty(sets, rank + 2 * d_state, dim))
         self.dt_proj = nn.Parameter(torch.empty(sets, dim, rank))
         self.dt_bias = nn.Parameter(torch.empty(sets, dim))
-        self.A_log = nn.Parameter(torch.empty(n_routes, dim, d_state))
+        self.A_log = nn.Parameter(torch.empty(1 if shared == "all" else n_routes, dim, d_state))
         self.D = nn.Parameter(torch.ones(sets, dim))
         self.init = known("init", init, ("v0", "v1", "v2"))
         self.reset_parameters()
@@ -73,28 +91,41 @@ class S6Scan(nn.Module):
         """D; the steps' biases are decayed as the authors do (their rank, too, is two)."""
         return {"D"}
 
-    def scan(self, u: Tensor, route: Tensor, z: Tensor | None = None, merge: str | None = "sum") -> Tensor:
-        """u and gate z (B, K or 1, L, D), route table (K, S) -> (B, L, D) summed, or (B, K, L, D) with merge=None."""
-        dt, B, C = project_routes(u, self.x_proj).split(self.split, -1)
-        routes = self.A_log.shape[0]
-        return selective_scan(
+    def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens u (B, K or 1, L, D) -> dt (B, K, L, R), B and C (B, K, L, N); with shared inputs K may be 1."""
+        return project_routes(u, self.x_proj).split(self.split, -1)
+
+    def scan(self, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None = None, **options):
+        """Runs the recurrence over what `project` made and merges the routes.
+
+        Args:
+            u: tokens (B, K or 1, L, D).
+            dt, B, C: of `project`, or what became of them.
+            z: gate (B, K or 1, L, D) of the output.
+            options: `grid` or `route`, `initial_state` (B, K, D, N), `return_final_state`; of `MultiRoute`.
+
+        Returns:
+            (B, L, D), or a pair of that and the state (B, K, D, N).
+        """
+        n_routes = self.along.n_routes
+        A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+        return self.along(
             u,
             dt,
-            -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))),
+            A.expand(n_routes, -1, -1),
             B,
             C,
-            self.D.expand(routes, -1),
+            self.D.expand(n_routes, -1),
             z,
-            self.dt_bias.expand(routes, -1),
+            self.dt_bias.expand(n_routes, -1),
             delta_softplus=True,
             delta_weight=self.dt_proj,
-            route=route,
-            merge=merge,
+            **options,
         )
 
-    def forward(self, u: Tensor, route: Tensor, merge: str | None = "sum") -> Tensor:
-        """u (B, L, D), route table (K, S) -> (B, L, D) summed over routes, or (B, K, L, D) with merge=None."""
-        return self.scan(u[:, None], route, merge=merge)
+    def mix_tokens(self, x: Tensor, grid: tuple[int, ...], **options) -> tuple[Tensor, Tensor]:
+        u = x[:, None]
+        return self.scan(u, *self.project(u), grid=grid, **options)
 
 
 def simple_init(init: str, A_log: Tensor, *steps: Tensor) -> None:
@@ -105,10 +136,3 @@ def simple_init(init: str, A_log: Tensor, *steps: Tensor) -> None:
         nn.init.zeros_(A_log)
     for x in steps:
         x.copy_(0.1 * (torch.randn(x.shape) if init == "v1" else torch.rand(x.shape)))
-
-
-def known(what: str, value, choices):
-    """`value`, if it is one of `choices`; else one clear ValueError."""
-    if value not in choices:
-        raise ValueError(f"{what} is one of {', '.join(map(repr, choices))}, not {value!r}")
-    return value

@@ -1,48 +1,69 @@
 """SS2D: selective scans over a map along several routes, between two projections (VMamba, arXiv 2401.10166).
 
-`S6Scan` is the core that many systems share: tokens in place, one set of S6 parameters a route, any routes. `SSDScan`
-is its counterpart with Mamba-2's scalar decays. `SS2D` puts projections, convolution, norm and gate around either.
+`SS2D` puts projections, convolution, norm and gate around `S6Scan`, or around `SSDScan`, its counterpart with Mamba-2's
+scalar decays. `MapScan` is `S6Scan` between two projections alone.
 """
 
 import copy
 import math
-from functools import partial
-from typing import Callable
+from typing import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import InputError, known
 from ..scans import ssd
 from ..scans.matmul import project_routes
-from ..scans.multi_route import create_merge
-from ..scans.routes import parse, table
-from .s6 import S6Scan, init_dt_bias, known, simple_init
-from .stems import MapConv2d
+from ..scans.multi_route import MultiRoute
+from ..scans.routes import RouteLike
+from .blocks import TokenMixer
+from .linear import linear
+from .s6 import CROSS, S6Scan, init_dt_bias, simple_init
+from .stems import depthwise
 
-__all__ = ["CROSS", "SSDScan", "SS2D", "CascadeSS2D"]
-
-CROSS = "row, col, -row, -col"  # VMamba's cross-scan, in the order of its parameters
+__all__ = ["CascadeSS2D", "MapScan", "SS2D", "SSDScan"]
 
 
-class SSDScan(nn.Module):
-    """Tokens (B, L, D) through Mamba-2's recurrence along K routes: a scalar decay a head (SSD, arXiv 2405.21060).
+def _ssd_and_skip(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *, merge: str | None, **options):
+    """`ssd` with a weight D (K, H, P) of the input in the output for every channel."""
+    y, state = ssd(x, dt, A, B, C, dt_softplus=True, merge=merge, **options)
+    if merge and x.shape[1] == 1:
+        return y + D.sum(0) * x[:, 0], state
+    skip = D[:, None] * x
+    return y + (skip.sum(1) if merge else skip), state
+
+
+class SSDScan(TokenMixer):
+    """Tokens (B, L, D) through Mamba-2's recurrence along K routes: a scalar decay per head (SSD, arXiv 2405.21060).
 
         dt, B, C = x_proj[k] u;    y[k] = SSD(u, softplus(dt + dt_bias[k]), -exp(A_log[k]), B, C) + D[k] u
 
     Args:
         dim: D, channels; divided evenly into heads.
-        n_routes: K.
+        routes: what `MultiRoute` takes.
         d_state: N, state size per channel.
         dt_rank: number of heads, by the name that it has in `S6Scan`; None for ceil(dim / 16).
-        init: as in `S6Scan`.
+        init, merge: as in `S6Scan`.
     """
 
-    def __init__(self, dim: int, n_routes: int = 4, d_state: int = 64, dt_rank: int | None = None, init: str = "v0"):
+    multi_route = MultiRoute
+
+    def __init__(
+        self,
+        dim: int,
+        routes: RouteLike | Sequence[RouteLike] | int = CROSS,
+        d_state: int = 64,
+        dt_rank: int | None = None,
+        init: str = "v0",
+        merge: str | Callable[[int, int], nn.Module] = "sum",
+    ):
         super().__init__()
         heads = dt_rank or math.ceil(dim / 16)
         if dim % heads:
-            raise ValueError(f"{dim} channels do not divide into {heads} heads")
+            raise InputError(f"{dim} channels do not divide into {heads} heads")
+        self.along = self.multi_route(_ssd_and_skip, routes, merge, dim, join_heads=True)
+        n_routes = self.along.n_routes
         self.split = heads, d_state, d_state
         self.x_proj = nn.Parameter(torch.empty(n_routes, heads + 2 * d_state, dim))
         self.dt_bias = nn.Parameter(torch.empty(n_routes, heads))
@@ -63,29 +84,30 @@ class SSDScan(nn.Module):
         else:
             simple_init(self.init, self.A_log, self.dt_bias)
 
-    def forward(self, u: Tensor, route: Tensor, merge: str | None = "sum") -> Tensor:
-        """u (B, L, D), route table (K, S) -> (B, L, D) summed over routes, or (B, K, L, D) with merge=None."""
-        u = u[:, None]
-        dt, B, C = project_routes(u, self.x_proj).split(self.split, -1)
-        heads = u.unflatten(-1, (self.split[0], -1))
-        y = ssd(
-            heads,
+    def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens u (B, K or 1, L, D) -> dt (B, K, L, heads), B and C (B, K, L, N)."""
+        return project_routes(u, self.x_proj).split(self.split, -1)
+
+    def scan(self, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, **options):
+        """Runs the recurrence over what `project` made and merges the routes; as `S6Scan.scan`, without gate."""
+        return self.along(
+            u.unflatten(-1, (self.split[0], -1)),
             dt,
             -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))),
             B.unsqueeze(-2),
             C.unsqueeze(-2),
+            self.D,
             dt_bias=self.dt_bias,
-            dt_softplus=True,
-            route=route,
-            merge=merge,
+            **options,
         )
-        if merge:
-            return (y + self.D.sum(0) * heads[:, 0]).flatten(-2)
-        return (y + self.D[:, None] * heads).flatten(-2)
+
+    def mix_tokens(self, x: Tensor, grid: tuple[int, ...], **options) -> tuple[Tensor, Tensor]:
+        u = x[:, None]
+        return self.scan(u, *self.project(u), grid=grid, **options)
 
 
 class _OverPositions(nn.Module):
-    """Softmax over all positions of a map (B, H, W, C), a channel at a time."""
+    """Softmax over all positions of a map (B, H, W, C), per channel."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(1, 2).softmax(1).unflatten(1, x.shape[1:3])
@@ -94,19 +116,19 @@ class _OverPositions(nn.Module):
 OUT_NORMS: dict[str | None, Callable[[int], nn.Module]] = {
     "norm": nn.LayerNorm,
     "none": lambda dim: nn.Identity(),
-    "dwconv3": lambda dim: MapConv2d(dim, dim, 3, padding=1, groups=dim, bias=False),
-    "cnorm": lambda dim: nn.Sequential(nn.LayerNorm(dim), MapConv2d(dim, dim, 3, padding=1, groups=dim, bias=False)),
+    "dwconv3": lambda dim: depthwise(dim, 3, bias=False),
+    "cnorm": lambda dim: nn.Sequential(nn.LayerNorm(dim), depthwise(dim, 3, bias=False)),
     "softmax": lambda dim: _OverPositions(),
     "sigmoid": lambda dim: nn.Sigmoid(),
 }
 
 
-class SS2D(nn.Module):
+class SS2D(TokenMixer):
     """Token mixer over a map (B, H, W, dim): in_proj, depthwise convolution, scans along routes, norm, gate, out_proj.
 
     Args:
         dim: channels in and out.
-        routes: spec of the K routes (`linescan.scans.routes.parse`); parameters of the scan stand in their order.
+        routes: of the K scans (`MultiRoute`); parameters of the scan stand in their order.
         expand: inner channels D as a multiple of `dim`.
         d_state: N, state size per channel.
         dt_rank: R; None for ceil(dim / 16).
@@ -118,8 +140,7 @@ class SS2D(nn.Module):
             (both), "softmax" (over positions) or "sigmoid".
         out_act: GELU after `out_norm`.
         scan_layer: `S6Scan` or `SSDScan`.
-        merge: how the routes' outputs become one: a name for `linescan.scans.multi_route.create_merge`, or a function
-            from D and K to a module (B, K, L, D) -> (B, L, D).
+        merge: how the routes' outputs become one, see `MultiRoute`.
         init: of the scan.
         drop_rate: dropout after out_proj.
     """
@@ -127,7 +148,7 @@ class SS2D(nn.Module):
     def __init__(
         self,
         dim: int,
-        routes: str = CROSS,
+        routes: RouteLike | Sequence[RouteLike] | int = CROSS,
         expand: float = 2.0,
         d_state: int = 16,
         dt_rank: int | None = None,
@@ -146,62 +167,76 @@ class SS2D(nn.Module):
         inner = int(expand * dim)
         known("gate", gate, ("act", "linear", None))
         known("out_norm", out_norm, tuple(OUT_NORMS))
-        self.routes = parse(routes)
         self.in_proj = nn.Linear(dim, inner if gate is None else 2 * inner, bias=False)
         self.gate = {"act": act_layer, "linear": nn.Identity, None: lambda: None}[gate]()
-        self.conv = None
-        if d_conv > 1:
-            self.conv = MapConv2d(inner, inner, d_conv, padding=d_conv // 2, groups=inner, bias=conv_bias)
+        self.conv = depthwise(inner, d_conv, bias=conv_bias) if d_conv > 1 else nn.Identity()
         self.act = act_layer()
-        self.ssm = scan_layer(inner, len(self.routes), d_state, dt_rank or math.ceil(dim / 16), init)
-        self.merge = None  # the scan adds up by itself
-        if merge != "sum":
-            make = partial(create_merge, merge) if isinstance(merge, str) else merge
-            self.merge = make(inner, len(self.routes))
+        self.ssm = scan_layer(inner, routes, d_state, dt_rank or math.ceil(dim / 16), init, merge=merge)
         self.out_norm = OUT_NORMS[out_norm](inner)
         self.out_act = nn.GELU() if out_act else nn.Identity()
         self.out_proj = nn.Linear(inner, dim, bias=False)
         self.drop = nn.Dropout(drop_rate)
 
-    def scan(self, u: Tensor) -> Tensor:
-        """The merged scans of a map: (B, H, W, D) -> (B, H, W, D)."""
-        grid = u.shape[1:3]
-        route = table(self.routes, grid, u.device)
-        u = u.flatten(1, 2)
-        y = self.ssm(u, route) if self.merge is None else self.merge(self.ssm(u, route, merge=None))
-        return y.unflatten(1, grid)
+    def scan(self, u: Tensor, **options) -> tuple[Tensor, Tensor | None]:
+        """The merged scans of a map: (B, H, W, D) -> (B, H, W, D), and the final state."""
+        return self.ssm(u, **options)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, dim) -> (B, H, W, dim)."""
-        x = self.in_proj(x)
+    def mix_tokens(self, x: Tensor, grid: tuple[int, ...], **options) -> tuple[Tensor, Tensor | None]:
+        x, z = linear(self.in_proj, x).unflatten(1, grid), None
         if self.gate is not None:
             x, z = x.chunk(2, -1)
-        x = self.act(x if self.conv is None else self.conv(x))
-        x = self.out_act(self.out_norm(self.scan(x)))
-        if self.gate is not None:
-            x = x * self.gate(z)
-        return self.drop(self.out_proj(x))
+        y, state = self.scan(self.act(self.conv(x)), **options)
+        y = self.out_act(self.out_norm(y))
+        if z is not None:
+            y = y * self.gate(z)
+        return self.drop(linear(self.out_proj, y)).flatten(1, 2), state
+
+
+class _AddInOrderOfSteps(nn.Module):
+    """Two routes (B, 2, L, D) -> (B, L, D): the second is added in the order of its steps."""
+
+    def forward(self, y: Tensor) -> Tensor:
+        return y[:, 0] + y[:, 1].flip(1)
 
 
 class CascadeSS2D(SS2D):
     """SS2D whose scans run within each row, and then within each column of the result (VMamba's "v052dc").
 
     Rows are scanned forward with the first route's parameters and backward with the second's, columns with the third's
-    and fourth's. As published, the backward scan's output stays in the order of its steps when the two are added.
+    and fourth's. As published, the backward scan's output stays in the order of its steps when the two are added. There
+    is no state to pass on.
     """
 
-    def __init__(self, dim: int, routes: str = "row, -row", **kwargs):
-        super().__init__(dim, routes, **kwargs)
-        if len(self.routes) != 2:
-            raise ValueError(f"a cascade scans every line along 2 routes, got {routes!r}")
+    def __init__(self, dim: int, routes: RouteLike | Sequence[RouteLike] | int = "row, -row", **kwargs):
+        super().__init__(dim, routes, **{**kwargs, "merge": lambda dim, n_routes: _AddInOrderOfSteps()})
+        if self.ssm.along.n_routes != 2:
+            raise InputError(f"a cascade scans every line along 2 routes, got {routes!r}")
         self.ssm = nn.ModuleList([self.ssm, copy.deepcopy(self.ssm)])
         self.ssm[1].reset_parameters()
 
-    def scan(self, u: Tensor) -> Tensor:
+    def scan(self, u: Tensor, route: Tensor | None = None, **options) -> tuple[Tensor, None]:
         for ssm in self.ssm:
             lines = F.layer_norm(u, u.shape[-1:])
-            route = table(self.routes, (1, lines.shape[2]), u.device)
-            y = ssm(lines.flatten(0, 1), route, merge=None)
-            y = y[:, 0] + y[:, 1].flip(1)
+            y = ssm(lines.flatten(0, 1), route=route)
             u = y.unflatten(0, lines.shape[:2]).transpose(1, 2)  # to the columns, and back to the rows
-        return u
+        return u, None
+
+
+class MapScan(S6Scan):
+    """Tokens or maps through S6 with one state per channel, alone or between two Linear layers.
+
+    Args:
+        dim: channels in and out.
+        ratio: scanned channels as a multiple of `dim`; if not 1, between two Linear layers.
+        routes: of `S6Scan`.
+    """
+
+    def __init__(self, dim: int, ratio: float = 1.0, routes: RouteLike | Sequence[RouteLike] | int = CROSS):
+        inner = int(ratio * dim)
+        super().__init__(inner, routes, d_state=1, dt_rank=math.ceil(dim / 16))
+        self.in_proj = nn.Linear(dim, inner) if ratio != 1 else nn.Identity()
+        self.out_proj = nn.Linear(inner, dim) if ratio != 1 else nn.Identity()
+
+    def mix_tokens(self, x: Tensor, grid: tuple[int, ...], **options) -> tuple[Tensor, Tensor]:
+        y, state = super().mix_tokens(linear(self.in_proj, x), grid, **options)
+        return linear(self.out_proj, y), state

@@ -2,9 +2,23 @@
 
 import torch
 import torch.nn.functional as F
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-__all__ = ["MapConv2d", "MapBatchNorm2d", "PatchStem", "ConvStem", "PatchMerging", "ConvDownsample"]
+from .linear import linear
+from .tracing import opaque
+
+__all__ = [
+    "ChannelsFirst",
+    "ConvDownsample",
+    "ConvStem",
+    "MapConv2d",
+    "PatchMerging",
+    "PatchStem",
+    "channels_first",
+    "depthwise",
+    "pad_to_multiple",
+]
 
 
 class MapConv2d(nn.Conv2d):
@@ -14,11 +28,30 @@ class MapConv2d(nn.Conv2d):
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-class MapBatchNorm2d(nn.BatchNorm2d):
-    """`nn.BatchNorm2d` over a channels-last map (B, H, W, C)."""
+def depthwise(dim: int, kernel_size: int, bias: bool = True) -> MapConv2d:
+    """A depthwise convolution over a map (B, H, W, dim), which keeps its size."""
+    return MapConv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=bias)
+
+
+def channels_first(layer: nn.Module, x: Tensor) -> Tensor:
+    """A layer over maps (B, C, H, W), applied to a map (B, H, W, C)."""
+    return layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class ChannelsFirst(nn.Sequential):
+    """Layers over maps (B, C, H, W), one after the other, applied to a map (B, H, W, C).
+
+    For layers whose type matters, such as BatchNorms that are converted to SyncBatchNorms.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return channels_first(super().forward, x)
+
+
+@opaque
+def pad_to_multiple(x: Tensor, size: int) -> Tensor:
+    """Images (B, C, H, W) with zeros at the bottom and the right, so that `size` divides both sides."""
+    return F.pad(x, (0, -x.shape[-1] % size, 0, -x.shape[-2] % size))
 
 
 class PatchStem(nn.Module):
@@ -64,6 +97,7 @@ class ConvStem(nn.Module):
         return self.norm2(self.conv2(x))
 
 
+@register_notrace_module
 class PatchMerging(nn.Module):
     """(B, H, W, C) -> (B, H / 2, W / 2, out): LayerNorm and a Linear over each 2x2 patch, as Swin has it.
 
@@ -80,7 +114,7 @@ class PatchMerging(nn.Module):
         height, width = x.shape[1:3]
         x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
         x = torch.cat([x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)], -1)
-        return self.reduction(self.norm(x))
+        return linear(self.reduction, self.norm(x))
 
 
 class ConvDownsample(nn.Module):

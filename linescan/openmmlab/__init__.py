@@ -9,6 +9,6 @@ segman.py        SegMAN's decode head for mmseg
 from importlib.util import find_spec
 
 if find_spec("mmengine"):  # without it, the other modules say in one line what is missing
-    from .backbone import LayerDecayOptimWrapperConstructor, LinescanBackbone, find_config, list_configs
+    from .backbone import CONFIGS, LayerDecayOptimWrapperConstructor, LinescanBackbone, find_config, list_configs
 
-    __all__ = ["LayerDecayOptimWrapperConstructor", "LinescanBackbone", "find_config", "list_configs"]
+    __all__ = ["CONFIGS", "LayerDecayOptimWrapperConstructor", "LinescanBackbone", "find_config", "list_configs"]

@@ -11,7 +11,6 @@ from collections import defaultdict
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Sequence
 
 import timm
 from mmengine.config.utils import MODULE2PACKAGE
@@ -23,7 +22,8 @@ from mmengine.utils import is_installed
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..backbones.feature_maps import FeatureMaps
+from ..backbones.feature_maps import DenseBackbone, dense_parts
+from ..errors import InputError
 
 __all__ = ["LayerDecayOptimWrapperConstructor", "LinescanBackbone", "find_config", "list_configs"]
 
@@ -36,27 +36,31 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 @MODELS.register_module()
-class LinescanBackbone(FeatureMaps, BaseModule):
-    """Any linescan backbone for OpenMMLab: images -> a list of maps (B, C, H, W).
+class LinescanBackbone(DenseBackbone, BaseModule):
+    """Any linescan backbone of images for OpenMMLab: images -> a list of maps (B, C, H, W).
 
     Args:
         model: a registered name; `linescan list` shows them.
-        out_indices, neck, out_channels, kwargs: of `FeatureMaps`, which has their defaults.
+        kwargs: `out_indices`, `tap`, `norms`, `neck`, and the model's own arguments; of `dense_parts`, which has their
+            defaults.
         frozen_stages: 0 freezes the stem, n also the first n stages (or blocks of a plain backbone); -1 nothing.
         norm_eval: keep BatchNorm layers (of adapters and necks) in evaluation mode.
         with_cp: gradient checkpointing, block by block.
         pretrained: as `init_cfg=dict(type='Pretrained', checkpoint=pretrained)`.
         init_cfg: `dict(type='Pretrained', checkpoint=...)`: a file, classification or dense, official or of a training
-            here; its URL; or `linescan://NAME` for the official file of a registered model.
+            here; its URL; or `linescan://NAME` for the official file of a registered model. `img_size` tells the
+            size it was trained at, where its positions are for no square.
+
+    Attributes:
+        out_channels, strides, feature_info: of the maps, as `DenseBackbone` has them.
 
     Raises:
-        ValueError: unknown model, indices that it does not have, or another kind of `init_cfg`.
+        InputError: unknown model, a model of clips, indices that it does not have, or another kind of `init_cfg`.
     """
 
     def __init__(
         self,
         model: str,
-        out_indices: Sequence[int] | None = None,
         frozen_stages: int = -1,
         norm_eval: bool = False,
         with_cp: bool = False,
@@ -67,11 +71,11 @@ class LinescanBackbone(FeatureMaps, BaseModule):
         if pretrained:
             init_cfg = {"type": "Pretrained", "checkpoint": pretrained}
         if init_cfg and (init_cfg.get("type") != "Pretrained" or "checkpoint" not in init_cfg):
-            raise ValueError(f"init_cfg is dict(type='Pretrained', checkpoint=...) or None, not {dict(init_cfg)}")
-        super().__init__(model, out_indices, **kwargs)
+            raise InputError(f"init_cfg is dict(type='Pretrained', checkpoint=...) or None, not {dict(init_cfg)}")
+        super().__init__(**dense_parts(model, **kwargs))
         self.init_cfg = init_cfg
         self.norm_eval = norm_eval
-        self.trunk.set_grad_checkpointing(with_cp)
+        self.set_grad_checkpointing(with_cp)
         self.freeze(frozen_stages)
         self.register_load_state_dict_pre_hook(_translate_keys)
 
@@ -88,7 +92,7 @@ class LinescanBackbone(FeatureMaps, BaseModule):
         """Loads what `init_cfg` names; otherwise the model is initialised since it was built."""
         if self.init_cfg and not self._is_init:
             checkpoint = self.init_cfg["checkpoint"]
-            dropped, new = self.load_pretrained(_fetch(checkpoint))
+            dropped, new = self.load_pretrained(_fetch(checkpoint), self.init_cfg.get("img_size"))
             said = [f"LinescanBackbone: loaded {checkpoint}"]
             said += [f"its classifier is dropped ({', '.join(dropped)})"] if dropped else []
             said += [f"{len(new)} parameters are new (first: {new[0]})"] if new else []
@@ -99,7 +103,7 @@ class LinescanBackbone(FeatureMaps, BaseModule):
 def _translate_keys(module: LinescanBackbone, state: dict, prefix: str, *_) -> None:
     """Before `load_state_dict`: the keys of an official segmentor's or detector's backbone become ours, in place."""
     inside = {key.removeprefix(prefix): key for key in state if key.startswith(prefix)}
-    if inside and not any(key.startswith("body.") for key in inside):
+    if inside and not any(key.startswith("trunk.") for key in inside):
         own = module.checkpoint_filter({key: state.pop(full) for key, full in inside.items()})
         state.update({prefix + key: value for key, value in own.items()})
 

@@ -1,5 +1,6 @@
 """Any recurrence along any routes, and the ways to make one output of the routes' outputs."""
 
+from inspect import signature
 from typing import Callable, Sequence
 
 import torch
@@ -109,9 +110,11 @@ class MultiRoute(nn.Module):
 
     Args:
         recurrence: any function of this package that takes `route` and `merge`, as `selective_scan`.
-        routes: what `routes.table` takes, or K, the number of routes of tables given with each call (point clouds).
-        merge: a name for `create_merge`, or a module (B, K, L, ...) -> (B, L, ...).
+        routes: what `routes.table` takes; K, the number of routes of tables given with each call (point clouds); or
+            None for one route, the stored order.
+        merge: a name for `create_merge`, a module (B, K, L, ...) -> (B, L, ...), or a function (dim, K) -> module.
         dim: channels of one route's output; needed by "gate", "concat" and "channel_attention".
+        join_heads: outputs (B, K, L, H, P) are merged as (B, K, L, H * P).
 
     Raises:
         ValueError: unknown merge or route.
@@ -120,46 +123,83 @@ class MultiRoute(nn.Module):
     def __init__(
         self,
         recurrence: Callable,
-        routes: "int | _routes.RouteLike | Sequence[_routes.RouteLike]",
-        merge: str | nn.Module = "sum",
+        routes: "int | None | _routes.RouteLike | Sequence[_routes.RouteLike]",
+        merge: "str | nn.Module | Callable[[int, int], nn.Module]" = "sum",
         dim: int = 0,
+        join_heads: bool = False,
     ):
         super().__init__()
         self.recurrence = recurrence
-        self.routes = routes if isinstance(routes, int) else _routes.parse(routes)
-        self.n_routes = routes if isinstance(routes, int) else len(self.routes)
-        self.merge = create_merge(merge, dim, self.n_routes) if isinstance(merge, str) else merge
+        self.routes = routes if routes is None or isinstance(routes, int) else _routes.parse(routes)
+        self.n_routes = len(self.routes) if isinstance(self.routes, tuple) else routes or 1
+        self.join_heads = join_heads
+        if isinstance(merge, str):
+            merge = create_merge(merge, dim, self.n_routes)
+        self.merge = merge if isinstance(merge, nn.Module) else merge(dim, self.n_routes)
+        parameters = signature(recurrence).parameters.values()
+        self.has_state = any(p.name in ("initial_state", "options") for p in parameters)
+
+    def table(self, grid: Sequence[int], device: torch.device | str | None = None) -> Tensor | None:
+        """The table (K, S) of the routes over a grid; None for the stored order.
+
+        Raises:
+            ValueError: the routes are not known here, but given with each call.
+        """
+        if isinstance(self.routes, int):
+            raise ValueError(f"MultiRoute: made for {self.n_routes} given routes, so each call needs a route table")
+        return None if self.routes is None else _routes.table(self.routes, grid, device)
+
+    def merge_routes(self, y: Tensor, grid: Sequence[int] | None) -> Tensor:
+        """Outputs (B, K, L, ...) of the routes -> (B, L, ...); `grid` as the call had it."""
+        return self.merge(y)
 
     def forward(
-        self, *inputs, grid: Sequence[int] | None = None, route: Tensor | None = None, **options
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        self,
+        *inputs,
+        grid: Sequence[int] | None = None,
+        route: Tensor | None = None,
+        initial_state: Tensor | None = None,
+        return_final_state: bool = False,
+        keep: int | None = None,
+        **options,
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
         """Args:
             inputs, options: of the recurrence; token inputs are (B, K or 1, L, ...), in stored order.
             grid: (H, W) or (T, H, W) that the tokens stand on.
-            route: a table (K, S) or (B, K, S) instead of `grid`.
+            route: a table (K, S) or (B, K, S) instead of the routes over `grid`.
+            initial_state: of the recurrence.
+            return_final_state: also return the state after the last step.
+            keep: tokens whose outputs are merged and returned, the first of the L; all by default.
 
         Returns:
-            the merged output (B, L, ...), or with `return_final_state=True` a pair of that and the state (B, K, ...).
+            the merged output (B, L, ...), or with `return_final_state` a pair of that and the state (B, K, ...), which
+            is None where the recurrence has none.
 
         Raises:
-            ValueError: not exactly one of `grid` and `route` is given, or a table of another number of routes.
+            ValueError: neither `grid` nor `route` is given, a table of another number of routes, or an initial state
+                for a recurrence that has none.
         """
-        if (grid is None) == (route is None):
-            raise ValueError("MultiRoute: give either the grid that the tokens stand on or a route table")
         if route is None:
-            if isinstance(self.routes, int):
-                raise ValueError(f"MultiRoute: made for {self.n_routes} given routes, so each call needs a route table")
-            route = _routes.table(self.routes, grid, inputs[0].device)
-        if route.shape[-2] != self.n_routes:
+            if grid is None and self.routes is not None:
+                raise ValueError("MultiRoute: give the grid that the tokens stand on, or a route table")
+            route = self.table(grid, inputs[0].device)
+        elif route.shape[-2] != self.n_routes:
             raise ValueError(f"MultiRoute: made for {self.n_routes} routes, the table has {route.shape[-2]}")
+        if self.has_state:
+            options |= {"initial_state": initial_state, "return_final_state": True}
+        elif initial_state is not None:
+            raise ValueError(f"{self.recurrence.__name__} reads all tokens at once: it has no state to start from")
         added = type(self.merge) is Sum  # the recurrence adds up by itself
         result = self.recurrence(*inputs, route=route, merge="sum" if added else None, **options)
-        if added:
-            return result
-        if isinstance(result, tuple):
-            return self.merge(result[0]), result[1]
-        return self.merge(result)
+        y, state = result if self.has_state else (result, None)
+        if keep is not None:
+            y = y.narrow(1 if added else 2, 0, keep)
+        if self.join_heads:
+            y = y.flatten(-2)
+        if not added:
+            y = self.merge_routes(y, grid)
+        return (y, state) if return_final_state else y
 
     def extra_repr(self) -> str:
-        routes = self.routes if isinstance(self.routes, int) else ", ".join(str(route) for route in self.routes)
+        routes = ", ".join(map(str, self.routes)) if isinstance(self.routes, tuple) else self.routes
         return f"{self.recurrence.__name__}, routes={routes}"

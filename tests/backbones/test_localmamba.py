@@ -10,21 +10,21 @@ import torch
 import torch.nn.functional as F
 
 import linescan
+from linescan.backbones.feature_maps import DenseBackbone, dense_backbone
 from linescan.backbones.localmamba import (
     CANDIDATES,
     LOCAL_VIM,
     LOCAL_VMAMBA_SMALL,
     LOCAL_VMAMBA_TINY,
     DirectionSearch,
+    LocalScan,
     LocalVim,
-    LocalVimDense,
     LocalVMamba,
-    LocalVMambaDense,
     searched_directions,
 )
 from linescan.checkpoint import CheckpointError
 from linescan.layers.mamba import MambaMixer
-from linescan.scans import routes, selective_scan
+from linescan.scans import MultiRoute, routes, selective_scan
 from tests.parity import recipe
 
 DATA = Path(__file__).parents[1] / "parity" / "data"
@@ -71,11 +71,12 @@ def test_directions_by_name_by_spec_and_for_each_block():
 def test_padding_of_a_window_is_convolved_and_scanned():
     """The mixer along padded windows against the plain computation on a padded and permuted sequence."""
     torch.manual_seed(0)
-    mixer = filled(MambaMixer(6, n_routes=1, d_state=3)).double()
+    mixer = filled(MambaMixer(6, "-w2", d_state=3)).double()
     x = torch.randn(2, 15, 6, dtype=torch.float64)  # 3 x 5, so 2x2 windows make 24 steps
     route = routes.table("-w2", (3, 5))
     steps = route[0].tolist()
-    got = mixer(x, route)
+    got = mixer(x, (3, 5))
+    assert torch.equal(got, mixer(x, route=route))
 
     xz = mixer.in_proj(x)
     xz = torch.stack([xz[:, t] if t >= 0 else torch.zeros_like(xz[:, 0]) for t in steps], 1)
@@ -88,20 +89,25 @@ def test_padding_of_a_window_is_convolved_and_scanned():
     y = y * F.silu(z)
     want = mixer.out_proj(torch.stack([y[:, steps.index(t)] for t in range(15)], 1))
     assert torch.allclose(got, want, atol=1e-10)
-    skipping = mixer(x, route[:, route[0] >= 0])
+    skipping = mixer(x, route=route[:, route[0] >= 0])
     assert (skipping - want).abs().max() > 1e-3
 
 
 def test_columns_come_back_as_published():
     """Right on square maps; on others the sequence is put back as if height and width were exchanged."""
     torch.manual_seed(0)
-    model = filled(LocalVMamba(directions="row, -col", **VMAMBA))
-    mixer = model.stages[0].blocks[0].mixer
+    plain = LocalScan(16, "row, -col", d_state=2, merge="concat")
     u = torch.randn(1, 3, 5, 16)
-    y = mixer.ssm(u.flatten(1, 2), routes.table("row, -col", (3, 5)), merge=None)
-    steps = y[:, 1].unflatten(1, (3, 5)).transpose(1, 2).flatten(1, 2)  # the columns in order of reading
-    y = torch.stack([y[:, 0], steps.unflatten(1, (3, 5)).transpose(1, 2).flatten(1, 2)], 1)
-    assert torch.allclose(mixer.scan(u), mixer.merge(y).unflatten(1, (3, 5)), atol=1e-6)
+    y = plain(u.flatten(1, 2), route=routes.table("row, -col", (3, 5)))  # without a grid nothing is exchanged
+    first, second = y.chunk(2, -1)
+    steps = second.unflatten(1, (3, 5)).transpose(1, 2).flatten(1, 2)  # the columns in order of reading
+    second = steps.unflatten(1, (3, 5)).transpose(1, 2).flatten(1, 2)
+    got = plain(u).flatten(1, 2)
+    assert torch.allclose(got, torch.cat([first, second], -1), atol=1e-6)
+    square = torch.randn(1, 4, 4, 16)
+    assert torch.equal(
+        plain(square).flatten(1, 2), plain(square.flatten(1, 2), route=routes.table("row, -col", (4, 4)))
+    )
 
 
 def test_small_images_are_padded_to_whole_patches():
@@ -168,7 +174,7 @@ def test_a_search_ends_in_the_originals_table(stem, build, changes, width, tmp_p
     assert table == manifest["discretised_top4"]
     assert capsys.readouterr().out.splitlines()[1] == f"1: {' '.join(table[1])}"
     assert type(model) is type(supernet) and model(image(64, 96)).shape == (1, 10)
-    scans = [m for m in model.modules() if hasattr(m, "routes")]
+    scans = [m for m in model.modules() if isinstance(m, MultiRoute)]
     assert [[str(r) for r in scan.routes] for scan in scans] == [[CANDIDATES[name] for name in row] for row in table]
     assert not any(isinstance(m, DirectionSearch) for m in model.modules())
     assert model.feature_info[0]["num_chs"] == width
@@ -181,7 +187,7 @@ def test_the_search_is_decayed_as_published():
     groups = timm.optim.param_groups_weight_decay(model, 0.1, no_weight_decay_list=model.no_weight_decay())
     decayed = {id(p) for p in groups[1]["params"]}
     mixer = model.blocks[0].mixer
-    assert {id(mixer.merge.weights), id(mixer.A_log)} <= decayed
+    assert {id(mixer.along.merge.weights), id(mixer.A_log)} <= decayed
     assert not {id(mixer.D), id(mixer.dt_bias), id(mixer.conv_bias), id(model.pos_embed)} & decayed
 
 
@@ -233,17 +239,19 @@ def test_loading_is_strict(tmp_path):
 
 def test_dense_models_start_from_a_classification_file(tmp_path):
     torch.save({"state_dict": official_vim()}, tmp_path / "net.pth")
-    dense = linescan.load_checkpoint(micro_vim(LocalVimDense, img_size=64, out_indices=(0, -1)), tmp_path / "net.pth")
-    assert dense.pos_embed.shape == (1, 16, 32) and torch.all(dense.blocks[0].norm.bias == 0)
+    options = dict(embed_dim=32, depth=3, directions="row, -row, w2, -w7", img_size=64, out_indices=(0, -1))
+    dense = linescan.load_checkpoint(dense_backbone("local_vim_tiny", **options), tmp_path / "net.pth")
+    assert dense.trunk.pos_embed.shape == (1, 4, 4, 32) and torch.all(dense.trunk.blocks[0].norm1.bias == 0)
     assert [m.shape for m in dense.eval()(image(64, 96))] == [(1, 32, 4, 6)] * 2
-    with pytest.raises(ValueError, match="norm_layer"):
+    with pytest.raises(ValueError, match="norm_layer is one of"):
         micro_vim(norm_layer="batch")
 
 
 def test_dense_hierarchical_maps():
-    dense = filled(LocalVMambaDense(directions="row, -col", depths=(1, 1, 1, 1), dims=8, d_state=2, out_indices=(0, 3)))
+    trunk = LocalVMamba(directions="row, -col", depths=(1, 1, 1, 1), dims=8, d_state=2, num_classes=0)
+    dense = filled(DenseBackbone(trunk, (0, 3), norms="each"))
     assert [tuple(m.shape) for m in dense(image(64, 96))] == [(1, 8, 16, 24), (1, 64, 2, 3)]
-    assert isinstance(dense.stages[0].blocks[0].mixer, LocalVMamba.mixer_layer)
+    assert isinstance(dense.trunk.stages[0].blocks[0].mixer.ssm, LocalScan)
 
 
 @pytest.mark.slow

@@ -4,8 +4,10 @@ import pytest
 import timm
 import torch
 
-from linescan.layers.mixers import MIXERS, Mixer
+from linescan.layers.mixers import MIXERS, Attention, Mixer
 
+BLIND = [name for name, core in MIXERS.items() if issubclass(core, Attention)]  # to the order of tokens
+BOTH_SIDES = ["bi_wkv4", "bi_wkv6", "sliding"]  # of a token on a route
 SMALL = dict(img_size=32, patch_size=4, embed_dim=32, depth=2, head_dim=8, num_classes=5)
 
 
@@ -18,22 +20,23 @@ def test_every_mixer_trains_with_every_merge(mixer, merge):
     logits.square().sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-        if not (mixer == "softmax" and name.endswith("merge.logits")):  # one route: its weight is always 1
+        if not (mixer in BLIND and name.endswith("merge.logits")):  # one route: its weight is always 1
             assert parameter.grad.abs().sum() > 0, name
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_routes_decide_what_a_token_sees(mixer):
     torch.manual_seed(0)
-    one_way = Mixer(32, mixer, routes="row", head_dim=8).eval()
+    one_way = Mixer(32, mixer, routes="row", head_dim=8, window=5).eval()
     x = torch.randn(1, 6, 6, 32)
     y = x.clone()
     y[:, 5, 5] += 1.0
     with torch.no_grad():
         changed = (one_way(x) != one_way(y)).any(-1)[0]
-    causal = MIXERS[mixer].ordered and mixer != "bi_wkv4"
-    # the convolution reaches one token; anything farther before the change must come through the mixer
-    assert bool(changed[:4].any()) is not causal
+    # The convolution reaches one token; anything farther before the change must come through the mixer.
+    assert bool(changed[:4].any()) is (mixer in BLIND + BOTH_SIDES)
+    if mixer in ("softmax", "global_linear", *BOTH_SIDES[:2]):
+        assert changed.all()
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -54,9 +57,40 @@ def test_hierarchical_shape_takes_the_same_options():
 
 
 def test_wrong_names_list_what_exists():
-    with pytest.raises(ValueError, match="unknown mixer 'lstm'; there are: s6, ssd"):
+    with pytest.raises(ValueError, match="mixer is one of 's6', 'ssd'"):
         timm.create_model("scan_tiny", mixer="lstm", depth=1)
     with pytest.raises(ValueError, match="unknown merge"):
         timm.create_model("scan_tiny", merge="max", depth=1)
     with pytest.raises(ValueError, match="head_dim divides"):
         timm.create_model("scan_tiny", mixer="gla", head_dim=7, depth=1)
+
+
+def names(model):
+    blocks = [b for s in model.stages for b in s.blocks] if hasattr(model, "stages") else model.blocks
+    classes = {cls: name for name, cls in MIXERS.items()}
+    return [classes[type(block.mixer.core)] for block in blocks]
+
+
+def test_blocks_may_have_different_mixers():
+    x = torch.randn(1, 3, 32, 40)
+    model = timm.create_model("scan_tiny", mixer=("s6", "gla", "window"), **SMALL | {"depth": 5})
+    assert names(model) == ["s6", "gla", "window", "s6", "gla"] and model(x).shape == (1, 5)
+    hierarchical = dict(dims=(32, 32, 64, 64), depths=(1, 2, 3, 1), head_dim=16)
+    model = timm.create_model("scanh_tiny", mixer=("s6", "s6", "window"), **hierarchical)
+    assert names(model) == ["s6", "s6", "window", "s6", "s6", "window", "s6"] and model(x).shape == (1, 1000)
+    model = timm.create_model("scanh_tiny", mixer=("s6", "ssd", ("gla", "softmax"), "neighborhood"), **hierarchical)
+    assert names(model) == ["s6", "ssd", "ssd", "gla", "softmax", "gla", "neighborhood"]
+    assert model(x).isfinite().all()
+
+
+@pytest.mark.parametrize("kwargs, message", [
+    (dict(mixer=("s6", "lstm")), "mixer is one of 's6', 'ssd', .* not 'lstm'"),
+    (dict(mixer=()), "mixer gives 0 names for the model, which has 2 blocks"),
+    (dict(mixer=("s6", "s6", "s6")), "mixer gives 3 names for the model, which has 2 blocks"),
+    (dict(mixer="window", window=4), "windows are odd, got 4"),
+])  # fmt: skip
+def test_impossible_hybrids_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("scan_tiny", **SMALL | kwargs)
+    with pytest.raises(ValueError, match="mixer gives 2 names for stage 3, which has 1 blocks"):
+        timm.create_model("scanh_tiny", depths=(1, 1, 2, 1), mixer=("s6", "s6", "s6", ("s6", "gla")))

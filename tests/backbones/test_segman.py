@@ -9,7 +9,9 @@ import timm
 import torch
 
 import linescan
-from linescan.backbones.segman import MapScan, SegMANDense, SegMANEncoder, pixel_rope
+from linescan.backbones.feature_maps import DenseBackbone
+from linescan.backbones.segman import SegMANEncoder, pixel_rope
+from linescan.layers.ss2d import MapScan
 from tests.parity import recipe
 
 DATA = Path(__file__).parents[1] / "parity" / "data"
@@ -49,7 +51,7 @@ def test_a_dense_model_takes_the_encoder_of_either_file(tmp_path):
     inner = {f"backbone.{k}": v for k, v in state.items() if not k.startswith("classifier.")}
     torch.save({"state_dict": inner | {"decode_head.conv_seg.bias": torch.zeros(3)}}, tmp_path / "segmentor.pth")
     a, b = (
-        linescan.load_checkpoint(SegMANDense(**GOLDEN), tmp_path / name).eval()
+        linescan.load_checkpoint(DenseBackbone(SegMANEncoder(**GOLDEN | {"projection": 0})), tmp_path / name).eval()
         for name in ("encoder.pth", "segmentor.pth")
     )
     x = torch.randn(1, 3, 96, 128)
@@ -96,7 +98,7 @@ def test_rotary_frequencies_are_the_published_buffers():
     model = timm.create_model("segman_tiny")
     for i, stage in enumerate(model.stages):
         dim, heads = model.dims[i], stage.blocks[0].mixer.num_heads
-        cos, sin = pixel_rope(torch.zeros(1, 2, 3, dim), dim // heads)
+        cos, sin = pixel_rope(torch.zeros(1, 2, 3, dim), heads)
         angle = np.array(manifest["constants"][f"layers.{2 * i}.rope.angle"])
         for row in range(2):
             for column in range(3):
@@ -146,7 +148,7 @@ def test_published_initialisation():
     model = timm.create_model("segman_base", depths=(1, 1, 1, 1))
     block = model.stages[2].blocks[0]
     assert abs(block.mixer.qkv.weight.std().item() - 0.02) < 1e-3 and not block.mixer.qkv.bias.any()
-    assert torch.all(block.layer_scale1.weight == 1e-6) and not block.layer_scale2.bias.any()
+    assert torch.all(block.scale1.weight == 1e-6) and not block.scale2.bias.any()
     assert not block.mixer.local_bias.any() and not model.stages[3].blocks[0].mixer.global_bias.any()
     assert not block.mixer.ssm.A_log.any() and torch.all(block.mixer.ssm.D == 1)
     steps = torch.nn.functional.softplus(block.mixer.ssm.dt_bias)

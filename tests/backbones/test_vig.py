@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 import linescan
 from linescan import CheckpointError
-from linescan.backbones.vig import HierViG, HierViGDense, ViG
+from linescan.backbones.feature_maps import DenseBackbone
+from linescan.backbones.vig import HierViG, ViG
 from linescan.layers.gla import BiGLA
 
 PLAIN = dict(img_size=64, embed_dim=32, depth=2, num_heads=2, num_classes=5)
@@ -65,9 +66,9 @@ def test_zigzag_reads_odd_rows_backwards_and_gives_maps_in_their_place():
     x = torch.randn(1, 3, 64, 64)
     turned = model.patch_embed(x)
     turned[:, 1::2] = turned[:, 1::2].flip(2)
-    tokens, _, context = model.embed(x)
-    assert torch.equal(tokens, turned.flatten(1, 2) + model.pos_embed)
-    want = model.blocks[0](tokens, *context).unflatten(1, (4, 4))
+    tokens, _, _ = model.embed(x)
+    assert torch.equal(tokens, turned + model.pos_embed)
+    want = model.blocks[0](tokens)
     want[:, 1::2] = want[:, 1::2].flip(2)
     got = model.forward_intermediates(x, [0], intermediates_only=True)[0]
     assert torch.equal(got, want.permute(0, 3, 1, 2))
@@ -84,15 +85,14 @@ def test_the_grid_of_an_image_is_known_ahead(size):
 def test_a_dense_backbone_starts_from_a_classification_file(tmp_path):
     classifier = seeded(HierViG, **HIERARCHICAL)
     torch.save({"model": classifier.state_dict()}, tmp_path / "model.pth")
-    dense = linescan.load_checkpoint(HierViGDense(out_indices=(1, 3), **HIERARCHICAL), tmp_path / "model.pth").eval()
+    dense = DenseBackbone(HierViG(num_classes=0, **HIERARCHICAL), (1, 3), norms="each")
+    linescan.load_checkpoint(dense, tmp_path / "model.pth").eval()
     x = torch.randn(1, 3, 40, 56)
     with torch.no_grad():
         maps = classifier.forward_intermediates(x, [1, 3], intermediates_only=True)
         for got, want in zip(dense(x), maps):
             want = F.layer_norm(want.permute(0, 2, 3, 1), want.shape[1:2]).permute(0, 3, 1, 2)
             assert torch.allclose(got, want, atol=1e-5)
-    with pytest.raises(ValueError, match="stages 0 to 3"):
-        HierViGDense(out_indices=(4,), **HIERARCHICAL)
 
 
 def test_files_load_strictly_and_positions_are_resampled(tmp_path):
@@ -100,8 +100,8 @@ def test_files_load_strictly_and_positions_are_resampled(tmp_path):
     path = tmp_path / "model.pth"
     torch.save(state, path)
     other = linescan.load_checkpoint(ViG(**{**PLAIN, "img_size": (96, 64)}), path)
-    want = F.interpolate(state["pos_embed"].mT.unflatten(2, (4, 4)), (6, 4), mode="bicubic")
-    assert torch.allclose(other.pos_embed, want.flatten(2).mT)
+    want = F.interpolate(state["pos_embed"].permute(0, 3, 1, 2), (6, 4), mode="bicubic")
+    assert torch.allclose(other.pos_embed, want.permute(0, 2, 3, 1))
     torch.save({**state, "blocks.0.attn.extra": state["norm.weight"]}, path)
     with pytest.raises(CheckpointError, match=r"1 unexpected \(first: blocks.0.mixer.extra\)"):
         linescan.load_checkpoint(ViG(**PLAIN), path)
@@ -136,9 +136,9 @@ def test_published_initialisation():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: ViG(scan="spiral"), "scan is 'row' or 'zigzag', not 'spiral'"),
+        (lambda: ViG(scan="spiral"), "scan is one of 'row', 'zigzag', not 'spiral'"),
         (lambda: ViG(embed_dim=192, num_heads=5), "num_heads has to divide dim 192 and the keys' 96, got 5"),
-        (lambda: HierViG(downsample="pool"), "downsample is 'conv' or 'merge', not 'pool'"),
+        (lambda: HierViG(downsample="pool"), "downsample is one of 'conv', 'merge', not 'pool'"),
         (lambda: HierViG(depths=(1, 1)), "are for the same stages"),
     ],
 )

@@ -9,8 +9,8 @@ import timm
 import torch
 
 import linescan
-from linescan.backbones.vim import Vim, VimDense
-from linescan.layers.pos_embed import resample_pos_embed
+from linescan.backbones.feature_maps import dense_backbone
+from linescan.backbones.vim import Vim
 from tests.parity import recipe
 
 DATA = Path(__file__).parents[1] / "parity" / "data"
@@ -20,18 +20,25 @@ SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_classes=5)
 def test_pos_embed_resize_as_the_original_finetuning_does_it():
     manifest = json.loads((DATA / "vim__pos_embed_resize.json").read_text())
     table = torch.from_numpy(recipe.state_dict(manifest)["pos_embed"])
-    got = resample_pos_embed(table, (14, 14), (27, 27), class_rows=[0])  # the original keeps row 0 as the class row
+    model = Vim(stride=8, class_token="head", embed_dim=table.shape[-1], depth=1)
+    state = model.checkpoint_filter({"pos_embed": table, "cls_token": torch.zeros(1, 1, table.shape[-1])})
+    assert state["pos_embed"].shape[1:3] == (27, 27)
+    got = torch.cat([state["cls_pos_embed"], state["pos_embed"].flatten(1, 2)], 1)  # its class row is the first
     with np.load(DATA / "vim__pos_embed_resize.npz") as golden:
         want = golden[golden.files[0]].reshape(-1)
     have = recipe.sample(got.numpy()) if got.numel() != want.size else got.numpy().reshape(-1)
     assert np.abs(have - want).max() <= 1e-6 * np.abs(want).max()
 
 
-def test_the_class_row_stays_in_the_middle_when_resized():
-    table = torch.randn(1, 17, 8)
-    got = resample_pos_embed(table, (4, 4), (6, 5), class_rows=[8], new_class_rows=[15])
-    assert got.shape == (1, 31, 8)
-    assert torch.equal(got[:, 15], table[:, 8])
+@pytest.mark.parametrize("class_token, rows", [("middle", [8]), ("double", [0, 17]), ("head", [0])])
+def test_class_rows_of_a_file_are_not_resized(class_token, rows):
+    table = torch.randn(1, 16 + len(rows), 32)
+    model = Vim(class_token=class_token, **SMALL | {"img_size": (48, 40)})
+    state = model.checkpoint_filter({"pos_embed": table, "cls_token": torch.zeros(1, len(rows), 32)})
+    assert torch.equal(state["cls_pos_embed"], table[:, rows]) and state["pos_embed"].shape == (1, 6, 5, 32)
+    patches = table[:, [i for i in range(table.shape[1]) if i not in rows]].mT.unflatten(2, (4, 4))
+    want = torch.nn.functional.interpolate(patches, (6, 5), mode="bicubic")
+    assert torch.allclose(state["pos_embed"], want.permute(0, 2, 3, 1))
 
 
 @pytest.mark.parametrize("class_token", ["middle", "head", "double", None])
@@ -79,7 +86,7 @@ def test_published_initialisation():
 def test_stacked_biases_escape_weight_decay():
     model = Vim(**SMALL)
     skipped = model.no_weight_decay()
-    assert {"pos_embed", "cls_token", "blocks.0.mixer.D", "blocks.1.mixer.dt_bias"} <= skipped
+    assert {"pos_embed", "cls_token", "cls_pos_embed", "blocks.0.mixer.D", "blocks.1.mixer.dt_bias"} <= skipped
     assert "blocks.0.mixer.A_log" not in skipped  # decayed, as the authors trained it
 
 
@@ -95,13 +102,16 @@ def test_rotary_first_release_needs_no_class_token():
     "neck, strides", [("rescaled", (4, 8, 16, 32)), ("simple", (4, 8, 16, 32, 64)), (None, (16,) * 4)]
 )
 def test_dense_strides(neck, strides):
-    model = VimDense(img_size=64, embed_dim=32, depth=4, out_indices=(0, 1, 2, 3), neck=neck).eval()
+    kwargs = dict(img_size=64, embed_dim=32, depth=4, out_indices=(0, 1, 2, 3), neck=neck)
+    model = dense_backbone("vim_tiny_patch16_224", **kwargs).eval()
     maps = model(torch.randn(1, 3, 128, 64))
+    assert model.strides == list(strides) and model.out_channels == [m.shape[1] for m in maps]
     assert [tuple(m.shape[-2:]) for m in maps] == [(128 // s, 64 // s) for s in strides]
 
 
 def test_dense_patch8_pyramid():
-    model = VimDense(img_size=64, patch_size=8, embed_dim=32, depth=4, out_indices=(0, 1, 2, 3)).eval()
+    kwargs = dict(img_size=64, patch_size=8, embed_dim=32, depth=4, out_indices=(0, 1, 2, 3))
+    model = dense_backbone("vim_tiny_patch16_224", **kwargs).eval()
     maps = model(torch.randn(1, 3, 64, 64))
     assert [m.shape[-1] for m in maps] == [16, 8, 4, 2]
 

@@ -6,12 +6,14 @@ import torch
 from torch.nn import functional as F
 
 import linescan
-from linescan.backbones.vision_rwkv import VisionRWKV, VisionRWKVAdapter
+from linescan.backbones.feature_maps import dense_backbone
+from linescan.backbones.vision_rwkv import VisionRWKV
 from linescan.layers.adapter import MSDeformableAttention, deformable_attention, reference_points
 from linescan.layers.rwkv import QuadShift, SpatialMix, SpatialMix6
 
 TINY = dict(img_size=64, embed_dim=32, depth=4, num_classes=5)
-DENSE = dict(img_size=64, embed_dim=32, depth=4, init_values=1.0, conv_width=8, deform_heads=4, deform_ratio=0.5)
+ADAPTER = dict(type="adapter", num_heads=4, ratio=0.5, width=8)
+DENSE = dict(model="vrwkv_tiny", img_size=64, embed_dim=32, depth=4, init_values=1.0, neck=ADAPTER)
 
 
 def seeded(cls, *args, **kwargs):
@@ -151,22 +153,33 @@ def test_attention_starts_with_equal_weights_in_every_direction():
 @pytest.mark.parametrize("features", ["each", "last"])
 def test_an_untrained_adapter_leaves_the_backbone_as_it_is(features):
     torch.manual_seed(0)
-    model = VisionRWKVAdapter(features, **DENSE).eval()
+    model = dense_backbone(**DENSE | {"neck": ADAPTER | {"features": features}}).eval()
     x = torch.randn(1, 3, 96, 64)
     seen = []
-    for interaction in model.adapter.interactions:
+    for interaction in model.neck.interactions:
         interaction.register_forward_hook(lambda module, args, output: seen.append(output[0]))
     maps = model(x)
     assert [tuple(m.shape) for m in maps] == [(1, 32, 96 // s, 64 // s) for s in (4, 8, 16, 32)]
-    for got, want in zip(seen, model.forward_intermediates(x, intermediates_only=True, output_fmt="NLC")):
+    for got, want in zip(seen, model.trunk.forward_intermediates(x, intermediates_only=True, output_fmt="NLC")):
         assert torch.equal(got, want)
 
 
+def test_adapters_pad_images_and_cut_the_maps():
+    torch.manual_seed(0)
+    model = seeded(dense_backbone, **DENSE)
+    x = torch.randn(1, 3, 70, 41)
+    with torch.no_grad():
+        whole = model(F.pad(x, (0, 23, 0, 26)))
+        maps = model(x)
+    assert [tuple(m.shape[2:]) for m in maps] == [(18, 11), (9, 6), (5, 3), (3, 2)]
+    assert all(torch.equal(m, w[..., : m.shape[2], : m.shape[3]]) for m, w in zip(maps, whole))
+
+
 def test_adapters_train_in_bfloat16():
-    model = VisionRWKVAdapter(drop_path_rate=0.2, **DENSE).train()
+    model = dense_backbone(drop_path_rate=0.2, **DENSE).train()
     model.set_grad_checkpointing()
     with torch.no_grad():
-        for interaction in model.adapter.interactions:
+        for interaction in model.neck.interactions:
             interaction.injector.gamma.fill_(0.5)
     with torch.autocast("cpu", torch.bfloat16):
         sum(m.float().square().mean() for m in model(torch.randn(2, 3, 64, 64))).backward()
@@ -177,18 +190,20 @@ def test_adapters_start_from_classification_files_and_read_whole_segmentors(tmp_
     classifier = seeded(VisionRWKV, **TINY)
     path = tmp_path / "model.pth"
     torch.save({"state_dict": {f"backbone.{k}": v for k, v in classifier.state_dict().items()}}, path)
-    first = linescan.load_checkpoint(VisionRWKVAdapter(**DENSE), path)
-    assert torch.equal(first.blocks[3].spatial_mix.decay, classifier.blocks[3].spatial_mix.decay)
-    assert torch.equal(first.blocks[3].ls1.gamma, torch.ones(32))
+    first = linescan.load_checkpoint(dense_backbone(**DENSE), path)
+    assert torch.equal(first.trunk.blocks[3].mixer.decay, classifier.blocks[3].mixer.decay)
+    assert torch.equal(first.trunk.blocks[3].scale1.gamma, torch.ones(32))
 
-    own = seeded(VisionRWKVAdapter, **DENSE).state_dict()
-    segmentor = {f"backbone.{key.removeprefix('adapter.')}": value for key, value in own.items()}
+    own = seeded(dense_backbone, **DENSE).state_dict()
+    segmentor = {f"backbone.{key.partition('.')[2]}": value for key, value in own.items()}
     torch.save({"state_dict": {**segmentor, "decode_head.conv_seg.weight": torch.zeros(3)}}, path)
-    second = linescan.load_checkpoint(VisionRWKVAdapter(**DENSE), path)
-    assert torch.equal(second.adapter.norm3.weight, segmentor["backbone.norm3.weight"])
+    second = linescan.load_checkpoint(dense_backbone(**DENSE), path)
+    assert torch.equal(second.neck.norm3.weight, segmentor["backbone.norm3.weight"])
+    two = linescan.load_checkpoint(dense_backbone(out_indices=(1, 3), **DENSE), path)  # without the others' parts
+    assert torch.equal(two.neck.norm4.weight, segmentor["backbone.norm4.weight"]) and two.neck.norm3 is None
     del segmentor["backbone.spm.fc1.bias"]
     torch.save({"state_dict": segmentor}, path)
-    with pytest.raises(linescan.CheckpointError, match=r"1 keys missing \(first: adapter.spm.fc1.bias\)"):
+    with pytest.raises(linescan.CheckpointError, match=r"1 keys missing \(first: neck.spm.fc1.bias\)"):
         linescan.load_checkpoint(second, path)
 
 
@@ -217,16 +232,16 @@ def test_published_initialisation():
     first, middle, last = timm.create_model("vrwkv_tiny", depth=3).blocks
     channel = torch.arange(192)
     for block, depth in ((first, 0.0), (middle, 0.5), (last, 1.0)):
-        mix = block.spatial_mix
+        mix = block.mixer
         assert torch.allclose(mix.decay[0], -5 + 8 * (channel / 191) ** (0.7 + 1.3 * depth))
         assert torch.allclose(mix.mix_k[0, 0], (channel / 192) ** (1 - depth))
         assert torch.allclose(mix.mix_v - mix.mix_k, torch.tensor(0.3 * depth))
         assert torch.allclose(mix.mix_r[0, 0], (channel / 192) ** (0.5 - 0.5 * depth))
-        assert torch.allclose(block.channel_mix.mix_r, mix.mix_k)
+        assert torch.allclose(block.mlp.mix_r, mix.mix_k)
         want = torch.tensor([0.3, 0.3, 0.3]).log() + torch.tensor([0.0, 0.5, -0.5])
         assert torch.allclose(mix.first[0, :3], want)
         assert mix.key.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    middle = timm.create_model("vrwkv6_tiny", depth=3).blocks[1].spatial_mix
+    middle = timm.create_model("vrwkv6_tiny", depth=3).blocks[1].mixer
     assert torch.allclose(middle.mix[:3, 0, 48].flatten(), 0.5 - torch.tensor([0, 0, 0.15]))
     assert torch.allclose(middle.mix[3:, 0, 48], torch.tensor(1 - 0.25**0.25))
     assert middle.decay[0, 0, 0] == -6 and middle.decay[0, 0, -1] == -1
@@ -236,17 +251,17 @@ def test_published_initialisation():
 
 def test_decay_treats_spatial_parameters_as_the_original_does():
     names = dict(VisionRWKV(**TINY).named_parameters())
-    assert all(names[f"blocks.0.spatial_mix.{n}"].ndim > 1 for n in ("decay", "first", "mix_k"))
+    assert all(names[f"blocks.0.mixer.{n}"].ndim > 1 for n in ("decay", "first", "mix_k"))
 
 
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: VisionRWKV(version=5), "version is 4 or 6, not 5"),
+        (lambda: VisionRWKV(version=5), "version is one of 4, 6, not 5"),
         (lambda: VisionRWKV(version=6, embed_dim=96), "embed_dim is a multiple, not 96"),
-        (lambda: VisionRWKVAdapter(depth=6), "a depth that 4 divides"),
-        (lambda: VisionRWKVAdapter(features="all", **DENSE), "features is 'each' or 'last', not 'all'"),
-        (lambda: VisionRWKVAdapter(**DENSE)(torch.randn(1, 3, 64, 80)), "sides divisible by 32, got 64x80"),
+        (lambda: dense_backbone("vrwkv_tiny", depth=6), "a depth that 4 divides"),
+        (lambda: dense_backbone("vrwkv_tiny", neck=ADAPTER | {"features": "all"}), "features is one of 'each', 'last'"),
+        (lambda: dense_backbone("vrwkv_tiny", neck=ADAPTER | {"heads": 2}), "neck 'adapter' does not take these"),
     ],
 )
 def test_impossible_models_and_inputs_are_refused_in_one_line(make, message):

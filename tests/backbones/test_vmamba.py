@@ -5,8 +5,11 @@ import timm
 import torch
 
 import linescan
-from linescan.backbones.vmamba import VMamba, VMambaBlock, VMambaDense, parse_forward_type
+from linescan.backbones.feature_maps import DenseBackbone
+from linescan.backbones.vmamba import VMamba, parse_forward_type
 from linescan.checkpoint import CheckpointError
+from linescan.layers.blocks import Block
+from linescan.layers.mlp import Mlp
 from linescan.layers.ss2d import SS2D
 from linescan.layers.stems import ConvDownsample, PatchMerging
 
@@ -119,7 +122,7 @@ def test_convolutions_round_odd_sides_down_or_up():
 
 def test_post_norm_normalises_what_a_branch_adds():
     torch.manual_seed(0)
-    block = VMambaBlock(8, SS2D(8, d_state=2), post_norm=True)
+    block = Block(8, SS2D(8, d_state=2), Mlp(8, 16), post_norm=True)
     x = torch.randn(1, 4, 5, 8)
     after = x + block.norm1(block.mixer(x))
     assert torch.allclose(block(x), after + block.norm2(block.mlp(after)))
@@ -131,7 +134,8 @@ def test_merges_other_than_the_sum():
     mixer = SS2D(8, d_state=2)
     halved = SS2D(8, d_state=2, merge="mean", out_norm="none")
     halved.load_state_dict({k: v for k, v in mixer.state_dict().items() if "out_norm" not in k})
-    assert torch.allclose(mixer.scan(x @ torch.ones(8, 16)), 4 * halved.scan(x @ torch.ones(8, 16)), atol=1e-5)
+    u = x @ torch.ones(8, 16)
+    assert torch.allclose(mixer.ssm(u), 4 * halved.ssm(u), atol=1e-5)
 
 
 def test_a_mirrored_image_exchanges_routes():
@@ -250,12 +254,12 @@ def test_loading_is_strict(tmp_path, damage, message):
 def test_position_embedding_of_another_grid_is_resampled(tmp_path):
     model = filled(1, pos_embed=True, img_size=32)
     state = official(model)
-    state["pos_embed"] = state["pos_embed"].transpose(1, 2).unflatten(2, (8, 8))
+    state["pos_embed"] = state["pos_embed"].permute(0, 3, 1, 2)
     torch.save({"model": state}, tmp_path / "file.pth")
     same = linescan.load_checkpoint(filled(2, pos_embed=True, img_size=32), tmp_path / "file.pth")
     assert torch.equal(same.pos_embed, model.pos_embed)
     larger = linescan.load_checkpoint(filled(2, pos_embed=True, img_size=(48, 40)), tmp_path / "file.pth")
-    assert larger.pos_embed.shape == (1, 120, 16)
+    assert larger.pos_embed.shape == (1, 12, 10, 16)
     x = image(48, 40)
     assert torch.allclose(model(x), larger(x), atol=1e-5)  # resampled in the forward pass, or on loading
 
@@ -264,21 +268,21 @@ def test_position_embedding_of_another_grid_is_resampled(tmp_path):
 
 
 def test_dense_maps_are_normalised_and_the_stream_is_not():
-    dense = build(VMambaDense, depths=(1, 1, 1, 1), out_indices=(1, -1))
+    dense = DenseBackbone(build(depths=(1, 1, 1, 1), num_classes=0), (1, -1), norms="each")
     x = image(64, 96)
     maps = dense(x)
     assert [tuple(m.shape) for m in maps] == [(1, 32, 8, 12), (1, 128, 2, 3)]
     assert all(m.mean(1).abs().max() < 1e-5 for m in maps)
-    raw = dense.forward_intermediates(x, intermediates_only=True)
-    assert torch.allclose(maps[1], dense.out_norms["3"](raw[3].permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+    raw = dense.trunk.forward_intermediates(x, intermediates_only=True)
+    assert torch.allclose(maps[1], dense.norms["3"](raw[3].permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
 
 
 def test_dense_starts_from_a_classification_file(tmp_path):
     model = filled(1)
     torch.save({"model": official(model)}, tmp_path / "file.pth")
-    dense = build(VMambaDense)
+    dense = DenseBackbone(build(num_classes=0), norms="each")
     linescan.load_checkpoint(dense, tmp_path / "file.pth")
     x = image(32, 32)
     want = model.forward_intermediates(x, intermediates_only=True)
-    assert all(map(torch.equal, dense.forward_intermediates(x, intermediates_only=True), want))
-    assert all((norm.weight == 1).all() for norm in dense.out_norms.values())
+    assert all(map(torch.equal, dense.trunk.forward_intermediates(x, intermediates_only=True), want))
+    assert all((norm.weight == 1).all() for norm in dense.norms.values())

@@ -76,7 +76,7 @@ def test_directions_of_a_searched_model(tmp_path, capsys):
     options = dict(embed_dim=16, depth=3, img_size=32, patch_size=8, num_classes=3)
     supernet = timm.create_model("local_vim_tiny_search", **options)
     for block in supernet.blocks:
-        torch.nn.init.normal_(block.mixer.merge.weights)
+        torch.nn.init.normal_(block.mixer.along.merge.weights)
     table, _ = searched_directions(supernet)
     torch.save(supernet.state_dict(), tmp_path / "search.pth")
     given = [x for k, v in options.items() for x in ("--model-arg", f"{k}={v}")]

@@ -26,7 +26,9 @@ CASES = tomllib.loads((DATA.parent / "cases.toml").read_text())
 SMALL = {
     "vmamba": {"model": "vmamba_tiny_s1l8", "depths": [1, 1, 2, 1], "dims": 8},
     "vim": {"model": "vim_tiny_patch16_224", "img_size": 64, "embed_dim": 32, "depth": 4, "out_indices": [0, 1, 2, 3]},
-    "vrwkv": {"model": "vrwkv_tiny", "embed_dim": 32, "depth": 4, "deform_heads": 4, "conv_width": 8},
+    "vrwkv": {
+        "model": "vrwkv_tiny", "embed_dim": 32, "depth": 4, "neck": {"type": "adapter", "num_heads": 4, "width": 8}
+    },
     "vig": {"model": "vig_tiny", "embed_dim": 48, "depth": 4, "num_heads": 3},
 }
 
@@ -51,9 +53,9 @@ def test_mmseg_and_mmdet_see_it():
 
 
 @pytest.mark.parametrize("name", of_every_class())
-def test_every_class_gives_maps_of_its_channels(name):
+def test_every_class_gives_the_maps_that_it_promises(name):
     cls, args = architecture(name)
-    if "depths" in cls.__init__.__code__.co_varnames:
+    if cls.unit_name == "stages":
         short = {"depths": [1] * len(args.get("depths", (1, 1, 1, 1)))}
     else:
         short = {"depth": 4, "out_indices": [0, 1, 2, 3]} if not name.startswith("vrwkv") else {"depth": 4}
@@ -61,9 +63,10 @@ def test_every_class_gives_maps_of_its_channels(name):
     height, width = (64, 96) if backbone.trunk.min_size <= 64 else (256, 320)
     with torch.no_grad():
         maps = backbone(torch.randn(1, 3, height, width))
-    assert len(maps) == 4
-    for y in maps:
-        assert y.ndim == 4 and torch.isfinite(y).all() and height / y.shape[2] == width / y.shape[3]
+    assert len(maps) == len(backbone.out_channels) == len(backbone.strides) == 4
+    for y, channels, stride, info in zip(maps, backbone.out_channels, backbone.strides, backbone.feature_info):
+        assert y.shape[1:] == (channels, height // stride, width // stride) and torch.isfinite(y).all()
+        assert (info["num_chs"], info["reduction"]) == (channels, stride)
     layers = backbone.layer_ids()
     assert set(layers) == {name for name, _ in backbone.named_parameters()}
     assert set(layers.values()) == set(range(max(layers.values()) + 1))
@@ -77,9 +80,8 @@ def test_out_indices_and_necks():
     assert [tuple(y.shape[1:]) for y in build("vmamba", out_indices=[3, 1]).eval()(x)] == [(16, 8, 8), (64, 2, 2)]
     assert [y.shape[-1] for y in build("vig").eval()(x)] == [16, 8, 4, 2]
     assert [y.shape[-1] for y in build("vig", neck=None, out_indices=[-1]).eval()(x)] == [4]
-    assert [tuple(y.shape[1:]) for y in build("vig", neck="simple", out_channels=8, out_indices=[3]).eval()(x)] == [
-        (8, 16, 16), (8, 8, 8), (8, 4, 4), (8, 2, 2), (8, 1, 1)
-    ]  # fmt: skip
+    simple = build("vig", neck={"type": "simple", "out_channels": 8}, out_indices=[3]).eval()
+    assert [tuple(y.shape[1:]) for y in simple(x)] == [(8, 16, 16), (8, 8, 8), (8, 4, 4), (8, 2, 2), (8, 1, 1)]
     assert len(build("vrwkv", out_indices=[0, 2]).eval()(x)) == 2
 
 
@@ -88,8 +90,13 @@ def test_out_indices_and_necks():
     [
         ({"model": "vig_h_tyni"}, "unknown model 'vig_h_tyni'"),
         ({"model": "resnet18"}, "unknown model 'resnet18'"),
-        ({**SMALL["vmamba"], "out_indices": [4]}, "out_indices are from 0 to 3"),
-        ({**SMALL["vig"], "neck": "fpn"}, "neck is 'auto', 'rescaled', 'simple' or None"),
+        ({"model": "videomamba_video_tiny_patch16_224", "depth": 1}, "reads clips"),
+        ({**SMALL["vmamba"], "out_indices": [4]}, "they are different numbers from 0 to 3"),
+        ({**SMALL["vmamba"], "out_indices": []}, "they are different numbers from 0 to 3"),
+        ({**SMALL["vmamba"], "out_indices": [1, -3]}, "they are different numbers from 0 to 3"),
+        ({**SMALL["vmamba"], "tap": "mixer"}, "tap='mixer' is for plain backbones"),
+        ({**SMALL["vig"], "neck": "fpn"}, "neck is one of 'auto', 'rescaled', 'simple', 'adapter', None"),
+        ({**SMALL["vig"], "out_indices": [1, 2]}, "neck 'rescaled' is for four maps"),
         ({**SMALL["vig"], "init_cfg": {"type": "Kaiming"}}, "init_cfg is dict"),
     ],
 )
@@ -160,13 +167,13 @@ def test_layer_decay(family):
     of = {p: group for group in wrapper.param_groups for p in group["params"]}
     assert set(of) >= set(named.values()) and len(wrapper.param_groups) < len(named) / 2
     backbone = model["backbone"]
-    trunk, prefix = backbone.trunk, "backbone." + backbone.trunk_prefix
+    trunk, prefix = backbone.trunk, "backbone.trunk."
     blocks = [b for s in trunk.stages for b in s.blocks] if hasattr(trunk, "stages") else list(trunk.blocks)
     for i, block in enumerate(blocks):
         assert {of[p]["lr"] for p in block.parameters()} == {0.5 ** (len(blocks) - i)}
     assert {of[p]["lr"] for p in trunk.patch_embed.parameters()} == {0.5 ** (len(blocks) + 1)}
     assert of[named["decode_head.weight"]]["lr"] == 10
-    new = [n for n in named if "out_norms" in n or "neck" in n or "adapter" in n]
+    new = [n for n in named if n.startswith(("backbone.norms.", "backbone.neck."))]
     assert new and {of[named[n]]["lr"] for n in new} == {1.0}
     for name, parameter in named.items():
         skipped = name.removeprefix(prefix) in trunk.no_weight_decay() or parameter.ndim == 1 or name.endswith(".bias")
@@ -204,11 +211,9 @@ def test_official_classifier_of_vim_fills_the_dense_form(tmp_path, class_token, 
     backbone.init_weights()
     own, theirs = backbone.trunk.state_dict(), classifier.state_dict()
     assert all(torch.equal(own[k], v) for k, v in theirs.items() if k.startswith(("blocks.", "patch_embed.")))
-    if size == 32:  # the class token stands in the middle, and so does its position
-        rows = theirs["pos_embed"]
-        middle = rows.shape[1] // 2
-        wanted = rows if class_token else torch.cat([rows[:, :middle], rows[:, middle + 1 :]], 1)
-        assert torch.equal(own["pos_embed"], wanted)
+    if size == 32:  # the class token stands in the middle of the file, and so does its position
+        assert torch.equal(own["pos_embed"], theirs["pos_embed"])
+        assert not class_token or torch.equal(own["cls_pos_embed"], theirs["cls_pos_embed"])
     if class_token:
         x = torch.randn(1, 3, size, size)
         with torch.no_grad():  # with its class token the backbone sees what the classifier sees
@@ -216,7 +221,7 @@ def test_official_classifier_of_vim_fills_the_dense_form(tmp_path, class_token, 
             got = backbone.eval()(x)
         assert size != 32 or torch.allclose(got[-1], wanted[-1], atol=1e-5)
     dropped, new = backbone.load_pretrained(path)
-    assert all(k.startswith(("body.head.", "body.cls_token")) for k in dropped) and not new
+    assert all(k.startswith(("trunk.head.", "trunk.norm.", "trunk.cls_")) for k in dropped) and not new
 
 
 def test_official_classifier_of_vmamba_leaves_the_output_norms(tmp_path):
@@ -236,7 +241,7 @@ def test_families_without_a_dense_form_take_their_classifiers_file(tmp_path):
     torch.save({"model": classifier.state_dict()}, tmp_path / "classifier.pth")
     backbone = build("vig", neck=None, out_indices=[1, 2]).eval()
     dropped, new = backbone.load_pretrained(tmp_path / "classifier.pth")
-    assert {k.rpartition(".")[2] for k in dropped} == {"weight", "bias"} and all("out_norms" in k for k in new)
+    assert {k.rpartition(".")[2] for k in dropped} == {"weight", "bias"} and all(k.startswith("norms.") for k in new)
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         for y, z in zip(backbone(x), classifier.forward_intermediates(x, [1, 2], intermediates_only=True)):
@@ -247,11 +252,11 @@ def test_families_without_a_dense_form_take_their_classifiers_file(tmp_path):
 @pytest.mark.parametrize("family", ["vim", "vrwkv", "vig"])
 def test_positions_are_resampled(tmp_path, family):
     small, large = build(family, img_size=64), build(family, img_size=128)
-    state = {k.removeprefix(small.trunk_prefix): v for k, v in small.state_dict().items()}
-    torch.save({k: v for k, v in state.items() if not k.startswith(("body.", "neck."))}, tmp_path / "small.pth")
+    torch.save(small.trunk.state_dict(), tmp_path / "small.pth")
     large.load_pretrained(tmp_path / "small.pth")
-    assert large.trunk.pos_embed.shape[1] == 4 * small.trunk.pos_embed.shape[1]
-    assert torch.allclose(large.trunk.pos_embed.mean(1), small.trunk.pos_embed.mean(1), atol=0.02)
+    assert large.trunk.native_grid == tuple(2 * side for side in small.trunk.native_grid)
+    means = (model.trunk.pos_embed.mean((1, 2)) for model in (large, small))
+    assert torch.allclose(*means, atol=0.02)
 
 
 def test_a_segmentor_of_the_authors_loads_as_it_is(tmp_path):

@@ -71,7 +71,7 @@ def config(tmp_path):
 def test_a_config_written_by_hand_trains_and_goes_on(config, tmp_path):
     to = train_config(config, tmp_path / "run")
     first = torch.load(to / "iter_2.pth", map_location="cpu", weights_only=False)
-    assert any(key.startswith("backbone.body.stages.3.") for key in first["state_dict"])
+    assert any(key.startswith("backbone.trunk.stages.3.") for key in first["state_dict"])
     assert "mIoU" in next(to.glob("*/*.log")).read_text()
     # The command line goes on from there.
     arguments = ["train", "--config", str(config), "--work-dir", str(to), "--resume"]

@@ -1,5 +1,7 @@
 """How to call models whose outputs are not plain logits or maps: module, inputs -> {name in the manifest: tensor}."""
 
+import torch
+
 
 def vim_segmentation(module, inputs):
     maps = module.forward_maps(inputs["input"])
@@ -9,7 +11,7 @@ def vim_segmentation(module, inputs):
 
 def vim_detection(module, inputs):
     maps = module.forward_maps(inputs["input"])
-    return {f"p{i + 2}": y for i, y in enumerate(module.neck(maps[-1]))} | {"last_feat": maps[-1]}
+    return {f"p{i + 2}": y for i, y in enumerate(module.neck(maps))} | {"last_feat": maps[-1]}
 
 
 def maps_as_out(module, inputs):
@@ -26,7 +28,8 @@ def videomamba_with_layer_norm(**kwargs):
 
 def videomamba_tables(module, inputs):
     pooled = module.forward_head(module.forward_features(inputs["input"]), pre_logits=True)
-    results = {"pooled": pooled, "logits": module.head(pooled), "pos_embed": module.pos_embed}
+    positions = torch.cat([module.cls_pos_embed, module.pos_embed.flatten(1, 2)], 1)
+    results = {"pooled": pooled, "logits": module.head(pooled), "pos_embed": positions}
     results["patch_weight"] = module.patch_embed.weight
     if module.num_frames:
         results["temporal_pos_embedding"] = module.temporal_pos_embed
@@ -42,7 +45,6 @@ def videomamba_distilled(module, inputs):
 def videomamba_mask(manifest):
     """The manifests' masks: in every frame the fifth of the patches with the smallest noise is visible."""
     import numpy as np
-    import torch
 
     from tests.parity import recipe
 

@@ -149,7 +149,7 @@ def test_given_tables():
     )
     with pytest.raises(ValueError, match="made for 2 given routes, so each call needs a route table"):
         scan(*inputs.values(), grid=(3, 4))
-    with pytest.raises(ValueError, match="either the grid .* or a route table"):
+    with pytest.raises(ValueError, match="give the grid .* or a route table"):
         scan(*inputs.values())
     with pytest.raises(ValueError, match="made for 2 routes, the table has 3"):
         scan(*inputs.values(), route=route[:, [0, 1, 1]])

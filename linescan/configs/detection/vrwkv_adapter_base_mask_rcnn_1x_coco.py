@@ -3,9 +3,7 @@ _base_ = ['../_base_/mask_rcnn.py', '../_base_/coco_1x.py']
 model = dict(
     backbone=dict(
         model='vrwkv_base',
-        features='last',
-        deform_heads=12,
-        deform_ratio=0.5,
+        neck=dict(type='adapter', num_heads=12, ratio=0.5, features='last'),
         drop_path_rate=0.3,
         init_cfg=dict(type='Pretrained', checkpoint='linescan://vrwkv_base')),
     neck=dict(in_channels=[768] * 4))

@@ -3,9 +3,7 @@ _base_ = ['../_base_/mask_rcnn.py', '../_base_/coco_1x.py']
 model = dict(
     backbone=dict(
         model='vrwkv_large',
-        features='last',
-        deform_heads=16,
-        deform_ratio=0.5,
+        neck=dict(type='adapter', num_heads=16, ratio=0.5, features='last'),
         drop_path_rate=0.4,
         init_cfg=dict(type='Pretrained', checkpoint='linescan://vrwkv_large')),
     neck=dict(in_channels=[1024] * 4))

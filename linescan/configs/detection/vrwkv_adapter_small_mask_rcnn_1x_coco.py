@@ -3,7 +3,7 @@ _base_ = ['../_base_/mask_rcnn.py', '../_base_/coco_1x.py']
 model = dict(
     backbone=dict(
         model='vrwkv_small',
-        features='last',
+        neck=dict(type='adapter', features='last'),
         drop_path_rate=0.2,
         init_cfg=dict(type='Pretrained', checkpoint='linescan://vrwkv_small')),
     neck=dict(in_channels=[384] * 4))

@@ -3,7 +3,7 @@ _base_ = ['../_base_/cascade_mask_rcnn.py', '../_base_/coco_3x.py']
 model = dict(
     backbone=dict(
         model='vrwkv_tiny',
-        features='last',
+        neck=dict(type='adapter', features='last'),
         init_values=1.0,
         drop_path_rate=0.1,
         init_cfg=dict(type='Pretrained', checkpoint='linescan://vrwkv_tiny')),

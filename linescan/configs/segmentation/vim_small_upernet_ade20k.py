@@ -5,7 +5,7 @@ model = dict(
     backbone=dict(
         model='vim_small_patch16_224',
         img_size=512,
-        features='stream',
+        tap='stream',
         drop_path_rate=0.05,
         init_cfg=dict(type='Pretrained', checkpoint='linescan://vim_small_patch16_224')),
     decode_head=dict(in_channels=[384] * 4),

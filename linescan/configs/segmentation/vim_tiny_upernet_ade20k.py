@@ -5,7 +5,7 @@ model = dict(
     backbone=dict(
         model='vim_tiny_patch16_224',
         img_size=512,
-        features='mixer',
+        tap='mixer',
         drop_path_rate=0.0,
         init_cfg=dict(type='Pretrained', checkpoint='linescan://vim_tiny_patch16_224')),
     decode_head=dict(in_channels=[192] * 4),

@@ -4,7 +4,7 @@ model = dict(
     backbone=dict(
         model='vim_tiny_patch16_224',
         img_size=(512, 1024),
-        features='mixer',
+        tap='mixer',
         init_cfg=dict(type='Pretrained', checkpoint='linescan://vim_tiny_patch16_224')),
     decode_head=dict(in_channels=[192] * 4),
     auxiliary_head=dict(in_channels=192),

@@ -3,8 +3,7 @@ _base_ = ['../_base_/upernet.py', '../_base_/ade20k_160k.py']
 model = dict(
     backbone=dict(
         model='vrwkv_base',
-        deform_heads=12,
-        deform_ratio=0.5,
+        neck=dict(type='adapter', num_heads=12, ratio=0.5),
         drop_path_rate=0.3,
         init_cfg=dict(type='Pretrained', checkpoint='linescan://vrwkv_base')),
     decode_head=dict(in_channels=[768] * 4),

@@ -3,8 +3,7 @@ _base_ = ['../_base_/upernet.py', '../_base_/ade20k_160k.py']
 model = dict(
     backbone=dict(
         model='vrwkv_large',
-        deform_heads=16,
-        deform_ratio=0.5,
+        neck=dict(type='adapter', num_heads=16, ratio=0.5),
         drop_path_rate=0.4,
         init_cfg=dict(type='Pretrained', checkpoint='linescan://vrwkv_large')),
     decode_head=dict(in_channels=[1024] * 4),

@@ -1,0 +1,75 @@
+"""The MLPs of blocks, over the last axis of tokens or maps."""
+
+from typing import Callable
+
+from timm.models import register_notrace_module
+from torch import Tensor, nn
+
+from .linear import linear
+from .stems import depthwise
+
+__all__ = ["ConvMlp", "GatedMlp", "Mlp"]
+
+
+@register_notrace_module
+class Mlp(nn.Module):
+    """(..., dim) -> (..., dim): fc2(act(fc1(x))).
+
+    Args:
+        dim: channels in and out.
+        hidden: channels between.
+        act_layer: the activation.
+        bias: of both Linear layers.
+        drop: rate of the dropout after the activation and after fc2.
+    """
+
+    widths = 1  # outputs of fc1 per hidden channel
+
+    def __init__(self, dim: int, hidden: int, act_layer: Callable = nn.GELU, bias: bool = True, drop: float = 0.0):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, self.widths * hidden, bias=bias)
+        self.act = act_layer()
+        self.drop = nn.Dropout(drop)
+        self.fc2 = nn.Linear(hidden, dim, bias=bias)
+
+    def activate(self, x: Tensor) -> Tensor:
+        """Outputs of fc1 -> inputs of fc2."""
+        return self.act(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(linear(self.fc2, self.drop(self.activate(linear(self.fc1, x)))))
+
+
+class GatedMlp(Mlp):
+    """(..., dim) -> (..., dim): fc2(a * act(b)), where fc1(x) = (a, b), or (b, a) with `gate_first` (arXiv 2002.05202).
+
+    Args:
+        dim, hidden, act_layer, bias, drop: of `Mlp`.
+        gate_first: order of the halves of fc1's output.
+    """
+
+    widths = 2
+
+    def __init__(self, dim: int, hidden: int, *args, gate_first: bool = False, **kwargs):
+        super().__init__(dim, hidden, *args, **kwargs)
+        self.gate_first = gate_first
+
+    def activate(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        return self.act(a) * b if self.gate_first else a * self.act(b)
+
+
+class ConvMlp(Mlp):
+    """Maps (B, H, W, dim) -> the same: fc2(y + conv(y)), y = act(fc1(x)), with a 3x3 depthwise convolution.
+
+    Args:
+        dim, hidden, act_layer, bias, drop: of `Mlp`.
+    """
+
+    def __init__(self, dim: int, hidden: int, *args, **kwargs):
+        super().__init__(dim, hidden, *args, **kwargs)
+        self.dwconv = depthwise(hidden, 3)
+
+    def activate(self, x: Tensor) -> Tensor:
+        x = self.act(x)
+        return x + self.dwconv(x)

@@ -1,0 +1,107 @@
+"""Dense backbones of every class: what they return, hold and train, and what they refuse."""
+
+import pytest
+import torch
+from torch import nn
+
+import linescan
+from linescan.backbones.contract import architecture
+from linescan.backbones.feature_maps import dense_backbone
+from linescan.zoo import list_models
+
+NAMES = sorted(
+    {architecture(n)[0]: n for n in reversed(list_models(task="classification")) if "_video" not in n}.values()
+)
+PLAIN = [name for name in NAMES if architecture(name)[0].unit_name == "blocks"]
+
+
+def dense(name, **kwargs):
+    torch.manual_seed(0)
+    cls = architecture(name)[0]
+    if cls.unit_name == "blocks":
+        kwargs = {"depth": 4, "img_size": 64, **kwargs}
+        if cls.dense.neck != "adapter":
+            kwargs.setdefault("out_indices", (0, 1, 2, 3))
+    else:
+        kwargs = {"depths": (1, 1, 1, 1), **kwargs}
+        if "segman" in name:
+            kwargs.setdefault("windows", (3, 3, 3, 1))
+    return dense_backbone(name, **kwargs)
+
+
+def without_gradient(model, x):
+    sum(y.square().sum() for y in model(x)).backward()
+    return [key for key, parameter in model.named_parameters() if parameter.grad is None]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_parameter_gets_a_gradient(name):
+    x = torch.randn(2, 3, 64, 64)
+    model = dense(name).train()
+    assert without_gradient(model, x) == []
+    for options in ({"norms": "each"}, {"norms": None}, {"norms": "last"}):
+        model = dense(name, neck=None, **{"out_indices": (0, 2), **options}).train()
+        assert without_gradient(model, x) == [], options
+        assert len(model.trunk.units) == 3, "nothing stands behind the last wanted unit"
+        assert list(model.norms) == (["0", "2"] if options["norms"] == "each" else [])
+        assert isinstance(model.trunk.head, nn.Identity)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("tap", ["stream", "mixer"])
+def test_taps(name, tap):
+    model = dense(name, neck=None, norms=None, tap=tap, out_indices=(1, 2)).eval()
+    x, streams, mixed = torch.randn(1, 3, 64, 64), [], []
+    for block in model.trunk.blocks:
+        block.register_forward_hook(lambda module, args, output: streams.append(output))
+        last = block.scale1 or (block.norm1 if block.post_norm else block.mixer)
+        last.register_forward_hook(lambda module, args, output: mixed.append(output))
+    with torch.no_grad():
+        maps = model(x)
+    assert len(streams) == 3, "the blocks' own forward runs, and no more of them than needed"
+    for y, i in zip(maps, (1, 2)):
+        want = mixed[i] if tap == "mixer" else streams[i]
+        assert torch.equal(y.flatten(2).mT, model.trunk.patch_tokens(want))
+    model.train()
+    assert without_gradient(model, x) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hooks_fire_with_the_maps(name):
+    model = dense(name).eval()
+    x, seen = torch.randn(1, 3, 64, 96), {}
+    for i, info in enumerate(model.feature_info):
+        module = model.get_submodule(info["module"])
+        module.register_forward_hook(lambda module, args, output, i=i: seen.setdefault(i, output))
+    with torch.no_grad():
+        maps = model(x)
+    for i, (y, channels, stride) in enumerate(zip(maps, model.out_channels, model.strides)):
+        assert y.shape == (1, channels, 64 // stride, 96 // stride)
+        assert torch.equal(seen[i] if seen[i].shape == y.shape else seen[i].movedim(-1, 1), y)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_own_files_load_strictly_at_another_size(name, tmp_path):
+    model = dense(name)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    torch.save(model.state_dict(), tmp_path / "dense.pth")
+    other = linescan.load_checkpoint(dense(name), tmp_path / "dense.pth")
+    for key, value in other.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key]), key
+    if model.trunk.pos_embed is not None:
+        larger = linescan.load_checkpoint(dense(name, img_size=(96, 64)), tmp_path / "dense.pth")
+        assert larger.trunk.native_grid == larger.trunk.grid_of(96, 64)
+    state = model.state_dict()
+    state.pop(next(iter(state)))
+    torch.save(state, tmp_path / "dense.pth")
+    with pytest.raises(linescan.CheckpointError, match="1 keys missing"):
+        linescan.load_checkpoint(other, tmp_path / "dense.pth")
+    torch.save(model.state_dict() | {"trunk.extra": torch.zeros(1)}, tmp_path / "dense.pth")
+    with pytest.raises(linescan.CheckpointError, match="1 unexpected .first: trunk.extra"):
+        linescan.load_checkpoint(other, tmp_path / "dense.pth")
+
+
+def test_a_model_of_clips_is_refused():
+    with pytest.raises(ValueError, match="this VideoMamba reads clips: a dense backbone needs one that reads images"):
+        dense_backbone("videomamba_video_tiny_patch16_224", depth=1)

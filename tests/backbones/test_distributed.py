@@ -1,0 +1,98 @@
+"""DDP and FSDP of one model of each family, on two processes, against one process that sees all samples."""
+
+import copy
+import socket
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+
+import linescan  # noqa: F401, registers the models
+from linescan.backbones.feature_maps import dense_backbone
+
+SMALL = {
+    "vim_tiny_patch16_224": dict(embed_dim=32, depth=2, img_size=32),
+    "videomamba_tiny_patch16_224": dict(embed_dim=32, depth=2, img_size=32),
+    "local_vim_tiny": dict(embed_dim=32, depth=2, img_size=32),
+    "local_vssm_tiny": dict(depths=(1, 1), dims=16),
+    "vmamba_tiny_s1l8": dict(depths=(1, 1), dims=16),
+    "vig_tiny": dict(embed_dim=48, depth=2, img_size=32),
+    "vig_h_tiny": dict(depths=(1, 1), dims=16, num_heads=(1, 2)),
+    "vrwkv_tiny": dict(embed_dim=32, depth=2, img_size=32),
+    "segman_tiny": dict(depths=(1, 1), dims=(16, 32), num_heads=(1, 2), windows=(3, 3), mlp_ratios=(2, 2), img_size=32),
+    "scan_tiny": dict(embed_dim=32, depth=2, img_size=32, mixer=("gla", "window")),
+    "scanh_tiny": dict(depths=(1, 1), dims=(32, 64), mixer=("s6", "delta")),
+}
+
+
+def build(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5, **SMALL[name]).double()
+    return model.eval() if "segman" in name else model.train()  # BatchNorms of half a batch are others
+
+
+def loss_of(model, x):
+    y = model(x)
+    return sum(m.square().mean() for m in y) if isinstance(y, list) else y.square().mean()
+
+
+def samples():
+    return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def gradients(model):
+    return {
+        name: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for name, p in model.named_parameters()
+    }
+
+
+def compare(got, want, what):
+    for name, grad in want.items():
+        assert torch.allclose(got[name], grad, rtol=1e-6, atol=1e-9), f"{what}: {name}"
+
+
+def work(rank, port):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    own = samples()[2 * rank : 2 * rank + 2]
+    for name in SMALL:
+        whole = build(name)
+        ddp, fsdp = copy.deepcopy(whole), copy.deepcopy(whole)
+        loss_of(whole, samples()).backward()
+        want = gradients(whole)
+
+        ddp = DistributedDataParallel(ddp)  # an unused parameter would raise in the second step
+        for _ in range(2):
+            ddp.zero_grad()
+            loss_of(ddp, own).backward()
+        compare(gradients(ddp.module), want, f"DDP of {name}")
+
+        for unit in fsdp.units:
+            fully_shard(unit, mesh=mesh)
+        fully_shard(fsdp, mesh=mesh)
+        sharded = sum(p.to_local().numel() for p in fsdp.parameters())
+        assert sharded < 0.6 * sum(p.numel() for p in whole.parameters())
+        loss_of(fsdp, own).backward()
+        compare(gradients(fsdp), want, f"FSDP of {name}")
+
+        if name == "vrwkv_tiny":  # adapters have BatchNorms
+            continue
+        dense = dense_backbone(name, out_indices=(0, 1), neck=None, **SMALL[name]).double().eval()
+        ddp = DistributedDataParallel(dense)
+        for _ in range(2):
+            ddp.zero_grad()
+            loss_of(ddp, own).backward()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(work, (port,), nprocs=2)
