@@ -401,7 +401,6 @@ def _reading(path: str | Path, threads: str = "AUTO") -> Iterator[tuple]:
                 raise BrokenVideo("only sound, no images" if sound else "not a video, or damaged")
             if stream.width * stream.height > WHOLE:
                 raise BrokenVideo(f"frames of {stream.width}x{stream.height} pixels; {WHOLE // 10**6} million at most")
-            stream.codec_context.options = {"max_pixels": str(WHOLE)}  # of frames that grow on the way
             stream.thread_type = threads
             yield container, stream
 
