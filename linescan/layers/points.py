@@ -11,10 +11,12 @@ coordinate is no point: it is never sampled, is nobody's neighbour, and has no n
 
 Distances are sums of squared differences, computed in float64 for float64 points and in float32 otherwise: the expanded
 form |a|^2 - 2ab + |b|^2 loses so many digits in float32 that neighbours change. Every operator is plain torch and runs
-on any device. On a CPU, farthest point sampling has a C++ kernel, and neighbours in large clouds are found by SciPy's
-k-d tree where SciPy is installed. The answers are the same.
+on any device. Farthest point sampling has a C++ kernel on a CPU and a Triton kernel on a GPU, and on a CPU neighbours
+in large clouds are found by SciPy's k-d tree where SciPy is installed. The answers are the same.
 """
 
+from functools import lru_cache
+from importlib import import_module
 from itertools import accumulate
 from typing import NamedTuple, Sequence
 
@@ -22,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..scans.kernels import cpu
+from ..scans.kernels import cpu, triton
 
 __all__ = [
     "Patches",
@@ -178,6 +180,7 @@ def farthest_points(points: Tensor, count: int, lengths: Lengths = None, rule: s
     return clouds.number(chosen.masked_fill(~present.any(1, keepdim=True), -1))
 
 
+@lru_cache(maxsize=64)
 def _thread_order(count: int, length: int) -> Tensor:
     """Rows in the order in which pointnet2_ops prefers them at equal distances; `count` of them, then the others.
 
@@ -192,14 +195,23 @@ def _thread_order(count: int, length: int) -> Tensor:
 
 
 def _farthest(points: Tensor, live: Tensor, first: Tensor, count: int, limit: float) -> Tensor:
-    """(B, count) rows of points (B, N, 3): `first`, then always the live point that is farthest, the lowest of several.
-
-    No distance counts for more than sqrt(limit). Where no point is live, `first` is repeated.
-    """
+    """`_farthest_loop` by the fastest of the ways that give the same."""
     if points.is_cpu and cpu.missing() is None and hasattr(torch.ops.linescan_cpu, "farthest_points"):
         chosen = torch.empty(len(points), count, dtype=torch.int64)
         torch.ops.linescan_cpu.farthest_points(points.contiguous(), live.contiguous(), first, limit == 1e10, chosen)
         return chosen
+    if points.is_cuda and triton.info().startswith("Triton"):
+        with torch.cuda.device(points.device):
+            kernel = import_module("linescan.scans.kernels.triton.farthest")
+            return kernel.farthest(points, live, first, count, limit)
+    return _farthest_loop(points, live, first, count, limit)
+
+
+def _farthest_loop(points: Tensor, live: Tensor, first: Tensor, count: int, limit: float) -> Tensor:
+    """(B, count) rows of points (B, N, 3): `first`, then always the live point that is farthest, the lowest of several.
+
+    No distance counts for more than sqrt(limit). Where no point is live, `first` is repeated.
+    """
     axes = [axis.contiguous() for axis in points.unbind(-1)]
     far = torch.where(live, limit, -1.0).to(points.dtype)  # squared distance to the nearest of those chosen
     chosen, last = [first], first
