@@ -13,7 +13,7 @@ Weights have the layout of spconv 2.x, [out, *kernel, in], so that published fil
 from functools import cached_property
 from itertools import product
 from math import prod
-from typing import NamedTuple, Sequence
+from typing import Callable, Hashable, NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -107,6 +107,12 @@ class Sites:
     def __len__(self) -> int:
         return len(self.coords)
 
+    def cached(self, key: Hashable, make: Callable):
+        """What `make()` gives, made once for these sites: a table of neighbours, or a route through them."""
+        if key not in self._tables:
+            self._tables[key] = make()
+        return self._tables[key]
+
     @cached_property
     def flat(self) -> Tensor:
         """(N,) index of each site among all cells of all grids, row-major."""
@@ -136,9 +142,7 @@ class Sites:
     def neighbours(self, kernel: Sequence[int], dilation: Sequence[int]) -> "Neighbours":
         """The site each kernel offset reads, for outputs at the same sites. Cell k // 2 of the kernel is the site."""
         key = "submanifold", tuple(kernel), tuple(dilation)
-        if key not in self._tables:
-            self._tables[key] = self._find(kernel, dilation)
-        return self._tables[key]
+        return self.cached(key, lambda: self._find(*key[1:]))
 
     def _find(self, kernel: Sequence[int], dilation: Sequence[int]) -> "Neighbours":
         numbers, steps = self._keys([k // 2 * d for k, d in zip(kernel, dilation)])
@@ -168,9 +172,7 @@ class Sites:
     ) -> tuple["Sites", "Neighbours"]:
         """The sites that a strided convolution reaches, ascending (b, z, y, x), and what each offset reads for them."""
         key = "strided", tuple(kernel), tuple(stride), tuple(padding), tuple(dilation)
-        if key not in self._tables:
-            self._tables[key] = self._reach(*key[1:])
-        return self._tables[key]
+        return self.cached(key, lambda: self._reach(*key[1:]))
 
     def _reach(self, kernel, stride, padding, dilation) -> tuple["Sites", "Neighbours"]:
         self._check(self.flat.sort().values)

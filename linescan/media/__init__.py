@@ -1,1 +1,1 @@
-"""Images and videos: reading, preprocessing, writing, drawing."""
+"""Images, videos and point clouds: reading, preprocessing, writing, drawing."""

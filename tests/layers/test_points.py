@@ -191,6 +191,8 @@ def test_pointnet2_never_chooses_near_the_origin_but_starts_there():
     assert farthest_points(points, 62, rule="pointnet2").tolist()[0].count(61) == 0
     assert farthest_points(points, 62, rule="plain").unique().numel() == 62
     assert farthest_points(points * 1e-3, 4, rule="pointnet2").tolist() == [[0, 0, 0, 0]]
+    border = torch.tensor([[5.0, 5, 5], [0.02, 0.0244949, 0]])  # float32's 0.001 is above the double 1e-3
+    assert farthest_points(border, 2, rule="pointnet2").tolist() == [[0, 1]]
 
 
 def test_float64_points_are_told_apart_by_more_digits():
