@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Mapping, Sequence
 
+import torch
 from timm.models import group_parameters
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from ..layers.pyramid import RescaledFeatures, SimpleFeaturePyramid
 from ..layers.stems import pad_to_multiple
 from .contract import Backbone, architecture, take_indices, to_format
 
-__all__ = ["DenseBackbone", "dense_backbone", "dense_parts"]
+__all__ = ["DenseBackbone", "dense_backbone", "dense_maps", "dense_parts"]
 
 # What a classifier has and a dense backbone may have no use for.
 CLASSIFIER = re.compile(r"^trunk\.(norm|head|head_inner|cls_token|cls_pos_embed)(\.|$)")
@@ -291,7 +292,8 @@ def dense_parts(
     Args:
         model: a registered name.
         out_indices, tap, norms: of `DenseBackbone`; by default what the family's authors take, or else a LayerNorm
-            behind the stream after all stages, or after four blocks at equal distances.
+            behind the stream after all stages, or after four blocks at equal distances. These are taken, too, where
+            the authors' blocks are more than the model has.
         neck: "rescaled" brings four maps of one scale to strides 4, 8, 16 and 32 (`RescaledFeatures`), "simple" makes
             p2 to p6 of the last map (`SimpleFeaturePyramid`), "adapter" exchanges features with a pyramid
             (`ViTAdapter`); with options as a dict, {"type": "simple", "out_channels": 128}. None is none. By default
@@ -322,7 +324,7 @@ def dense_parts(
         raise InputError(f"neck {kind!r} does not take these options: {', '.join(options)} ({error})") from None
     if out_indices is None and kind != "adapter":
         out_indices = form.out_indices
-        if out_indices is None and trunk.unit_name == "blocks":
+        if trunk.unit_name == "blocks" and (out_indices is None or max(out_indices) >= count):
             out_indices = [count * (i + 1) // 4 - 1 for i in range(4)]
     return {
         "trunk": trunk,
@@ -336,3 +338,10 @@ def dense_parts(
 def dense_backbone(model: str, **options) -> DenseBackbone:
     """A registered model as a backbone for dense prediction; options as for `dense_parts`."""
     return DenseBackbone(**dense_parts(model, **options))
+
+
+def dense_maps(model: str, **options) -> list[dict[str, int]]:
+    """`{"channels": C, "stride": s}` of each map of `dense_backbone(model, **options)`, without memory for weights."""
+    with torch.device("meta"):
+        backbone = dense_backbone(model, **options)
+    return [{"channels": c, "stride": s} for c, s in zip(backbone.out_channels, backbone.strides)]

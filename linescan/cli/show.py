@@ -50,7 +50,9 @@ def info(
 ):
     """Show one model: published facts beside measured ones, weights, input."""
     from linescan import zoo
+    from linescan.backbones.feature_maps import dense_maps
     from linescan.engine.cards import build, measure, preprocess_of
+    from linescan.errors import InputError
 
     args = model_args(model_arg) | ({"img_size": img_size} if img_size else {})
     built = build(model, **args)
@@ -58,8 +60,12 @@ def info(
     with console.status("measuring"):
         params, macs = measure(built, preprocess.size)
     fact = zoo.find(model).facts() if zoo.is_model(model) else {"model": model, "family": "timm"}
+    try:
+        maps = dense_maps(model, **args)
+    except InputError:  # a model of clips, or not linescan's, or too shallow for four maps
+        maps = []
     if as_json:
-        measured = {"params": params, "macs": macs, "input_size": preprocess.size}
+        measured = {"params": params, "macs": macs, "input_size": preprocess.size, "maps": maps}
         show_json({**fact, "measured": measured})
         return
     table = Table(model, "published", "measured", box=box.SIMPLE_HEAD)
@@ -74,6 +80,7 @@ def info(
         ("paper", fact.get("paper")),
         ("licence", fact.get("licence")),
         ("weights", fact.get("weights")),
+        ("maps", ", ".join(f"{m['channels']} channels at stride {m['stride']}" for m in maps)),
         (
             "input",
             f"mean {preprocess.mean}, std {preprocess.std}, {preprocess.interpolation}, crop {preprocess.crop_pct}",

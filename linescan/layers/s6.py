@@ -107,21 +107,24 @@ class S6Scan(TokenMixer):
         Returns:
             (B, L, D), or a pair of that and the state (B, K, D, N).
         """
-        n_routes = self.along.n_routes
-        A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+        A_log, D, dt_bias = (self._per_route(x) for x in (self.A_log, self.D, self.dt_bias))
         return self.along(
             u,
             dt,
-            A.expand(n_routes, -1, -1),
+            -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32))),
             B,
             C,
-            self.D.expand(n_routes, -1),
+            D,
             z,
-            self.dt_bias.expand(n_routes, -1),
+            dt_bias,
             delta_softplus=True,
             delta_weight=self.dt_proj,
             **options,
         )
+
+    def _per_route(self, x: Tensor) -> Tensor:
+        n_routes = self.along.n_routes
+        return x if len(x) == n_routes else x.repeat(n_routes, *[1] * (x.ndim - 1))
 
     def mix_tokens(self, x: Tensor, grid: tuple[int, ...], **options) -> tuple[Tensor, Tensor]:
         u = x[:, None]

@@ -68,6 +68,11 @@ class LinescanBackbone(DenseBackbone, BaseModule):
         init_cfg: dict | None = None,
         **kwargs,
     ):
+        if pretrained and (init_cfg or pretrained.startswith(("open-mmlab://", "torchvision://", "mmcls://"))):
+            raise InputError(
+                f"pretrained={pretrained!r} is for another backbone, from a _base_ of this config: unset it with "
+                "model=dict(pretrained=None, ...), and give init_cfg to the backbone"
+            )
         if pretrained:
             init_cfg = {"type": "Pretrained", "checkpoint": pretrained}
         if init_cfg and (init_cfg.get("type") != "Pretrained" or "checkpoint" not in init_cfg):

@@ -15,6 +15,7 @@ import torch
 from timm.layers import get_graph_node_names
 from timm.models import group_parameters
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import linescan
 from linescan.zoo import list_models
@@ -393,6 +394,17 @@ def test_linear_layers_are_linear_by_type(name):
         assert not [m for m in quantised.modules() if type(m) is nn.Linear]
         assert torch.allclose(quantised(x), want, atol=0.5 * want.abs().max().item())
         assert not torch.equal(quantised(x), want)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_operations_are_counted_with_and_without_gradients(name):
+    model = small(name, num_classes=5).eval()
+    x, counts = image(model, 64, 64), []
+    for enable in (False, True):
+        with torch.set_grad_enabled(enable), FlopCounterMode(display=False) as counter:
+            model(x)
+        counts.append(counter.get_total_flops())
+    assert 2 * sum(p.numel() for p in model.head.parameters()) < counts[0] <= counts[1]
 
 
 @pytest.mark.parametrize("name", KINDS)

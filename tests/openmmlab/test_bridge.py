@@ -98,6 +98,11 @@ def test_out_indices_and_necks():
         ({**SMALL["vig"], "neck": "fpn"}, "neck is one of 'auto', 'rescaled', 'simple', 'adapter', None"),
         ({**SMALL["vig"], "out_indices": [1, 2]}, "neck 'rescaled' is for four maps"),
         ({**SMALL["vig"], "init_cfg": {"type": "Kaiming"}}, "init_cfg is dict"),
+        ({**SMALL["vig"], "pretrained": "open-mmlab://resnet50_v1c"}, "unset it with model=dict(pretrained=None, ...)"),
+        (
+            {**SMALL["vig"], "pretrained": "x.pth", "init_cfg": {"type": "Pretrained", "checkpoint": "y.pth"}},
+            "unset it with model=dict(pretrained=None, ...)",
+        ),
     ],
 )
 def test_what_is_wrong_is_said(wrong, said):
