@@ -119,12 +119,13 @@ class Sites:
         return self._keys(0)[0]
 
     def _keys(self, halo: Sequence[int] | int) -> tuple[Tensor, list[int]]:
-        """Each site's number in grids that are `halo` cells larger on every side, and what a step along an axis adds.
+        """Each site's number in grids with `halo` more cells before each axis, and what a step along an axis adds.
 
-        Inside of the halo, a step beyond the border never ends at another site's number.
+        No site is in a halo, and there ends every step of up to `halo` cells beyond a border, also one that goes on in
+        the next row.
         """
         halo = [halo] * len(self.shape) if isinstance(halo, int) else halo
-        extents = [n + 2 * h for n, h in zip(self.shape, halo)]
+        extents = [n + h for n, h in zip(self.shape, halo)]
         steps = [prod(extents[i:]) for i in range(len(extents) + 1)]
         shifted = self.coords + torch.tensor([0, *halo], device=self.coords.device)
         return (shifted * torch.tensor(steps, device=self.coords.device)).sum(1), steps[1:]

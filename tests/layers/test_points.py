@@ -195,6 +195,12 @@ def test_pointnet2_never_chooses_near_the_origin_but_starts_there():
     assert farthest_points(border, 2, rule="pointnet2").tolist() == [[0, 1]]
 
 
+def test_pointnet2_knows_no_distance_above_a_hundred_thousand():
+    points = torch.tensor([[0.0, 0, 0], [3e5, 0, 0], [-2e5, 0, 0], [1, 1, 1]])
+    assert farthest_points(points, 2).tolist() == [[0, 1]]
+    assert farthest_points(points, 2, rule="pointnet2").tolist() == [[0, 2]]
+
+
 def test_float64_points_are_told_apart_by_more_digits():
     """Nearly the same place: in float32 rows 1 and 3 tie, and the lower one wins."""
     points = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0.5, 0, 0], [1 + 1e-12, 0, 0]], dtype=torch.float64)
