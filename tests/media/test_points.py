@@ -2,6 +2,7 @@
 
 import io
 import os
+import pickle
 import sys
 import tracemalloc
 import zipfile
@@ -404,7 +405,8 @@ def test_no_file_is_unpickled(tmp_path):
     bomb = np.array([Bomb()] * 3)
     np.save(tmp_path / "a.npy", bomb, allow_pickle=True)
     np.savez(tmp_path / "a.npz", points=np.array([[Bomb()] * 3]))
-    for name in ("a.npy", "a.npz"):
+    (tmp_path / "b.npy").write_bytes(pickle.dumps(Bomb()))
+    for name in ("a.npy", "a.npz", "b.npy"):
         with pytest.raises(BrokenCloud):
             read_points(tmp_path / name)
     assert not (tmp_path / "boom").exists()

@@ -113,6 +113,21 @@ def test_recurrences_read_groups_without_moving_a_feature(form, fill):
         assert all(torch.allclose(a, b, atol=1e-8) for a, b in zip(mine, theirs))
 
 
+@pytest.mark.parametrize("form", ["chunked", "reference"])
+def test_samples_of_a_batch_may_share_a_table_or_have_their_own(form):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 1, 20, 2, 4, generator=generator, dtype=torch.float64).unbind()
+    g = -torch.rand(2, 1, 20, 2, 4, generator=generator, dtype=torch.float64)
+    tables = torch.stack([group_table(torch.randperm(20, generator=generator), [20], 8) for _ in range(2)])
+    for table in (tables[0], tables):
+        with backend(form):
+            both = gla(q, k, v, g, route=table, merge="sum")
+            for b in range(2):
+                own = table if table.ndim == 2 else table[b]
+                alone = gla(*(x[b : b + 1] for x in (q, k, v, g)), route=own, merge="sum")
+                assert torch.allclose(both[b], alone[0])
+
+
 @pytest.mark.parametrize(
     "call, words",
     [
