@@ -42,6 +42,18 @@ def test_each_view_shows_the_faces_that_turn_towards_it():
     assert (pixels[2, 2] == PAPER).all()
 
 
+def test_of_points_behind_each_other_the_nearest_is_seen():
+    column = np.stack((np.zeros(50), np.zeros(50), np.arange(50)), 1)
+    corners = [[-9, -9, 0], [9, -9, 0], [-9, 9, 0], [9, 9, 0]]
+    for order in (slice(None), slice(None, None, -1)):
+        points = np.concatenate((column[order], corners))
+        labels = np.where(points[:, 2] == 49, 1, 0)
+        view = PointView(points, labels=labels, classes=["below", "top"], palette=[(250, 0, 0), (0, 0, 250)])
+        pixels = np.asarray(draw_points(view, size=400)).astype(int)
+        from_the_top = pixels[80:120, 280:320]
+        assert share(from_the_top, (0, 0, 250)) > 0 and share(from_the_top, (250, 0, 0)) == 0
+
+
 def test_the_legend_counts_classes_and_grey_is_for_none():
     points, face = cube(1000)
     view = PointView(points, labels=np.where(face < 3, face, 255 - face % 2 * 300), classes=["a", "b", "c", "d"])
@@ -87,6 +99,9 @@ def test_boxes_stand_where_they_are_and_show_their_front():
         assert np.isclose(np.linalg.norm(edge), 4)  # corners 0 and 1 lie along its length
     pixels = np.asarray(draw_points(view, size=400)).astype(int)
     assert share(pixels, view.box_colour(0)) > 0.005
+    cos, sin = np.cos(0.5), np.sin(0.5)
+    (turned,) = PointView(np.zeros((0, 3)), boxes=[[0, 0, 0, 4, 2, 2, 0.5]]).corners()
+    assert np.allclose(turned[0], [2 * cos - sin, 2 * sin + cos, -1])
 
 
 def test_boxes_are_named_coloured_and_counted():

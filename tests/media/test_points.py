@@ -129,6 +129,31 @@ def test_las(tmp_path, cloud, suffix, point_format):
     check(read, whole, *attributes, tolerance=2e-5)
 
 
+@pytest.mark.parametrize(
+    "suffix, version, place, size, reason",
+    [
+        (".las", "1.2", 100, 4, "its header"),  # the number of records of metadata
+        (".las", "1.4", 243, 4, "its header"),  # the number of those behind the points
+        (".las", "1.2", 94, 2, "its header"),  # the header's own size
+        (".las", "1.2", 107, 4, "cut short"),  # the number of points
+        (".laz", "1.2", None, 4, "its table of chunks"),
+    ],
+)
+def test_las_files_that_promise_too_much_cost_nothing(tmp_path, cloud, suffix, version, place, size, reason):
+    las = laspy.LasData(laspy.LasHeader(point_format=3 if version == "1.2" else 7, version=version))
+    las.xyz = cloud["points"]
+    path = tmp_path / f"a{suffix}"
+    las.write(path)
+    data = bytearray(path.read_bytes())
+    if place is None:
+        begin = int.from_bytes(data[96:100], "little")
+        place = int.from_bytes(data[begin : begin + 8], "little") + 4
+    data[place : place + size] = b"\xf0" * size
+    path.write_bytes(data)
+    with pytest.raises(BrokenCloud, match=reason):
+        read_points(path)
+
+
 def test_unset_dimensions_of_las_are_none(tmp_path, cloud):
     las = laspy.LasData(laspy.LasHeader(point_format=3, version="1.2"))
     las.xyz = cloud["points"]
