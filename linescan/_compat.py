@@ -1,9 +1,100 @@
-"""Private names of other packages that linescan depends on, in one place; tests/test_compat.py uses each."""
+"""Private functions of other packages, all in one place, each with a test in tests/test_compat.py.
 
+Only torch is imported here. A release that changes one of them breaks this file and no other.
+"""
+
+from contextlib import contextmanager
+from typing import Iterator
+
+import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as _module
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
-__all__ = ["is_observed"]
+__all__ = [
+    "argument_names",
+    "dispatch_modes_active",
+    "guard_scalar",
+    "is_jit_tracing",
+    "is_observed",
+    "is_transformed",
+    "is_watched",
+    "linear_pointwise",
+    "plain_shape",
+    "unwatched",
+]
+
+
+def dispatch_modes_active() -> bool:
+    """True inside a `TorchDispatchMode`, such as that of fake tensors, `make_fx` or a FLOP counter."""
+    return bool(_get_current_dispatch_mode_stack())
+
+
+def is_jit_tracing() -> bool:
+    """True while `torch.jit.trace` records."""
+    return torch._C._get_tracing_state() is not None
+
+
+def is_transformed() -> bool:
+    """True inside `torch.func` transforms (grad, vmap, jvp, ...) and forward-mode differentiation."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_watched() -> bool:
+    """True if the call at hand is compiled, exported, traced, transformed, or seen by a dispatch mode."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state()
+        or forward_ad._current_level >= 0
+    )
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Inside, nothing is traced, transformed or seen by a dispatch mode: sizes are ints, and tables can be read."""
+    state = torch._C._get_tracing_state()
+    if torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C._dispatch_key_parse("Tracer")):
+        state = None  # below the tracer, in the kernel of an operator: nothing is recorded there
+    if state is not None:
+        torch._C._set_tracing_state(None)
+    try:
+        with _disable_current_modes(), torch._C._DisableFuncTorch():
+            yield
+    finally:
+        if state is not None:
+            torch._C._set_tracing_state(state)
+
+
+def plain_shape(x: torch.Tensor) -> torch.Size:
+    """The shape of a tensor in plain ints, also while `torch.jit.trace` records."""
+    if not torch.compiler.is_compiling() and is_jit_tracing():
+        with unwatched():
+            return x.shape
+    return x.shape
+
+
+def guard_scalar(size) -> int:
+    """A size as an int; a symbolic one is fixed to its value, on which the graph at hand then depends."""
+    from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+    return guard_scalar(size)
+
+
+def argument_names(operator: torch._ops.OpOverload) -> list[str]:
+    """Names of the arguments of a registered operator."""
+    return [argument.name for argument in operator._schema.arguments]
+
+
+def linear_pointwise():
+    """oneDNN's linear map in float32 on CPUs, (x, weight, bias) -> x weight^T + bias; None if torch lacks it."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return None
+    operator = torch.ops.mkldnn._linear_pointwise.default
+    return lambda x, weight, bias: operator(x, weight, bias, "none", [], "")
+
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _GLOBAL_HOOKS = [getattr(_module, "_global" + name) for name in _HOOKS]

@@ -1,15 +1,118 @@
-"""The private names of other packages that linescan depends on, each in use."""
+"""The private functions of other packages that linescan uses do what linescan takes them for."""
 
+import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules.module import register_module_forward_hook
 
-from linescan._compat import is_observed
+from linescan import _compat
+from linescan.scans.kernels import cpu
+
+
+def seen_by(function) -> set[str]:
+    """Where `function` returns True, of eager mode and everything that may see a call."""
+    found = set()
+
+    def call(how):
+        if function():
+            found.add(how)
+        return True
+
+    call("eager")
+    with FakeTensorMode():
+        call("dispatch mode")
+    torch.func.grad(lambda x: call("grad") and x.sum())(torch.ones(2))
+    torch.vmap(lambda x: call("vmap") and x.sum())(torch.ones(2, 2))
+    with torch.autograd.forward_ad.dual_level():
+        call("forward mode")
+    make_fx(lambda x: call("make_fx") and x + 1)(torch.ones(2))
+    torch.jit.trace(lambda x: call("jit") and x + 1, torch.ones(2), check_trace=False)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_who_sees_a_call():
+    assert seen_by(_compat.is_watched) == {"dispatch mode", "grad", "vmap", "forward mode", "make_fx", "jit"}
+    assert seen_by(_compat.is_transformed) == {"grad", "vmap", "forward mode"}
+    assert seen_by(_compat.dispatch_modes_active) == {"dispatch mode", "make_fx"}
+    assert seen_by(_compat.is_jit_tracing) == {"jit"}
+
+    def still_seen():
+        with _compat.unwatched():
+            return _compat.dispatch_modes_active() or _compat.is_jit_tracing()
+
+    assert seen_by(still_seen) == set()
+
+
+def test_a_compiled_call_is_watched():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: x + 1 if _compat.is_watched() else x, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(2)).sum() == 2
+
+
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_sizes_are_plain_while_a_trace_is_recorded():
+    def function(x):
+        assert type(_compat.plain_shape(x)[0]) is int
+        with _compat.unwatched():
+            assert type(x.shape[0]) is int and torch.ones(3).numpy().sum() == 3
+        return x + _compat.plain_shape(x)[0]
+
+    traced = torch.jit.trace(function, torch.zeros(3), check_trace=False)
+    assert traced(torch.zeros(5)).tolist() == [3] * 5  # a constant of the trace
+    assert _compat.plain_shape(torch.zeros(3)) == (3,)
+
+
+def test_inside_unwatched_tensors_are_plain():
+    with FakeTensorMode():
+        assert type(torch.ones(2)) is not torch.Tensor
+        with _compat.unwatched():
+            assert torch.ones(2).tolist() == [1, 1]
+        assert type(torch.ones(2)) is not torch.Tensor
+
+    def function(x):
+        with _compat.unwatched():
+            plain = torch.arange(3)
+            assert plain.numpy().tolist() == [0, 1, 2]
+        return (x * plain).sum()
+
+    assert torch.func.grad(function)(torch.ones(3)).tolist() == [0, 1, 2]
+
+
+def test_guard_scalar():
+    assert _compat.guard_scalar(5) == 5
+    sizes = []
+
+    def function(x):
+        sizes.append(_compat.guard_scalar(x.shape[0]))
+        return x + 1
+
+    make_fx(function, tracing_mode="symbolic")(torch.ones(7))
+    assert sizes == [7] and type(sizes[0]) is int
+
+
+def test_argument_names():
+    assert _compat.argument_names(torch.ops.aten.addcmul.default) == ["self", "tensor1", "tensor2", "value"]
+    if cpu.missing() is None:
+        assert _compat.argument_names(torch.ops.linescan_cpu.causal_conv1d.default)[:2] == ["x", "weight"]
+
+
+def test_linear_pointwise():
+    linear = _compat.linear_pointwise()
+    if linear is None:
+        pytest.skip("torch is built without oneDNN")
+    x, weight, bias = torch.randn(4, 3), torch.randn(5, 3), torch.randn(5)
+    torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias))
+    torch.testing.assert_close(linear(x, weight, None), F.linear(x, weight))
 
 
 def test_hooks_and_own_forwards_are_seen():
     layer = nn.Linear(2, 2)
-    assert not is_observed(layer)
+    assert not _compat.is_observed(layer)
     for register in (
         layer.register_forward_hook,
         layer.register_forward_pre_hook,
@@ -18,8 +121,8 @@ def test_hooks_and_own_forwards_are_seen():
         register_module_forward_hook,
     ):
         handle = register(lambda *args: None)
-        assert is_observed(layer), register.__name__
+        assert _compat.is_observed(layer), register.__name__
         handle.remove()
-        assert not is_observed(layer)
+        assert not _compat.is_observed(layer)
     layer.forward = lambda x: torch.zeros(1)
-    assert is_observed(layer)
+    assert _compat.is_observed(layer)

@@ -10,17 +10,16 @@ from torch import Tensor
 
 __all__ = [
     "decayed_scores",
-    "empty_state",
     "gated_outer_products",
-    "head_flops",
-    "head_shapes",
     "join",
     "linear_scan",
     "numbers_at_a_time",
     "running",
     "running_max",
+    "solve_unit_lower",
     "split",
     "steps_at_a_time",
+    "through_chunks",
 ]
 
 CHUNK = 32  # tokens that one matrix product covers; a power of two
@@ -130,24 +129,6 @@ def linear_scan(a: Tensor, x: Tensor, initial: Tensor, reverse: bool = False, ch
 
 
 # -- matrix states ---------------------------------------------------------------------------------------------------
-
-
-def head_shapes(batch, routes, length, q, k, v, *_):
-    """Output and state shapes of a recurrence over q, k (..., H, dk) and v (..., H, dv)."""
-    return (batch, routes, length, *v.shape[3:]), (batch, routes, q.shape[3], q.shape[4], v.shape[4])
-
-
-def head_flops(q, k, v, *_):
-    """Decay and update of a dk x dv state (3 operations an element) and its readout (2)."""
-    routes = max(q[1], k[1], v[1])
-    return 5 * q[0] * routes * q[2] * q[3] * q[4] * v[4]
-
-
-def empty_state(q: Tensor, v: Tensor, initial_state: Tensor | None) -> Tensor:
-    """The state before the first token (B, K, H, dk, dv): the one given, or zeros."""
-    if initial_state is not None:
-        return initial_state
-    return q.new_zeros(*q.shape[:2], *q.shape[3:], v.shape[-1])
 
 
 def split(*tokens: Tensor) -> list[Tensor]:
@@ -272,9 +253,22 @@ def running(decay: Tensor, added: Tensor, state: Tensor, dim: int) -> Tensor:
     return torch.stack(states, dim)
 
 
-def gated_outer_products(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, initial_state: Tensor | None):
-    """The same in matrix products, a few chunks at a time on a CPU, so that their tensors stay in its cache."""
-    state, outputs = empty_state(q, v, initial_state), []
+def gated_outer_products(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Tensor):
+    """Gated linear attention in matrix products: S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T, o_t = scale * S_t^T q_t.
+
+    A few chunks at a time on a CPU, so that their tensors stay in its cache.
+
+    Args:
+        q, k: (B, K, T, H, dk).
+        v: (B, K, T, H, dv).
+        g: log decays <= 0 (B, K, T, H, dk), or (B, K, T, H, 1) for one per head.
+        scale: of the queries.
+        state: before the first token (B, K, H, dk, dv).
+
+    Returns:
+        Outputs (B, K, T, H, dv), and the state after the last token.
+    """
+    outputs = []
     steps = steps_at_a_time(max(q, v, key=Tensor.numel), 4, CHUNK)
     for piece in zip(*(x.split(steps, 2) for x in (q, k, v, g))):
         output, state = _piece(*piece, scale, state)
@@ -289,3 +283,23 @@ def _piece(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, state: Tens
     kept = before[..., -1, :, None].exp()  # what a whole chunk leaves of a state
     states = running(kept, (k * after.exp()).mT @ v, state, 3)
     return join(scores @ v + (q * before.exp()) @ states[:, :, :, :-1], length), states[:, :, :, -1]
+
+
+def through_chunks(transition, added, readout, output, state, length) -> tuple[Tensor, Tensor]:
+    """Output and final state, where chunk n maps S to transition_n S + added_n and outputs readout_n S + output_n.
+
+    Args:
+        transition, added: (B, K, H, N, dk, dk) and (B, K, H, N, dk, dv).
+        readout, output: (B, K, H, N, C, dk) and (B, K, H, N, C, dv).
+    """
+    entering = []
+    for kept, new in zip(transition.unbind(3), added.unbind(3)):
+        entering.append(state)
+        state = kept @ state + new
+    return join(output + readout @ torch.stack(entering, 3), length), state
+
+
+def solve_unit_lower(lower: Tensor, *sides: Tensor) -> tuple[Tensor, ...]:
+    """(I + the strictly lower part of `lower`)^-1 times each of `sides`."""
+    solution = torch.linalg.solve_triangular(lower, torch.cat(sides, -1), upper=False, unitriangular=True)
+    return solution.split([x.shape[-1] for x in sides], -1)

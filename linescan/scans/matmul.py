@@ -1,8 +1,8 @@
-"""Linear maps of tokens, one for all or one a route, float32 on a CPU through oneDNN.
+"""Linear maps of tokens, one for all or one per route, float32 on a CPU through oneDNN.
 
 torch hands float32 matrices to MKL, which uses the full width of the vectors on Intel's processors only. oneDNN, which
 torch carries for its convolutions, does so on all of them: half the time on AMD's with AVX-512, forward and backward.
-`linear` takes it in eager mode; where somebody traces or transforms the call it is `torch.nn.functional.linear`.
+`linear` takes it in eager mode; where a call is traced or transformed it is `torch.nn.functional.linear`.
 """
 
 import platform
@@ -11,15 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._compat import linear_pointwise
 from .recurrence import is_plain
 
 __all__ = ["linear", "project_routes", "project_routes_backward"]
 
-_ONEDNN = (
-    platform.machine().lower() in ("x86_64", "amd64")  # elsewhere torch takes the best library by itself
-    and torch.backends.mkldnn.is_available()
-    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-)
+# Elsewhere torch takes the best library by itself.
+_through_onednn = linear_pointwise() if platform.machine().lower() in ("x86_64", "amd64") else None
 
 
 class _Recorded(torch.autograd.Function):
@@ -42,14 +40,10 @@ class _Recorded(torch.autograd.Function):
         )
 
 
-def _through_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., C), weight (C', C), bias (C',) -> (..., C'): `torch.nn.functional.linear`, faster where it can be."""
     if not (
-        _ONEDNN
+        _through_onednn is not None
         and x.is_cpu
         and is_plain((x, weight, bias))
         and x.dtype == weight.dtype == torch.float32
@@ -65,7 +59,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def project_routes(x: Tensor, weight: Tensor) -> Tensor:
-    """One linear map a route: x (B, K or 1, L, C), weight (K or 1, C', C) -> (B, K, L, C')."""
+    """One linear map per route: x (B, K or 1, L, C), weight (K or 1, C', C) -> (B, K, L, C')."""
     if x.shape[1] == 1:  # one linear map for all routes, from tokens that they share
         return linear(x[:, 0], weight.flatten(0, 1)).unflatten(-1, weight.shape[:2]).movedim(2, 1)
     if weight.shape[0] == 1:

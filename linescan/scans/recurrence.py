@@ -1,90 +1,111 @@
 """What every recurrence shares: one operator each, several implementations, inputs read through a route.
 
 A recurrence is written once, as a plain function over inputs that already stand in time order: its *definition*.
-`recurrence` turns the definition into a `torch.library` operator `linescan::NAME` that
+`recurrence` turns the definition and its layout into a `torch.library` operator `linescan::NAME` that
 
-- reads its token inputs (B, K, L, ...) through a route table and writes its output back to the same places,
+- checks its arguments (`linescan.scans.layout`),
+- reads its token inputs (B, K, L, ...) through a route table and writes its output back to the same places
+  (`linescan.scans.visits` says what tables mean),
 - is differentiable: an implementation without a backward of its own is differentiated by running it again,
 - has a fake (shape-only) form, so that `torch.compile` and `torch.export` see one operator,
 - computes in float32 for half-precision inputs, with autocast off inside, and in float64 for float64 inputs,
 - picks the fastest implementation for the device at run time, or the one that `backend` forces.
 
-Route tables
-------------
-An integer tensor (K, S), or (B, K, S) where every sample has its own. Entry [k, t] is the token that route k visits at
-step t, or a negative number:
-
-- ``-1``: a padding token. All token inputs are zero there; the step is taken, its output is dropped.
-- ``-(i + 2)``: token i is read once more; the output of this visit is dropped.
-
-A token that no step of a route writes has output zero on that route. A route writes a token at most once.
+Inside a transform of `torch.func` and in forward-mode differentiation the definition itself runs, which is slow, and
+right for all of them. A graph that was traced at one size and runs at another raises an error: it holds route tables.
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from inspect import signature
 from itertools import compress
-from typing import Callable, Iterator, Sequence
+from typing import Callable, Iterator, NamedTuple, Sequence, get_type_hints
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
+from .._compat import is_jit_tracing, is_transformed, is_watched, plain_shape, unwatched
+from .layout import Layout
+from .visits import read, visited, write
+
 __all__ = [
-    "Recurrence",
     "Implementation",
+    "Public",
+    "Recurrence",
     "backend",
+    "check_arguments",
+    "functions",
+    "public",
     "recurrence",
     "recurrences",
-    "read",
-    "write",
-    "visited",
-    "check_shapes",
-    "call",
 ]
 
-_forced = ""
-_PLAIN = frozenset((Tensor, nn.Parameter, type(None), bool, int, float))  # types of arguments that hide nothing
-_fitting: set[tuple] = set()  # shapes that have been checked: a small scan takes no longer than checking it again
-_registry: dict[str, "Recurrence"] = {}
+# Types of arguments without dispatch behaviour.
+_PLAIN = frozenset((Tensor, nn.Parameter, type(None), bool, int, float, str))
+
+
+class _Setting(NamedTuple):
+    backend: str = ""
+    dispatcher: bool = False
+
+
+_setting: ContextVar[_Setting] = ContextVar("linescan_backend", default=_Setting())
+_traced_setting = _Setting()  # the same for torch.compile, which reads no context variable but watches this
+_recurrences: dict[str, "Recurrence"] = {}
+_functions: dict[str, "Public"] = {}
 
 
 @contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Forces one implementation of every recurrence called inside the `with` block.
+def backend(name: str = "", *, dispatcher: bool = False) -> Iterator[None]:
+    """Forces one implementation of every recurrence called inside the `with` block, in this thread or task only.
 
     Args:
         name: "reference" (the sequential definition, differentiable any number of times), "chunked" (vectorised torch
-            operations), or a kernel's name ("cpu", "triton"). The backward of a call made inside uses it too.
+            operations), or a kernel's name ("cpu", "triton"). The backward of a call made inside uses it too. A
+            recurrence without a form of that name raises a ValueError when it is called. "": the fastest.
+        dispatcher: call the operator through torch's dispatcher, as a compiled graph does, where it could be spared.
 
     Raises:
         ValueError: no recurrence has an implementation of that name.
     """
-    global _forced
-    known = sorted({i for r in _registry.values() for i in r.implementations})
-    if name not in known:
+    global _traced_setting
+    known = sorted({i for r in _recurrences.values() for i in r.implementations})
+    if name and name not in known:
         raise ValueError(f"unknown scan backend {name!r}; there are: {', '.join(known)}")
-    before, _forced = _forced, name
+    before, traced_before = _setting.get(), _traced_setting
+    setting = _Setting(name, dispatcher)
+    _setting.set(setting)
+    _traced_setting = setting
     try:
         yield
     finally:
-        _forced = before
+        _setting.set(before)
+        _traced_setting = traced_before
 
 
 def recurrences() -> dict[str, "Recurrence"]:
     """All registered recurrences by name."""
-    return dict(_registry)
+    return dict(_recurrences)
+
+
+def functions() -> dict[str, "Public"]:
+    """All public functions by name."""
+    return dict(_functions)
 
 
 @dataclass
 class Implementation:
-    """One way to compute a recurrence.
+    """One way to compute a recurrence. `state` stands for a tensor, a tuple of the states where there are several, or
+    None where there is none.
 
     Attributes:
         forward: (*inputs, route, merge) -> (output, final state), in grid order.
         backward: (grad_output, grad_state, *inputs, route, merge) -> gradients of the floating tensors among `inputs`
-            that are not None, in order; `grad_state` may be None. None: differentiate `forward` by running it again.
+            that are not None, in order; `grad_state` and each of several may be None. None: differentiate `forward` by
+            running it again.
         supports: (*inputs, route, merge) -> whether this call can be served (device, dtype, shape).
         check: (*inputs, route, merge) -> None; raises where a call cannot be served though `backend` asks for it.
         kernel: forward and backward return new contiguous tensors, and autocast has no part in them.
@@ -97,121 +118,12 @@ class Implementation:
     kernel: bool = False
 
 
-def _steps(route: Tensor, batch: int, length: int) -> tuple[Tensor, Tensor]:
-    """The token read at each step as an index into the flattened (B, K, L), and the (B, K, S) table itself."""
-    table = route.long()
-    if table.ndim == 2:
-        table = table.expand(batch, *table.shape)
-    return torch.where(table < 0, (-2 - table).clamp_min(0), table), table
+def is_plain(inputs) -> bool:
+    """True if no tracing, dispatch mode, functorch transform or tensor subclass is involved in a call.
 
-
-def read(x: Tensor, route: Tensor | None) -> Tensor:
-    """Gathers tokens into time order: x (B, K or 1, L, ...), route (K, S) or (B, K, S) -> (B, K, S, ...)."""
-    if route is None:
-        return x
-    batch, routes, length = x.shape[:3]
-    token, table = _steps(route, batch, length)
-    row = torch.arange(batch, device=x.device)[:, None, None] * routes
-    if routes > 1:
-        row = row + torch.arange(routes, device=x.device)[:, None]
-    flat = x.reshape(batch * routes * length, *x.shape[3:])
-    out = flat.index_select(0, (row * length + token).flatten()).reshape(*table.shape, *x.shape[3:])
-    padding = table == -1
-    if padding.any():
-        out = out.masked_fill(padding.reshape(*table.shape, *[1] * (x.ndim - 3)), 0)
-    return out
-
-
-def write(y: Tensor, route: Tensor | None, length: int, merge: bool = False) -> Tensor:
-    """Puts time-ordered outputs back: y (B, K, S, ...) -> (B, K, L, ...); the inverse of `read` for permutations.
-
-    With `merge` the sum over routes, (B, L, ...).
+    Such a call need not go through the dispatcher, which costs as much as the scan of a small image.
     """
-    if route is None:
-        return y.sum(1) if merge else y
-    batch, routes, steps = y.shape[:3]
-    _, table = _steps(route, batch, length)
-    if merge and steps < length:  # routes through parts of the tokens: K whole maps would be mostly zeros
-        first = torch.arange(batch, device=y.device)[:, None, None] * length
-        target = torch.where(table < 0, batch * length, first + table).flatten()
-        out = y.new_zeros(batch * length + 1, *y.shape[3:]).index_add(0, target, y.flatten(0, 2))
-        return out[:-1].reshape(batch, length, *y.shape[3:])
-    row = torch.arange(batch * routes, device=y.device).reshape(batch, routes, 1)
-    slots = batch * routes * length  # one more takes what is dropped
-    target = torch.where(table < 0, slots, row * length + table).flatten()
-    step = target.new_full((slots + 1,), -1).scatter(0, target, torch.arange(len(target), device=y.device))[:-1]
-    out = y.flatten(0, 2).index_select(0, step.clamp_min(0))  # gathering is faster than copying to an index
-    if (step < 0).any():
-        out = out.masked_fill((step < 0).reshape(-1, *[1] * (y.ndim - 3)), 0)
-    out = out.reshape(batch, routes, length, *y.shape[3:])
-    return out.sum(1) if merge else out
-
-
-def check_shapes(name: str, route: Tensor | None, **arguments: tuple[Tensor | None, str]) -> None:
-    """Raises a ValueError for the first argument whose shape departs from its layout; None passes.
-
-    A layout names the axes, as in "B K L D"; a name seen before must have the same size again. In a token input "K" is
-    the route axis, K or 1 long; everywhere else "R" is the number of routes.
-    """
-    signature = None
-    if not torch.compiler.is_compiling():
-        table = None if route is None else (route.shape, route.dtype)
-        signature = (name, table, *[None if x is None else (layout, x.shape) for x, layout in arguments.values()])
-        try:
-            if signature in _fitting:
-                return
-        except TypeError:  # symbolic sizes
-            signature = None
-    _check_table(name, route)
-    tokens = [x for x, layout in arguments.values() if x is not None and layout.startswith("B K L") and x.ndim > 2]
-    sizes = {"R": visited(tokens, route)[1]}
-    for key, (x, layout) in arguments.items():
-        if x is None:
-            continue
-        axes = layout.split()
-        shape = tuple(x.shape)
-        if len(shape) != len(axes):
-            wanted = ", ".join(axes).replace("R", "K")
-            raise ValueError(f"{name}: {key} is ({wanted}), got {x.ndim} axes {shape}")
-        for axis, size in zip(axes, shape):
-            if size == 1 and axis == "K":
-                continue
-            known = sizes["R"] if axis == "K" else int(axis) if axis.isdigit() else sizes.setdefault(axis, size)
-            if size != known:
-                wanted = ", ".join(axes).replace("R", "K")
-                raise ValueError(f"{name}: {key} is ({wanted}) with {axis.replace('R', 'K')} = {known}, got {shape}")
-    if signature is not None:
-        if len(_fitting) > 4096:
-            _fitting.clear()
-        _fitting.add(signature)
-
-
-def call(op: "Recurrence", *inputs, route: Tensor | None, merge: str | None, return_final_state: bool):
-    """Runs an operator and returns what a public function returns: the output, or (output, final state).
-
-    Raises:
-        ValueError: `merge` is neither None nor "sum".
-    """
-    if merge not in (None, "sum"):
-        raise ValueError(f"{op.name}: merge is None (one output a route) or 'sum', got {merge!r}")
-    output, state = op(*inputs, route=route, merge=merge == "sum")
-    return (output, state) if return_final_state else output
-
-
-def _check_table(name: str, route: Tensor | None) -> None:
-    if route is not None and (route.is_floating_point() or route.ndim not in (2, 3)):
-        raise ValueError(
-            f"{name}: a route is an integer table (K, S) or (B, K, S), got {route.dtype} {tuple(route.shape)}"
-        )
-
-
-def visited(tokens: Sequence[Tensor], route: Tensor | None) -> tuple[int, int, int]:
-    """(B, K, L) of a call, from its token inputs (each with K or 1 on the route axis) and its route table."""
-    batch, length = tokens[0].shape[0], tokens[0].shape[2]
-    routes = max(x.shape[1] for x in tokens)
-    if route is not None:
-        routes = max(routes, route.shape[-2])
-    return batch, routes, length
+    return not is_watched() and _PLAIN.issuperset(map(type, inputs))
 
 
 def _apart(outputs: Sequence[Tensor], inputs: Sequence) -> list[Tensor]:
@@ -226,33 +138,73 @@ def _apart(outputs: Sequence[Tensor], inputs: Sequence) -> list[Tensor]:
     return separate
 
 
-def is_plain(inputs) -> bool:
-    """Whether nobody watches this call: no tracing, no dispatch mode, no functional transform, no tensor subclass.
+def _flat(result: tuple) -> tuple:
+    """(output, state) -> (output, *states)."""
+    output, state = result
+    return (output,) if state is None else (output, *state) if isinstance(state, tuple) else result
 
-    Such a call need not go through the dispatcher, which costs as much as the scan of a small image.
-    """
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state()
-        or forward_ad._current_level >= 0
-    ) and _PLAIN.issuperset(map(type, inputs))
+
+def _packed(states: Sequence) -> Tensor | tuple | None:
+    """States as public functions and implementations have them."""
+    return tuple(states) if len(states) > 1 else states[0] if states else None
 
 
 class Recurrence:
-    """A named recurrence with its operator and implementations; made by `recurrence`."""
+    """A named recurrence with its operator and implementations; made by `recurrence`.
 
-    def __init__(self, definition: Callable, tokens: Sequence[str], shapes: Callable, flops: Callable | None):
-        self.name = definition.__name__.strip("_")
+    Attributes:
+        name: of the operator, `linescan::NAME`.
+        definition: the sequential function over inputs in time order.
+        parameters: names of the inputs.
+        layout: of the inputs, the output and the states.
+        implementations: by name; the later ones are preferred.
+    """
+
+    def __init__(self, definition: Callable, layout: Layout, empty: Callable[[Tensor], Tensor] | None = None):
+        self.name = layout.name
         self.definition = definition
-        self.parameters = list(signature(definition).parameters)
-        self.is_token = [name in tokens for name in self.parameters]
-        self.shapes = shapes
+        self.parameters = layout.parameters
+        self.layout = layout
+        self.empty = empty
         self.implementations: dict[str, Implementation] = {}
         self.register("reference", self._through_route(definition))
-        self._make_operator(flops)
-        _registry[self.name] = self
+        self._nothing = Implementation(self._without_steps)
+        self._make_operator()
+        _recurrences[self.name] = self
+
+    def __call__(
+        self, *inputs, route: Tensor | None = None, merge: str | None = None, return_final_state: bool = False
+    ):
+        """What a public function returns: the output, or with `return_final_state` (output, final state).
+
+        Args:
+            inputs: all inputs of the definition, in order; options that are None take their defaults.
+            route: table (K, S) or (B, K, S).
+            merge: None for one output per route (B, K, L, ...), or "sum" for their sum (B, L, ...).
+            return_final_state: whether to return the states after the last step too.
+
+        Raises:
+            ValueError: an argument that does not fit, or a backend that this recurrence does not have.
+        """
+        if merge is not None and merge != "sum":
+            raise ValueError(f"{self.name}: merge is None (one output per route) or 'sum', got {merge!r}")
+        summed = merge is not None
+        if is_plain(inputs):
+            inputs = self.layout.check(inputs, route).fill(inputs)
+            setting = _setting.get()
+            if setting.dispatcher:
+                outputs = self._dispatch(inputs, route, summed, setting.backend)
+            elif setting.backend == "reference":  # plain torch: differentiable any number of times
+                outputs = self._define(inputs, route, summed)
+            elif torch.is_grad_enabled() and any([isinstance(x, Tensor) and x.requires_grad for x in inputs]):
+                outputs = self._eager.apply(*inputs, route, summed, setting.backend, 0)
+            else:
+                outputs = self._forward(*inputs, route, summed, setting.backend, 0)
+        else:
+            outputs = self._watched(inputs, route, summed)
+        if not return_final_state:
+            return outputs[0]
+        return outputs[0], _packed(outputs[1:])
 
     # -- implementations ------------------------------------------------------------------------------------------
 
@@ -274,26 +226,59 @@ class Recurrence:
         self.implementations["chunked"].backward = self._backward_through_route(core)
         return core
 
+    def pick(self, name: str, *call) -> Implementation:
+        """The implementation `name`, or with "" the fastest that supports the call."""
+        if not name:
+            for implementation in reversed(self.implementations.values()):
+                if implementation.supports(*call):
+                    break
+            if implementation.kernel:
+                return implementation
+        elif name not in self.implementations:
+            raise ValueError(f"{self.name} has no form {name!r}; it has: {', '.join(self.implementations)}")
+        tokens, route = self._tokens(call), call[-2]
+        if tokens[0].shape[0] == 0 or (tokens[0].shape[2] if route is None else route.shape[-1]) == 0:
+            return self._nothing
+        if name:
+            implementation = self.implementations[name]
+            implementation.check(*call)
+        self.layout.check_devices(call[:-2], route)  # kernels look at devices themselves
+        return implementation
+
     def _in_time_order(self, inputs, route: Tensor | None) -> list:
         """The inputs as a definition takes them: token inputs (B, K, S, ...), floating ones in the compute dtype."""
         compute = self._compute_dtype(inputs)
         batch, routes, _ = self._visited(inputs, route)
-        ready = []
-        for x, token in zip(inputs, self.is_token):
-            if self._has_gradient(x):
-                x = x.to(compute)
-                if token:
-                    x = read(x, route)
-                    x = x.expand(batch, routes, *x.shape[2:])
-            ready.append(x)
+        ready = [x.to(compute) if self._has_gradient(x) else x for x in inputs]
+        for at in self.layout.token_positions:
+            if ready[at] is not None:
+                x = read(ready[at], route)
+                ready[at] = x.expand(batch, routes, *x.shape[2:])
         return ready
+
+    def _with_states(self, ordered: Sequence, inputs: Sequence, route: Tensor | None) -> list:
+        """Inputs in time order, with empty states where none are given."""
+        ordered = list(ordered)
+        missing = [at for at in self.layout.state_positions if ordered[at] is None]
+        if missing:
+            for at, state in zip(self.layout.state_positions, self._empty_states(inputs, route)):
+                if at in missing:
+                    ordered[at] = state
+        return ordered
+
+    def _empty_states(self, inputs: Sequence, route: Tensor | None) -> list[Tensor]:
+        """The states before the first token."""
+        first, dtype = self._tokens(inputs)[0], self._compute_dtype(inputs)
+        states = [first.new_zeros(shape, dtype=dtype) for shape in self.layout.shapes(inputs, route)[1]]
+        return states if self.empty is None else list(map(self.empty, states))
 
     def _through_route(self, core: Callable) -> Callable:
         """A time-ordered function as one in grid order, computing in at least float32."""
 
         def forward(*args):
             *inputs, route, merge = args
-            output, state = core(*self._in_time_order(inputs, route))
+            ordered = self._in_time_order(inputs, route)
+            output, state = core(*self._with_states(ordered, inputs, route))
             output = write(output, route, self._visited(inputs, route)[2], merge)
             return output.to(self._tokens(inputs)[0].dtype), state
 
@@ -304,9 +289,8 @@ class Recurrence:
 
         def backward(grad_output, grad_state, *args):
             *inputs, route, merge = args
-            batch, routes, length = self._visited(inputs, route)
-            compute = self._compute_dtype(inputs)
-            grad_output = grad_output.to(compute)
+            routes = self._visited(inputs, route)[1]
+            grad_output = grad_output.to(self._compute_dtype(inputs))
             if merge:
                 grad_output = grad_output.unsqueeze(1)
                 if route is None:
@@ -314,66 +298,82 @@ class Recurrence:
             if route is not None:  # a visit whose output is dropped has gradient zero, as padding has input zero
                 grad_output = read(grad_output, route.clamp_min(-1))
             if grad_state is None:
-                grad_state = grad_output.new_zeros(self.shapes(batch, routes, length, *inputs)[1])
+                grad_state = torch.zeros_like(self._empty_states(inputs, route)[0])
 
             def ready(*floats):
                 return tuple(self._differentiable(self._in_time_order(self._replace(inputs, floats), route)))
 
             ordered, scatter = torch.func.vjp(ready, *self._differentiable(inputs))
-            return scatter(tuple(core(grad_output, grad_state, *self._replace(inputs, ordered))))
+            given = self._replace(inputs, ordered)
+            full = self._with_states(given, inputs, route)
+            grads = core(grad_output, grad_state, *full)
+            pairs = zip([x for x, all_ in zip(given, full) if self._has_gradient(all_)], grads)
+            return scatter(tuple([grad for x, grad in pairs if x is not None]))
 
         return backward
 
-    def pick(self, name: str, *args) -> Implementation:
-        """The implementation `name`, or with "" the fastest that supports the call."""
-        if name:
-            implementation = self.implementations.get(name) or self.implementations["chunked"]
-            implementation.check(*args)
-            return implementation
-        for implementation in reversed(self.implementations.values()):
-            if implementation.supports(*args):
-                return implementation
-        raise RuntimeError(f"{self.name}: no implementation supports this call")
+    def _without_steps(self, *args):
+        """No step is taken, or there is no sample: outputs are zero, and states stay."""
+        *inputs, route, merge = args
+        output, shapes = self.layout.shapes(inputs, route)
+        first = self._tokens(inputs)[0]
+        nothing = sum([x.flatten()[:0].sum() for x in self._differentiable(inputs)])  # so that a gradient comes back
+        output = first.new_zeros((output[0], *output[2:]) if merge else output) + nothing.to(first.dtype)
+        states = []
+        given = [inputs[at] for at in self.layout.state_positions]
+        for x, empty, shape in zip(given, self._empty_states(inputs, route), shapes):
+            if x is not None:
+                x = x[tuple(map(slice, shape))].to(empty.dtype)
+                after = [(0, want - have) for have, want in zip(x.shape, shape)]
+                x = F.pad(x, [n for pair in reversed(after) for n in pair])
+            states.append((empty if x is None else x) + nothing.to(empty.dtype))
+        return output, _packed(states)
 
     # -- the operator ---------------------------------------------------------------------------------------------
 
-    def _make_operator(self, flops: Callable | None) -> None:
-        inputs = torch.library.infer_schema(self.definition, mutates_args=()).rpartition(") ->")[0][1:]
-        common = f"{inputs}, Tensor? route, bool merge, str backend"
+    def _make_operator(self) -> None:
+        # `slack` is S - L, which a traced graph keeps as a number: a table that is a constant of the graph, run with
+        # another number of tokens, gives itself away.
+        common = f"{self._schema()}, Tensor? route, bool merge, str backend, int slack"
         qualified = f"linescan::{self.name}"
+        states = list(self.layout.states)
+        results = ", ".join(["Tensor"] * (1 + len(states)))
+        grads = "".join([f", Tensor? grad_{name}" for name in states])
 
         forward = torch.library.custom_op(
-            qualified, self._forward, mutates_args=(), schema=f"({common}) -> (Tensor, Tensor)"
+            qualified, self._operate, mutates_args=(), schema=f"({common}) -> {f'({results})' if states else results}"
         )
         backward = torch.library.custom_op(
             f"{qualified}_backward",
-            self._backward,
+            self._operate_backward,
             mutates_args=(),
-            schema=f"(Tensor grad_output, Tensor? grad_state, {common}) -> Tensor[]",
+            schema=f"(Tensor grad_output{grads}, {common}) -> Tensor[]",
         )
         forward.register_fake(self._fake)
         backward.register_fake(
-            lambda go, gs, *args: [
-                torch.empty_like(x, memory_format=torch.contiguous_format) for x in self._differentiable(args)
+            lambda *args: [
+                torch.empty_like(x, memory_format=torch.contiguous_format)
+                for x in self._differentiable(args[1 + len(states) :])
             ]
         )
 
         def setup_context(ctx, inputs, output):
+            output = output if isinstance(output, tuple) else (output,)
             ctx.set_materialize_grads(False)
             ctx.is_tensor = [isinstance(x, Tensor) for x in inputs]
             ctx.others = [None if tensor else x for x, tensor in zip(inputs, ctx.is_tensor)]
             ctx.save_for_backward(*compress(inputs, ctx.is_tensor))
             ctx.output = output[0].shape, output[0].dtype, output[0].device
 
-        def differentiate(ctx, grad_output, grad_state):
+        def differentiate(ctx, grad_output, *grad_states):
             tensors = iter(ctx.saved_tensors)
             inputs = [next(tensors) if tensor else x for x, tensor in zip(ctx.others, ctx.is_tensor)]
             if grad_output is None:
                 shape, dtype, device = ctx.output
                 grad_output = torch.zeros(shape, dtype=dtype, device=device)
             # a gradient that will be differentiated again has to know that it cannot be
-            plain = not torch.is_grad_enabled() and is_plain((grad_output, grad_state))
-            grads = iter((self._backward if plain else backward)(grad_output, grad_state, *inputs))
+            plain = not torch.is_grad_enabled() and is_plain((grad_output, *grad_states))
+            grads = iter((self._operate_backward if plain else backward)(grad_output, *grad_states, *inputs))
             return tuple([
                 next(grads) if tensor and x.is_floating_point() else None for x, tensor in zip(inputs, ctx.is_tensor)
             ])  # fmt: skip
@@ -402,12 +402,26 @@ class Recurrence:
 
         backward.register_autograd(no_second_derivative, setup_context=lambda ctx, inputs, output: None)
         self.operator = forward
-        if flops is not None:
-            overload = getattr(torch.ops.linescan, self.name)
 
-            @register_flop_formula(overload)
-            def formula(*shapes, out_shape=None, **kwargs):
-                return flops(*shapes[: len(self.parameters)])
+        if not self.layout.counts:
+            return
+
+        @register_flop_formula(getattr(torch.ops.linescan, self.name))
+        def formula(*args, out_shape=None, **kwargs):
+            *inputs, route, _, _, _ = args
+            return self.layout.flops(inputs, route)
+
+    def _schema(self) -> str:
+        """The inputs as an operator declares them: tensors by the layout, options by their annotations."""
+        hints = get_type_hints(self.definition)
+        words = []
+        for name in self.parameters:
+            argument = self.layout.arguments.get(name)
+            if argument is not None:
+                words.append(f"Tensor{'?' * argument.optional} {name}")
+            else:
+                words.append(f"{hints[name].__name__}{'?' * (name in self.layout.defaults)} {name}")
+        return ", ".join(words)
 
     @staticmethod
     def _has_gradient(x) -> bool:
@@ -425,79 +439,165 @@ class Recurrence:
         return torch.float64 if torch.float64 in [x.dtype for x in self._differentiable(inputs)] else torch.float32
 
     def _tokens(self, inputs) -> list[Tensor]:
-        return [x for x, token in zip(inputs, self.is_token) if token and x is not None]
+        return [inputs[at] for at in self.layout.token_positions if inputs[at] is not None]
 
     def _visited(self, inputs, route: Tensor | None) -> tuple[int, int, int]:
         return visited(self._tokens(inputs), route)
 
-    def _fake(self, *args):
-        *inputs, route, merge, _ = args
-        first = self._tokens(inputs)[0]
-        output, state = self.shapes(*self._visited(inputs, route), *inputs)
-        if merge:
-            output = (output[0], *output[2:])
-        return first.new_empty(output), first.new_empty(state, dtype=self._compute_dtype(inputs))
+    def _watched(self, inputs, route: Tensor | None, merge: bool) -> tuple:
+        """A call that is compiled, traced, transformed, or seen by a dispatch mode or a tensor subclass."""
+        if torch.compiler.is_compiling():  # the fake form checks the arguments
+            expansions = self.layout.expansions(inputs, self._visited(inputs, route)[1])
+            setting = _traced_setting
+        else:
+            with unwatched():
+                checked = self.layout.check(inputs, route)
+            inputs, expansions, setting = checked.fill(inputs), (), _setting.get()
+            if is_transformed():
+                return self._define(inputs, route, merge)
+        for at, shape in expansions:
+            inputs = (*inputs[:at], inputs[at].expand(shape), *inputs[at + 1 :])
+        if setting.backend == "reference" and not setting.dispatcher and not is_jit_tracing():
+            return self._define(inputs, route, merge)
+        return self._dispatch(inputs, route, merge, setting.backend)
 
-    def _forward(self, *args):
-        *call, name = args
+    def _define(self, inputs, route: Tensor | None, merge: bool) -> tuple:
+        """The definition in plain torch operations."""
+        call = *inputs, route, merge
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            return _flat(self.pick("reference", *call).forward(*call))
+
+    def _dispatch(self, inputs, route: Tensor | None, merge: bool, name: str) -> tuple:
+        """The operator, through torch's dispatcher."""
+        outputs = self.operator(*inputs, route, merge, name, self._slack(inputs, route))
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    def _slack(self, inputs, route: Tensor | None) -> int:
+        """S - L."""
+        return 0 if route is None else plain_shape(route)[-1] - plain_shape(inputs[self.layout.token_positions[0]])[2]
+
+    def _fake(self, *args):
+        *inputs, route, merge, _, _ = args
+        self.layout.check(inputs, route)
+        output, states = self.layout.shapes(inputs, route)
+        first, dtype = self._tokens(inputs)[0], self._compute_dtype(inputs)
+        output = first.new_empty((output[0], *output[2:]) if merge else output)
+        return (output, *[first.new_empty(state, dtype=dtype) for state in states]) if states else output
+
+    def _operate(self, *args):
+        """The operator as graphs call it: checks what held when they were traced."""
+        *inputs, route, merge, name, slack = args
+        checked = self.layout.check(inputs, route)
+        if route is not None and route.shape[-1] - checked.sizes["L"] != slack:
+            raise ValueError(
+                f"{self.name}: traced with {route.shape[-1] - slack} tokens and a route table for them, now run with "
+                f"{checked.sizes['L']}; trace the model again at this size"
+            )
+        outputs = self._forward(*checked.fill(inputs), route, merge, name, slack)
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    def _forward(self, *args) -> tuple:
+        *call, name, _ = args
         implementation = self.pick(name, *call)
         if implementation.kernel:
-            return implementation.forward(*call)
+            return _flat(implementation.forward(*call))
+        if call[0].is_meta:
+            outputs = self._fake(*args)
+            return outputs if isinstance(outputs, tuple) else (outputs,)
         with torch.autocast(call[0].device.type, enabled=False):
-            outputs = implementation.forward(*call)
+            outputs = _flat(implementation.forward(*call))
         return tuple(_apart(outputs, call))
 
-    def _backward(self, grad_output, grad_state, *args):
-        *call, name = args
+    def _operate_backward(self, grad_output, *args):
+        states = len(self.layout.states)
+        grad_states, (*inputs, route, merge, name, _) = args[:states], args[states:]
+        if any([inputs[at] is None for at in self.layout.default_positions]):
+            inputs = self.layout.check(inputs, route).fill(inputs)
+        call = *inputs, route, merge
         implementation = self.pick(name, *call)
+        grad_state = _packed(grad_states)
         if implementation.kernel:
             return implementation.backward(grad_output, grad_state, *call)
+        if grad_output.is_meta:
+            return [torch.empty_like(x) for x in self._differentiable(inputs)]
         with torch.autocast(grad_output.device.type, enabled=False):
             if implementation.backward is not None:
                 grads = implementation.backward(grad_output, grad_state, *call)
-                return _apart(grads, (grad_output, grad_state, *call))
+                return _apart(grads, (grad_output, *grad_states, *call))
 
             def again(*floats):
-                return implementation.forward(*self._replace(call, floats))
+                return _flat(implementation.forward(*self._replace(call, floats)))
 
-            (_, state), vjp = torch.func.vjp(again, *self._differentiable(call))
-            grad_state = torch.zeros_like(state) if grad_state is None else grad_state
-            return _apart(vjp((grad_output, grad_state)), (grad_output, grad_state, *call))
-
-    def __call__(self, *inputs, route: Tensor | None = None, merge: bool = False) -> tuple[Tensor, Tensor]:
-        """(output (B, K, L, ...) in grid order, or (B, L, ...) summed over routes if `merge`; final state)."""
-        self._check_route(inputs, route)
-        if _forced == "reference":  # plain torch: differentiable any number of times
-            with torch.autocast(inputs[0].device.type, enabled=False):
-                return self.implementations["reference"].forward(*inputs, route, merge)
-        if not is_plain(inputs):
-            return self.operator(*inputs, route, merge, _forced)
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-            return self._eager.apply(*inputs, route, merge, _forced)
-        return self._forward(*inputs, route, merge, _forced)
-
-    def _check_route(self, inputs, route: Tensor | None) -> None:
-        if route is None:
-            return
-        _check_table(self.name, route)
-        for x, token, name in zip(inputs, self.is_token, self.parameters):
-            if token and x is not None and x.shape[1] not in (1, route.shape[-2]):
-                raise ValueError(
-                    f"{self.name}: {name} has {x.shape[1]} routes on axis 1, the route table has {route.shape[-2]}"
-                )
-        if route.ndim == 3 and route.shape[0] != inputs[0].shape[0]:
-            raise ValueError(f"{self.name}: route table for {route.shape[0]} samples, inputs have {inputs[0].shape[0]}")
+            outputs, vjp = torch.func.vjp(again, *self._differentiable(call))
+            grad_states = [torch.zeros_like(x) if g is None else g for g, x in zip(grad_states, outputs[1:])]
+            return _apart(vjp((grad_output, *grad_states)), (grad_output, *grad_states, *call))
 
 
-def recurrence(tokens: Sequence[str], shapes: Callable, flops: Callable | None = None) -> Callable:
+def recurrence(
+    inputs: str, output: str, *, empty: Callable[[Tensor], Tensor] | None = None, **layout
+) -> Callable[[Callable], Recurrence]:
     """Decorator that registers a definition as the operator `linescan::NAME` and returns its `Recurrence`.
 
     Args:
-        tokens: names of the arguments with layout (B, K or 1, L, ...), read along the route; the first is the one whose
-            dtype the output takes. Definitions get them as (B, K, S, ...) in time order; every other argument as it is.
-        shapes: (B, K, L, *inputs) -> (output shape (B, K, L, ...), final state shape), without `merge`.
-        flops: (*input shapes, None for a missing one) -> floating-point operations of a forward (two a multiply-add).
+        inputs, output, layout: of a `Layout`: what the tensors look like, `state`, `requires`, `flops`, `values` and
+            `sizes` of examples, and defaults of options. The first token input is the one whose dtype the output takes.
+        empty: from a state of zeros to the one before the first token, if that is another.
 
-    The definition has type annotations, returns (output (B, K, S, ...), final state), and computes step by step.
+    The definition takes tensors, and options with a type annotation (bool, int, float or str). It gets token inputs as
+    (B, K, S, ...) in time order, states always, and every other argument as it is; computes step by step; and returns
+    the output (B, K, S, ...) and the final state, a tuple of them if there are several, or None.
     """
-    return lambda definition: Recurrence(definition, tokens, shapes, flops)
+
+    def register(definition: Callable) -> Recurrence:
+        name, parameters = definition.__name__.strip("_"), list(signature(definition).parameters)
+        return Recurrence(definition, Layout(name, parameters, inputs, output, **layout), empty)
+
+    return register
+
+
+_COMMON = ("route", "merge", "return_final_state")
+
+
+@dataclass(frozen=True)
+class Public:
+    """A public function: what it is called, the recurrence that it runs (None: it has no order), and its arguments."""
+
+    name: str
+    function: Callable
+    recurrence: Recurrence | None
+    layout: Layout
+
+
+def public(of: Recurrence | None, inputs: str | None = None, **layout) -> Callable[[Callable], Callable]:
+    """Decorator that lists a public function in `functions`.
+
+    Args:
+        of: the recurrence that the function calls, or None.
+        inputs, layout: the function's own `Layout`, if it takes other arguments than its recurrence; the function then
+            calls `check_arguments` first.
+    """
+
+    def register(function: Callable) -> Callable:
+        parameters = [name for name in signature(function).parameters if name not in _COMMON]
+        own = of.layout if inputs is None else Layout(function.__name__, parameters, inputs, **layout)
+        _functions[function.__name__] = Public(function.__name__, function, of, own)
+        return function
+
+    return register
+
+
+def check_arguments(name: str, *inputs, route: Tensor | None = None) -> tuple[int, int, int]:
+    """Checks the arguments of a public function against its own layout; all of them but those of every recurrence.
+
+    In a graph that is being compiled, the operators that the function calls check what reaches them.
+
+    Returns:
+        (B, K, L), as plain numbers also while a trace is recorded.
+    """
+    layout = _functions[name].layout
+    if torch.compiler.is_compiling():
+        return visited([inputs[at] for at in layout.token_positions], route)
+    with unwatched() if is_watched() else nullcontext():
+        sizes = layout.check(inputs, route).sizes
+        layout.check_devices(inputs, route)
+    return sizes["B"], sizes["R"], sizes["L"]

@@ -1,6 +1,6 @@
 """Golden data of the recurrences: tests/parity/data/mixer__NAME.{json,npz}, made with the originals in float64.
 
-from golden import cases, check
+from .golden import cases, check
 
 @pytest.mark.parametrize("case", cases("mixer__gla"), ids=str)
 def test_golden(case):
@@ -12,7 +12,6 @@ def test_golden(case):
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.parity import recipe
+
 PARITY = Path(__file__).resolve().parents[1] / "parity"
-sys.path.insert(0, str(PARITY))
-import recipe  # noqa: E402
 
 # The words of an input's `value`, as "-exp(0.5*noise)".
 _FUNCTIONS = {

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from linescan.scans import backend, causal_conv1d, selective_scan
+from linescan.scans import backend, causal_conv1d, selective_scan, visits
 from linescan.scans.kernels import backend_info, cpu
 
 compiled = pytest.mark.skipif(cpu.missing() is not None, reason=f"CPU kernels {cpu.missing()}")
@@ -289,8 +289,12 @@ def test_nan_and_infinity_are_not_hidden(instructions):
 @pytest.mark.parametrize("entry", [5, -7])
 def test_a_route_beyond_the_tokens_is_refused(entry):
     inputs = {key: x.float() for key, x in scan_inputs(1, 1, 5, 3, 1, 2).items()}
+    route = torch.tensor([[0, 1, entry]])
+    with pytest.raises(ValueError, match=f"entry {entry} of the route table is none of the 5 tokens"):
+        selective_scan(**inputs, route=route)
+    visits.declare(route, 5)  # should something say of a table what is not so, the kernel still looks
     with pytest.raises(RuntimeError, match="1 entries of a route table lie outside the 5 tokens"):
-        selective_scan(**inputs, route=torch.tensor([[0, 1, entry]]))
+        selective_scan(**inputs, route=route)
 
 
 @compiled

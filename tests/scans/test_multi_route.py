@@ -3,15 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from contract import noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from linescan.scans import routes
+from linescan.scans import causal_conv1d, routes, selective_scan, ssd
 from linescan.scans.multi_route import ChannelAttention, MultiRoute, create_merge
-from linescan.scans.ops.causal_conv import causal_conv1d
-from linescan.scans.ops.selective_scan import selective_scan
-from linescan.scans.ops.ssd import ssd
+
+from .tools import noise
 
 MERGES = ["sum", "mean", "gate", "concat", "channel_attention"]
 CROSS = "row, -row, col, -col"

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import pickle
+import re
 from math import prod
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -13,8 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from linescan.scans import routes
-from linescan.scans.ops.selective_scan import _selective_scan
+from linescan.scans import routes, selective_scan
 from linescan.scans.routes import insert_tokens, inverse, orders, pad_slots, parse, point_table, points, table, tables
 from linescan.scans.routes.curves import CURVES, hilbert_keys, zorder_keys
 
@@ -251,6 +252,91 @@ def test_keys_agree_with_the_grid_curves(dims, bits):
 # -- tables -------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def small_cache():
+    """A cache for two tables of 64 tokens, empty before and after."""
+    tables._cache.clear()
+    before = routes.cache_limit(2 * 64 * 4)
+    yield
+    routes.cache_limit(before)
+    tables._cache.clear()
+
+
+def test_the_cache_is_bounded_by_bytes(small_cache):
+    row, col = table("row", (8, 8)), table("col", (8, 8))
+    assert table("row", (8, 8)) is row and table("col", (8, 8)) is col
+    table("row", (8, 8))  # used last
+    snake = table("snake", (8, 8))
+    assert table("row", (8, 8)) is row and table("snake", (8, 8)) is snake
+    assert table("col", (8, 8)) is not col and torch.equal(table("col", (8, 8)), col)
+    assert tables._cache.bytes == sum(x.nbytes for x in tables._cache.entries.values()) == 512
+    large = table("row", (12, 12))  # more than all that may be kept
+    assert table("row", (12, 12)) is not large and tables._cache.bytes == 0
+    assert routes.cache_limit(0) == 512 and routes.cache_limit() == 0
+    with pytest.raises(ValueError, match="a number of bytes from 0, got -1"):
+        routes.cache_limit(-1)
+
+
+def test_the_cache_keeps_64_mebibytes_unless_set():
+    assert routes.cache_limit() == 64 * 2**20
+
+
+def test_many_sizes_do_not_fill_the_memory(small_cache):
+    for side in range(1, 40):
+        table("row, -row", (side, 3)), routes.inverse_table("row", (side, 3))
+        assert tables._cache.bytes <= 512
+
+
+def test_threads_share_one_cache(small_cache):
+    routes.cache_limit(2**20)
+    found = []
+
+    def work():
+        for side in range(1, 30):
+            found.append(table("hilbert", (side, side)))
+
+    threads = [Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({id(x) for x in found}) == 29
+    assert tables._cache.bytes == sum(x.nbytes for x in tables._cache.entries.values())
+
+
+@pytest.mark.parametrize("spec, grid, message", [
+    ("w50000", "4x4", "w50000 takes 2,500,000,000 steps on the 16 cells of 4x4"),
+    ("row", "100000x100000", "row takes 10,000,000,000 steps on the 10,000,000,000 cells"),
+    ("-T:w50000", (4, 4), "takes 2,500,000,000 steps"),
+    ("window(2, inside=w9999)", (4, 4), "takes 399,920,004 steps"),
+    ("window(2, between=w9999)", (4, 4), "takes 399,920,004 steps"),
+    ("spatial_first(w9999)", (2, 4, 4), "takes 199,960,002 steps"),
+    ("wht:w999", (2, 4, 4), "takes 997,002,999 steps"),
+    ("cls(w50000)", (4, 4), "takes 2,500,000,001 steps"),
+    ("-" * 2000 + "row", (4, 4), "at most 2000 characters, got 2003 that begin with '---"),
+    ("T:" * 1500 + "row", (4, 4), "at most 2000 characters"),
+])  # fmt: skip
+def test_a_table_far_larger_than_its_grid_is_refused_before_it_is_made(spec, grid, message, monkeypatch):
+    monkeypatch.setattr(routes.Route, "_order", lambda *args: pytest.fail("made"))
+    with pytest.raises(ValueError, match=re.escape(message)) as refused:
+        table(spec, grid)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 250
+
+
+def test_long_and_deep_specs_within_bounds():
+    assert parse("-" * 901 + "row")[0] == parse("-row")[0] and parse("- -row")[0] == parse("row")[0]
+    assert parse("T:" * 900 + "row")[0] == parse("row")[0]
+    assert table("w7", (1, 1)).shape == (1, 49)  # windows larger than a small map are in use
+
+
+@settings(deadline=None, max_examples=100)
+@given(CASES)
+def test_the_number_of_steps_is_known_before(case):
+    route, grid = case
+    assert route._steps(grid) == len(route._order(grid))
+    assert (-route).with_tokens("middle", "tail")._steps(grid) == route._steps(grid) + 1
+
+
 def test_table_stacks_routes_and_pads_on_the_right():
     got = table(["row", "-w2"], (1, 3))
     assert got.dtype == torch.int32
@@ -267,7 +353,7 @@ def test_inverse_drops_repeated_visits_and_takes_a_table_a_sample():
 
 
 def test_a_table_made_during_inference_can_be_saved_for_backward():
-    tables._table.cache_clear()
+    tables._cache.clear()
     with torch.inference_mode():
         index = table("hilbert", (3, 5))
     x = torch.randn(15, requires_grad=True)
@@ -411,7 +497,7 @@ class Scan(torch.nn.Module):
         route = routes.table(self.spec, x.shape[-2:], x.device)
         u = x.flatten(2).transpose(1, 2)[:, None]
         B = u[..., None, :2]
-        y, _ = _selective_scan(u, u, self.A, B, B, None, None, None, True, None, None, route=route, merge=True)
+        y = selective_scan(u, u, self.A, B, B, delta_softplus=True, route=route, merge="sum")
         back = routes.inverse_table(self.spec, x.shape[-2:], x.device)
         return y * back.sum(0)[:, None]
 
@@ -426,8 +512,7 @@ def test_tables_are_constants_of_traced_graphs(how, spec, cached):
     model, x = Scan(SPECS[spec]), torch.randn(2, 3, 4, 6)
     expected = model(x)
     if not cached:
-        tables._table.cache_clear()
-        tables._inverse_table.cache_clear()
+        tables._cache.clear()
     torch._dynamo.reset()
     if how.startswith("compile"):
         dynamic = how.endswith("dynamic") or None
@@ -452,9 +537,9 @@ def test_nothing_is_recomputed_in_a_compiled_forward():
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     compiled(x)
-    before = tables._table.cache_info(), tables._inverse_table.cache_info()
+    before = list(tables._cache.entries)
     compiled(x)
-    assert before == (tables._table.cache_info(), tables._inverse_table.cache_info())
+    assert before == list(tables._cache.entries)
 
 
 def test_a_default_device_is_respected():

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from contract import noise, table
-from triton_tools import INTERPRETING, LIMITS, compiled, in_interpreter, interpret, outside_interpreter
 
 from linescan.scans import causal_conv1d, selective_scan
 from linescan.scans.recurrence import backend
+
+from .tools import noise, table
+from .triton_tools import INTERPRETING, LIMITS, compiled, in_interpreter, interpret, outside_interpreter
 
 pytest.importorskip("triton")
 KERNELS = "linescan.scans.kernels.triton"
@@ -227,19 +228,6 @@ def test_time_is_cut_only_where_programs_are_few(monkeypatch):
 
 
 @outside_interpreter
-def test_permutations_are_told_from_other_tables():
-    is_permutation = import_module(f"{KERNELS}.common").is_permutation
-    route = torch.stack([torch.arange(6), torch.arange(6).flip(0)]).int()
-    assert is_permutation(route, 6) and is_permutation(route[1:], 6)
-    assert not is_permutation(route, 7)
-    route[1, 0] = 4  # remembered answers must not outlive the numbers
-    assert not is_permutation(route, 6) and is_permutation(route[:1], 6)
-    for entry in (-1, -2):
-        route[1, 0] = entry
-        assert not is_permutation(route, 6)
-
-
-@outside_interpreter
 def test_linescan_imports_without_triton():
     code = f"""
 import sys
@@ -302,7 +290,7 @@ def other_launches():
 @pytest.mark.parametrize("function", ["launches", "other_launches"])
 @pytest.mark.parametrize("arch", LIMITS)
 def test_compiles(function, arch):
-    kernels = compiled(f"test_triton:{function}", arch)
+    kernels = compiled(f"tests.scans.test_triton:{function}", arch)
     names = {kernel["name"] for kernel in kernels}
     assert names >= {"_scan", "_retreat", "_forward", "_backward"}
     assert names >= {"_carry", "_adjoint"} or function == "launches"

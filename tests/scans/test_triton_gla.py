@@ -9,11 +9,12 @@ from typing import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from contract import table
-from triton_tools import CALLS, LIMITS, compiled, in_interpreter, interpret, outside_interpreter
 
 from linescan.scans import gla, simple_gla, ssd, wkv6
 from linescan.scans.recurrence import backend
+
+from .tools import table
+from .triton_tools import CALLS, LIMITS, compiled, in_interpreter, interpret, outside_interpreter
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
@@ -172,7 +173,7 @@ def launches():
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", LIMITS)
 def test_compiles(arch):
-    kernels = compiled("test_triton_gla:launches", arch)
+    kernels = compiled("tests.scans.test_triton_gla:launches", arch)
     assert {kernel["name"] for kernel in kernels} == {"_states", "_carry", "_outputs", "_gradients"}
     for kernel in kernels:
         assert kernel["shared"] <= LIMITS[arch], kernel

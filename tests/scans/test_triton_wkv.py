@@ -5,11 +5,12 @@ from importlib import import_module
 
 import pytest
 import torch
-from contract import noise, table
-from triton_tools import CALLS, LIMITS, compiled, in_interpreter, interpret, outside_interpreter
 
 from linescan.scans import bi_wkv
 from linescan.scans.recurrence import backend
+
+from .tools import noise, table
+from .triton_tools import CALLS, LIMITS, compiled, in_interpreter, interpret, outside_interpreter
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
@@ -98,7 +99,7 @@ def launches():
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", LIMITS)
 def test_compiles(arch):
-    kernels = compiled("test_triton_wkv:launches", arch)
+    kernels = compiled("tests.scans.test_triton_wkv:launches", arch)
     assert {kernel["name"] for kernel in kernels} == {"_totals", "_carry", "_read", "_gradients"}
     for kernel in kernels:
         assert kernel["shared"] <= LIMITS[arch], kernel

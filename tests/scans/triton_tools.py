@@ -15,7 +15,7 @@ happen in a process of their own. A test file says
     @outside_interpreter
     @pytest.mark.parametrize("arch", LIMITS)
     def test_compiles(arch):
-        for kernel in compiled("test_this_file:launches", arch):
+        for kernel in compiled("tests.scans.test_this_file:launches", arch):
             assert kernel["shared"] <= LIMITS[arch]
 """
 
@@ -31,7 +31,7 @@ import torch
 HERE = Path(__file__).parent
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 LIMITS = {80: 163 * 1024, 90: 227 * 1024, 120: 99 * 1024}  # shared memory of a block
-CALLS = [  # every kind of route (`contract.table`), merge and dtype, tokens that routes share or not
+CALLS = [  # every kind of route (`tools.table`), merge and dtype, tokens that routes share or not
     ("none", None, torch.float32, False),
     ("permutation", "sum", torch.float32, True),
     ("per_sample", None, torch.float32, False),
@@ -42,7 +42,7 @@ CALLS = [  # every kind of route (`contract.table`), merge and dtype, tokens tha
 
 def _environment(**more: str) -> dict[str, str]:
     inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    return inherited | {"PYTHONPATH": f"{HERE.parents[1]}:{HERE}", "OMP_NUM_THREADS": "1"} | more
+    return inherited | {"PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"} | more
 
 
 def in_interpreter(test):
@@ -75,8 +75,8 @@ def interpret(file: str, *options: str) -> None:
 
 
 def compiled(launches: str, arch: int) -> list[dict]:
-    """The kernels that a test file's function launches, compiled for an architecture; `launches` is "FILE:FUNCTION"."""
-    command = [sys.executable, __file__, launches, str(arch)]
+    """The kernels that a function launches, compiled for an architecture; `launches` is "MODULE:FUNCTION"."""
+    command = [sys.executable, "-m", "tests.scans.triton_tools", launches, str(arch)]
     done = subprocess.run(command, env=_environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -118,10 +118,10 @@ def main(launches: str, *archs: str) -> None:
     JITFunction.run = only_compile
     kernels = import_module("linescan.scans.kernels.triton")
     kernels._fits = lambda *args: True  # CPU tensors stand for CUDA ones
-    file, function = launches.split(":")
+    module, function = launches.split(":")
     for arch in archs:
         triton.runtime.driver.set_active(Pretended(int(arch)))
-        getattr(import_module(file), function)()
+        getattr(import_module(module), function)()
     sys.stdout.flush()
     os._exit(0)  # LLVM's own clean-up may crash where no driver is
 

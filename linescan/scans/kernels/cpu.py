@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..._compat import argument_names
 from ..ops.causal_conv import _causal_conv1d
 from ..ops.selective_scan import _selective_scan, narrow, widen
 from ..recurrence import Recurrence
@@ -46,8 +47,8 @@ def _load() -> str | None:
         return f"not loadable ({error.__cause__ or error}); run `pip install` of linescan again"
     if not hasattr(torch.ops.linescan_cpu, "selective_scan"):
         return f"made for torch >= 2.10, this is {torch.__version__}"
-    arguments = torch.ops.linescan_cpu.selective_scan.default._schema.arguments
-    if [x.name for x in arguments[: len(_selective_scan.parameters)]] != _selective_scan.parameters:
+    arguments = argument_names(torch.ops.linescan_cpu.selective_scan.default)
+    if arguments[: len(_selective_scan.parameters)] != _selective_scan.parameters:
         return "compiled from other sources than these; run `pip install` of linescan again"
     if setting:
         instruction_set(setting)

@@ -1,40 +1,27 @@
-"""HGRN: an elementwise gated sum, h_t = exp(g_t) h_{t-1} + x_t.
+"""HGRN: an elementwise gated sum, h_t = exp(g_t) h_{t-1} + x_t."""
 
-Qin et al., "Hierarchically Gated Recurrent Neural Network for Sequence Modeling", 2023, arXiv 2311.04823, equation 4,
-in its real form.
-"""
-
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..chunks import linear_scan, running
-from ..recurrence import call, check_shapes, recurrence
+from ..recurrence import public, recurrence
 
 __all__ = ["hgrn"]
 
 
-def _shapes(batch, routes, length, x, *_):
-    return (batch, routes, length, x.shape[3]), (batch, routes, x.shape[3])
-
-
-def _flops(x, g, *_):
-    return 2 * x[0] * max(x[1], g[1]) * x[2] * x[3]
-
-
-@recurrence(tokens=("x", "g"), shapes=_shapes, flops=_flops)
-def _hgrn(x: Tensor, g: Tensor, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
-    state = torch.zeros_like(x[:, :, 0]) if initial_state is None else initial_state
-    states = running(g.exp(), x, state, 2)
+@recurrence("x g: B K L D", "B K L D", state="B R D", flops="2 * B * R * S * D", values=dict(g=F.logsigmoid))
+def _hgrn(x, g, initial_state):
+    states = running(g.exp(), x, initial_state, 2)
     return states[:, :, 1:], states[:, :, -1]
 
 
 @_hgrn.chunked
 def _hgrn_chunked(x, g, initial_state):
-    state = torch.zeros_like(x[:, :, 0]) if initial_state is None else initial_state
-    states = linear_scan(g.exp(), x, state)
+    states = linear_scan(g.exp(), x, initial_state)
     return states[:, :, 1:], states[:, :, -1]
 
 
+@public(_hgrn)
 def hgrn(
     x: Tensor,
     g: Tensor,
@@ -44,25 +31,21 @@ def hgrn(
     merge: str | None = None,
     return_final_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Elementwise gated recurrence: h_t = exp(g_t) h_{t-1} + x_t; the output is h.
+    """HGRN: an elementwise gated recurrence, whose output is its state.
 
-    Qin et al., 2023, arXiv 2311.04823, equation 4: x = (1 - a) * candidate, g = log a. The state is float32 under half
-    precision.
+        h_t = exp(g_t) h_{t-1} + x_t
+
+    Qin et al., "Hierarchically Gated Recurrent Neural Network for Sequence Modeling", 2023, arXiv 2311.04823, equation
+    4 in its real form: x = (1 - a) * candidate, g = log a.
 
     Args:
         x: inputs (B, K or 1, L, D).
         g: log decays <= 0 (B, K or 1, L, D).
-        initial_state: (B, K, D); zeros by default.
-        route: table (K, S) or (B, K, S), see `linescan.scans.recurrence`. A padding token leaves the state as it is.
-        merge: None, or "sum" to add up the outputs of the routes.
-        return_final_state: also return the state after the last step.
+        initial_state: (B, K, D).
+        route, merge, return_final_state: as of every recurrence (docs/recurrences.md). A padding token leaves the state
+            as it is.
 
     Returns:
-        (B, K, L, D) in x's dtype, or (B, L, D) with `merge`; with `return_final_state`, a pair of that and the state
-        (B, K, D).
-
-    Raises:
-        ValueError: a shape that does not fit the others, or an unknown `merge`.
+        (B, K, L, D), merged (B, L, D).
     """
-    check_shapes("hgrn", route, x=(x, "B K L D"), g=(g, "B K L D"), initial_state=(initial_state, "B R D"))
-    return call(_hgrn, x, g, initial_state, route=route, merge=merge, return_final_state=return_final_state)
+    return _hgrn(x, g, initial_state, route=route, merge=merge, return_final_state=return_final_state)

@@ -1,7 +1,5 @@
 """Log-linear attention: a gated linear attention whose past is kept in O(log T) buckets with a weight each.
 
-Guo et al., "Log-Linear Attention", 2025, arXiv 2506.04761, section 3, over the scalar gates of Mamba-2.
-
 For query t, token j lies in the bucket of level bit_length(t ^ j), positions counted from 0: level 0 is t itself, level
 l the left sibling of the block of 2^(l-1) tokens that t stands in. So the buckets are those of a Fenwick tree, and the
 levels those of halving: a chunk weighs its decayed scores by level, larger blocks pass a state from left to right half.
@@ -12,45 +10,52 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..chunks import decayed_scores, join, split
-from ..recurrence import call, check_shapes, recurrence
+from ..recurrence import public, recurrence
 
 __all__ = ["log_linear_attention"]
 
 
-def _shapes(batch, routes, length, q, k, v, g, lam, *_):
-    return (batch, routes, length, *v.shape[3:]), (batch, routes, lam.shape[4], *q.shape[3:], v.shape[4])
+def _wrong(H, G, levels, S, position, buckets) -> str | None:
+    if H % G:
+        return f"{H} heads of v cannot share {G} heads of q and k evenly"
+    end = position + S
+    needed = (end - 1).bit_length() + 1
+    if levels < needed:
+        return f"tokens {position} to {end - 1} need {needed} levels, lam has {levels}"
+    if buckets is not None and buckets < position.bit_length():
+        return f"{position} tokens fill {position.bit_length()} buckets, initial_state has {buckets}"
+    return None
 
 
-def _flops(q, k, v, g, lam, *_):
-    """Every token reads half of its buckets on average, updates one, and takes part in one merge a level."""
-    tokens = q[0] * max(x[1] for x in (q, k, v, g, lam)) * q[2] * q[3]
-    return tokens * (q[2].bit_length() + 4) * q[4] * v[4]
+def _per_head(x: Tensor, heads: int) -> Tensor:
+    """Groups (B, K, T, G, dk) as heads (B, K, T, H, dk)."""
+    return x if x.shape[3] == heads else x.repeat_interleave(heads // x.shape[3], 3)
 
 
-@recurrence(tokens=("q", "k", "v", "g", "lam"), shapes=_shapes, flops=_flops)
-def _log_linear_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    lam: Tensor,
-    scale: float,
-    initial_state: Tensor | None,
-    position: int,
-) -> tuple[Tensor, Tensor]:
+@recurrence(
+    "q k: B K L G dk; v: B K L H dv; g: B K L H; lam: B K L H levels; initial_state?: B R buckets H dk dv",
+    "B K L H dv",
+    state="B R levels H dk dv",
+    scale=lambda dk: dk**-0.5,
+    requires=_wrong,
+    # Every token reads half of its buckets on average, updates one, and takes part in one merge per level.
+    flops="B * R * S * H * (S.bit_length() + 4) * dk * dv",
+    values=dict(g=F.logsigmoid, lam=F.softplus),
+    sizes=dict(G=2, levels=9, buckets=9),
+)
+def _log_linear_attention(q, k, v, g, lam, scale: float, initial_state, position: int):
+    q, k = (_per_head(x, v.shape[3]) for x in (q, k))
     # Bucket b holds 2^b tokens or, where bit b of the position is 0, nothing.
-    buckets = [q.new_zeros(*q.shape[:2], *q.shape[3:], v.shape[-1])] * lam.shape[-1]
-    if initial_state is not None:
-        for bit, _ in _full(position):
-            buckets[bit] = initial_state[:, :, bit]
-    outputs = []
+    buckets, outputs = [torch.zeros_like(initial_state[:, :, 0])] * lam.shape[-1], []
+    for bit, _ in _full(position):
+        buckets[bit] = initial_state[:, :, bit]
     for t, (q_t, k_t, v_t, g_t, lam_t) in enumerate(zip(*(x.unbind(2) for x in (q, k, v, g, lam))), position):
         buckets = [g_t.exp()[..., None, None] * state for state in buckets]
         new = k_t[..., None] * v_t[..., None, :]
         read = lam_t[..., :1, None] * new
         for level, state in enumerate(buckets[:-1], 1):
             read = read + lam_t[..., level, None, None] * state
-        outputs.append(scale * (q_t[..., None, :] @ read).squeeze(-2))
+        outputs.append(scale * (q_t[..., None] * read).sum(-2))
         full = (~t & (t + 1)).bit_length() - 1  # as in adding 1 to t, buckets below the lowest 0 bit merge into it
         merged = sum(buckets[:full], new)
         buckets = [torch.zeros_like(new)] * full + [merged] + buckets[full + 1 :]
@@ -59,8 +64,8 @@ def _log_linear_attention(
 
 @_log_linear_attention.chunked
 def _log_linear_attention_chunked(q, k, v, g, lam, scale, initial_state, position):
-    (batch, routes, length, heads), levels = q.shape[:4], lam.shape[-1]
-    end = position + length
+    length, levels, end = q.shape[2], lam.shape[-1], position + q.shape[2]
+    q, k = (_per_head(x, v.shape[3]) for x in (q, k))
     # Empty tokens in front let blocks of up to `length` tokens begin at multiples of their size.
     lead = position % (1 << (length - 1).bit_length())
     start = position - lead
@@ -93,11 +98,11 @@ def _log_linear_attention_chunked(q, k, v, g, lam, scale, initial_state, positio
     k, v, g = (x.flatten(3, 4)[:, :, :, : lead + length] for x in (k, v, g))
     tail = F.pad(g[:, :, :, 1:], (0, 0, 0, 1)).flip(3).cumsum(3).flip(3)
     k = k * tail.exp()
-    buckets = [q.new_zeros(batch, routes, heads, q.shape[-1], v.shape[-1])] * levels
+    buckets = [torch.zeros_like(initial_state[:, :, 0])] * levels
     for bit, first in _full(end):
         here = slice(max(first, start) - start, max(first + (1 << bit), start) - start)
         buckets[bit] = k[:, :, :, here].mT @ v[:, :, :, here]
-    if initial_state is not None:
+    if position:
         # A bucket from before stays in one piece, so that it has one level a query and goes into one bucket.
         place = start + torch.arange(chunks * size, device=q.device).unflatten(0, (chunks, size))
         q, kept = q * before.exp(), g.sum(3).exp()[..., None]
@@ -119,6 +124,7 @@ def _full(position: int) -> list[tuple[int, int]]:
     return [(b, position >> b + 1 << b + 1) for b in range(position.bit_length()) if position >> b & 1]
 
 
+@public(_log_linear_attention)
 def log_linear_attention(
     q: Tensor,
     k: Tensor,
@@ -133,10 +139,12 @@ def log_linear_attention(
     merge: str | None = None,
     return_final_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-linear attention: o_t = scale sum_{j <= t} lam_t[bit_length(t^j)] exp(g_{j+1} + ... + g_t) (q_t . k_j) v_j.
+    """Log-linear attention: a weight for every bucket of the past, in the form with the scalar gates of Mamba-2.
 
-    Guo et al., 2025, arXiv 2506.04761, section 3.2, in its Mamba-2 form, whose scale is 1. Time is O(T log T); the
-    state is O(log T) matrices a head, float32 under half precision.
+        o_t = scale * sum_{j <= t} lam_t[bit_length(t ^ j)] exp(g_{j+1} + ... + g_t) (q_t . k_j) v_j
+
+    Guo et al., "Log-Linear Attention", 2025, arXiv 2506.04761, section 3.2, where the scale is 1. Time is O(T log T),
+    the state O(log T) matrices per head.
 
     Args:
         q, k: queries and keys (B, K or 1, L, G, dk); H / G heads share one of the G groups.
@@ -145,56 +153,13 @@ def log_linear_attention(
         lam: weights of the levels (B, K or 1, L, H, levels); T tokens have ceil(log2 T) + 1 levels.
         scale: of the queries; dk ** -0.5 by default.
         initial_state: the buckets after `position` tokens (B, K, buckets, H, dk, dv), bucket b the state of 2^b tokens
-            and read only where bit b of `position` is 1; zeros by default.
+            and read only where bit b of `position` is 1. The final state has as many buckets as there are levels.
         position: tokens before the first one.
-        route: table (K, S) or (B, K, S), see `linescan.scans.recurrence`. A padding token takes a position and adds
-            nothing.
-        merge: None, or "sum" to add up the outputs of the routes.
-        return_final_state: also return the state after the last step.
+        route, merge, return_final_state: as of every recurrence (docs/recurrences.md). A padding token takes a position
+            and adds nothing.
 
     Returns:
-        (B, K, L, H, dv) in q's dtype, or (B, L, H, dv) with `merge`; with `return_final_state`, a pair of that and the
-        state (B, K, levels, H, dk, dv).
-
-    Raises:
-        ValueError: a shape that does not fit the others, too few levels, or an unknown `merge`.
+        (B, K, L, H, dv), merged (B, L, H, dv).
     """
-    check_shapes(
-        "log_linear_attention",
-        route,
-        q=(q, "B K L G dk"),
-        k=(k, "B K L G dk"),
-        v=(v, "B K L H dv"),
-        g=(g, "B K L H"),
-        lam=(lam, "B K L H levels"),
-        initial_state=(initial_state, "B R buckets H dk dv"),
-    )
-    heads, groups, levels = v.shape[3], q.shape[3], lam.shape[4]
-    if heads % groups:
-        raise ValueError(f"log_linear_attention: {heads} heads of v cannot share {groups} heads of q and k evenly")
-    end = position + (q.shape[2] if route is None else route.shape[-1])
-    needed = (end - 1).bit_length() + 1
-    if levels < needed:
-        raise ValueError(f"log_linear_attention: tokens {position} to {end - 1} need {needed} levels, lam has {levels}")
-    if initial_state is not None and initial_state.shape[2] < position.bit_length():
-        raise ValueError(
-            f"log_linear_attention: {position} tokens fill {position.bit_length()} buckets, "
-            f"initial_state has {initial_state.shape[2]}"
-        )
-    if groups < heads:
-        q, k = (x.repeat_interleave(heads // groups, 3) for x in (q, k))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return call(
-        _log_linear_attention,
-        q,
-        k,
-        v,
-        g,
-        lam,
-        scale,
-        initial_state,
-        position,
-        route=route,
-        merge=merge,
-        return_final_state=return_final_state,
-    )
+    inputs = q, k, v, g, lam, scale, initial_state, position
+    return _log_linear_attention(*inputs, route=route, merge=merge, return_final_state=return_final_state)

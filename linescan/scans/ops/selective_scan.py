@@ -1,8 +1,4 @@
-"""Selective scan (S6), the recurrence of Mamba.
-
-Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023, arXiv 2312.00752, equation 2
-with the zero-order hold for A and the Euler rule for B, as the authors' implementation has it.
-"""
+"""Selective scan (S6), the recurrence of Mamba."""
 
 import torch
 import torch.nn.functional as F
@@ -10,93 +6,9 @@ from torch import Tensor
 
 from ..chunks import numbers_at_a_time
 from ..matmul import project_routes, project_routes_backward
-from ..recurrence import call, check_shapes, recurrence
+from ..recurrence import public, recurrence
 
 __all__ = ["selective_scan"]
-
-
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    *,
-    delta_weight: Tensor | None = None,
-    initial_state: Tensor | None = None,
-    route: Tensor | None = None,
-    merge: str | None = None,
-    return_final_state: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Selective scan along routes: every channel d carries a state of N numbers.
-
-        s_t = softplus(delta_t + delta_bias)                       (or delta_t + delta_bias)
-        h_t[d, n] = exp(s_t[d] A[d, n]) h_{t-1}[d, n] + s_t[d] B_t[n] u_t[d]
-        y_t[d] = (sum_n C_t[n] h_t[d, n] + D[d] u_t[d]) silu(z_t[d])
-
-    Mamba (arXiv 2312.00752), equation 2; softplus is linear above 20, as torch's.
-
-    Args:
-        u: (B, K or 1, L, D) input. Any of the token inputs may have 1 on the route axis: all routes share it.
-        delta: (B, K, L, D) step sizes; with `delta_weight` (B, K, L, R), the few numbers that they are made of.
-        A: (K, D, N) negative decay rates.
-        B: (B, K, L, N), or (B, K, L, G, N) with one row for each of G groups of D / G neighbouring channels.
-        C: as B.
-        D: (K, D) weight of the input in the output.
-        z: (B, K or 1, L, D) gate of the output.
-        delta_bias: (K, D) added to delta.
-        delta_softplus: pass the step sizes through softplus.
-        delta_weight: (K or 1, D, R), makes step sizes `delta_weight[k] @ delta_t` of low rank. They are then made again
-            in the backward pass, not stored: in the 2D models, with their four routes, the most of a block's memory.
-        initial_state: (B, K, D, N), zeros if None.
-        route: integer table (K, S) or (B, K, S): the token that a route reads at each step (see `recurrence`); None
-            visits the tokens in order.
-        merge: None, or "sum" to add the routes' outputs.
-        return_final_state: also return the state after the last step.
-
-    Returns:
-        y: (B, K, L, D), or (B, L, D) merged; the dtype of u.
-        final state: (B, K, D, N), float32 (float64 for float64 inputs), if `return_final_state`.
-
-    Raises:
-        ValueError: a shape does not fit, or `merge` is unknown.
-    """
-    if B.ndim != C.ndim:
-        B, C = map(_grouped, (B, C))
-    taps = "B K L N" if B.ndim == 4 else "B K L G N"
-    check_shapes(
-        "selective_scan",
-        route,
-        u=(u, "B K L D"),
-        delta=(delta, "B K L D" if delta_weight is None else "B K L rank"),
-        A=(A, "R D N"),
-        B=(B, taps),
-        C=(C, taps),
-        D=(D, "R D"),
-        z=(z, "B K L D"),
-        delta_bias=(delta_bias, "R D"),
-        delta_weight=(delta_weight, "K D rank"),
-        initial_state=(initial_state, "B R D N"),
-    )
-    channels, groups = u.shape[-1], B.shape[3] if B.ndim == 5 else 1
-    if channels % groups:
-        raise ValueError(f"selective_scan: {channels} channels do not divide into the {groups} groups of B and C")
-    inputs = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, delta_weight)
-    return call(_selective_scan, *inputs, route=route, merge=merge, return_final_state=return_final_state)
-
-
-def _shapes(batch, routes, length, u, delta, A, *_):
-    return (batch, routes, length, u.shape[-1]), (batch, routes, u.shape[-1], A.shape[-1])
-
-
-def _flops(u, delta, A, *others):
-    batch, _, length, channels = u
-    projection = 0 if others[-1] is None else 2 * batch * max(delta[1], others[-1][0]) * length * channels * delta[-1]
-    return 9 * batch * A[0] * length * channels * A[-1] + projection
 
 
 def _grouped(x: Tensor) -> Tensor:
@@ -142,26 +54,24 @@ def _output(y, u, D, z):
     return y if z is None else y * F.silu(z)
 
 
-@recurrence(tokens=("u", "delta", "B", "C", "z"), shapes=_shapes, flops=_flops)
-def _selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-    delta_weight: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+@recurrence(
+    """
+    u z?: B K L D; delta: B K L (rank if with_delta_weight else D); A: R D N; B C: B K L [G] N; D? delta_bias?: R D;
+    delta_weight?: K D rank
+    """,
+    "B K L D",
+    state="B R D N",
+    requires=lambda D, G: f"{D} channels do not divide into the {G} groups of B and C" if D % G else None,
+    flops="9 * B * R * S * D * N + (2 * B * R * L * D * rank if with_delta_weight else 0)",
+    values=dict(A=lambda x: -x.exp(), delta=lambda x: x - 2),
+    sizes=dict(G=2, rank=2),
+)
+def _selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus: bool, initial_state, delta_weight):
     if delta_weight is not None:
         delta = (delta[..., None, :] * delta_weight[:, None]).sum(-1)  # no product that autocast knows
     step = _step_sizes(delta, delta_bias, delta_softplus)
     B, C = (x.repeat_interleave(u.shape[-1] // x.shape[-2], -2) for x in map(_grouped, (B, C)))  # (B, K, T, D, N)
-    state = u.new_zeros(*u.shape[:2], *A.shape[1:]) if initial_state is None else initial_state
-    outputs = []
+    state, outputs = initial_state, []
     for s_t, u_t, B_t, C_t in zip(step.unbind(2), u.unbind(2), B.unbind(2), C.unbind(2)):
         s_t, u_t = s_t.unsqueeze(-1), u_t.unsqueeze(-1)
         state = torch.exp(s_t * A) * state + s_t * B_t * u_t
@@ -253,8 +163,6 @@ def _prepare(u, delta, A, B, C, delta_bias, delta_softplus, initial_state):
     step = _time_first(_step_sizes(delta, delta_bias, delta_softplus), groups)
     u = _time_first(u, groups)
     B, C = (x.unsqueeze(-1).movedim(2, 0).contiguous() for x in (B, C))
-    if initial_state is None:
-        initial_state = A.new_zeros(step.shape[1], *A.shape)
     return step, step * u, u, _channels_last(A, groups), B, C, _channels_last(initial_state, groups)
 
 
@@ -299,6 +207,58 @@ def _chunked_backward(grad, grad_state, *inputs):
         grads.append(torch.ops.aten.silu_backward(grad * y, z))
     if delta_bias is not None:
         grads.append(grad_delta.sum(2).sum(0))
-    if initial_state is not None:
-        grads.append(_channels_first(torch.cat(grad_state)))
+    grads.append(_channels_first(torch.cat(grad_state)))
     return narrow(grads, *inputs)
+
+
+@public(_selective_scan)
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    *,
+    delta_weight: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    route: Tensor | None = None,
+    merge: str | None = None,
+    return_final_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Selective scan: every channel d carries a state of N numbers.
+
+        s_t = softplus(delta_t + delta_bias)                       (or delta_t + delta_bias)
+        h_t[d, n] = exp(s_t[d] A[d, n]) h_{t-1}[d, n] + s_t[d] B_t[n] u_t[d]
+        y_t[d] = (sum_n C_t[n] h_t[d, n] + D[d] u_t[d]) silu(z_t[d])
+
+    Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023, arXiv 2312.00752, equation 2,
+    with the zero-order hold for A and the Euler rule for B, as the authors' implementation has it.
+
+    Args:
+        u: inputs (B, K or 1, L, D).
+        delta: step sizes (B, K or 1, L, D); with `delta_weight` the few numbers that they are made of,
+            (B, K or 1, L, rank).
+        A: negative decay rates (K, D, N).
+        B, C: (B, K or 1, L, N), or (B, K or 1, L, G, N) with one row for each of G groups of D / G neighbouring
+            channels.
+        D: weight of the input in the output (K, D).
+        z: gate of the output (B, K or 1, L, D).
+        delta_bias: added to delta (K, D).
+        delta_softplus: pass the step sizes through softplus, which is linear above 20, as torch's.
+        delta_weight: (K or 1, D, rank), makes step sizes `delta_weight[k] @ delta_t` of low rank. They are then made
+            again in the backward pass, not stored: in the 2D models, with their four routes, most of a block's memory.
+        initial_state: (B, K, D, N).
+        route, merge, return_final_state: as of every recurrence (docs/recurrences.md). A padding token takes a step of
+            the size that `delta_bias` alone gives.
+
+    Returns:
+        (B, K, L, D), merged (B, L, D).
+    """
+    if isinstance(B, Tensor) and isinstance(C, Tensor) and B.ndim != C.ndim:
+        B, C = map(_grouped, (B, C))
+    inputs = u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, delta_weight
+    return _selective_scan(*inputs, route=route, merge=merge, return_final_state=return_final_state)

@@ -24,13 +24,14 @@ from .class_tokens import insert_tokens
 from .orders import Route, RouteLike, as_grid
 from .points import point_table
 from .spec import parse, spatial_first, temporal_first, window
-from .tables import inverse, inverse_table, pad_slots, table
+from .tables import cache_limit, inverse, inverse_table, pad_slots, table
 from .voxels import group_table, window_order
 
 __all__ = [
     "Route",
     "RouteLike",
     "as_grid",
+    "cache_limit",
     "group_table",
     "insert_tokens",
     "inverse",

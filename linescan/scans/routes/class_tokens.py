@@ -5,6 +5,8 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
+from ..visits import declare, known
+
 __all__ = ["insert_tokens", "merge_order", "token_places"]
 
 PLACES = ("head", "middle", "tail")
@@ -73,4 +75,8 @@ def insert_tokens(
     moved = storage[token.clamp_min(0).long()]
     moved = torch.where(table < -1, -2 - moved, torch.where(table == -1, table, moved))
     both = torch.cat([moved, storage[length:].expand(*table.shape[:-1], -1)], -1)
-    return both[..., torch.tensor(merge_order(steps, at), device=table.device)]
+    both = both[..., torch.tensor(merge_order(steps, at), device=table.device)]
+    before = known(table)
+    if before is None or before.length != length:
+        return both
+    return declare(both, length + len(at), before.permutation, before.padding)

@@ -26,6 +26,8 @@ __all__ = [
 ]
 
 PADDING = -1
+MOST_STEPS_PER_CELL = 64  # windows that are a little larger than the map are in use, others are mistakes
+MOST_STEPS = 2**26
 
 # The symmetries of a rectangle: transpose first, then reverse the rows, then the columns.
 TURNS = {
@@ -71,9 +73,16 @@ class Route:
         """Flat row-major index visited at each step, -1 for a padding step: grid (H, W) or (T, H, W) -> int32 (S,).
 
         Raises:
-            ValueError: the grid is not one, or this route cannot visit it.
+            ValueError: the grid is not one, or this route cannot visit it, or takes far more steps than it has cells.
         """
-        return self._order(as_grid(grid)).astype(np.int32)
+        grid = as_grid(grid)
+        steps, cells = self._steps(grid), prod(grid)
+        if steps > max(MOST_STEPS_PER_CELL * cells, 2**16) or steps > MOST_STEPS:
+            raise ValueError(
+                f"{self} takes {steps:,} steps on the {cells:,} cells of {show(grid)}; a route takes at most "
+                f"{MOST_STEPS:,} steps, and {MOST_STEPS_PER_CELL} per cell"
+            )
+        return self._order(grid).astype(np.int32)
 
     def length(self, grid: Sequence[int]) -> int:
         """Number of stored tokens: the cells of the grid and the class tokens."""
@@ -119,6 +128,10 @@ class Route:
     def _order(self, grid: Grid) -> np.ndarray:
         raise NotImplementedError
 
+    def _steps(self, grid: Grid) -> int:
+        """Number of steps, known without making the order."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Curve(Route):
@@ -131,6 +144,9 @@ class Curve(Route):
         if self.name == "spiral" and len(grid) == 3:
             raise ValueError(f"spiral is a 2D route, got the 3D grid {show(grid)}; spatial_first(spiral) reads frames")
         return CURVES[self.name](grid)
+
+    def _steps(self, grid: Grid) -> int:
+        return prod(grid)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -158,6 +174,9 @@ class Reversed(Route):
     def _order(self, grid: Grid) -> np.ndarray:
         return self.route._order(grid)[::-1]
 
+    def _steps(self, grid: Grid) -> int:
+        return self.route._steps(grid)
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Turned(Route):
@@ -181,6 +200,9 @@ class Turned(Route):
         view = view.swapaxes(-1, -2) if transpose else view
         return _over(view[..., :: -1 if upside_down else 1, :: -1 if mirrored else 1], self.route)
 
+    def _steps(self, grid: Grid) -> int:
+        return self.route._steps((*grid[:-2], grid[-1], grid[-2]) if self.turned[0] else grid)
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Permuted(Route):
@@ -201,6 +223,10 @@ class Permuted(Route):
         view = np.arange(prod(grid)).reshape(grid).transpose(["thw".index(axis) for axis in self.permuted])
         return _over(view, self.route)
 
+    def _steps(self, grid: Grid) -> int:
+        _need_3d(self.permuted, grid)
+        return self.route._steps(tuple([grid["thw".index(axis)] for axis in self.permuted]))
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Window(Route):
@@ -213,11 +239,19 @@ class Window(Route):
         options = [f"{k}={r}" for k, r in (("inside", self.inside), ("between", self.between)) if r != Curve("row")]
         return f"window({', '.join([size, *options])})" if options else f"w{size}"
 
-    def _order(self, grid: Grid) -> np.ndarray:
+    def _tile(self, grid: Grid) -> tuple[Grid, Grid]:
+        """Sides of a window, and how many windows there are along each axis."""
         size = self.size * len(grid) if len(self.size) == 1 else self.size
         if len(size) != len(grid):
             raise ValueError(f"{self}: a window of {len(size)} sides cannot tile the {len(grid)}D grid {show(grid)}")
-        windows = tuple(-(-n // w) for n, w in zip(grid, size))
+        return size, tuple(-(-n // w) for n, w in zip(grid, size))
+
+    def _steps(self, grid: Grid) -> int:
+        size, windows = self._tile(grid)
+        return self.inside._steps(size) * self.between._steps(windows)
+
+    def _order(self, grid: Grid) -> np.ndarray:
+        size, windows = self._tile(grid)
         padded = np.full([n * w for n, w in zip(windows, size)], PADDING)
         padded[tuple(map(slice, grid))] = np.arange(prod(grid)).reshape(grid)
         # (windows down, rows of a window, windows across, columns of a window) -> (windows, cells of a window)
@@ -241,6 +275,10 @@ class Frames(Route):
         cells = _take(cells, self.route._order(grid[1:]), 1)
         return (cells if self.spatial_first else cells.T).ravel()
 
+    def _steps(self, grid: Grid) -> int:
+        _need_3d(str(self), grid)
+        return grid[0] * self.route._steps(grid[1:])
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class WithTokens(Route):
@@ -263,6 +301,9 @@ class WithTokens(Route):
         stored = np.argsort(merge_order(cells, self.stored))  # where each cell, and then each class token, is stored
         steps = np.concatenate([np.where(order < 0, PADDING, stored[order]), stored[cells:]])
         return steps[list(merge_order(len(order), self.at))]
+
+    def _steps(self, grid: Grid) -> int:
+        return self.route._steps(grid) + len(self.at)
 
 
 def _over(view: np.ndarray, route: Route) -> np.ndarray:

@@ -5,6 +5,7 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
+from ..visits import declare
 from .curves import hilbert_keys, zorder_keys
 
 __all__ = ["point_table"]
@@ -71,7 +72,7 @@ def point_table(
         last = absent.gather(-1, order).byte().argsort(dim=-1, stable=True)
         order = order.gather(-1, last)
         orders.append(order.masked_fill(absent.gather(-1, order), -1))
-    return torch.stack(orders, 1).int()
+    return declare(torch.stack(orders, 1).int(), coords.shape[1])
 
 
 def _cells(

@@ -11,6 +11,8 @@ from .orders import AXES, TURNS, Curve, Frames, Route, RouteLike, Window, grid_o
 
 __all__ = ["parse", "spatial_first", "temporal_first", "window"]
 
+LONGEST = 2000  # characters of a spec
+
 _ALIASES = {
     "raster": "row",
     "column": "col",
@@ -83,8 +85,12 @@ def _catalogue() -> str:
     )
 
 
-@lru_cache(maxsize=None)
+@lru_cache(maxsize=1024)
 def _parse_text(text: str) -> tuple[Route, ...]:
+    if len(text) > LONGEST:
+        raise ValueError(
+            f"a route spec has at most {LONGEST} characters, got {len(text)} that begin with {text[:20]!r}"
+        )
     return tuple(_parse_route(part) for part in _split(text, ","))
 
 
@@ -107,7 +113,9 @@ def _split(text: str, separator: str) -> list[str]:
 
 def _parse_route(text: str) -> Route:
     if text.startswith("-"):
-        return _parse_route(text[1:].strip()).reverse()
+        rest = text.lstrip("- ")
+        route = _parse_route(rest)
+        return route.reverse() if text[: len(text) - len(rest)].count("-") % 2 else route
     head, colon, rest = text.partition(":")
     if colon and "(" not in head:
         name = _ALIASES.get(head.strip(), head.strip())

@@ -1,20 +1,80 @@
 """Tables of token indices, as recurrences read them: made once for a grid and device, cached, constants in a graph."""
 
-from functools import lru_cache
+from collections import OrderedDict
 from math import prod
-from typing import Sequence
+from threading import Lock
+from typing import Callable, Hashable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
+from ..._compat import dispatch_modes_active, guard_scalar, is_watched, unwatched
+from ..visits import declare, known
 from .class_tokens import merge_order
 from .curves import Grid
 from .orders import PADDING, Route, RouteLike, as_grid
 from .spec import parse
 
-__all__ = ["inverse", "inverse_table", "pad_slots", "stored_cells", "table"]
+__all__ = ["cache_limit", "inverse", "inverse_table", "pad_slots", "stored_cells", "table"]
+
+
+class _Cache:
+    """Tensors by key, the least recently used ones dropped where all together exceed a number of bytes."""
+
+    def __init__(self, limit: int):
+        self.limit, self.bytes = limit, 0
+        self.entries: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self.lock = Lock()
+
+    def get(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        with self.lock:
+            found = self.entries.get(key)
+            if found is not None:
+                self.entries.move_to_end(key)
+                return found
+        made = make()
+        with self.lock:
+            found = self.entries.setdefault(key, made)  # another thread may have been faster
+            if found is made:
+                self.bytes += made.nbytes
+                self.shrink()
+        return found
+
+    def shrink(self) -> None:
+        while self.bytes > self.limit:
+            self.bytes -= self.entries.popitem(last=False)[1].nbytes
+
+    def clear(self) -> None:
+        with self.lock:
+            self.entries.clear()
+            self.bytes = 0
+
+
+_cache = _Cache(64 * 2**20)
+
+
+def cache_limit(size: int | None = None) -> int:
+    """The most bytes that cached tables may take together, on all devices; 64 MiB unless set.
+
+    Args:
+        size: a new limit. Tables beyond it are dropped, the least recently used first, and made again when asked for;
+            one that is larger than the limit is not kept at all.
+
+    Returns:
+        The limit before.
+
+    Raises:
+        ValueError: a negative size.
+    """
+    before = _cache.limit
+    if size is not None:
+        if size < 0:
+            raise ValueError(f"cache_limit: the size is a number of bytes from 0, got {size}")
+        with _cache.lock:
+            _cache.limit = size
+            _cache.shrink()
+    return before
 
 
 def table(
@@ -23,8 +83,8 @@ def table(
     """The table of one or several routes: int32 (K, S), entry [k, t] the token of step t, -1 for a padding step.
 
     S is the longest route's number of steps; shorter routes are padded on the right (a causal recurrence gives the same
-    with it). The same call returns the same tensor, so do not write to it. Inside torch.compile and torch.export it is
-    a constant of the graph, and the grid's sides are specialised.
+    with it). Tables are cached (`cache_limit`) and shared, so do not write to one. Inside torch.compile and
+    torch.export a table is a constant of the graph, and the grid's sides are specialised.
 
     Args:
         spec: as `parse` takes it.
@@ -32,7 +92,8 @@ def table(
         device: where the table lives; None: torch's default device.
 
     Raises:
-        ValueError: a name is unknown, the grid is impossible, or routes differ in how class tokens are stored.
+        ValueError: a name is unknown, the grid is impossible, a route takes far more steps than the grid has cells, or
+            routes differ in how class tokens are stored.
     """
     return _cached("table", spec, grid, device)
 
@@ -48,7 +109,7 @@ def _cached(what: str, spec, grid, device) -> Tensor:
     if torch.compiler.is_dynamo_compiling():  # what goes into a graph is made from plain Python values
         spec = _text(spec)
         if not isinstance(grid, str):
-            grid = tuple([torch.fx.experimental.symbolic_shapes.guard_scalar(n) for n in grid])
+            grid = tuple([guard_scalar(n) for n in grid])
     return _constant(what, spec, grid, device)
 
 
@@ -62,13 +123,14 @@ def _text(spec) -> str:
 @torch.compiler.allow_in_graph
 def _constant(what: str, spec, grid, device) -> Tensor:
     """The cached tensor; to anything that traces, it is a constant as `torch.tensor(...)` would be."""
-    make = {"table": _table, "inverse": _inverse_table}[what]
-    key = parse(spec), as_grid(grid), _device(device)
-    if not _get_current_dispatch_mode_stack():
-        return make(*key)
-    with _disable_current_modes():  # never keep a fake tensor
-        constant = make(*key)
-    return torch.ops.aten.lift_fresh(constant)
+    make = {"table": _make_table, "inverse": _make_inverse}[what]
+    routes, grid, device = parse(spec), as_grid(grid), _device(device)
+    key = what, routes, grid, device
+    if not is_watched():
+        return _cache.get(key, lambda: make(routes, grid, device))
+    with unwatched():  # never keep a fake tensor
+        constant = _cache.get(key, lambda: make(routes, grid, device))
+    return torch.ops.aten.lift_fresh(constant) if dispatch_modes_active() else constant
 
 
 def _device(device) -> torch.device:
@@ -78,21 +140,25 @@ def _device(device) -> torch.device:
     return device
 
 
-@lru_cache(maxsize=1024)
-def _table(routes: tuple[Route, ...], grid: Grid, device: torch.device) -> Tensor:
+def _rows(routes: tuple[Route, ...], grid: Grid) -> np.ndarray:
     if len({route.stored for route in routes}) > 1:
         raise ValueError(f"routes of one table store the same class tokens, got {', '.join(map(str, routes))}")
     orders = [route.order(grid) for route in routes]
     steps = max(map(len, orders))
-    rows = [np.pad(order, (0, steps - len(order)), constant_values=PADDING) for order in orders]
+    return np.stack([np.pad(order, (0, steps - len(order)), constant_values=PADDING) for order in orders])
+
+
+def _make_table(routes: tuple[Route, ...], grid: Grid, device: torch.device) -> Tensor:
+    rows = _rows(routes, grid)
+    padding = bool((rows == PADDING).any())
     with torch.inference_mode(False):  # what inference makes cannot be saved for a backward later
-        return torch.from_numpy(np.stack(rows)).to(device)
+        made = torch.from_numpy(rows).to(device)
+    return declare(made, routes[0].length(grid), permutation=not padding, padding=padding)
 
 
-@lru_cache(maxsize=1024)
-def _inverse_table(routes: tuple[Route, ...], grid: Grid, device: torch.device) -> Tensor:
+def _make_inverse(routes: tuple[Route, ...], grid: Grid, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return inverse(_table(routes, grid, torch.device("cpu")), routes[0].length(grid)).to(device)
+        return inverse(torch.from_numpy(_rows(routes, grid)), routes[0].length(grid)).to(device)
 
 
 def inverse(table: Tensor, length: int) -> Tensor:
@@ -125,7 +191,9 @@ def pad_slots(table: Tensor, length: int) -> tuple[Tensor, int]:
         raise ValueError(f"pad_slots: {table.shape[-1]} steps cannot visit {length} tokens")
     padding = table == PADDING
     number = padding.cumsum(-1, dtype=torch.int32) + (length - 1)
-    return torch.where(padding, number, table), slots
+    padded = torch.where(padding, number, table)
+    before = known(table)
+    return padded if before is None else declare(padded, length + slots, padding=False), slots
 
 
 def stored_cells(route: Route, grid: Grid) -> np.ndarray:

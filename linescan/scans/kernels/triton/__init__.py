@@ -17,7 +17,8 @@ from ...ops.causal_conv import _causal_conv1d
 from ...ops.gla import _gla, _simple_gla
 from ...ops.selective_scan import _selective_scan
 from ...ops.ssd import _ssd
-from ...ops.wkv import _bi_wkv, _wkv6
+from ...ops.wkv4 import _bi_wkv
+from ...ops.wkv6 import _wkv6
 from ...recurrence import Recurrence
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

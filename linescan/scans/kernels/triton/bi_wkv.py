@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...recurrence import visited
-from .common import TokenGradient, is_permutation, load_row, place, rows, store_row, visit
+from ...visits import is_permutation, visited
+from .common import TokenGradient, load_row, place, rows, store_row, visit
 from .gla import merged, per_route
 
 TILE = 16  # steps whose sums stay in registers
@@ -285,7 +285,7 @@ class Tiles:
 
 def forward(k, v, w, u, route, merge):
     output = Tiles(k, v, w, u, route, TILE).forward(torch.float32 if merge else k.dtype)
-    return merged(output, merge, k.dtype), output.new_zeros(*output.shape[:2], 0, dtype=torch.float32)
+    return merged(output, merge, k.dtype), None
 
 
 def backward(grad_output, grad_state, k, v, w, u, route, merge):

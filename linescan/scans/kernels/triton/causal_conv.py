@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...ops.causal_conv import _causal_conv1d
-from .common import TokenGradient, is_permutation, launch, load_row, place, rows, store_row, visit
+from ...visits import is_permutation, visited
+from .common import TokenGradient, launch, load_row, place, rows, store_row, visit
 
 __all__ = ["backward", "forward"]
 
@@ -146,7 +146,7 @@ class _Call:
     """A call's inputs as the kernels take them."""
 
     def __init__(self, x, weight, bias, silu, initial_state, route, merge):
-        self.batch, self.routes, self.length = _causal_conv1d._visited((x, weight, bias, silu, initial_state), route)
+        self.batch, self.routes, self.length = visited((x,), route)
         self.device, self.dtype = x.device, x.dtype
         self.channels, self.width = weight.shape[1:]
         self.steps = self.length if route is None else route.shape[-1]

@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
+
+from ...visits import is_permutation
 
 __all__ = ["Rows", "TokenGradient", "launch", "load_row", "place", "processors", "rows", "split", "store_row", "visit"]
 
@@ -101,33 +102,6 @@ def store_row(x, at, token, mask, value):
 
 
 # -- where gradients of token inputs go -------------------------------------------------------------------------------
-
-_permutations: dict[tuple, tuple[StorageWeakRef, int, bool]] = {}
-
-
-def is_permutation(route: Tensor, length: int) -> bool:
-    """Whether every route reads and writes every token exactly once.
-
-    The answer must come from the device, once a table: it is remembered for as long as the table's memory lives. While
-    a CUDA graph is recorded nothing may come from the device, and a table not seen before counts as "no".
-    """
-    if route.shape[-1] != length:
-        return False
-    key = (route.untyped_storage()._cdata, route.storage_offset(), route.shape, route.stride(), route.dtype)
-    version = 0 if route.is_inference() else route._version
-    known = _permutations.get(key)
-    if known is not None and not known[0].expired() and known[1] == version:
-        return known[2]
-    if route.is_cuda and torch.cuda.is_current_stream_capturing():
-        return False
-    seen = torch.zeros(route.shape, dtype=torch.bool, device=route.device)
-    seen.scatter_(-1, route.long().clamp_min(0), True)  # as many places as steps: all seen, and none twice
-    answer = bool(((route >= 0) & seen).all())
-    if len(_permutations) > 512:
-        for old in [old for old, (storage, *_) in _permutations.items() if storage.expired()]:
-            del _permutations[old]
-    _permutations[key] = StorageWeakRef(route.untyped_storage()), version, answer
-    return answer
 
 
 class TokenGradient:

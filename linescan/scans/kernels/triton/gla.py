@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...recurrence import visited
-from .common import TokenGradient, is_permutation, rows, visit
+from ...visits import is_permutation, visited
+from .common import TokenGradient, rows, visit
 
 CHUNK = 64  # steps that one program takes, half as many in float32; a power of two, at least 32
 WIDTH = 32  # key channels at a time

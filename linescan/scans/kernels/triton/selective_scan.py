@@ -31,8 +31,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...ops.selective_scan import narrow, widen
-from ...recurrence import visited
-from .common import TokenGradient, is_permutation, launch, load_row, place, rows, split, store_row, visit
+from ...visits import is_permutation, visited
+from .common import TokenGradient, launch, load_row, place, rows, split, store_row, visit
 
 __all__ = ["backward", "forward"]
 

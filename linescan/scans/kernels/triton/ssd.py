@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ...ops.ssd import _output, _step_sizes
-from ...recurrence import visited
-from .common import TokenGradient, is_permutation
+from ...visits import is_permutation, visited
+from .common import TokenGradient
 from .gla import Chunks, merged, per_route
 
 
