@@ -57,12 +57,12 @@ class Argument:
         return [axis.text for axis in self.axes[:3]] == ["B", "K", "L"]
 
     def __str__(self) -> str:
-        """The axes as messages and docstrings show them: (B, K or 1, L, D)."""
-        shown = []
-        for axis in self.axes:
-            text = {"K": "K or 1", "R": "K"}.get(axis.text, axis.text)
-            shown.append(f"[{text}]" if axis.missing else text)
-        return f"({', '.join(shown)}{',' * (len(shown) == 1)})"
+        """The axes as messages and docstrings show them: (B, K or 1, L, D), or (D,) or (K, D)."""
+        names = {"K": "K" if self.axes[0] == ALL_ROUTES else "K or 1", "R": "K"}
+        whole = [names.get(axis.text, axis.text) for axis in self.axes]
+        short = [name for name, axis in zip(whole, self.axes) if not axis.missing]
+        forms = [whole] if len(short) == len(whole) else [short, whole]
+        return " or ".join([f"({', '.join(axes)}{',' * (len(axes) == 1)})" for axes in forms])
 
     def fits(self, ndim: int) -> bool:
         return ndim == len(self.axes) or ndim == len(self.axes) - 1 and any(axis.missing for axis in self.axes)

@@ -152,7 +152,7 @@ def wkv4(
 
     Args:
         k, v: keys and values (B, K or 1, L, D).
-        w: decay of a step (D,), or (K, D) with one per route. RWKV-4 stores its logarithm: w = exp(time_decay).
+        w: decay of a step (D,) or (K, D), one per route. RWKV-4 stores its logarithm: w = exp(time_decay).
         u: bonus of the token itself, as w.
         initial_state: the sums before the first token (B, K, D, 3) as (num, den, top): num e^top, den e^top. Of two
             sums with another top, the quotient is what counts. (0, 0, -1e38) is empty, the default.
@@ -185,7 +185,7 @@ def bi_wkv(
 
     Args:
         k, v: keys and values (B, K or 1, L, D).
-        w: decay of a step (D,), or (K, D) with one per route; may be negative.
+        w: decay of a step (D,) or (K, D), one per route; may be negative.
         u: bonus of the token itself, as w.
         route, merge: as of every recurrence (docs/recurrences.md). A padding token has weight e^0 and value 0.
 

@@ -66,7 +66,7 @@ def wkv6(
         r, k: receptances and keys (B, K or 1, L, H, dk).
         v: values (B, K or 1, L, H, dv).
         w: log decays <= 0 of the key channels (B, K or 1, L, H, dk).
-        u: bonus of the token itself (H, dk), or (K, H, dk) with one per route.
+        u: bonus of the token itself (H, dk) or (K, H, dk), one per route.
         scale: of the receptances; 1 by default, as in RWKV-6.
         initial_state: (B, K, H, dk, dv).
         route, merge, return_final_state: as of every recurrence (docs/recurrences.md). A padding token leaves the state
