@@ -6,8 +6,9 @@
     python tools/gpu_check.py --sizes 224 512       fewer sizes of images
 
 Needs torch, Triton and this checkout; timm for the models. Peers are measured where they are installed (mamba-ssm,
-flash-linear-attention), and always the chunked torch form. A new operator is one entry of OPERATORS, a new model one of
-MODELS. Exit status: 0; 1 where a kernel is wrong; 2 where there is no GPU or no Triton.
+flash-linear-attention), and always the chunked torch form. Every function with a kernel is checked; those in OPERATORS
+are timed, at the sizes of published models. A new model is one entry of MODELS. Exit status: 0; 1 where a kernel is
+wrong; 2 where there is no GPU or no Triton.
 """
 
 import argparse
@@ -24,7 +25,6 @@ from types import ModuleType
 from typing import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,9 +34,9 @@ if find_spec("timm") is None:  # the backbones need timm, the scans do not: impo
     package.__path__ = [str(ROOT / "linescan")]
     sys.modules["linescan"] = package
 
-from linescan.scans import bi_wkv, causal_conv1d, gla, recurrences, selective_scan, ssd, wkv6  # noqa: E402
-from linescan.scans.recurrence import backend  # noqa: E402
-from linescan.scans.routes import table  # noqa: E402
+from linescan.scans import backend  # noqa: E402
+from linescan.scans.recurrence import Public, functions  # noqa: E402
+from linescan.scans.routes import parse, table  # noqa: E402
 
 Inputs = dict[str, Tensor]
 BOTH, CROSS = "row, -row", "row, col, -row, -col"
@@ -47,72 +47,65 @@ BOTH, CROSS = "row, -row", "row, col, -row, -col"
 
 @dataclass
 class Operator:
-    """One row group of the table.
+    """One row group of the table: a function of `linescan.scans` at the sizes of a published model.
 
     Attributes:
         name: as the table says it.
-        recurrence: name of the registered recurrence.
-        call: (inputs, route, merge) -> output.
-        inputs: (batch, side of the map, dtype, device) -> inputs by name; parameters in float32.
+        function: name of the function; its layout makes the inputs.
         routes: names of the routes.
-        tokens: names of the inputs with a token axis; they and the output are the traffic that nothing can avoid.
-        cases: (batch, side) of the table.
+        cases: (batch, side of the map) of the table.
+        shared: names of the inputs that all routes share.
+        without: names of optional inputs that are left out.
+        sizes: of the axes that the layout names.
+        options: what else the function is called with.
         peers: name -> function of the inputs that returns a function to time, or None where the peer is missing. A peer
             gets tensors in its own layout; moving them there is not timed.
     """
 
     name: str
-    recurrence: str
-    call: Callable[..., Tensor]
-    inputs: Callable[..., Inputs]
+    function: str
     routes: str
-    tokens: tuple[str, ...]
     cases: tuple[tuple[int, int], ...]
+    shared: tuple[str, ...] = ()
+    without: tuple[str, ...] = ("initial_state",)
+    sizes: dict[str, int] = field(default_factory=dict)
+    options: dict = field(default_factory=dict)
     peers: dict[str, Callable] = field(default_factory=dict)
+
+    @property
+    def public(self) -> Public:
+        return functions()[self.function]
+
+    @property
+    def tokens(self) -> list[str]:
+        """Names of the token inputs: they and the output are the traffic that nothing can avoid."""
+        return [name for name in self.public.layout.tokens if name not in self.without]
+
+    def inputs(self, batch: int, side: int, dtype: torch.dtype, device: torch.device) -> Inputs:
+        """Inputs by name, with parameters in float32."""
+        layout, routes = self.public.layout, len(parse(self.routes))
+        made = layout.example(
+            batch, routes, side * side, shared=self.shared, without=self.without, device=device, **self.sizes
+        )
+        return {name: x.to(dtype if name in layout.tokens else torch.float32) for name, x in made.items()}
+
+    def call(self, inputs: Inputs, route: Tensor | None, merge: str | None) -> Tensor:
+        return self.public.function(**inputs, **self.options, route=route, merge=merge)
 
     def run(self, inputs: Inputs, side: int, merge: str | None = "sum") -> Tensor:
         device = next(iter(inputs.values())).device
         return self.call(inputs, table(self.routes, (side, side), device), merge)
 
 
-def noise(*shape, dtype, device, offset=0.0):
-    return (torch.randn(shape, device=device) + offset).to(dtype)
-
-
-def scan_inputs(channels, states, routes, gate):
-    """Inputs of S6 as a layer has them: u and the gate are halves of one projection, shared by the routes."""
-
-    def make(batch, side, dtype, device) -> Inputs:
-        length, like = side * side, dict(dtype=dtype, device=device)
-        u, z = noise(batch, 1, length, 2 * channels, **like).chunk(2, -1)
-        rows = [noise(batch, routes, length, states, **like) for _ in "BC"]
-        parameter = dict(dtype=torch.float32, device=device)
-        inputs = dict(
-            u=u,
-            delta=noise(batch, routes, length, channels, **like),
-            A=-torch.arange(1.0, states + 1, device=device).expand(routes, channels, -1).contiguous(),
-            B=rows[0],
-            C=rows[1],
-            D=torch.ones(routes, channels, **parameter),
-            delta_bias=noise(routes, channels, offset=-4, **parameter),
-        )
-        return inputs | (dict(z=z) if gate else {})
-
-    return make
-
-
-def call_scan(inputs, route, merge):
-    return selective_scan(**inputs, delta_softplus=True, route=route, merge=merge)
-
-
 def mamba_ssm(inputs: Inputs) -> Callable | None:
-    """One call of mamba-ssm's CUDA scan a route, in its layout (B, D, L)."""
+    """One call of mamba-ssm's CUDA scan per route, in its layout (B, D, L)."""
     if find_spec("mamba_ssm") is None:
         return None
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     def route(k, name):
         x = inputs.get(name)
+        x = x.squeeze(-2) if name in "BC" and x.ndim == 5 else x
         return None if x is None else x[:, min(k, x.shape[1] - 1)].mT.contiguous().requires_grad_()
 
     calls = [
@@ -128,27 +121,8 @@ def mamba_ssm(inputs: Inputs) -> Callable | None:
     return run
 
 
-def conv_inputs(channels, routes):
-    def make(batch, side, dtype, device) -> Inputs:
-        x, _ = noise(batch, 1, side * side, 2 * channels, dtype=dtype, device=device).chunk(2, -1)
-        parameter = dict(dtype=torch.float32, device=device)
-        return dict(x=x, weight=noise(routes, channels, 4, **parameter), bias=noise(routes, channels, **parameter))
-
-    return make
-
-
-def head_inputs(heads, keys, values, routes):
-    def make(batch, side, dtype, device) -> Inputs:
-        length, like = side * side, dict(dtype=dtype, device=device)
-        sizes = dict(q=(1, keys), k=(1, keys), v=(1, values), g=(routes, keys))
-        inputs = {name: noise(batch, k, length, heads, d, **like) for name, (k, d) in sizes.items()}
-        return inputs | dict(g=F.logsigmoid(inputs["g"].float() + 3).to(dtype))
-
-    return make
-
-
 def fla_gla(inputs: Inputs) -> Callable | None:
-    """One call of flash-linear-attention's chunked GLA a route."""
+    """One call of flash-linear-attention's chunked GLA per route."""
     if find_spec("fla") is None:
         return None
     from fla.ops.gla import chunk_gla
@@ -165,76 +139,46 @@ def fla_gla(inputs: Inputs) -> Callable | None:
     return run
 
 
-def ssd_inputs(heads, width, states, routes):
-    def make(batch, side, dtype, device) -> Inputs:
-        length, like = side * side, dict(dtype=dtype, device=device)
-        parameter = dict(dtype=torch.float32, device=device)
-        return dict(
-            x=noise(batch, 1, length, heads, width, **like),
-            dt=noise(batch, routes, length, heads, **like),
-            A=-torch.rand(routes, heads, device=device) - 0.5,
-            B=noise(batch, routes, length, 1, states, **like),
-            C=noise(batch, routes, length, 1, states, **like),
-            D=torch.ones(routes, heads, **parameter),
-            dt_bias=noise(routes, heads, offset=-4, **parameter),
-        )
-
-    return make
-
-
-def wkv6_inputs(heads, width, routes):
-    def make(batch, side, dtype, device) -> Inputs:
-        q, k, v, g = head_inputs(heads, width, width, routes)(batch, side, dtype, device).values()
-        return dict(r=q, k=k, v=v, w=g, u=torch.randn(routes, heads, width, device=device))
-
-    return make
-
-
-def bi_wkv_inputs(channels):
-    def make(batch, side, dtype, device) -> Inputs:
-        k, v = (noise(batch, 1, side * side, channels, dtype=dtype, device=device) for _ in "kv")
-        w, u = (torch.randn(1, channels, device=device) for _ in "wu")
-        return dict(k=k, v=v, w=w.exp() / side**2, u=u / side**2)  # Vision-RWKV divides by the number of tokens
-
-    return make
-
-
 LARGE = ((128, 14), (32, 32), (8, 64), (1, 64), (2, 128))  # as many tokens as images of 224 to 2048 px have
+BARE = ("initial_state", "delta_weight")
 OPERATORS = [
     Operator(
-        "S6, Vim: 2 routes, D 384, N 16", "selective_scan", call_scan, scan_inputs(384, 16, 2, True), BOTH,
-        ("u", "delta", "B", "C", "z"), LARGE, {"mamba-ssm": mamba_ssm},
+        "S6, Vim: 2 routes, D 384, N 16", "selective_scan", BOTH, LARGE, ("u", "z"), BARE,
+        dict(D=384, N=16, G=1), dict(delta_softplus=True), {"mamba-ssm": mamba_ssm},
     ),
     Operator(
-        "S6, VMamba: 4 routes, D 192, N 1", "selective_scan", call_scan, scan_inputs(192, 1, 4, False), CROSS,
-        ("u", "delta", "B", "C"), ((128, 28), (32, 56), (8, 128)), {"mamba-ssm": mamba_ssm},
+        "S6, VMamba: 4 routes, D 192, N 1", "selective_scan", CROSS, ((128, 28), (32, 56), (8, 128)), ("u",),
+        (*BARE, "z"), dict(D=192, N=1, G=1), dict(delta_softplus=True), {"mamba-ssm": mamba_ssm},
     ),
     Operator(
-        "causal conv + SiLU: 2 routes, D 384, 4 taps", "causal_conv1d",
-        lambda inputs, route, merge: causal_conv1d(**inputs, activation="silu", route=route),
-        conv_inputs(384, 2), BOTH, ("x",), LARGE,
+        "causal conv + SiLU: 2 routes, D 384, 4 taps", "causal_conv1d", BOTH, LARGE, ("x",),
+        sizes=dict(D=384), options=dict(activation="silu"),
     ),
     Operator(
-        "GLA, ViG: 2 routes, 3 heads of 32 and 64", "gla",
-        lambda inputs, route, merge: gla(**inputs, route=route, merge=merge),
-        head_inputs(3, 32, 64, 2), BOTH, ("q", "k", "v", "g"), LARGE, {"flash-linear-attention": fla_gla},
+        "GLA, ViG: 2 routes, 3 heads of 32 and 64", "gla", BOTH, LARGE, ("q", "k", "v"), sizes=dict(H=3, dk=32, dv=64),
+        peers={"flash-linear-attention": fla_gla},
     ),
+    Operator("Simple GLA: 2 routes, 3 heads of 32 and 64", "simple_gla", BOTH, LARGE, ("q", "k", "v"),
+             sizes=dict(H=3, dk=32, dv=64)),
     Operator(
-        "SSD: 2 routes, 6 heads of 64, N 64", "ssd",
-        lambda inputs, route, merge: ssd(**inputs, dt_softplus=True, route=route, merge=merge),
-        ssd_inputs(6, 64, 64, 2), BOTH, ("x", "dt", "B", "C"), LARGE,
+        "SSD: 2 routes, 6 heads of 64, N 64", "ssd", BOTH, LARGE, ("x",), ("initial_state", "z"),
+        dict(H=6, P=64, G=1, N=64), dict(dt_softplus=True),
     ),
-    Operator(
-        "WKV-6, VRWKV6: 2 routes, 6 heads of 32", "wkv6",
-        lambda inputs, route, merge: wkv6(**inputs, route=route, merge=merge),
-        wkv6_inputs(6, 32, 2), BOTH, ("r", "k", "v", "w"), LARGE,
-    ),
-    Operator(
-        "Bi-WKV, VRWKV: 192 channels", "bi_wkv",
-        lambda inputs, route, merge: bi_wkv(**inputs, route=route, merge=merge),
-        bi_wkv_inputs(192), "row", ("k", "v"), LARGE,
-    ),
+    Operator("WKV-6, VRWKV6: 2 routes, 6 heads of 32", "wkv6", BOTH, LARGE, ("r", "k", "v"),
+             sizes=dict(H=6, dk=32, dv=32)),
+    Operator("Bi-WKV, VRWKV: 192 channels", "bi_wkv", "row", LARGE, sizes=dict(D=192)),
 ]  # fmt: skip
+
+
+def operators_with(kernel: str) -> list[Operator]:
+    """Those above that have a kernel, and any other function with one, at the sizes of its layout's examples."""
+    listed = {operator.function for operator in OPERATORS}
+    others = [Operator(f.name, f.name, BOTH, ()) for f in functions().values() if f.name not in listed]
+    return [
+        operator
+        for operator in OPERATORS + others
+        if operator.public.recurrence is not None and kernel in operator.public.recurrence.implementations
+    ]
 
 
 # -- correctness ------------------------------------------------------------------------------------------------------
@@ -274,14 +218,14 @@ def correctness(device: torch.device, trials: int, kernel: str = "triton") -> li
     """Every operator on random shapes and tables, against float64, and against itself bit by bit."""
     limits = {torch.float32: 2e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}
     rows = []
-    for operator in OPERATORS:
+    for operator in operators_with(kernel):
         generator = torch.Generator().manual_seed(0)
+        routes = len(parse(operator.routes))
         for trial in range(trials):
             torch.manual_seed(trial)
             batch, side = (int(torch.randint(1, high, (), generator=generator)) for high in (4, 20))
             dtype = list(limits)[trial % 3]
             inputs = operator.inputs(batch, side, dtype, device)
-            routes = max(x.shape[1] if key in operator.tokens else x.shape[0] for key, x in inputs.items())
             route = random_table(generator, batch, routes, side * side)
             route = None if route is None else route.to(device)
             if route is None:  # without a table the tokens say how many routes there are
@@ -321,7 +265,7 @@ def milliseconds(run: Callable) -> float:
 
 
 def bandwidth(device) -> float:
-    """What a plain copy reaches, bytes a second: the ceiling that the table compares with."""
+    """What a plain copy reaches, bytes per second: the ceiling that the table compares with."""
     x = torch.empty(2**30, dtype=torch.uint8, device=device)
     y = torch.empty_like(x)
     return 2 * x.numel() / milliseconds(lambda: y.copy_(x)) * 1000
@@ -375,7 +319,7 @@ def case(operator: Operator, batch: int, side: int, dtype: torch.dtype, device, 
 def operators(device: torch.device, ceiling: float) -> list[dict]:
     """Times of our kernels and their peers, and how far each is from moving every tensor once at a copy's bandwidth."""
     rows = []
-    for operator in OPERATORS:
+    for operator in operators_with("triton"):
         for batch, side in operator.cases:
             for dtype in (torch.bfloat16, torch.float32):
                 rows += case(operator, batch, side, dtype, device, ceiling)
@@ -398,7 +342,7 @@ PIXELS = 128 * 224 * 224  # of a batch, at any size of its images
 
 
 def models(device: torch.device, sizes: list[int]) -> list[dict]:
-    """Images a second and peak memory of a forward and of a training step (AdamW), bfloat16 autocast."""
+    """Images per second and peak memory of a forward and of a training step (AdamW), bfloat16 autocast."""
     import timm
 
     import linescan  # noqa: F401  (registers the models)
@@ -511,7 +455,7 @@ def markdown(results: dict) -> str:
             ],
         )
     if "models" in results:
-        text += ["## Models", "", "Images a second (peak memory in GB); bfloat16 autocast, a step is AdamW's.", ""]
+        text += ["## Models", "", "Images per second (peak memory in GB); bfloat16 autocast, a step is AdamW's.", ""]
 
         def both(row, what):
             return row.get("note", "–") if what not in row else f"{row[what]:.0f} ({row[what + '_memory'] / 1e9:.1f})"
@@ -530,7 +474,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = ("correctness", "operators", "models")
     parser.add_argument("--only", choices=parts, nargs="+", default=parts, help="parts to run")
-    parser.add_argument("--trials", type=int, default=24, help="random shapes an operator")
+    parser.add_argument("--trials", type=int, default=24, help="random shapes per operator")
     parser.add_argument(
         "--sizes", type=int, nargs="+", default=[224, 512, 1024, 2048], help="sides of images in pixels"
     )
@@ -541,8 +485,6 @@ def main(arguments: list[str] | None = None) -> int:
     if missing:
         print(f"gpu_check: {missing} here, so nothing was checked or measured", file=sys.stderr)
         return 2
-    absent = [o.name for o in OPERATORS if "triton" not in recurrences()[o.recurrence].implementations]
-    OPERATORS[:] = [o for o in OPERATORS if o.name not in absent]
     device = torch.device("cuda", torch.cuda.current_device())
     results: dict = {"machine": machine(device)}
     print(results["machine"], flush=True)

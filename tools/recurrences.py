@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Writes the list of recurrences in docs/recurrences.md from their declarations and docstrings.
 
-    python tools/recurrences.py
+python tools/recurrences.py
 """
 
 import inspect
@@ -35,7 +35,8 @@ def arguments(function: Public) -> list[str]:
     whole = layout if layout.output is not None or function.recurrence is None else function.recurrence.layout
     if whole.output is not None:
         rows.append(f"| output | `{str(whole.output).replace('K or 1', 'K')}` |")
-    rows += [f"| final {'state' if name == 'initial_state' else name} | `{state}` |" for name, state in layout.states.items()]
+    for name, state in layout.states.items():
+        rows.append(f"| final {'state' if name == 'initial_state' else name} | `{state}` |")
     return rows
 
 
@@ -60,7 +61,8 @@ def table() -> str:
     for function in sorted(functions().values(), key=lambda f: f.name):
         title = re.split(r"[:.,](?:\s|$)", parts(function)[0])[0]
         there = {} if function.recurrence is None else function.recurrence.implementations
-        rows.append(f"| [`{function.name}`](#{function.name}) | {title} |" + "".join(f" {'x' * (f in there)} |" for f in FORMS))
+        marks = "".join(f" {'x' * (form in there)} |" for form in FORMS)
+        rows.append(f"| [`{function.name}`](#{function.name}) | {title} |{marks}")
     return "\n".join(rows) + "\n"
 
 

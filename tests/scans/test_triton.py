@@ -323,7 +323,8 @@ sys.modules["timm"] = None  # importing it raises
 sys.path.insert(0, {str(TOOL.parent)!r})
 import torch, gpu_check
 rows = gpu_check.correctness(torch.device("cpu"), 1, "chunked")
-assert len(rows) == len(gpu_check.OPERATORS) and all(row["passed"] and row["repeats"] for row in rows), rows
+assert {{row["operator"] for row in rows}} >= {{o.name for o in gpu_check.OPERATORS}} | {{"kda", "rwkv7", "wkv4"}}
+assert all(row["passed"] and row["repeats"] for row in rows), rows
 page = gpu_check.markdown(dict(machine=dict(chip="C", date="D", copy_bandwidth=1e12), correctness=rows))
 assert page.count("1 of 1 | 1 of 1") == len(rows)
 """
