@@ -24,7 +24,7 @@ def test_the_list_of_recurrences_is_up_to_date():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_docstrings(name):
-    """What it is, its equation, where it is from; every tensor with its axes, there or where the docstring points to."""
+    """What it is, its equation, where it is from; every tensor with its axes, there or in what it points to."""
     text = inspect.getdoc(functions()[name].function)
     title, equation, source = text.split("\n\n")[:3]
     assert "\n" not in title and title.endswith(".")
