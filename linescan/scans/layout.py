@@ -270,9 +270,8 @@ class Layout:
             wrong = self.requires(**{name: sizes.get(name) for name in self._needed})
             if wrong:
                 raise ValueError(f"{self.name}: {wrong}")
-        filled = [(i, self.parameters[i]) for i in self._options_at if inputs[i] is None]
-        filled = tuple((i, self.defaults[key](sizes)) for i, key in filled if key in self.defaults)
-        return Checked(sizes, filled, tuple(self.expansions(inputs, sizes["R"])))
+        filled = [(at, sizes[self.parameters[at]]) for at in self.default_positions if inputs[at] is None]
+        return Checked(sizes, tuple(filled), tuple(self.expansions(inputs, sizes["R"])))
 
     def expansions(self, inputs: Sequence, routes: int) -> list[tuple[int, tuple]]:
         """(position, shape for all routes) of the parameters that have one set for all of them."""
@@ -349,6 +348,9 @@ class Layout:
                 for axis, size in argument.paired(shape):
                     if axis.size is None and axis.text != "K":
                         values.setdefault(axis.text, size)
+        for name, default in self.defaults.items():
+            if values.get(name) is None:
+                values[name] = default(values)
         return values
 
     # -- what follows from it -------------------------------------------------------------------------------------

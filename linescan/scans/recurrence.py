@@ -297,8 +297,10 @@ class Recurrence:
                     grad_output = grad_output.expand(-1, routes, *grad_output.shape[2:])
             if route is not None:  # a visit whose output is dropped has gradient zero, as padding has input zero
                 grad_output = read(grad_output, route.clamp_min(-1))
-            if grad_state is None:
-                grad_state = torch.zeros_like(self._empty_states(inputs, route)[0])
+            states = grad_state if isinstance(grad_state, tuple) else (grad_state,)
+            if self.layout.states and None in states:
+                empty = self._empty_states(inputs, route)
+                grad_state = _packed([torch.zeros_like(x) if g is None else g for g, x in zip(states, empty)])
 
             def ready(*floats):
                 return tuple(self._differentiable(self._in_time_order(self._replace(inputs, floats), route)))

@@ -63,10 +63,10 @@ def test_unvisited_tokens_have_no_part_in_anything(case, name):
     route = torch.tensor([[4, -1, 0, -(3 + 2), 6, 1, -1]])
     got = results(case, name, inputs, route)
     assert not got["output"][:, :, [2, 3, 5]].any() and got["output"][:, :, [0, 1, 4, 6]].any()
-    for key in case.tokens:
+    for key in case.float_tokens:
         grad = got[f"gradient of {key}"]
         assert not grad[:, :, [2, 5]].any()
-    assert any(got[f"gradient of {key}"][:, :, 3].any() for key in case.tokens)
+    assert any(got[f"gradient of {key}"][:, :, 3].any() for key in case.float_tokens)
 
 
 @every
@@ -84,14 +84,14 @@ def test_merge_adds_the_routes(case, name):
 def test_shared_tokens_are_expanded_tokens(case, name):
     """One route's tokens for all of them, all token inputs at once and each alone; also without a table."""
     full = case.make()
-    for shared in (case.tokens, *([key] for key in case.tokens)):
+    for shared in (case.tokens, *([key] for key in case.tokens if key in full)):
         for route in (table("repeated", 2, 2, 7), None):
             if route is None and len(shared) == len(case.tokens):
                 continue  # nothing says that there are two routes
             given = {key: x[:, :1] if key in shared else x for key, x in full.items()}
             expanded = {key: x.expand(-1, 2, *x.shape[2:]) if key in shared else x for key, x in given.items()}
             got, want = results(case, name, given, route), results(case, "chunked", expanded, route)
-            for key in shared:
+            for key in set(shared) & set(case.float_tokens):
                 want[f"gradient of {key}"] = want[f"gradient of {key}"].sum(1, keepdim=True)
             same(got, want, 1e-9)
 
@@ -159,8 +159,9 @@ def test_a_split_sequence_is_the_whole(case, seed, first, second):
 @every
 def test_optional_inputs(case):
     """Each of them left out, and all of them."""
-    optional = [key for key, argument in case.layout.arguments.items() if argument.optional and key not in case.without]
-    for without in ([], optional, *([key] for key in optional)):
+    optional = [key for key, argument in case.layout.arguments.items() if argument.optional]
+    optional = [key for key in optional if key not in (*case.without, *case.states)]
+    for without in ([], [*optional, *case.states], case.states, *([key] for key in optional)):
         inputs = case.make(length=19, without=without)
         same(results(case, "chunked", inputs), results(case, "reference", inputs), 1e-9)
 
@@ -265,7 +266,7 @@ def test_autocast_changes_nothing(case, name):
 @every
 def test_a_double_among_floats_makes_the_state_double(case):
     inputs = bits(case.make(without=case.states), torch.float32)
-    inputs[case.tokens[-1]] = inputs[case.tokens[-1]].double()
+    inputs[case.float_tokens[-1]] = inputs[case.float_tokens[-1]].double()
     for name in FORMS:
         with backend(name):
             output, *states = case(inputs)
@@ -276,13 +277,14 @@ def test_a_double_among_floats_makes_the_state_double(case):
 @every
 def test_meta_tensors_have_shapes(case):
     inputs = case.make()
-    meta = {key: x.to("meta").requires_grad_() for key, x in inputs.items()}
+    meta = {key: x.to("meta") for key, x in inputs.items()}
+    leaves = [x.requires_grad_() for x in floats(meta).values()]
     route = table("repeated", 2, 2, 7)
     for place in (None, route.to("meta")):
         for merge in (None, "sum"):
             got, want = case(meta, place, merge), case(inputs, None if place is None else route, merge)
             assert [x.shape for x in got] == [x.shape for x in want] and all(x.is_meta for x in got)
-    torch.autograd.grad(got[0].sum(), list(meta.values()), allow_unused=True)
+    torch.autograd.grad(got[0].sum(), leaves, allow_unused=True)
 
 
 # -- empty ------------------------------------------------------------------------------------------------------------
@@ -305,7 +307,7 @@ def test_nothing_to_do(case, name, batch, length, route):
             kept = inputs[key]
             if got[f"final {key}"].shape == kept.shape:
                 torch.testing.assert_close(got[f"final {key}"], kept)
-        for key, x in inputs.items():
+        for key, x in floats(inputs).items():
             assert got[f"gradient of {key}"].shape == x.shape
 
 
@@ -447,10 +449,12 @@ def test_a_bad_argument_is_named(case):
     for key, x in inputs.items():
         argument = case.layout.arguments[key]
         required = [] if argument.optional else [(None, "got None")]
+        kind = {"float": "floating-point numbers", "bool": "booleans", "int": "integers"}[argument.kind]
+        other = x.long() if argument.kind != "int" else x.double()
         for wrong, message in [
             (x[..., None], rf"\b{key} is {re.escape(str(argument))}, got {x.ndim + 1} axes"),
-            (x.long(), f"{key} holds floating-point numbers, got torch.int64"),
-            (x.to(torch.complex64), f"{key} holds floating-point numbers, got torch.complex64"),
+            (other, f"{key} holds {kind}, got {other.dtype}"),
+            (x.to(torch.complex64), f"{key} holds {kind}, got torch.complex64"),
             (x.tolist(), "got list"),
             *required,
         ]:
@@ -465,7 +469,7 @@ def test_a_bad_argument_is_named(case):
 @every
 def test_tensors_stand_on_one_device(case):
     inputs = bits(case.make(), torch.float32)
-    key = case.tokens[-1] if len(case.tokens) > 1 else list(inputs)[1]
+    key = list(inputs)[1]
     for name in ("", *FORMS):
         with backend(name), pytest.raises(ValueError, match=rf"one device, got .*{key} on meta"):
             case(inputs | {key: inputs[key].to("meta")})
@@ -559,7 +563,7 @@ class Count(TorchDispatchMode):
         return out
 
 
-SIZES = dict(H=2, G=2, dk=24, dv=24, gates=24, D=24, N=24, P=24, W=24, rank=24)
+SIZES = dict(H=2, G=2, d=24, dk=24, dv=24, gates=24, D=24, N=24, P=24, W=24, rank=24)
 
 
 # A query of log-linear attention reads the buckets that are full, half of them; the definition computes with all.

@@ -8,12 +8,15 @@ from torch import Tensor
 
 from linescan.scans.recurrence import Public, backend, functions
 
+from .example import EXAMPLE
+
 ROUTES = ["none", "permutation", "padded", "repeated", "per_sample"]
 FORMS = ["reference", "chunked"]
 
 # How functions are called beside their defaults, where something would not be tested otherwise.
 VARIANTS = {
     "causal_conv1d": [{}, dict(activation="silu")],
+    "example": [{}, dict(without=("reset", "taps"))],
     "hgrn2": [dict(lower_bound=0.25)],
     "linear_attention": [{}, dict(normalize=True)],
     "selective_scan": [dict(delta_softplus=True), dict(delta_softplus=True, without=("delta_weight",))],
@@ -52,13 +55,19 @@ class Case:
         return self.layout.tokens
 
     @property
+    def float_tokens(self) -> list[str]:
+        """Those that have a gradient."""
+        there = [name for name in self.tokens if name not in self.without]
+        return [name for name in there if self.layout.arguments[name].kind == "float"]
+
+    @property
     def states(self) -> list[str]:
         return list(self.layout.states)
 
     def make(self, batch=2, routes=2, length=7, seed=0, without=(), **options) -> dict[str, Tensor]:
         """All tensor inputs by name, float64 unless a dtype is named."""
         generator = torch.Generator().manual_seed(seed)
-        options = {key: value for key, value in self.options.items() if type(value) is bool} | options
+        options = dict(extra=1) | {key: value for key, value in self.options.items() if type(value) is bool} | options
         without = (*self.without, *without)
         return self.layout.example(batch, routes, length, generator=generator, without=without, **options)
 
@@ -68,10 +77,9 @@ class Case:
             options |= dict(route=route, merge=merge)
         if self.states:
             options["return_final_state"] = True
-            given = [inputs[name] for name in self.states if name in inputs]
             if len(self.states) > 1:
-                inputs = {key: x for key, x in inputs.items() if key not in self.states}
-                inputs["initial_state"] = tuple(given) or None
+                given = tuple([inputs[name] for name in self.states if name in inputs])
+                inputs = {key: x for key, x in inputs.items() if key not in self.states} | {"initial_state": given}
         results = self.public.function(**inputs, **self.options, **options)
         if not self.states:
             return (results,)
@@ -85,7 +93,7 @@ class Case:
 
 CASES = [
     Case(public, {key: value for key, value in options.items() if key != "without"}, options.get("without", ()))
-    for name, public in functions().items()
+    for name, public in [*functions().items(), ("example", EXAMPLE)]
     for options in VARIANTS.get(name, [{}])
 ]
 RECURRENT = [case for case in CASES if case.recurrence is not None]
