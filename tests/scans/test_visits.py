@@ -99,7 +99,15 @@ def test_tables_of_routes_are_known(monkeypatch):
         with pytest.raises(ValueError, match=f"test: the route table was made for {length} tokens, the inputs have 30"):
             check_table("test", made, 30)
     points = routes.point_table(torch.rand(2, 9, 3), "hilbert, -z")
-    assert is_permutation(points, 9)
+    for made, length in ((points, 9), (routes.insert_tokens(points, "middle", "tail"), 10)):
+        check_table("test", made, length)
+        assert known(made).permutation is None  # whether all rows are points only the device knows
+    monkeypatch.undo()
+    assert is_permutation(points, 9) and known(points).permutation is True and known(points).made
+    some = routes.point_table(torch.rand(2, 9, 3), "hilbert, -z", lengths=[9, 4])
+    assert not is_permutation(some, 9)
+    padded, slots = routes.pad_slots(routes.table("w4", (3, 3)), 9)
+    assert is_permutation(padded, 9 + slots)
 
 
 def test_permutations_are_told_from_other_tables():
