@@ -478,13 +478,20 @@ class Recurrence:
         """S - L."""
         return 0 if route is None else plain_shape(route)[-1] - plain_shape(inputs[self.layout.token_positions[0]])[2]
 
-    def _fake(self, *args):
-        *inputs, route, merge, _, _ = args
-        self.layout.check(inputs, route)
+    def new_outputs(self, *call) -> tuple[Tensor, Tensor | tuple | None]:
+        """Room for (output, final state) of a call (*inputs, route, merge), with nothing in it yet."""
+        *inputs, route, merge = call
         output, states = self.layout.shapes(inputs, route)
         first, dtype = self._tokens(inputs)[0], self._compute_dtype(inputs)
         output = first.new_empty((output[0], *output[2:]) if merge else output)
-        return (output, *[first.new_empty(state, dtype=dtype) for state in states]) if states else output
+        return output, _packed([first.new_empty(state, dtype=dtype) for state in states])
+
+    def _fake(self, *args):
+        *call, _, _ = args
+        *inputs, route, _ = call
+        self.layout.check(inputs, route)
+        outputs = _flat(self.new_outputs(*call))
+        return outputs if len(outputs) > 1 else outputs[0]
 
     def _operate(self, *args):
         """The operator as graphs call it: checks what held when they were traced."""
@@ -504,8 +511,7 @@ class Recurrence:
         if implementation.kernel:
             return _flat(implementation.forward(*call))
         if call[0].is_meta:
-            outputs = self._fake(*args)
-            return outputs if isinstance(outputs, tuple) else (outputs,)
+            return _flat(self.new_outputs(*call))
         with torch.autocast(call[0].device.type, enabled=False):
             outputs = _flat(implementation.forward(*call))
         return tuple(_apart(outputs, call))

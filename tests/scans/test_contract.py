@@ -3,6 +3,7 @@
 A recurrence is tested by being registered: every test here runs over all public functions of `linescan.scans`.
 """
 
+import asyncio
 import re
 from threading import Thread
 
@@ -520,6 +521,30 @@ def test_a_backend_is_forced_in_its_own_thread():
             case("gla")(inputs)
         case("gla")(inputs)
     assert seen == ["", "chunked", "reference", "chunked"]
+
+
+def test_a_backend_is_forced_in_its_own_task():
+    inputs, seen, op = bits(case("gla").make(), torch.float32), [], case("gla").recurrence
+
+    def watch(name, *call):
+        seen.append(name)
+        return type(op).pick(op, name, *call)
+
+    async def task(name, mine, other):
+        with backend(name):
+            mine.set()
+            await other.wait()  # both are inside their blocks
+            case("gla")(inputs)
+
+    async def both():
+        one, two = asyncio.Event(), asyncio.Event()
+        await asyncio.gather(task("chunked", one, two), task("reference", two, one))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(op, "pick", watch)
+        asyncio.run(both())
+        case("gla")(inputs)
+    assert sorted(seen) == ["", "chunked", "reference"]
 
 
 def test_a_compiled_function_follows_the_backend():

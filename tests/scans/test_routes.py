@@ -313,6 +313,8 @@ def test_threads_share_one_cache(small_cache):
     ("spatial_first(w9999)", (2, 4, 4), "takes 199,960,002 steps"),
     ("wht:w999", (2, 4, 4), "takes 997,002,999 steps"),
     ("cls(w50000)", (4, 4), "takes 2,500,000,001 steps"),
+    ("w65", (1, 1), "w65 takes 4,225 steps on the 1 cells of 1x1"),
+    (["row"] * 17, (4096, 4096), "a table of 17 routes with 16,777,216 steps has more than 268,435,456 entries"),
     ("-" * 2000 + "row", (4, 4), "at most 2000 characters, got 2003 that begin with '---"),
     ("T:" * 1500 + "row", (4, 4), "at most 2000 characters"),
 ])  # fmt: skip
@@ -326,7 +328,8 @@ def test_a_table_far_larger_than_its_grid_is_refused_before_it_is_made(spec, gri
 def test_long_and_deep_specs_within_bounds():
     assert parse("-" * 901 + "row")[0] == parse("-row")[0] and parse("- -row")[0] == parse("row")[0]
     assert parse("T:" * 900 + "row")[0] == parse("row")[0]
-    assert table("w7", (1, 1)).shape == (1, 49)  # windows larger than a small map are in use
+    # Windows larger than a small map are in use.
+    assert table("w7", (1, 1)).shape == (1, 49) and table("w64", (1, 1)).shape == (1, 4096)
 
 
 @settings(deadline=None, max_examples=100)

@@ -21,19 +21,20 @@ VALUES = dict(k=lambda x: F.normalize(x, dim=-1), g=F.logsigmoid, beta=lambda x:
 
 
 @recurrence(
-    "q k: B K L H dk; v: B K L H dv; g: B K L H gates; beta: B K L H",
+    "q k: B K L H dk; v: B K L H dv; g?: B K L H gates; beta: B K L H",
     "B K L H dv",
     state="B R H dk dv",
     scale=lambda dk: dk**-0.5,
-    requires=lambda dk, gates: None if gates in (1, dk) else f"g has one gate per head or {dk}, got {gates}",
-    flops="7 * B * R * S * H * dk * dv",  # per element of a state: decay 1, its answer, update and readout 2 each
+    requires=lambda dk, gates: None if gates in (1, dk, None) else f"g has one gate per head or {dk}, got {gates}",
+    flops="(6 + with_g) * B * R * S * H * dk * dv",  # per element of a state: decay; its answer, update and readout
     values=VALUES,
     sizes=dict(gates=4),
 )
 def _gated_delta_rule(q, k, v, g, beta, scale: float, initial_state):
     state, outputs = initial_state, []
-    for q_t, k_t, v_t, g_t, beta_t in zip(*(x.unbind(2) for x in (q, k, v, g, beta))):
-        state = g_t.exp()[..., None] * state
+    gates = [None] * q.shape[2] if g is None else g.unbind(2)
+    for q_t, k_t, v_t, g_t, beta_t in zip(q.unbind(2), k.unbind(2), v.unbind(2), gates, beta.unbind(2)):
+        state = state if g_t is None else g_t.exp()[..., None] * state
         error = v_t[..., None, :] - (k_t[..., None] * state).sum(-2, keepdim=True)
         state = state + (beta_t[..., None] * k_t)[..., None] * error
         outputs.append(scale * (q_t[..., None] * state).sum(-2))
@@ -43,6 +44,7 @@ def _gated_delta_rule(q, k, v, g, beta, scale: float, initial_state):
 @_gated_delta_rule.chunked
 def _gated_delta_rule_chunked(q, k, v, g, beta, scale, initial_state):
     length = q.shape[2]
+    g = torch.zeros_like(beta)[..., None] if g is None else g
     q, k, v, g, beta = split(scale * q, k, v, g, beta[..., None])
     if g.shape[-1] == 1:  # the decay comes out of the sum over channels
         decay, before, after = decayed_scores(torch.ones_like(g), torch.ones_like(g), g)
@@ -163,5 +165,5 @@ def delta_rule(
     All arguments as of `gated_delta_rule`.
     """
     check_arguments("delta_rule", q, k, v, beta, scale, initial_state, route=route)
-    inputs = q, k, v, torch.zeros_like(beta)[..., None], beta, scale, initial_state
+    inputs = q, k, v, None, beta, scale, initial_state
     return _gated_delta_rule(*inputs, route=route, merge=merge, return_final_state=return_final_state)

@@ -77,7 +77,7 @@ class Route:
         """
         grid = as_grid(grid)
         steps, cells = self._steps(grid), prod(grid)
-        if steps > max(MOST_STEPS_PER_CELL * cells, 2**16) or steps > MOST_STEPS:
+        if steps > max(MOST_STEPS_PER_CELL * cells, 4096) or steps > MOST_STEPS:
             raise ValueError(
                 f"{self} takes {steps:,} steps on the {cells:,} cells of {show(grid)}; a route takes at most "
                 f"{MOST_STEPS:,} steps, and {MOST_STEPS_PER_CELL} per cell"

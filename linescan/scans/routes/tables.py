@@ -19,6 +19,9 @@ from .spec import parse
 __all__ = ["cache_limit", "inverse", "inverse_table", "pad_slots", "stored_cells", "table"]
 
 
+MOST_ENTRIES = 2**28  # of one table: a gibibyte
+
+
 class _Cache:
     """Tensors by key, the least recently used ones dropped where all together exceed a number of bytes."""
 
@@ -143,8 +146,12 @@ def _device(device) -> torch.device:
 def _rows(routes: tuple[Route, ...], grid: Grid) -> np.ndarray:
     if len({route.stored for route in routes}) > 1:
         raise ValueError(f"routes of one table store the same class tokens, got {', '.join(map(str, routes))}")
+    steps = max([route._steps(grid) for route in routes])
+    if len(routes) * steps > MOST_ENTRIES and len(routes) > 1:
+        raise ValueError(
+            f"a table of {len(routes)} routes with {steps:,} steps has more than {MOST_ENTRIES:,} entries; make several"
+        )
     orders = [route.order(grid) for route in routes]
-    steps = max(map(len, orders))
     return np.stack([np.pad(order, (0, steps - len(order)), constant_values=PADDING) for order in orders])
 
 
