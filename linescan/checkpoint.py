@@ -1,25 +1,32 @@
-"""Reading published checkpoints: safely, whatever their nesting, and strictly into a model.
+"""Checkpoints: weights out of a file, whatever its nesting, and strictly into a model.
 
-Files from outside are never unpickled: safetensors files are read as such, PyTorch files through the restricted
-unpickler of `torch.load(weights_only=True)`. Training files often carry small objects beside their weights (an
-`argparse.Namespace`, a log buffer); those known by name are replaced by inert stand-ins, anything else is refused.
+`linescan.tensorfile` reads the file and runs nothing in it. `read_state_dict` finds the weights among what a training
+program left, `load_checkpoint` brings them to a model's names and shapes, and `fit` is the one place that compares
+them with the model.
 """
 
-import argparse
+import json
 import re
-import warnings
-import zipfile
 from pathlib import Path
 from typing import Callable, Mapping, Sequence
 
-import safetensors
-import safetensors.torch
-import torch
 from torch import Tensor, nn
 
-from .errors import CheckpointError
+from .errors import CheckpointError, one_line
+from .notices import notice
+from .tensorfile import OddTensor, read_file, read_metadata
 
-__all__ = ["CheckpointError", "read_meta", "read_state_dict", "load_checkpoint", "rename", "strip_prefix"]
+__all__ = [
+    "CheckpointError",
+    "fit",
+    "load_checkpoint",
+    "load_state",
+    "read_card",
+    "read_meta",
+    "read_state_dict",
+    "rename",
+    "strip_prefix",
+]
 
 # Where published files keep their weights, in order of preference; the plain weights come before an average of them,
 # as most authors' own evaluation has it. Where they evaluate the average, the model's `checkpoint_nesting` says so.
@@ -28,97 +35,59 @@ NESTING = (
     "state_dict_ema", "model_ema", "ema_model", "ema", "params_ema",
 )  # fmt: skip
 
+# Prefixes of what wraps a whole model: parallel training and compilation; a trainer's or timm's feature module.
 WRAPPERS = ("module.", "_orig_mod.")
+OUTER_WRAPPERS = ("model.", "ema_model.")
 
-# Objects that training programs leave beside the weights.
-BENIGN = (
-    "mmengine.logging.history_buffer.HistoryBuffer", "mmengine.config.config.ConfigDict", "yacs.config.CfgNode",
-    "easydict.EasyDict", "omegaconf.dictconfig.DictConfig", "pathlib.PosixPath", "pathlib.WindowsPath",
-    "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.core.multiarray._reconstruct",
-    "numpy._core.multiarray._reconstruct", "numpy.dtype", "numpy.ndarray", "builtins.getattr",
-)  # fmt: skip
+# Wrappers themselves, by class, and where they keep the model.
+INNER = {"DistributedDataParallel": "module", "OptimizedModule": "_orig_mod", "FeatureGetterNet": "model"}
 
-
-class _Inert:
-    """Stands for an object of a checkpoint that is not a weight; holds nothing and does nothing."""
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __setstate__(self, state):
-        pass
+# The entry of linescan's own files that says what they are: in the header of a safetensors file as JSON, in the state
+# of a training as it is.
+CARD = "linescan"
 
 
-def _read_torch(path: Path) -> object:
-    try:
-        foreign = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except (ValueError, RuntimeError):  # the format before torch 1.6 cannot be listed ahead of reading
-        foreign = set()
-    refused = sorted(foreign - set(BENIGN) - {"argparse.Namespace"})
-    if refused:
-        raise CheckpointError(f"{path} would run code on loading ({', '.join(refused[:3])}); refused")
-    stand_ins = [(type("Inert", (_Inert,), {}), name) for name in sorted(foreign & set(BENIGN))]
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace, *stand_ins]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the pickle protocol: what cannot be read is said below
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if "Unsupported global" in str(error) or "Weights only load failed" in reason:
-            raise CheckpointError(f"{path} holds objects other than weights, or is damaged; refused") from None
-        raise CheckpointError(f"{path} is damaged or cut short ({reason})") from None
-
-
-def _read(path: Path) -> object:
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist")
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder; give a checkpoint file (.safetensors, .pth)")
-    with open(path, "rb") as file:
-        head = file.read(16)
-    if len(head) < 16:
-        raise CheckpointError(f"{path} is empty or cut short ({path.stat().st_size} bytes)")
-    if head[8:9] == b"{":
-        try:
-            return safetensors.torch.load_file(path)
-        except safetensors.SafetensorError as error:
-            raise CheckpointError(f"{path} is a damaged or truncated safetensors file ({error})") from None
-    if head[:4] == b"PK\x03\x04":
-        if not zipfile.is_zipfile(path):
-            raise CheckpointError(f"{path} is cut short: its zip directory is missing")
-        return _read_torch(path)
-    if head[:1] == b"\x80":
-        return _read_torch(path)
-    raise CheckpointError(f"{path} is neither a safetensors nor a PyTorch file (it starts with {head[:8]!r})")
-
-
-def _is_state(value: object) -> bool:
-    return isinstance(value, Mapping) and any(isinstance(v, Tensor) for v in value.values())
+# -- reading ----------------------------------------------------------------------------------------------------------
 
 
 def read_state_dict(path: str | Path, prefer: Sequence[str] = ()) -> dict[str, Tensor]:
     """The weights in a checkpoint file, with the nesting of common training programs undone.
 
     Args:
-        path: a safetensors or PyTorch file. Wrapper prefixes (`module.`, `_orig_mod.`) are removed from the keys.
+        path: a safetensors or PyTorch file. The prefixes of wrappers (`module.`, `_orig_mod.`) are removed.
         prefer: entries to take the weights from, where the file has them, before any other ("state_dict_ema").
 
     Raises:
-        CheckpointError: the file is missing, damaged, holds no weights, or holds objects that would run code.
+        CheckpointError: the file is missing or damaged, holds no weights, or weights that are not dense tensors.
     """
     path = Path(path)
-    content = _read(path)
-    while not _is_state(content):
-        inner = next((content[k] for k in (*prefer, *NESTING) if isinstance(content, Mapping) and k in content), None)
+    content = read_file(path)
+    names, seen = (*prefer, *NESTING), []
+    while isinstance(content, Mapping) and not any(content is value for value in seen):
+        seen.append(content)
+        inner = next((content[name] for name in names if isinstance(content.get(name), Mapping)), None)
         if inner is None:
-            found = ", ".join(map(str, list(content)[:5])) if isinstance(content, Mapping) else type(content).__name__
-            raise CheckpointError(f"{path} holds no weights (found: {found or 'nothing'})")
+            break
         content = inner
-    state = {k: v for k, v in content.items() if isinstance(v, Tensor)}
-    for wrapper in WRAPPERS:
-        if all(key.startswith(wrapper) for key in state):
-            state = strip_prefix(state, wrapper)
-    return state
+    if not isinstance(content, Mapping) or not any(isinstance(v, (Tensor, OddTensor)) for v in content.values()):
+        found = ", ".join(one_line(key) for key in list(content)[:5]) if isinstance(content, Mapping) else None
+        raise CheckpointError(f"{path} holds no weights (found: {found or type(content).__name__})")
+    state = {}
+    for key, value in content.items():
+        if isinstance(value, OddTensor):
+            raise CheckpointError(f"{path}: {one_line(key)} is a {value.kind} tensor; linescan reads dense ones")
+        if isinstance(value, Tensor):
+            if not isinstance(key, str):
+                raise CheckpointError(f"{path} holds tensors, but not under names (first: {one_line(key)})")
+            state[key] = value
+    return unwrap(state, WRAPPERS)
+
+
+def unwrap(state: dict[str, Tensor], wrappers: Sequence[str]) -> dict[str, Tensor]:
+    """Without prefixes that all keys have, in any order; the counter of torch's averaged models goes with them."""
+    names = [key for key in state if key != "n_averaged"]
+    found = next((w for w in wrappers if names and all(name.startswith(w) for name in names)), None)
+    return state if found is None else unwrap({name[len(found) :]: state[name] for name in names}, wrappers)
 
 
 def read_meta(path: str | Path) -> dict:
@@ -127,9 +96,31 @@ def read_meta(path: str | Path) -> dict:
     Raises:
         CheckpointError: as `read_state_dict`, of files that cannot be read.
     """
-    content = _read(Path(path))
+    content = read_file(path)
     meta = content.get("meta") if isinstance(content, Mapping) else None
     return dict(meta) if isinstance(meta, Mapping) else {}
+
+
+def read_card(path: str | Path) -> dict | None:
+    """What one of linescan's own files, or the state of a training, says about itself; None for any other file.
+
+    The values are as the file has them; `linescan.engine.cards.read_card` checks them.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    content = read_metadata(path)
+    if of_pickle := content is None:
+        content = read_file(path)
+    if not isinstance(content, Mapping) or CARD not in content:
+        return None
+    try:
+        card = content[CARD] if of_pickle else json.loads(content[CARD])
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its card is not JSON ({one_line(error)})") from None
+    if not isinstance(card, dict):
+        raise CheckpointError(f"{path}: its card is a {type(card).__name__}, not a table")
+    return card
 
 
 def strip_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -148,41 +139,80 @@ def rename(state: Mapping[str, Tensor], rules: Sequence[tuple[str, str | Callabl
     return out
 
 
-def _adapt_to_task(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Fits published ImageNet weights to another number of classes or input channels, as timm does."""
-    from timm.models import adapt_input_conv
-
-    own = model.state_dict()
-    cfg = getattr(model, "pretrained_cfg", {}) or {}
-    heads = cfg.get("classifier") or ()
-    for name in (heads,) if isinstance(heads, str) else heads:
-        for key in (f"{name}.weight", f"{name}.bias"):
-            if key in state and (key not in own or own[key].shape != state[key].shape):
-                del state[key]
-                if key in own:
-                    state[key] = own[key]
-    convs = cfg.get("first_conv") or ()
-    for name in (convs,) if isinstance(convs, str) else convs:
-        key = f"{name}.weight"
-        if key in state and key in own and own[key].shape[1] != state[key].shape[1]:
-            weight = state[key]
-            frames = weight.ndim == 5  # a video stem: adapt as if its time axis were one more row of pixels
-            weight = weight.flatten(2, 3) if frames else weight
-            state[key] = adapt_input_conv(own[key].shape[1], weight).reshape(own[key].shape)
-    return state
+# -- loading ----------------------------------------------------------------------------------------------------------
 
 
-def load_checkpoint(model: nn.Module, path: str | Path, *, adapt: bool = False) -> nn.Module:
+def _nothing(key: str) -> bool:
+    return False
+
+
+def fit(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    source: str | Path,
+    *,
+    optional: Callable[[str], bool] = _nothing,
+    dropped: Callable[[str], bool] = _nothing,
+) -> tuple[list[str], list[str]]:
+    """Loads `state` into `module`, strictly.
+
+    Args:
+        module: what is filled.
+        state: tensors by the names that the module has for them.
+        source: the file, for the message.
+        optional: key of the module -> whether the state may lack it; it stays as it is.
+        dropped: key of the state -> whether the module may lack it; it is left out.
+
+    Returns:
+        The keys that were dropped, and those of the module that stay as they are.
+
+    Raises:
+        CheckpointError: a key is missing or left over, of another shape, or of a type that is no number of this kind;
+            the line has the count and the first of each. The module is unchanged.
+    """
+    own = module.state_dict()
+    left_out = [key for key in state if key not in own and dropped(key)]
+    kept = [key for key in own if key not in state and optional(key)]
+    missing = [key for key in own if key not in state and key not in set(kept)]
+    unexpected = [key for key in state if key not in own and key not in set(left_out)]
+    both = [key for key in own if key in state]
+    shapes = [key for key in both if own[key].shape != state[key].shape]
+    types = [key for key in both if own[key].is_floating_point() and not state[key].is_floating_point()]
+    wrong = []
+    if missing:
+        wrong.append(f"{len(missing)} keys missing (first: {missing[0]})")
+    if unexpected:
+        wrong.append(f"{len(unexpected)} unexpected (first: {one_line(unexpected[0])})")
+    if shapes:
+        key = shapes[0]
+        wrong.append(
+            f"{len(shapes)} of another shape (first: {key} is {tuple(state[key].shape)}, "
+            f"the model has {tuple(own[key].shape)})"
+        )
+    if types:
+        wrong.append(f"{len(types)} of another type (first: {types[0]} is {state[types[0]].dtype})")
+    if wrong:
+        raise CheckpointError(f"{source} is not a checkpoint of this {type(module).__name__}: {'; '.join(wrong)}")
+    module.load_state_dict({key: state[key] for key in both}, strict=False)
+    return left_out, kept
+
+
+def load_checkpoint(
+    model: nn.Module, path: str | Path, *, adapt: bool = False, img_size: int | Sequence[int] | None = None
+) -> nn.Module:
     """Loads a published or own checkpoint into `model`, strictly.
 
-    The model's `checkpoint_filter(state)` maps the original file's keys and layouts to ours; its `checkpoint_nesting`
-    names the entries that its authors take the weights from, where that is not the usual one.
+    The model's `checkpoint_filter(state)` maps the original file's keys and layouts to ours, and resamples position
+    tables to the model's grid. Its `checkpoint_nesting` names the entries that its authors take the weights from, where
+    that is not the usual one. A `features_only` model takes what it has of the file.
 
     Args:
         model: any linescan model (or any module; without a filter the keys must agree as they are).
         path: a safetensors or PyTorch file.
-        adapt: keep the model's own classifier where the file's has another number of classes (or the model has none),
-            and fold the stem's weights to another number of input channels, as timm does for pretrained models.
+        adapt: as timm does for pretrained models: where the file's classifier is of another shape, or has none, keep
+            the model's own, and say so; bring the stem's weights to another number of input channels.
+        img_size: at which the file was trained, if its position table is not square and neither the table nor
+            `pretrained_cfg` tells its grid.
 
     Returns:
         `model`.
@@ -192,30 +222,80 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, adapt: bool = False) 
     """
     if not model.state_dict():
         return model  # made of operators alone: there is nothing to load
-    state = read_state_dict(path, getattr(model, "checkpoint_nesting", ()))
-    if hasattr(model, "checkpoint_filter"):
+    nesting = getattr(_innermost(model), "checkpoint_nesting", ())
+    return load_state(model, read_state_dict(path, nesting), path, adapt=adapt, img_size=img_size)
+
+
+def load_state(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    source: str | Path,
+    *,
+    adapt: bool = False,
+    img_size: int | Sequence[int] | None = None,
+) -> nn.Module:
+    """As `load_checkpoint`, of the tensors that `read_state_dict` has read from `source`."""
+    inner = _innermost(model)
+    if not any(key.startswith(OUTER_WRAPPERS) for key in inner.state_dict()):
+        state = unwrap(dict(state), OUTER_WRAPPERS)
+    if hasattr(inner, "checkpoint_filter"):
+        options = {} if img_size is None else {"img_size": img_size}
         try:
-            state = model.checkpoint_filter(state)
+            state = inner.checkpoint_filter(state, **options)
         except (KeyError, RuntimeError, ValueError, IndexError) as error:
-            raise CheckpointError(f"{path} is not a checkpoint of {type(model).__name__} ({error})") from None
-    if adapt:
-        state = _adapt_to_task(state, model)
-    own = model.state_dict()
-    missing = [k for k in own if k not in state]
-    unexpected = [k for k in state if k not in own]
-    shapes = [k for k in own if k in state and own[k].shape != state[k].shape]
-    if missing or unexpected or shapes:
-        parts = []
-        if missing:
-            parts.append(f"{len(missing)} keys missing (first: {missing[0]})")
-        if unexpected:
-            parts.append(f"{len(unexpected)} unexpected (first: {unexpected[0]})")
-        if shapes:
-            key = shapes[0]
-            parts.append(
-                f"{len(shapes)} of another shape (first: {key} is {tuple(state[key].shape)}, "
-                f"the model has {tuple(own[key].shape)})"
-            )
-        raise CheckpointError(f"{path} is not a checkpoint of this {type(model).__name__}: {'; '.join(parts)}")
-    model.load_state_dict(state)
+            what = f"{source} is not a checkpoint of {type(inner).__name__}"
+            raise CheckpointError(f"{what} ({one_line(error)})") from None
+    optional, useless = _nothing, _nothing
+    if pruned := type(model).__name__ == "FeatureGetterNet":
+        useless = getattr(inner, "is_useless", _nothing)
+    if adapt or pruned:
+        own = inner.state_dict()
+        state = {key: _with_channels(value, own.get(key)) for key, value in state.items()}
+        optional = _classifier(inner)
+        state = _without_other_classifier(state, own, optional, source)
+    fit(inner, state, source, optional=optional, dropped=lambda key: optional(key) or useless(key))
     return model
+
+
+def _innermost(model: nn.Module) -> nn.Module:
+    while (name := INNER.get(type(model).__name__)) is not None:
+        model = getattr(model, name)
+    return model
+
+
+def _with_channels(weight: Tensor, own: Tensor | None) -> Tensor:
+    """A convolution's weights (O, I, ...) for as many input channels as `own` has, as timm does: one channel sums all,
+    others repeat the file's, scaled so that the sum over them stays."""
+    if own is None or weight.ndim < 4 or weight.ndim != own.ndim or weight.shape[1] == own.shape[1]:
+        return weight
+    if (weight.shape[0], *weight.shape[2:]) != (own.shape[0], *own.shape[2:]):
+        return weight
+    before, after = weight.shape[1], own.shape[1]
+    if after == 1:
+        return weight.sum(1, keepdim=True)
+    repeats = -(-after // before)
+    return weight.repeat(1, repeats, *(1 for _ in weight.shape[2:]))[:, :after] * (before / after)
+
+
+def _classifier(model: nn.Module) -> Callable[[str], bool]:
+    """Whether a key is one of the layers whose shapes follow the classes."""
+    names = (
+        getattr(model, "classifiers", None) or (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    )
+    prefixes = tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
+    return lambda key: key.startswith(prefixes)
+
+
+def _without_other_classifier(
+    state: dict[str, Tensor], own: Mapping[str, Tensor], of_classifier: Callable[[str], bool], path: str | Path
+) -> dict[str, Tensor]:
+    """Leaves out layers of a classifier that the model has in another shape, and says so."""
+    mine = [key for key in own if of_classifier(key)]
+    other = [key for key in mine if key in state and state[key].shape != own[key].shape]
+    missing = [key for key in mine if key not in state]
+    if other:
+        classes = f"{len(state[other[-1]])} classes, the model's of {len(own[other[-1]])}"
+        notice(f"{path}: the file's classifier is of {classes}; it is left out, and the model's own is untrained")
+    elif missing and len(missing) == len(mine):
+        notice(f"{path} has no classifier; the model's own is untrained")
+    return {key: value for key, value in state.items() if key not in other}

@@ -11,6 +11,7 @@ __all__ = [
     "Diverged",
     "InputError",
     "known",
+    "one_line",
     "visible",
 ]
 
@@ -53,6 +54,12 @@ def visible(text: str) -> str:
     Bytes of a file name that are no text (surrogates in Python) are shown as `\\xe9`.
     """
     return _INVISIBLE.sub(_escape, text)
+
+
+def one_line(text: object, longest: int = 160) -> str:
+    """Text from outside, or an error about it, as one line of at most so many characters; an error's type if empty."""
+    line = visible(" ".join(str(text).split())) or type(text).__name__
+    return line if len(line) <= longest else f"{line[: longest - 3]}..."
 
 
 def _escape(found: re.Match) -> str:

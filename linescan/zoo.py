@@ -32,7 +32,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Callable, Mapping
 
-from .errors import InputError
+from .errors import InputError, one_line
 from .notices import notice
 
 __all__ = [
@@ -317,13 +317,15 @@ def fetch(entry: Entry, cache_dir: str | Path | None = None) -> Path:
         )
     if not entry.fetchable:
         raise InputError(f"no weights of {entry.full_name} are published; a file of your own loads with {by_hand}")
-    _print_licence(entry)
+    local = _Hub(entry, cache_dir) if entry.hub and entry.file else _Address(entry, cache_dir)
     try:
-        return _from_hub(entry, cache_dir) if entry.hub and entry.file else _from_url(entry.url, cache_dir)
+        if local.path is None:
+            _connect(local.url)
+        _print_licence(entry)
+        return local.path or local.download()
     except Exception as error:  # network libraries raise errors of many kinds
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
-            f"cannot fetch {entry.address}: {reason[:200]}; a file that you have loads with {by_hand}"
+            f"cannot fetch {entry.address}: {one_line(error)}; a file that you have loads with {by_hand}"
         ) from error
 
 
@@ -340,44 +342,60 @@ def _print_licence(entry: Entry) -> None:
         notice(f"{source}: licence {entry.licence}")
 
 
-def _from_hub(entry: Entry, cache_dir: str | Path | None) -> Path:
-    from huggingface_hub import hf_hub_download, hf_hub_url, try_to_load_from_cache
+class _Hub:
+    """A file on the Hugging Face Hub; `path` is that of the copy in its cache, or None."""
 
-    cached = try_to_load_from_cache(entry.hub, entry.file, cache_dir)
-    if isinstance(cached, str):
-        return Path(cached)
-    from huggingface_hub.constants import HF_HUB_OFFLINE
+    def __init__(self, entry: Entry, cache_dir: str | Path | None):
+        from huggingface_hub import hf_hub_url, try_to_load_from_cache
 
-    if not HF_HUB_OFFLINE:
-        _connect(hf_hub_url(entry.hub, entry.file))
-    return Path(hf_hub_download(entry.hub, entry.file, cache_dir=cache_dir))
+        self.where = {"repo_id": entry.hub, "filename": entry.file, "cache_dir": cache_dir}
+        self.url = hf_hub_url(entry.hub, entry.file)
+        cached = try_to_load_from_cache(**self.where)
+        self.path = Path(cached) if isinstance(cached, str) else None
+
+    def download(self) -> Path:
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(**self.where))
 
 
-def _from_url(url: str, cache_dir: str | Path | None) -> Path:
-    from urllib.parse import unquote, urlparse
+class _Address:
+    """A file with an address of its own; `path` is that of the copy beside torch's, or None."""
 
-    import torch
+    def __init__(self, entry: Entry, cache_dir: str | Path | None):
+        from urllib.parse import unquote, urlparse
 
-    folder = Path(cache_dir) if cache_dir else Path(torch.hub.get_dir()) / "checkpoints"
-    # Different systems publish files of the same name.
-    path = folder / f"{sha256(url.encode()).hexdigest()[:8]}-{Path(unquote(urlparse(url).path)).name}"
-    if not path.exists():
-        _connect(url)
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path))
-    return path
+        import torch
+
+        self.url = entry.url
+        folder = Path(cache_dir) if cache_dir else Path(torch.hub.get_dir()) / "checkpoints"
+        # Different systems publish files of the same name.
+        name = f"{sha256(self.url.encode()).hexdigest()[:8]}-{Path(unquote(urlparse(self.url).path)).name}"
+        self.target = folder / name
+        self.path = self.target if self.target.exists() else None
+
+    def download(self) -> Path:
+        import torch
+
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(self.url, str(self.target))
+        return self.target
 
 
 def _connect(url: str) -> None:
     """Asks the server once. Downloaders try again for half a minute where there is no network.
 
     Raises:
-        OSError: no connection. An answer of any kind, or a certificate that only the downloader knows, is none.
+        OSError: no connection, or none is wanted. An answer of any kind will do, and so will a certificate that is
+            unknown here: downloaders have their own.
     """
+    import os
     import ssl
     from urllib.error import HTTPError, URLError
     from urllib.request import Request, urlopen
 
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
+        raise OSError("offline (HF_HUB_OFFLINE)")
     try:
         urlopen(Request(url, method="HEAD"), timeout=10).close()
     except HTTPError:

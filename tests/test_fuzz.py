@@ -1,8 +1,8 @@
 """A minute of tools/fuzz.py: files damaged by chance, and hostile ones, are answered or refused in one line."""
 
-import runpy
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).parents[1] / "tools" / "fuzz.py"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["images", "videos"])
+@pytest.mark.parametrize("kind", ["checkpoints", "cards", "images", "videos"])
 def test_damaged_files_end_in_one_line(kind, tmp_path):
     command = [sys.executable, SCRIPT, kind, "--count", "1000", "--seconds", "25"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT, timeout=300)
@@ -22,8 +22,9 @@ def test_damaged_files_end_in_one_line(kind, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_files_that_are_damaged_were_whole(tmp_path):
-    script = runpy.run_path(str(SCRIPT), run_name="fuzz")
+def test_the_files_that_are_damaged_were_whole(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    script = vars(import_module("fuzzing.media"))
     for files, whole, use in (("IMAGES", "whole.png", "use_image"), ("VIDEOS", "whole.mp4", "use_video")):
         (tmp_path / whole).write_bytes(script[files]["alpha.png" if files == "IMAGES" else "x.mp4"])
         for name, data in script[files].items():

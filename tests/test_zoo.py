@@ -1,17 +1,24 @@
 """The zoo: its facts are complete, every entry builds, tags decide, and timm's configurations say the same."""
 
+import importlib.util
 import re
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import timm
 import torch
+from safetensors.torch import save
 from torch import nn
 
 import linescan
 from linescan import zoo
 from linescan.errors import InputError
+from linescan.notices import notice, show_notices_with
 
 EVERY = [entry for name in linescan.list_models() for entry in zoo.tags(name)]
 CLASSIFIERS = linescan.list_models(task="classification")
@@ -162,6 +169,86 @@ def test_another_task_needs_no_timm(register):
         register({"other": {}}, licence="beer")
 
 
+@pytest.fixture
+def notices():
+    lines = []
+    show_notices_with(lambda line, loud: lines.append((line, loud)))
+    yield lines
+    show_notices_with(None)
+
+
+class Server(BaseHTTPRequestHandler):
+    """Serves one file, at any address."""
+
+    content = b""
+    asked: list = []
+
+    def do_HEAD(self):
+        self.asked.append(self.command)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.content)))
+        self.end_headers()
+
+    def do_GET(self):
+        self.do_HEAD()
+        self.wfile.write(self.content)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_fetching_prints_the_licence_once(register, notices, tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}/release/model.safetensors"
+    Server.content = save(Pair().state_dict())
+    register({
+        "free": {"args": {"width": 4}, "licence": "MIT", "url": url},
+        "closed": {"args": {"width": 4}, "licence": "CC-BY-NC-SA-4.0", "url": url},
+        "silent": {"args": {"width": 4}, "url": f"{url}?other"},
+    })  # fmt: skip
+    entry = zoo.find("free")
+    path = zoo.fetch(entry, tmp_path)
+    assert path.parent == tmp_path and path.read_bytes() == Server.content
+    assert notices == [(f"weights of free ({url}): licence MIT", False)]
+    before = len(Server.asked)
+    assert zoo.fetch(entry, tmp_path) == path and len(Server.asked) == before and len(notices) == 1  # from the cache
+    other = zoo.fetch(zoo.find("silent"), tmp_path)
+    assert other != path and other.name.endswith("-model.safetensors")  # of the same name, and not the same file
+    zoo.fetch(zoo.find("closed"), tmp_path)
+    (silent, loud), (closed, louder) = notices[1:]
+    assert loud and "state no licence" in silent and louder and "CC-BY-NC-SA-4.0, for non-commercial use only" in closed
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
+    model = linescan.create_model("free", pretrained=True)
+    assert model.first.out_channels == 4 and len(notices) == 3
+    server.shutdown()
+
+
+def test_plain_notices_go_to_stderr(capsys):
+    notice("a line")
+    notice("another", loud=True)
+    assert capsys.readouterr() == ("", "a line\nWARNING: another\n")
+
+
+@pytest.mark.parametrize("name", ["vim_tiny_patch16_224", "vmamba_tiny_s1l8"])
+@pytest.mark.parametrize("offline", ["0", "1"])
+def test_the_first_failed_connection_is_the_answer(monkeypatch, notices, tmp_path, name, offline):
+    opened = []
+    monkeypatch.setattr("urllib.request.urlopen", lambda request, timeout: opened.append(request) or fail())
+    monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+
+    def fail():
+        raise URLError(OSError("Name or service not known"))
+
+    with pytest.raises(
+        InputError, match=f"cannot fetch https://.*: {'offline' if offline == '1' else 'no connection'}"
+    ):
+        zoo.fetch(zoo.find(name), tmp_path)
+    assert len(opened) == (offline == "0") and not notices
+
+
 def test_weights_without_an_address_say_where_they_are():
     for name, page in (("vig_tiny", "huggingface.co/hustvl/ViG"), ("segman_seg_tiny", "drive.google.com")):
         with pytest.raises(InputError, match=f"no address that can be fetched: get the file from .*{page}") as error:
@@ -195,3 +282,18 @@ def test_public_api():
         assert getattr(linescan, name).__doc__
     with pytest.raises(AttributeError, match="no attribute 'creat_model'"):
         linescan.creat_model
+
+
+def test_the_pages_are_those_of_the_zoo():
+    """docs/weights.md as `make models` writes it; docs/models.md, which is measured, has a row for every model."""
+    docs = Path(__file__).parents[1] / "docs"
+    spec = importlib.util.spec_from_file_location("models", docs.parent / "tools" / "models.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    assert (docs / "weights.md").read_text() == tool.weights_page(), "run `make models`"
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", (docs / "models.md").read_text(), re.M))
+    assert rows.keys() == set(linescan.list_models()), "run `make models`"
+    for entry in zoo.entries():
+        published, measured, *_, licence = rows[entry.name].split(" | ")
+        assert licence == entry.licence and published == tool.number(entry.params, 3)
+        assert entry.params is None or abs(float(measured) - entry.params) < 1e-3

@@ -5,6 +5,7 @@ states its architecture and its checkpoint filter; what timm and OpenMMLab expec
 """
 
 import inspect
+import re
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -283,9 +284,9 @@ class Backbone(nn.Module):
     """
 
     default_out_indices: Sequence[int] = (0, 1, 2, 3)
-    head_name = "head"
     min_size = 1  # smallest height and width that the model can read
     checkpoint_nesting: Sequence[str] = ()  # entries of a published file that come before those of `read_state_dict`
+    classifiers = ("head", "head_inner.0")  # layers whose shapes follow the classes
     unit_name: str  # "blocks" or "stages"
     dense = DenseForm()
 
@@ -495,6 +496,13 @@ class Backbone(nn.Module):
             KeyError: a tensor is missing that others are stacked with.
         """
         return self.fit_positions(self.translate(strip_prefix(state, "backbone.")), img_size)
+
+    def is_useless(self, key: str) -> bool:
+        """Whether a parameter of the whole model has no place in this one, of which timm's feature module kept part."""
+        unit = re.match(rf"{self.unit_name}\.(\d+)\.", key)
+        if unit:
+            return len(self.units) <= int(unit[1]) < len(self.feature_info)
+        return key.startswith("norm.")
 
     def translate(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Official keys and layouts to ours; what is ours or unknown stays."""

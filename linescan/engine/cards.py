@@ -1,56 +1,73 @@
-"""Building, measuring, saving and restoring models by their timm names."""
+"""Building, measuring, saving and restoring models by their names."""
 
 import json
+import math
+import re
+import threading
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Iterator, Sequence
 
-import safetensors
 import safetensors.torch
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.flop_counter import FlopCounterMode
 
-import linescan  # noqa: F401  (registers the models)
-from linescan.checkpoint import CheckpointError, load_checkpoint
-
-from ..errors import InputError
+from .. import checkpoint as checkpoints
+from .. import zoo
+from ..checkpoint import CARD, CheckpointError, load_state, read_state_dict
+from ..errors import InputError, one_line
+from ..media.labels import class_names as names_of_data
 from ..media.preprocess import Preprocess
 from .atomic import atomic
 
-__all__ = ["build", "preprocess_of", "measure", "ModelCard", "save_model", "read_card", "restore"]
+__all__ = ["ModelCard", "build", "class_names", "measure", "preprocess_of", "read_card", "restore", "save_model"]
 
-_KEY = "linescan"  # of our entry in a safetensors file's metadata
+
+# -- building ---------------------------------------------------------------------------------------------------------
 
 
 def build(name: str, **args) -> nn.Module:
-    """`timm.create_model`, with one clear line for what goes wrong.
+    """A model of linescan or timm, with one clear line for what goes wrong.
+
+    Args:
+        name: a registered name, with or without a tag.
+        args: as for `linescan.create_model`; `pretrained` among them.
 
     Raises:
         InputError: no such model, or it cannot be built with these arguments.
     """
-    if not timm.is_model(name):
-        near = get_close_matches(name, timm.list_models(), 3)
+    own = zoo.is_model(name.partition(".")[0])
+    if not own and not timm.is_model(name):
+        near = get_close_matches(name, [*zoo.list_models(), *timm.list_models()], 3)
         raise InputError(
             f"unknown model {name!r}; " + (f"near it: {', '.join(near)}" if near else "`linescan list` shows all")
         )
+    if own:
+        zoo.find(name)
     try:
-        model = timm.create_model(name, **args)
+        size = _sides(args["img_size"]) if args.get("img_size") is not None else None
+        model = (zoo.create_model if own else timm.create_model)(name, **args)
     except Exception as error:  # a constructor may raise anything at all
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-        given = ", ".join(f"{k}={v}" for k, v in args.items())
-        raise InputError(f"cannot build {name} with {given or 'its defaults'}: {reason}") from error
-    height, width = _sides(args.get("img_size") or model.pretrained_cfg["input_size"][1:])
+        given = one_line(", ".join(f"{k}={v}" for k, v in args.items())) if args else "its defaults"
+        raise InputError(f"cannot build {name} with {given}: {one_line(error, 400)}") from error
+    height, width = size or (getattr(model, "pretrained_cfg", {}).get("input_size") or (math.inf, math.inf))[-2:]
     smallest = getattr(model, "min_size", 1)
     if min(height, width) < smallest:
-        raise InputError(f"{name} reads pictures of at least {smallest}x{smallest} pixels, not {height}x{width}")
+        raise InputError(f"{name} reads images of at least {smallest}x{smallest} pixels, not {height}x{width}")
     return model
 
 
-def _sides(img_size: int | tuple[int, int]) -> tuple[int, int]:
+def _sides(img_size: int | Sequence[int]) -> tuple[int, int]:
     """Height and width."""
-    return (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise InputError(f"img_size is a number of pixels, or height and width, not {img_size!r}")
+    return sides
 
 
 def preprocess_of(model: nn.Module, in_chans: int | None = None, img_size: int | tuple | None = None) -> Preprocess:
@@ -58,7 +75,7 @@ def preprocess_of(model: nn.Module, in_chans: int | None = None, img_size: int |
     cfg = timm.data.resolve_model_data_config(model)
     channels, height, width = cfg["input_size"]
     mean, std = cfg["mean"], cfg["std"]
-    if in_chans and in_chans != channels:
+    if in_chans and in_chans != len(mean):
         channels, mean, std = in_chans, (sum(mean) / len(mean),) * in_chans, (sum(std) / len(std),) * in_chans
     if img_size:
         height, width = _sides(img_size)
@@ -67,16 +84,39 @@ def preprocess_of(model: nn.Module, in_chans: int | None = None, img_size: int |
     )
 
 
+def class_names(model: nn.Module) -> list[str]:
+    """The names of a published classifier's outputs, by the data set of its weights; numbers where they are unknown."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    full = ".".join(filter(None, (cfg.get("architecture"), cfg.get("tag"))))
+    count = model.num_classes
+    known = {1000: "ImageNet-1K", 21841: "ImageNet-21K", 21843: "ImageNet-21K-Google"}
+    data = zoo.find(full).data if full and zoo.is_model(full) else known.get(count)
+    names = names_of_data(data) if data else None
+    return names if names and len(names) == count else [str(i) for i in range(count)]
+
+
 def measure(model: nn.Module, size: tuple[int, int, int]) -> tuple[int, int]:
     """(parameters, multiply-adds of one image or clip), counted by torch: matrix products, convolutions and scans."""
+    frames = getattr(model, "num_frames", 0)
+    return measure_inputs(model, [(size[0], frames, *size[1:]) if frames else size])
+
+
+def measure_inputs(model: nn.Module, shapes: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """(parameters, multiply-adds of one sample), of a model with any inputs.
+
+    Args:
+        model: on any device, "meta" included.
+        shapes: of each input, without the batch axis, as `zoo.Entry.inputs` has them.
+    """
     model = model.eval()
     first = next(model.parameters())
-    if frames := getattr(model, "num_frames", 0):
-        size = (size[0], frames, *size[1:])
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        model(torch.zeros(1, *size, dtype=first.dtype, device=first.device))
+        model(*(torch.zeros(1, *shape, dtype=first.dtype, device=first.device) for shape in shapes))
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
+
+
+# -- cards ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -84,10 +124,10 @@ class ModelCard:
     """What a file of weights says about itself, so that it can be used without being told anything.
 
     Attributes:
-        model, args: `timm.create_model(model, **args)` builds it.
+        model, args: `linescan.create_model(model, **args)` builds it.
         classes: their names.
-        preprocess: how it wants its pictures.
-        trained: what is known of the training (epoch, step, accuracy).
+        preprocess: how images are made into its inputs.
+        trained: what is known of the training (epoch, step, scores).
     """
 
     model: str
@@ -96,86 +136,228 @@ class ModelCard:
     preprocess: Preprocess
     trained: dict = field(default_factory=dict)
 
+    def as_dict(self) -> dict:
+        """Plain values, as a file has them; numbers that JSON has not are None."""
+        values = asdict(self)
+        values["trained"] = {k: v if not isinstance(v, float) or math.isfinite(v) else None
+                             for k, v in self.trained.items()}  # fmt: skip
+        return values
+
+    @classmethod
+    def from_dict(cls, values: object) -> "ModelCard":
+        """The inverse of `as_dict`, of values that anyone may have written.
+
+        Raises:
+            ValueError: something is missing, unknown, of another type, or out of range; the message names it.
+        """
+        values = _table(values, "the card", ("model", "args", "classes", "preprocess"), ("trained",))
+        if not isinstance(values["model"], str) or not NAME.fullmatch(values["model"]):
+            raise ValueError(f"model is a name, not {_shown(values['model'])}")
+        args = _table(values["args"], "args")
+        for key, value in args.items():
+            if not key.isidentifier() or key in NOT_OF_MODELS:
+                raise ValueError(f"args has {_shown(key)}, which is no argument of a model")
+            _check_plain(value, f"args.{key}")
+        classes = values["classes"]
+        if not isinstance(classes, list) or len(classes) > MOST_CLASSES:
+            raise ValueError(f"classes is a list of names, not {_shown(classes)}")
+        for name in classes:
+            if not isinstance(name, str) or len(name) > LONGEST:
+                raise ValueError(f"a class has a name, not {_shown(name)}")
+        trained = _table(values.get("trained", {}), "trained")
+        for key, value in trained.items():
+            _check_plain(value, f"trained.{key}")
+        return cls(values["model"], args, list(classes), _preprocess(values["preprocess"]), trained)
+
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")  # of models; never a path or an address
+MOST_CLASSES = 2**17
+LARGEST_SIDE = 2**16
+MOST_CHANNELS = 2**12
+LARGEST = 2**17  # of an integer among arguments
+LONGEST = 1000  # of a text
+
+# What decides where weights come from, or where the model goes: never a matter of a file.
+NOT_OF_MODELS = {
+    "cache_dir", "checkpoint_path", "device", "dtype", "exportable", "feature_cls", "features_only", "no_jit",
+    "out_indices", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "pruned",
+    "scriptable",
+}  # fmt: skip
+
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming", "random")
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, (str, float, bool, type(None))):
+        return one_line(repr(value), 60)
+    if isinstance(value, int):
+        return str(value) if abs(value) < 2**64 else "a very large integer"
+    return f"a {type(value).__name__}"
+
+
+def _table(values: object, what: str, required: Sequence[str] | None = None, optional: Sequence[str] = ()) -> dict:
+    """`values`, which must be a dictionary; with `required`, of these keys and perhaps the optional ones."""
+    if not isinstance(values, dict) or len(values) > LONGEST or not all(isinstance(key, str) for key in values):
+        raise ValueError(f"{what} is a table, not {_shown(values)}")
+    if required is not None:
+        if missing := [key for key in required if key not in values]:
+            raise ValueError(f"{what} has no {', '.join(missing)}")
+        if unknown := [key for key in values if key not in (*required, *optional)]:
+            raise ValueError(f"{what} has {_shown(unknown[0])}, which is unknown")
+    return values
+
+
+def _check_plain(value: object, what: str, depth: int = 4) -> None:
+    """Numbers, texts, and lists and tables of them; small enough to be an argument."""
+    if value is None or isinstance(value, bool):
+        return
+    if isinstance(value, int):
+        fine = abs(value) <= LARGEST
+    elif isinstance(value, float):
+        fine = math.isfinite(value)
+    elif isinstance(value, str):
+        fine = len(value) <= LONGEST
+    elif isinstance(value, (list, tuple)) and depth and len(value) <= LONGEST:
+        fine = all(_check_plain(item, what, depth - 1) is None for item in value)
+    elif isinstance(value, dict) and depth:
+        fine = all(_check_plain(item, f"{what}.{key}", depth - 1) is None for key, item in _table(value, what).items())
+    else:
+        fine = False
+    if not fine:
+        raise ValueError(f"{what} is {_shown(value)}")
+
+
+def _numbers(value: object, what: str, count: int) -> tuple[float, ...]:
+    fine = isinstance(value, (list, tuple)) and len(value) == count
+    if not fine or not all(type(v) in (int, float) and math.isfinite(v) and abs(v) <= 1e6 for v in value):
+        raise ValueError(f"preprocess.{what} is {count} finite numbers, not {_shown(value)}")
+    return tuple(value)
+
+
+def _preprocess(values: object) -> Preprocess:
+    values = _table(values, "preprocess", ("size", "mean", "std"), ("interpolation", "crop_pct"))
+    size = values["size"]
+    if not isinstance(size, (list, tuple)) or len(size) != 3 or not all(type(n) is int for n in size):
+        raise ValueError(f"preprocess.size is channels, height and width, not {_shown(size)}")
+    if not 1 <= size[0] <= MOST_CHANNELS or not all(1 <= side <= LARGEST_SIDE for side in size[1:]):
+        raise ValueError(f"preprocess.size is {tuple(size)}")
+    mean, std = (_numbers(values[name], name, size[0]) for name in ("mean", "std"))
+    if not all(deviation > 0 for deviation in std):
+        raise ValueError(f"preprocess.std is {std}, and must be more than 0")
+    interpolation = values.get("interpolation", "bicubic")
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"preprocess.interpolation is {_shown(interpolation)}; there are {', '.join(INTERPOLATIONS)}")
+    (crop_pct,) = _numbers([values.get("crop_pct", 1.0)], "crop_pct", 1)
+    if not 0.01 <= crop_pct <= 1:
+        raise ValueError(f"preprocess.crop_pct is {crop_pct}, and must be from 0.01 to 1")
+    return Preprocess(tuple(size), mean, std, interpolation, crop_pct)
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
 
 def save_model(path: str | Path, model: nn.Module, card: ModelCard) -> None:
     """Writes weights and card into one safetensors file, which is whole or absent at any moment."""
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
-    content = safetensors.torch.save(tensors, metadata={_KEY: json.dumps(asdict(card))})
+    content = safetensors.torch.save(tensors, metadata={CARD: json.dumps(card.as_dict(), allow_nan=False)})
     with atomic(path) as file:
         file.write(content)
 
 
 def read_card(path: str | Path) -> ModelCard | None:
-    """The card of a safetensors file that linescan has written; None for any other file.
+    """The card of a file, or of the state of a training, that linescan has written; None for any other file.
 
     Raises:
-        CheckpointError: the file is missing, or is a damaged safetensors file.
+        CheckpointError: the file is missing or damaged, or its card is.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path} {'is a folder; give a file' if path.is_dir() else 'does not exist'}")
-    with open(path, "rb") as file:
-        if file.read(9)[8:] != b"{":  # not a safetensors file
-            return None
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            card = (file.metadata() or {}).get(_KEY)
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path} is a damaged or truncated safetensors file ({error})") from None
-    if card is None:
+    values = checkpoints.read_card(path)
+    if values is None:
         return None
-    values = json.loads(card)
-    return ModelCard(**{**values, "preprocess": Preprocess.from_dict(values["preprocess"])})
+    try:
+        return ModelCard.from_dict(values)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its card is damaged: {error}") from None
 
 
 def restore(name: str | None = None, checkpoint: str | Path | None = None, **args) -> tuple[nn.Module, ModelCard]:
     """A model with weights, and what must be known to use it.
 
     Args:
-        name: a timm name; not needed where the checkpoint is one that linescan has written.
-        checkpoint: a file of weights. Without it, the published ones are fetched from the Hub.
-        args: for `timm.create_model`; override those of the checkpoint's card.
+        name: a registered or timm name; not needed where the checkpoint is one that linescan has written.
+        checkpoint: a file of weights. Without it, the published ones are fetched.
+        args: as for `linescan.create_model`; override those of the checkpoint's card.
 
     Raises:
         InputError: neither is given, they contradict each other, or the published weights cannot be had.
         CheckpointError: the file cannot be read, or is one of another model.
     """
     card = read_card(checkpoint) if checkpoint else None
-    if card and name and name != card.model:
+    if card and name and name.partition(".")[0] != card.model.partition(".")[0]:
         raise CheckpointError(f"{checkpoint} is a checkpoint of {card.model}, not of {name}")
-    name = name or (card.model if card else None)
+    if card:
+        return _from_card(card, checkpoint, args)
     if name is None:
         what = f"{checkpoint} does not say which model it is of" if checkpoint else "no model and no checkpoint given"
         raise InputError(f"{what}; name one with --model (`linescan list` shows them)")
-    if card:
-        card = _at_size(card, args.get("img_size"))
-        args = {**card.args, **args}
     model = build(name, **args, **({} if checkpoint else {"pretrained": True}))
     if checkpoint:
-        load_checkpoint(model, checkpoint)
-    if card:
-        return model, replace(card, args=args)
+        checkpoints.load_checkpoint(model, checkpoint)
     preprocess = preprocess_of(model, args.get("in_chans"), args.get("img_size"))
     return model, ModelCard(name, args, class_names(model), preprocess)
 
 
-def _at_size(card: ModelCard, img_size: int | tuple | None) -> ModelCard:
-    if img_size is None:
-        return card
-    size = (card.preprocess.channels, *_sides(img_size))
-    return replace(card, preprocess=replace(card.preprocess, size=size))
+def _from_card(card: ModelCard, path: str | Path, args: dict) -> tuple[nn.Module, ModelCard]:
+    state = read_state_dict(path)
+    all_args = {**card.args, **args}
+    try:
+        with _no_larger_than(state):
+            if not args:
+                _build_without_values(card)
+            model = build(card.model, **all_args)
+    except _TooLarge:
+        raise CheckpointError(f"{path}: its card is of a larger model than its weights") from None
+    except InputError as error:
+        if args:
+            raise
+        raise CheckpointError(f"{path}: its card is of no model: {error}") from None
+    load_state(model, state, path)
+    classes = getattr(model, "num_classes", None)
+    if card.classes and classes is not None and classes != len(card.classes):
+        raise CheckpointError(f"{path}: its card names {len(card.classes)} classes, its model has {classes}")
+    if args.get("img_size") is not None:
+        size = (card.preprocess.channels, *_sides(args["img_size"]))
+        card = replace(card, preprocess=replace(card.preprocess, size=size))
+    return model, replace(card, args=all_args)
 
 
-def class_names(model: nn.Module) -> list[str]:
-    """Names for a published classifier's outputs: ImageNet's or Kinetics' where there are so many, else numbers."""
-    count = model.num_classes
-    known = {1000: "imagenet-1k", 21841: "imagenet-21k", 21843: "imagenet-21k-goog"}
-    if getattr(model, "num_frames", 0):
-        from torchvision.models.video import R3D_18_Weights
+class _TooLarge(BaseException):
+    """Passes through constructors, and whatever they catch."""
 
-        kinetics = R3D_18_Weights.KINETICS400_V1.meta["categories"]
-        return list(kinetics) if count == len(kinetics) else [str(i) for i in range(count)]
-    if count not in known:
-        return [str(i) for i in range(count)]
-    info = timm.data.ImageNetInfo(known[count])
-    return [info.index_to_description(i) for i in range(count)]
+
+@contextmanager
+def _no_larger_than(state: dict[str, Tensor]) -> Iterator[None]:
+    """Ends the building of a model that becomes much larger than the weights it is for. Raises _TooLarge."""
+    room = [4 * len(state) + 100, 4 * sum(value.numel() for value in state.values()) + 2**16]
+    thread = threading.get_ident()
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if threading.get_ident() == thread and parameter is not None:
+            room[0] -= 1
+            room[1] -= parameter.numel()
+            if min(room) < 0:
+                raise _TooLarge
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _build_without_values(card: ModelCard) -> None:
+    """Builds the model on the meta device, where a large one takes no memory before it is known to be too large."""
+    try:
+        with torch.device("meta"):
+            build(card.model, **card.args)
+    except InputError:
+        pass  # some models need values to be built; what is wrong with the arguments is said by the next try

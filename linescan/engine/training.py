@@ -27,7 +27,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from linescan.checkpoint import CheckpointError
+from linescan.checkpoint import CARD, CheckpointError
+from linescan.tensorfile import read_file
 
 from ..errors import Diverged, InputError
 from .atomic import atomic, sweep
@@ -280,6 +281,7 @@ class Training:
         if not self.processes.first:
             return
         state = {
+            CARD: self.task.card().as_dict(),
             "recipe": self.recipe.as_dict(),
             "started": self.started.as_dict(),
             "steps": self.steps.facts,
@@ -303,8 +305,8 @@ class Training:
             return None
         if not self.how.resume:
             raise InputError(f"{self.out} already holds a run; --resume continues it, another --out starts a new one")
+        state = read_file(path)
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
             before, started = state["recipe"], state["started"]
             if not isinstance(before, dict) or not isinstance(started, dict):
                 raise TypeError

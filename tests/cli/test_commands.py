@@ -154,7 +154,7 @@ BAD = {
     "no model": (["classify", "PICTURE"], "--model"),
     "unknown model": (["classify", "PICTURE", "-m", "vim_tinny_patch16_224"], "near it: vim_tiny_patch16_224"),
     "another model": (["classify", "PICTURE", "-m", "vim_tiny_patch16_224", "-c", "CHECKPOINT"], "not of vim"),
-    "truncated checkpoint": (["classify", "PICTURE", "-c", "CUT"], "truncated"),
+    "truncated checkpoint": (["classify", "PICTURE", "-c", "CUT"], "cut short"),
     "pickle with code": (["classify", "PICTURE", "-m", "vim_tiny_patch16_224", "-c", "BOMB"], "refused"),
     "wrong channel count": (["classify", "PICTURE", "-c", "CHECKPOINT", "--model-arg", "in_chans=3"], "another shape"),
     "unreadable channel count": (["classify", "PICTURE", "-c", "FIVE"], "this model expects 5"),
@@ -219,7 +219,7 @@ def test_a_state_that_would_run_code_does_not(linescan_here, tmp_path):
     (tmp_path / "run").mkdir()
     torch.save({"recipe": Bomb(tmp_path / "it_ran")}, tmp_path / "run" / "state.pt")
     status, _, stderr = linescan_here("train", "-d", "digits", "-o", tmp_path / "run", *SMALL, "--resume")
-    assert status == 2 and "damaged" in stderr and not (tmp_path / "it_ran").exists()
+    assert status == 2 and "would run code" in stderr and not (tmp_path / "it_ran").exists()
 
 
 def test_divergence_gets_one_line_and_status_1(linescan_here, tmp_path):

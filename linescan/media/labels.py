@@ -1,0 +1,44 @@
+"""Names of the classes of public data sets, in the order that published classifiers have them."""
+
+from pathlib import Path
+
+__all__ = ["class_names"]
+
+BREAKFAST = ("cereals", "coffee", "tea", "pancake", "fried egg", "scrambled egg", "sandwich", "juice", "milk", "salad")
+
+
+def class_names(data: str) -> list[str] | None:
+    """The names of a data set's classes; None where the order that classifiers have them in is not known.
+
+    Args:
+        data: as `linescan.zoo.Entry.data` has it: "ImageNet-1K", "Kinetics-400", "Something-Something V2", ...
+    """
+    find = _KNOWN.get(data)
+    return find() if find else None
+
+
+def _imagenet(subset: str) -> list[str]:
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo(subset)
+    return [info.index_to_description(i) for i in range(info.num_classes())]
+
+
+def _kinetics() -> list[str]:
+    from torchvision.models.video import R3D_18_Weights
+
+    return list(R3D_18_Weights.KINETICS400_V1.meta["categories"])
+
+
+def _lines(file: str) -> list[str]:
+    return Path(__file__).with_name(file).read_text().splitlines()
+
+
+_KNOWN = {
+    "ImageNet-1K": lambda: _imagenet("imagenet-1k"),
+    "ImageNet-21K": lambda: _imagenet("imagenet-21k"),
+    "ImageNet-21K-Google": lambda: _imagenet("imagenet-21k-goog"),
+    "Kinetics-400": _kinetics,
+    "Something-Something V2": lambda: _lines("something_something_v2.txt"),
+    "Breakfast": lambda: list(BREAKFAST),
+}
