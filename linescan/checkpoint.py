@@ -7,8 +7,9 @@ them with the model.
 
 import json
 import re
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Mapping, Sequence
+from typing import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ __all__ = [
     "read_card",
     "read_meta",
     "read_state_dict",
+    "readable",
     "rename",
     "strip_prefix",
 ]
@@ -153,6 +155,7 @@ def fit(
     *,
     optional: Callable[[str], bool] = _nothing,
     dropped: Callable[[str], bool] = _nothing,
+    name: str | None = None,
 ) -> tuple[list[str], list[str]]:
     """Loads `state` into `module`, strictly.
 
@@ -162,6 +165,7 @@ def fit(
         source: the file, for the message.
         optional: key of the module -> whether the state may lack it; it stays as it is.
         dropped: key of the state -> whether the module may lack it; it is left out.
+        name: of the module, for the message; by default that of its class.
 
     Returns:
         The keys that were dropped, and those of the module that stay as they are.
@@ -192,9 +196,26 @@ def fit(
     if types:
         wrong.append(f"{len(types)} of another type (first: {types[0]} is {state[types[0]].dtype})")
     if wrong:
-        raise CheckpointError(f"{source} is not a checkpoint of this {type(module).__name__}: {'; '.join(wrong)}")
+        name = name or type(module).__name__
+        raise CheckpointError(f"{source} is not a checkpoint of this {name}: {'; '.join(wrong)}")
     module.load_state_dict({key: state[key] for key in both}, strict=False)
     return left_out, kept
+
+
+@contextmanager
+def readable(source: str | Path, name: str) -> Iterator[None]:
+    """For a `checkpoint_filter`: what it raises where a file is not of its model becomes one CheckpointError.
+
+    Args:
+        source: the file.
+        name: of the model.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (KeyError, RuntimeError, ValueError, IndexError) as error:
+        raise CheckpointError(f"{source} is not a checkpoint of {name} ({one_line(error)})") from None
 
 
 def load_checkpoint(
@@ -240,11 +261,8 @@ def load_state(
         state = unwrap(dict(state), OUTER_WRAPPERS)
     if hasattr(inner, "checkpoint_filter"):
         options = {} if img_size is None else {"img_size": img_size}
-        try:
+        with readable(source, type(inner).__name__):
             state = inner.checkpoint_filter(state, **options)
-        except (KeyError, RuntimeError, ValueError, IndexError) as error:
-            what = f"{source} is not a checkpoint of {type(inner).__name__}"
-            raise CheckpointError(f"{what} ({one_line(error)})") from None
     optional, useless = _nothing, _nothing
     if pruned := type(model).__name__ == "FeatureGetterNet":
         useless = getattr(inner, "is_useless", _nothing)

@@ -41,6 +41,7 @@ __all__ = [
     "create_model",
     "entries",
     "fetch",
+    "fetch_address",
     "find",
     "is_model",
     "list_models",
@@ -309,24 +310,35 @@ def fetch(entry: Entry, cache_dir: str | Path | None = None) -> Path:
         InputError: the authors give no address (the line names the page and how to load the file), or the download
             fails. The first failed connection is the answer.
     """
-    by_hand = "`linescan.load_checkpoint(model, PATH)` or `--checkpoint PATH`"
     if not entry.fetchable and entry.page:
         raise InputError(
             f"the weights of {entry.full_name} have no address that can be fetched: get the file from {entry.page} "
-            f"and load it with {by_hand}"
+            f"and load it with {BY_HAND}"
         )
     if not entry.fetchable:
-        raise InputError(f"no weights of {entry.full_name} are published; a file of your own loads with {by_hand}")
-    local = _Hub(entry, cache_dir) if entry.hub and entry.file else _Address(entry, cache_dir)
+        raise InputError(f"no weights of {entry.full_name} are published; a file of your own loads with {BY_HAND}")
+    hub = bool(entry.hub and entry.file)
+    return _fetch(_Hub(entry, cache_dir) if hub else _Address(entry.url, cache_dir), lambda: _print_licence(entry))
+
+
+def fetch_address(url: str, cache_dir: str | Path | None = None) -> Path:
+    """The file at an address as a local one, downloaded on first use. Raises InputError as `fetch`."""
+    return _fetch(_Address(url, cache_dir), lambda: None)
+
+
+def _fetch(source, announce: Callable[[], None]) -> Path:
     try:
-        if local.path is None:
-            _connect(local.url)
-        _print_licence(entry)
-        return local.path or local.download()
+        if source.path is None:
+            _connect(source.url)
+        announce()
+        return source.path or source.download()
     except Exception as error:  # network libraries raise errors of many kinds
         raise InputError(
-            f"cannot fetch {entry.address}: {one_line(error)}; a file that you have loads with {by_hand}"
+            f"cannot fetch {source.url}: {one_line(error)}; a file that you have loads with {BY_HAND}"
         ) from error
+
+
+BY_HAND = "`linescan.load_checkpoint(model, PATH)` or `--checkpoint PATH`"
 
 
 def _print_licence(entry: Entry) -> None:
@@ -362,12 +374,12 @@ class _Hub:
 class _Address:
     """A file with an address of its own; `path` is that of the copy beside torch's, or None."""
 
-    def __init__(self, entry: Entry, cache_dir: str | Path | None):
+    def __init__(self, url: str, cache_dir: str | Path | None):
         from urllib.parse import unquote, urlparse
 
         import torch
 
-        self.url = entry.url
+        self.url = url
         folder = Path(cache_dir) if cache_dir else Path(torch.hub.get_dir()) / "checkpoints"
         # Different systems publish files of the same name.
         name = f"{sha256(self.url.encode()).hexdigest()[:8]}-{Path(unquote(urlparse(self.url).path)).name}"

@@ -321,7 +321,7 @@ def test_every_stem_of_a_segmentor_adapts(tmp_path):
     grey = {**small, "backbone": {**small["backbone"], "in_chans": 1}}
     new = linescan.create_model("segman_seg_tiny", num_classes=5, **grey)
     load_checkpoint(new, saved(old, tmp_path / "file.pth"), adapt=True)
-    stem = "backbone.patch_embed.0.weight"
+    stem = "backbone.trunk.patch_embed.0.weight"
     assert torch.allclose(new.state_dict()[stem], old.state_dict()[stem].sum(1, keepdim=True))
 
 

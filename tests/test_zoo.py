@@ -276,8 +276,18 @@ def test_importing_linescan_imports_neither_torch_nor_timm():
 def test_public_api():
     assert set(linescan.__all__) <= set(dir(linescan))
     assert sorted(linescan.__all__) == [
-        "CheckpointError", "create_model", "list_models", "load_checkpoint", "read_state_dict",
-    ]  # fmt: skip
+        "BrokenImage",
+        "BrokenVideo",
+        "CheckpointError",
+        "Classifier",
+        "Detector",
+        "InputError",
+        "Segmenter",
+        "create_model",
+        "list_models",
+        "load_checkpoint",
+        "read_state_dict",
+    ]
     for name in linescan.__all__:
         assert getattr(linescan, name).__doc__
     with pytest.raises(AttributeError, match="no attribute 'creat_model'"):

@@ -13,7 +13,7 @@ import torch
 from timm.models import group_parameters
 from torch import Tensor, nn
 
-from ..checkpoint import CheckpointError, read_state_dict, rename, strip_prefix
+from ..checkpoint import fit, read_state_dict, readable, rename, strip_prefix
 from ..errors import InputError, known
 from ..layers.adapter import ViTAdapter
 from ..layers.pyramid import RescaledFeatures, SimpleFeaturePyramid
@@ -253,22 +253,10 @@ class DenseBackbone(nn.Module):
             CheckpointError: the file cannot be read, or is not one of this backbone.
         """
         state = read_state_dict(path, self.checkpoint_nesting)
-        try:
+        name = type(self.trunk).__name__
+        with readable(path, name):
             state, dropped, new = self.fit(state, img_size)
-        except (KeyError, RuntimeError, ValueError, IndexError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"{path} is not a checkpoint of {type(self.trunk).__name__} ({error})") from None
-        own = self.state_dict()
-        wrong = {
-            "missing": [k for k in own if k not in state],
-            "unexpected": [k for k in state if k not in own],
-            "of another shape": [k for k in state if k in own and state[k].shape != own[k].shape],
-        }
-        said = [f"{len(keys)} keys {what} (first: {keys[0]})" for what, keys in wrong.items() if keys]
-        if said:
-            raise CheckpointError(f"{path} is not a checkpoint of this {type(self.trunk).__name__}: {'; '.join(said)}")
-        self.load_state_dict(state)
+        fit(self, state, path, name=name)
         return dropped, new
 
 
@@ -312,6 +300,8 @@ def dense_parts(
     kind = form.neck if kind == "auto" else known("neck", kind, ("auto", "rescaled", "simple", "adapter", None))
     if kind == "adapter":
         options.setdefault("drop_path_rate", kwargs.get("drop_path_rate", 0.0))
+        if trunk.embed_dim % 6:  # heads by default
+            options.setdefault("num_heads", 16)  # as published for the large model
     width, stride = trunk.feature_info[-1]["num_chs"], trunk.feature_info[-1]["reduction"]
     try:
         made = {

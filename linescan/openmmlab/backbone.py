@@ -12,7 +12,6 @@ from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 
-import timm
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
@@ -22,8 +21,10 @@ from mmengine.utils import is_installed
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .. import zoo
 from ..backbones.feature_maps import DenseBackbone, dense_parts
 from ..errors import InputError
+from .keys import translate_keys
 
 __all__ = ["LayerDecayOptimWrapperConstructor", "LinescanBackbone", "find_config", "list_configs"]
 
@@ -82,7 +83,7 @@ class LinescanBackbone(DenseBackbone, BaseModule):
         self.norm_eval = norm_eval
         self.set_grad_checkpointing(with_cp)
         self.freeze(frozen_stages)
-        self.register_load_state_dict_pre_hook(_translate_keys)
+        self.register_load_state_dict_pre_hook(translate_keys)
 
     def train(self, mode: bool = True):
         """As usual, but for what `frozen_stages` and `norm_eval` keep in evaluation mode."""
@@ -105,30 +106,12 @@ class LinescanBackbone(DenseBackbone, BaseModule):
         self._is_init = True
 
 
-def _translate_keys(module: LinescanBackbone, state: dict, prefix: str, *_) -> None:
-    """Before `load_state_dict`: the keys of an official segmentor's or detector's backbone become ours, in place."""
-    inside = {key.removeprefix(prefix): key for key in state if key.startswith(prefix)}
-    if inside and not any(key.startswith("trunk.") for key in inside):
-        own = module.checkpoint_filter({key: state.pop(full) for key, full in inside.items()})
-        state.update({prefix + key: value for key, value in own.items()})
-
-
 def _fetch(checkpoint: str) -> str:
     """The local path of a file, a URL, or `linescan://NAME`; what is fetched stays in torch's and the Hub's caches."""
     if checkpoint.startswith("linescan://"):
-        name = checkpoint.removeprefix("linescan://")
-        cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
-        if cfg and cfg.hf_hub_id and cfg.hf_hub_filename:
-            from huggingface_hub import hf_hub_download
-
-            return hf_hub_download(cfg.hf_hub_id, cfg.hf_hub_filename)
-        checkpoint = cfg.url if cfg else ""
-        if not checkpoint:
-            raise ValueError(f"no official file of {name!r} is known; give a path or a URL")
+        return str(zoo.fetch(zoo.find(checkpoint.removeprefix("linescan://"))))
     if checkpoint.startswith(("http://", "https://")):
-        from timm.models._hub import download_cached_file
-
-        return download_cached_file(checkpoint, check_hash=False)
+        return str(zoo.fetch_address(checkpoint))
     return checkpoint
 
 

@@ -14,10 +14,11 @@ from typing import Iterator, Sequence
 import numpy as np
 from torch import Tensor, nn
 
-from ..checkpoint import CheckpointError, read_meta, read_state_dict
+from ..checkpoint import fit, read_meta, read_state_dict, readable
 from ..errors import InputError
 from ..tasks.open import register_opener
 from ..tasks.results import Found, dataset_names, names_and_colours
+from .keys import translate_keys
 
 # What OpenMMLab's test pipelines do to read an image and to pack it; what stands between is kept.
 _READS = ("LoadImage", "LoadAnnotations", "LoadProposals")
@@ -187,17 +188,11 @@ def _load(module: nn.Module, state: dict[str, Tensor], path: str | Path) -> None
     """Strictly, but for what only a training needs: auxiliary heads; and the preprocessor's constants."""
     optional = ("auxiliary_head.", "data_preprocessor.")
     state = {key: value for key, value in state.items() if not key.startswith(optional)}
-    try:
-        keys = module.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        line = str(error).strip().splitlines()[-1].strip()
-        raise CheckpointError(f"{path} is not a checkpoint of this {type(module).__name__}: {line}") from None
-    wrong = {
-        "missing": [key for key in keys.missing_keys if not key.startswith(optional)],
-        "unexpected": keys.unexpected_keys,
-    }
-    if said := [f"{len(keys)} keys {what} (first: {keys[0]})" for what, keys in wrong.items() if keys]:
-        raise CheckpointError(f"{path} is not a checkpoint of this {type(module).__name__}: {'; '.join(said)}")
+    for name, part in module.named_modules():
+        if hasattr(part, "checkpoint_filter"):
+            with readable(path, type(part).__name__):
+                translate_keys(part, state, f"{name}.")
+    fit(module, state, path, optional=lambda key: key.startswith(optional))
 
 
 def _test_dataset(cfg) -> dict:

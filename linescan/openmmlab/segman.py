@@ -15,6 +15,7 @@ from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from torch import Tensor, nn
 
 from ..heads.segman import MMSCopE
+from .keys import translate_keys
 
 __all__ = ["SegMANDecodeHead"]
 
@@ -44,14 +45,8 @@ class SegMANDecodeHead(MMSCopE, BaseDecodeHead):
         self.init_fusion(in_channels, self.channels, feat_proj_dim)
         if kind == "SyncBN":
             nn.SyncBatchNorm.convert_sync_batchnorm(self)
-        self.register_load_state_dict_pre_hook(_translate_keys)
+        self.register_load_state_dict_pre_hook(translate_keys)
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
         """Maps of strides 4, 8, 16, 32 -> logits (B, classes, H / 8, W / 8)."""
         return self.cls_seg(self.fuse(self._transform_inputs(inputs)))
-
-
-def _translate_keys(head: SegMANDecodeHead, state: dict, prefix: str, *_) -> None:
-    """Before `load_state_dict`: official keys become ours, in place."""
-    inside = {key.removeprefix(prefix): state.pop(key) for key in list(state) if key.startswith(prefix)}
-    state.update({prefix + key: value for key, value in head.checkpoint_filter(inside).items()})
