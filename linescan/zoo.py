@@ -23,6 +23,7 @@ tasks call `register` here and need no timm. This module is below all families: 
 them, which are imported at the first question.
 """
 
+import inspect
 import re
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -30,7 +31,7 @@ from fnmatch import fnmatchcase
 from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Mapping, get_args
 
 from .errors import InputError, one_line
 from .notices import notice
@@ -45,6 +46,7 @@ __all__ = [
     "find",
     "is_model",
     "list_models",
+    "optional_arguments",
     "register",
     "tags",
 ]
@@ -145,6 +147,18 @@ class Entry:
         if self.hub and self.file:
             return f"https://huggingface.co/{self.hub}/resolve/main/{self.file}"
         return self.url or self.page
+
+    def arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of `cls`: `given` over the entry's own. A mapping completes the entry's mapping.
+
+        The word "none" stands for None where the class takes None as a value: timm, and a command line, drop None.
+        """
+        optional, args = optional_arguments(self.cls), dict(self.args)
+        for name, value in given.items():
+            if isinstance(value, Mapping):
+                value = {**args.get(name, {}), **value}
+            args[name] = None if value == "none" and name in optional else value
+        return args
 
     def facts(self) -> dict:
         """All of it as plain values, with the tags that the model has."""
@@ -266,6 +280,15 @@ def list_models(pattern: str = "", task: str | None = None, licence: str | None 
     return sorted(entry.name for entry in entries(pattern, task, licence))
 
 
+def optional_arguments(cls: type) -> set[str]:
+    """The arguments of a class, and of those it extends, for which None is a value."""
+    parameters: dict[str, inspect.Parameter] = {}
+    for base in reversed(cls.__mro__):
+        if "__init__" in vars(base):
+            parameters |= inspect.signature(base.__init__).parameters
+    return {name for name, parameter in parameters.items() if type(None) in get_args(parameter.annotation)}
+
+
 def create_model(name: str, pretrained: bool = False, **args):
     """The model of any task that `name` stands for.
 
@@ -276,7 +299,8 @@ def create_model(name: str, pretrained: bool = False, **args):
         name: a registered name; with a tag (`name.tag`) the model is the one that these weights belong to.
         pretrained: load the published weights, which `fetch` downloads. Where classes or input channels differ, the
             classifier is left as it is initialised and the stem is adapted.
-        args: of the model's class, over the entry's own; for classification also those of `timm.create_model`.
+        args: of the model's class, over the entry's own (`Entry.arguments`); for classification also those of
+            `timm.create_model`.
 
     Raises:
         InputError: no such model or tag, or its weights cannot be fetched.
@@ -287,10 +311,8 @@ def create_model(name: str, pretrained: bool = False, **args):
 
 
 def _build(entry: Entry, pretrained: bool, **args):
-    """Builds a model whose class needs nothing but its arguments; a mapping among them completes the entry's own."""
-    own = entry.args
-    args = {k: {**own.get(k, {}), **v} if isinstance(v, Mapping) else v for k, v in args.items()}
-    model = entry.cls(**{**own, **args})
+    """Builds a model whose class needs nothing but its arguments."""
+    model = entry.cls(**entry.arguments(args))
     if pretrained:
         from .checkpoint import load_checkpoint
 

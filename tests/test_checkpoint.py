@@ -402,6 +402,79 @@ def test_a_features_only_model_takes_its_part(tmp_path, name, options, official_
             load_checkpoint(part, tmp_path / "deep.pth")
 
 
+SIZED = [
+    ("vim_tiny_patch16_224", {"depth": 2, "embed_dim": 16}),
+    ("vim_tiny_patch16_224", {"depth": 2, "embed_dim": 16, "class_token": "none", "rope": True}),
+    ("vmamba_tiny_s1l8", {"depths": (1, 1, 1, 1), "dims": 8, "pos_embed": True}),
+    ("local_vim_tiny_middle_cls_token", {"depth": 2, "embed_dim": 16, "directions": "row,-row,w2,-w2"}),
+    ("local_vssm_tiny", {"depths": (1, 1, 1, 1), "dims": 8, "directions": "row,-row,w2,-w2"}),
+    ("vig_tiny", {"depth": 2, "embed_dim": 48}),
+    ("vig_h_tiny", {"depths": (1, 1, 1, 1), "dims": 24}),
+    ("vrwkv_tiny", {"depth": 2, "embed_dim": 64}),
+    ("vrwkv6_tiny", {"depth": 2, "embed_dim": 64}),
+    ("scan_tiny", {"depth": 2, "embed_dim": 32}),
+    ("scanh_tiny", {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 16), "head_dim": 8}),
+    ("videomamba_tiny_patch16_224", {"depth": 2, "embed_dim": 16}),
+    ("videomamba_video_tiny_patch16_224", {"depth": 2, "embed_dim": 16, "num_frames": 4}),
+    ("segman_tiny", {"depths": (1,) * 4, "dims": (8, 16, 16, 16), "num_heads": (1,) * 4, "windows": (3, 3, 3, 1)}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, options", SIZED, ids=lambda value: value if isinstance(value, str) else "")
+def test_every_family_loads_at_another_size(tmp_path, name, options):
+    """The table of positions is brought to the new grid as a forward pass at that size would."""
+
+    def build(img_size, seed):
+        torch.manual_seed(seed)
+        model = linescan.create_model(name, img_size=img_size, num_classes=4, **options)
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=0.2)
+        return model.eval()
+
+    old = build((64, 128), 0)
+    path = saved(old, tmp_path / "file.pth")
+    frames = getattr(old, "num_frames", 0)
+    for size in ((96, 96), (128, 64), (64, 128)):  # another count of patches; the same, of another shape; the same
+        new = load_checkpoint(build(size, 1), path)
+        x = torch.randn(2, 3, *([frames] if frames else []), *size)
+        with torch.no_grad():
+            assert torch.allclose(new(x), old(x), atol=1e-5), size
+    if frames:
+        longer = linescan.create_model(name, img_size=64, num_classes=4, **options | {"num_frames": 6}).eval()
+        load_checkpoint(longer, path)
+        x = torch.randn(1, 3, 6, 64, 64)
+        with torch.no_grad():
+            assert torch.allclose(longer(x), old(x), atol=1e-5)
+
+
+def test_official_tables_that_are_not_square(tmp_path):
+    """A table of tokens does not tell its grid: `img_size` does, or the model that is built for it."""
+
+    def build(img_size):
+        torch.manual_seed(0)
+        model = timm.create_model("vrwkv_tiny", img_size=img_size, depth=1, embed_dim=64, num_classes=4).eval()
+        nn.init.normal_(model.pos_embed)
+        return model
+
+    old = build((64, 128))
+    state = old.state_dict()
+    state["pos_embed"] = state["pos_embed"].flatten(1, 2)
+    torch.save(state, tmp_path / "official.pth")
+    assert state["pos_embed"].shape == (1, 32, 64)
+    same = load_checkpoint(build((64, 128)), tmp_path / "official.pth")
+    assert torch.equal(same.pos_embed, old.pos_embed)
+    with pytest.raises(CheckpointError, match="32 positions make no square: give the img_size"):
+        load_checkpoint(build(96), tmp_path / "official.pth")
+    with pytest.raises(CheckpointError, match="32 positions in the file, an image of 64 has 4x4"):
+        load_checkpoint(build(96), tmp_path / "official.pth", img_size=64)
+    for size in ((96, 96), (128, 64)):
+        new = load_checkpoint(build(size), tmp_path / "official.pth", img_size=(64, 128))
+        x = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            assert torch.allclose(new(x), old(x), atol=1e-5)
+
+
 def test_averages_and_wrappers(model, tmp_path):
     state, other = model.state_dict(), {key: torch.zeros_like(value) for key, value in model.state_dict().items()}
     average = torch.optim.swa_utils.AveragedModel(model).state_dict()

@@ -4,13 +4,12 @@
 states its architecture and its checkpoint filter; what timm and OpenMMLab expect of any backbone is here.
 """
 
-import inspect
 import re
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from math import isqrt, prod
-from typing import Callable, Iterable, Mapping, Sequence, get_args
+from typing import Callable, Mapping, Sequence
 
 import timm
 import torch
@@ -93,19 +92,9 @@ def _timm_cfg(entry: zoo.Entry) -> dict:
 
 def _through_timm(entry: zoo.Entry, pretrained: bool, **args) -> nn.Module:
     """Builds as `timm.create_model` does. It takes None for "not given": where None is a value, it goes as a word."""
-    optional = _optional(entry.cls)
+    optional = zoo.optional_arguments(entry.cls)
     args = {k: "none" if v is None and k in optional else v for k, v in args.items()}
     return timm.create_model(entry.full_name, pretrained, **args)
-
-
-def _optional(cls: type) -> set[str]:
-    """The arguments of a class, and of those it extends, for which None is a value."""
-    parameters = {p.name: p for base in reversed(cls.__mro__) for p in _parameters(base)}
-    return {name for name, p in parameters.items() if type(None) in get_args(p.annotation)}
-
-
-def _parameters(cls: type) -> Iterable[inspect.Parameter]:
-    return inspect.signature(cls.__init__).parameters.values() if "__init__" in vars(cls) else ()
 
 
 def _entry(name: str, pretrained_cfg) -> zoo.Entry:
@@ -119,9 +108,7 @@ def _entry(name: str, pretrained_cfg) -> zoo.Entry:
 
 
 def architecture(name: str, **kwargs) -> tuple[type["Backbone"], dict]:
-    """The class behind a registered backbone and the arguments it is built with, `kwargs` over the name's own.
-
-    The word "none" stands for None where None is a value: timm drops arguments that are None.
+    """The class behind a registered backbone and the arguments it is built with (`zoo.Entry.arguments`).
 
     Raises:
         InputError: there is no such backbone.
@@ -129,9 +116,7 @@ def architecture(name: str, **kwargs) -> tuple[type["Backbone"], dict]:
     entry = zoo.find(name)
     if not issubclass(entry.cls, Backbone):
         raise InputError(f"{name} is a whole model for {entry.task}, not a backbone")
-    optional = _optional(entry.cls)
-    kwargs = {k: None if v == "none" and k in optional else v for k, v in kwargs.items()}
-    return entry.cls, {**entry.args, **kwargs}
+    return entry.cls, entry.arguments(kwargs)
 
 
 def create_backbone(name: str, pretrained: bool = False, **kwargs) -> nn.Module:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from timm.layers import calculate_drop_path_rates, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
+from .. import zoo
 from ..checkpoint import rename, strip_prefix
 from ..errors import InputError, known
 from ..layers.blocks import Block
@@ -25,7 +26,7 @@ from ..layers.mamba import MambaMixer, stack_routes
 from ..layers.norm import RMSNorm, at_least_float32
 from ..layers.pos_embed import resample_frames, sinusoid_table
 from ..layers.tracing import opaque
-from .contract import PlainBackbone, check_images, register
+from .contract import IMAGENET, PlainBackbone, check_images, register
 
 __all__ = ["VideoMamba", "VideoMambaDistilled", "VideoMambaPretrain"]
 
@@ -393,6 +394,8 @@ register(
     },
 )
 
+AS_EVALUATED = {"crop_pct": 1.0, "interpolation": "bilinear"}  # crops as high as the short side
+
 # Of each data set: its classes, and the (frames, side) of the published files, in the order of the results below.
 VIDEO_SETS = {
     "k400": ("Kinetics-400", 400, ((8, 224), (16, 224), (32, 224), (64, 224), (64, 384))),
@@ -426,7 +429,7 @@ def _video_weights(letter: str, results: dict[str, Sequence[float]]) -> dict:
 register(
     VideoMamba,
     **PUBLISHED,
-    preprocess={"crop_pct": 1.0, "interpolation": "bilinear"},  # as published: crops as high as the short side
+    preprocess=AS_EVALUATED,
     models={
         "videomamba_video_tiny_patch16_224": {
             "args": WIDTHS["tiny"],
@@ -463,3 +466,41 @@ register(
         },
     },
 )  # fmt: skip
+
+PRETRAINED = {**PUBLISHED, "inputs": ((3, 8, 224, 224),), "preprocess": {**IMAGENET, **AS_EVALUATED}}
+
+# The students of masked pretraining against CLIP's tokens, with their decoder.
+zoo.register(
+    VideoMambaPretrain,
+    {
+        "videomamba_pretrain_middle_patch16_224": {
+            "args": WIDTHS["middle"],
+            "weights": {
+                "k400_f8": {"file": "videomamba_m16_k400_mask_pt_f8_res224.pth", "data": "Kinetics-400"},
+                "ssv2_f8": {"file": "videomamba_m16_ssv2_mask_pt_f8_res224.pth", "data": "Something-Something V2"},
+            },
+        },
+    },
+    **PRETRAINED,
+    task="pretraining",
+)
+
+# The visual encoders of the video-text models; results are zero-shot text-to-video retrieval.
+zoo.register(
+    VideoMambaPretrain,
+    {
+        "videomamba_text_middle_patch16_224": {
+            "args": {**WIDTHS["middle"], "normalize": False, "pool_type": "cls+avg"},
+            "weights": {
+                f"{pairs}m_f8": {
+                    "file": f"videomamba_m16_{pairs}M_f8_res224.pth",
+                    "data": f"{pairs} M video-text pairs",
+                    "metrics": {"MSRVTT R@1": recall},
+                }
+                for pairs, recall in ((5, 32.0), (17, 34.7), (25, 35.6))
+            },
+        },
+    },
+    **PRETRAINED,
+    task="video-text",
+)
