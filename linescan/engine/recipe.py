@@ -155,8 +155,8 @@ class Recipe(_Options):
     task: ClassVar[str]
     """The task's name on the command line."""
 
-    implementation: ClassVar[str]
-    """Where the task is, as "package.module:Class"."""
+    implementation: ClassVar[str | type]
+    """The task's class, or where it is, as "package.module:Class"."""
 
     examples: ClassVar[tuple[str, ...]] = ()
     """Command lines, for `--help`."""
@@ -242,6 +242,8 @@ class Recipe(_Options):
 
     def load(self) -> type:
         """The class of the task."""
+        if not isinstance(self.implementation, str):
+            return self.implementation
         module, _, name = self.implementation.partition(":")
         return getattr(import_module(module), name)
 
