@@ -8,7 +8,8 @@ from typing import Sequence
 import numpy as np
 from PIL import Image
 
-from ..errors import InputError
+from ..errors import BrokenImage, InputError
+from ..media.arrays import read_array
 from ..media.find import find_images, find_videos
 from ..media.images import read_image
 from ..media.pixels import to_mode
@@ -37,8 +38,23 @@ class ImageSet(ABC):
         return len(self.names)
 
     @abstractmethod
-    def image(self, index: int, channels: int) -> Image.Image:
-        """Image `index` with this many channels. Raises BrokenImage if it cannot be read."""
+    def image(self, index: int, channels: int, size: tuple[int, int] | None = None) -> Image.Image:
+        """Image `index` with 1, 3 or 4 channels; reduced as it is read, if (height, width) `size` will be made of it.
+
+        Raises:
+            BrokenImage: it cannot be read.
+        """
+
+    def bands(self, index: int, channels: int) -> np.ndarray:
+        """Image `index` of any number of channels, (H, W, channels), in its own type.
+
+        Raises:
+            BrokenImage: it cannot be read, or has other channels.
+        """
+        bands, _ = read_array(self.names[index])
+        if bands.shape[-1] != channels:
+            raise BrokenImage(f"{self.names[index]}: {bands.shape[-1]} channels; the model expects {channels}")
+        return bands
 
 
 class Digits(ImageSet):
@@ -62,7 +78,7 @@ class Digits(ImageSet):
         self.labels = data.target[chosen].tolist()
         self.names = [f"digit {i}" for i in chosen]
 
-    def image(self, index, channels):
+    def image(self, index, channels, size=None):
         return to_mode(Image.fromarray(self.pixels[index]), channels)
 
 
@@ -86,8 +102,8 @@ class Files(ImageSet):
             self.labels = [0] * len(files)
         self.names = [str(path) for path in files]
 
-    def image(self, index, channels):
-        return read_image(self.names[index], channels)
+    def image(self, index, channels, size=None):
+        return read_image(self.names[index], channels, size)
 
 
 class Folder(ImageSet):
@@ -121,8 +137,8 @@ class Folder(ImageSet):
         self.names = [str(path) for path, _ in files]
         self.labels = [label for _, label in files]
 
-    def image(self, index, channels):
-        return read_image(self.names[index], channels)
+    def image(self, index, channels, size=None):
+        return read_image(self.names[index], channels, size)
 
 
 def _find(folder: Path, videos: bool) -> list[Path]:

@@ -8,7 +8,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..media.preprocess import Preprocess
+from ..media.preprocess import Preprocess, Transform
 from ..media.video import Clips, Views, open_video, random_segments
 from .data import seed_all
 from .image_sets import ImageSet
@@ -44,13 +44,27 @@ class Samples(Dataset):
 
 
 class ReadImage:
-    """An image, (C, H, W)."""
+    """An image, (C, H, W). In training, one is read large enough for the smallest crop."""
 
-    def __init__(self, preprocess: Preprocess, transform: Callable):
+    def __init__(self, preprocess: Preprocess, transform: Transform, training: bool):
+        self.channels, self.transform = preprocess.channels, transform
+        self.size = tuple(4 * side if training else side for side in preprocess.resized)
+
+    def __call__(self, images: ImageSet, index: int) -> Tensor:
+        return self.transform(images.image(index, self.channels, self.size))
+
+
+class ReadBands:
+    """An image of other channels than Pillow knows, (C, H, W): integers are scaled to 0..1 by their type."""
+
+    def __init__(self, preprocess: Preprocess, transform: Transform):
         self.channels, self.transform = preprocess.channels, transform
 
     def __call__(self, images: ImageSet, index: int) -> Tensor:
-        return self.transform(images.image(index, self.channels))
+        bands = images.bands(index, self.channels)
+        scale = np.iinfo(bands.dtype).max if bands.dtype.kind in "iu" else 1
+        tensor = torch.from_numpy(np.ascontiguousarray(bands.astype(np.float32) / scale))
+        return self.transform.steps(tensor.movedim(-1, 0))
 
 
 class ViewsOfClip:
@@ -113,7 +127,10 @@ def reader(
         views: of each video in evaluation.
     """
     if not frames:
-        return ReadImage(preprocess, preprocess.transform(augment, erasing, flip))
+        transform = preprocess.transform(augment, erasing, flip)
+        if preprocess.channels not in (1, 3, 4):
+            return ReadBands(preprocess, transform)
+        return ReadImage(preprocess, transform, training=augment is not None)
     if augment is None:
         return ViewsOfClip(frames, preprocess, views)
     return AugmentedClip(frames, preprocess, preprocess.transform(augment, flip=flip), erasing)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..backbones.vision_rwkv import VisionRWKV
-from ..layers.pos_embed import resample_pos_embed
 from ..layers.rwkv import QuadShift
 
 __all__ = ["MaskedAutoencoder", "PreviousShift", "patches_of"]
@@ -38,11 +37,11 @@ def patches_of(images: Tensor, size: int) -> Tensor:
 
 
 def sinusoid_2d(grid: tuple[int, int], dim: int) -> Tensor:
-    """Fixed positions (1, H * W, dim): the first half of the channels by column, the second by row, sines first."""
+    """Fixed positions (1, H, W, dim): the first half of the channels by column, the second by row, sines first."""
     frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
-    angles = [place.reshape(-1, 1) * frequencies for place in (columns, rows)]
-    return torch.cat([table for angle in angles for table in (angle.sin(), angle.cos())], 1)[None].float()
+    angles = [place[..., None] * frequencies for place in (columns, rows)]
+    return torch.cat([table for angle in angles for table in (angle.sin(), angle.cos())], -1)[None].float()
 
 
 class MaskedAutoencoder(nn.Module):
@@ -88,10 +87,6 @@ class MaskedAutoencoder(nn.Module):
         """Positions and the mask token."""
         return {"encoder.pos_embed", "decoder.pos_embed", "mask_token"}
 
-    def positions(self, trunk: VisionRWKV, grid: tuple[int, int]) -> Tensor:
-        """The position embedding on a grid, (1, H * W, dim)."""
-        return resample_pos_embed(trunk.pos_embed, trunk.native_grid, grid)
-
     def forward(self, images: Tensor, order: Tensor, visible: int) -> Tensor:
         """The patches that the decoder restores, (B, N, patch_size ** 2 * C), row-major.
 
@@ -102,15 +97,15 @@ class MaskedAutoencoder(nn.Module):
             visible: how many patches are seen.
         """
         tokens, grid, _ = self.encoder.embed(images)
-        tokens = tokens + self.positions(self.encoder, grid)  # once more: `embed` has added it already
+        tokens = tokens + self.encoder.positions(grid).flatten(1, 2)  # once more: `embed` has added it already
         seen = order[:, :visible, None]
         tokens = tokens.gather(1, seen.expand(-1, -1, tokens.shape[2]))
         for block in self.encoder.blocks:
-            tokens = self.encoder.run(block, tokens, grid)
+            tokens = self.encoder.run_unit(block, tokens, (grid,))
         tokens = self.enter(self.encoder.norm(tokens))
         hidden = self.mask_token.to(tokens.dtype).expand(len(tokens), order.shape[1], -1)
         tokens = hidden.scatter(1, seen.expand(-1, -1, tokens.shape[2]), tokens)
-        tokens = tokens + self.positions(self.decoder, grid)
+        tokens = tokens + self.decoder.positions(grid).flatten(1, 2)
         for block in self.decoder.blocks:
-            tokens = self.decoder.run(block, tokens, grid)
+            tokens = self.decoder.run_unit(block, tokens, (grid,))
         return self.predict(self.decoder.norm(tokens))

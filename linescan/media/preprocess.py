@@ -84,6 +84,8 @@ class Preprocess:
             "light": dict(scale=(0.7, 1.0), ratio=(0.85, 1.18), hflip=0.0, color_jitter=0.0),
             "standard": dict(),
         }
+        if augment == "standard" and self.channels not in (1, 3, 4):
+            raise InputError(f"--augment standard changes colours, of which {self.channels} channels are none")
         if augment not in strength and self.channels != 3:
             raise InputError(f"--augment {augment} is for RGB images; here: {', '.join(strength)}")
         try:

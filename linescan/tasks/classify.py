@@ -317,7 +317,7 @@ def default_augment(data: str, channels: int, frames: int) -> str:
     if data == "digits":
         return "light"
     if channels != 3:
-        return "standard"
+        return "standard" if channels in (1, 4) else "crop"
     return "rand-m5-n2-mstd0.5-inc1" if frames else "rand-m9-mstd0.5-inc1"
 
 

@@ -69,7 +69,7 @@ class ClassificationRecipe(_Mirrored):
     smoothing: float = option(0.1, "Label smoothing.", LOSS, SHARE)
     augment: str | None = option(
         None, "none, light, standard, or a policy of timm; default: light for the digits, rand-m9-mstd0.5-inc1 for RGB "
-        "images, rand-m5-n2-mstd0.5-inc1 for videos, else standard.", AUGMENT,
+        "images, rand-m5-n2-mstd0.5-inc1 for videos, standard for grey ones and RGBA, else crop.", AUGMENT,
     )  # fmt: skip
     erasing: float = option(0.0, "How often a rectangle is erased.", AUGMENT, UNIT)
     mixup: float = option(0.0, "Strength of mixup; 0: none.", AUGMENT, NATURAL)

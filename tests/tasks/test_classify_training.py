@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from linescan.engine import samples
 from linescan.engine.cards import ModelCard, read_card, restore
@@ -133,7 +134,45 @@ def test_defaults_of_augmentation():
     assert default_augment("folder", 3, 0).startswith("rand-m9") and default_augment("folder", 3, 8).startswith(
         "rand-m5"
     )
-    assert default_augment("folder", 1, 0) == default_augment("folder", 13, 0) == "standard"
+    assert default_augment("folder", 1, 0) == default_augment("folder", 4, 0) == "standard"
+    assert default_augment("folder", 13, 0) == default_augment("folder", 2, 8) == "crop"
+
+
+def test_images_of_any_number_of_channels(tmp_path, capsys):
+    """Grey with a second channel, in files; a model of two channels is trained without an augmentation being named."""
+    dice = np.random.default_rng(0)
+    for label, name in enumerate(("a", "b")):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(6):
+            pixels = dice.integers(0, 100, (20, 20, 2)).astype(np.uint8)
+            pixels[..., label] += 100
+            Image.fromarray(pixels, "LA").save(tmp_path / "data" / name / f"{i}.png")
+    Image.new("RGB", (20, 20)).save(tmp_path / "data" / "a" / "colours.png")
+    args = dict(img_size=16, patch_size=8, depth=1, embed_dim=24, num_heads=2, in_chans=2)
+    recipe = ClassificationRecipe(
+        str(tmp_path / "data"), model="vit_tiny_patch16_224", model_args=args, epochs=8, batch=4, lr=5e-3, warmup=1,
+        holdout=0.3, evaluate_every=8,
+    )  # fmt: skip
+    training = Training(recipe, tmp_path / "run", ALONE)
+    read = training.task.evaluator.data[0]["input"]
+    assert read.shape == (2, 16, 16) and read.mean(dim=(1, 2)).diff().abs() > 0.5
+    assert training.run()["top1"] == 100
+    assert "colours.png: 3 channels; the model expects 2" in capsys.readouterr().err
+    with pytest.raises(InputError, match="--augment standard changes colours, of which 2 channels are none"):
+        Training(ClassificationRecipe(str(tmp_path / "data"), model=recipe.model, model_args=args, augment="standard"),
+                 tmp_path / "other", ALONE)  # fmt: skip
+
+
+def test_thirteen_bands_of_any_type():
+    class Bands:
+        def bands(self, index, channels):
+            return np.full((30, 40, channels), (2**16 - 1) // 2, np.uint16) if index else np.full((9, 9, 13), 0.5)
+
+    preprocess = Preprocess((13, 16, 16), (0.5,) * 13, (0.25,) * 13)
+    for augment in (None, "crop", "light", "none"):
+        for index in (0, 1):
+            tensor = reader(preprocess, augment=augment)(Bands(), index)
+            assert tensor.shape == (13, 16, 16) and tensor.dtype == torch.float32 and tensor.abs().max() < 1e-4
 
 
 def test_models_and_data_that_do_not_fit(clips, pictures, tmp_path):
