@@ -4,6 +4,7 @@
     python tools/benchmark.py scan          the selective scan on the CPU
     python tools/benchmark.py recurrences   the other recurrences: chunked torch against their sequential loops
     python tools/benchmark.py models        whole models against timm's (`linescan benchmark` with its defaults)
+    python tools/benchmark.py memory        what stays in memory after images of changing sizes
 
 Peers run as their authors publish them: installed packages where there is one, else the published algorithm written
 again from its description, each in its own memory layout. Numbers are medians over many runs on one thread, in CPU time
@@ -14,6 +15,7 @@ disturbances. Several threads are timed by the wall clock, the best of turns.
 import json
 import os
 import platform
+import subprocess
 import sys
 import time
 from datetime import datetime
@@ -507,6 +509,49 @@ def models(out: Out = Path("runs/benchmark")):
 
     names = ["vim_tiny_patch16_224", "--against", "deit_tiny_patch16_224", "--sizes", "224,512,1024"]
     command(["benchmark", *names, "--out", str(out / "models")], standalone_mode=False)
+
+
+# -- memory at changing sizes -----------------------------------------------------------------------------------------
+
+GROW = """
+import random, sys, timm, linescan
+from linescan.engine.benchmark import growth
+random.seed(0)
+sizes = [(32 * random.randrange(3, 15), 32 * random.randrange(3, 15)) for _ in range(int(sys.argv[2]))]
+print(growth(timm.create_model(sys.argv[1]).eval(), [(448, 448)] * 2 + sizes))
+"""
+
+
+@app.command()
+def memory(
+    models: Annotated[list[str], typer.Argument(help="timm names.")] = (
+        "vmamba_tiny_s1l8", "vim_tiny_patch16_224", "convnext_tiny", "convnext_atto",
+    ),
+    forwards: Annotated[int, typer.Option(min=2, help="Images, of random sizes between 96 and 448 pixels.")] = 300,
+    out: Out = Path("runs/benchmark"),
+):  # fmt: skip
+    """What a process holds after images of changing sizes, with torch's caches of kernels as linescan bounds them."""
+    rows = []
+    for name in models:
+        row = {"model": name}
+        for entries in ("256", "1024"):
+            caches = {"LRU_CACHE_CAPACITY": entries, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": entries}
+            done = subprocess.run(
+                [sys.executable, "-c", GROW, name, str(forwards)], env={**os.environ, **caches, "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE, text=True, check=True,
+            )  # fmt: skip
+            row[entries] = float(done.stdout)
+        rows.append(row)
+        console.print(f"{name}: {row['256']:.0f} MB more, {row['1024']:.0f} with torch's own bounds")
+
+    def draw(axes) -> None:
+        for shift, entries, label in ((-0.2, "256", "256 kernels"), (0.2, "1024", "1024, torch's default")):
+            axes.barh([i + shift for i in range(len(rows))], [row[entries] for row in rows], 0.4, label=label)
+        axes.set_yticks(range(len(rows)), [row["model"] for row in rows])
+        axes.set_xlabel(f"MB held after {forwards} images of changing sizes")
+        axes.legend()
+
+    save(out, "memory", {"machine": machine(), "unit": "MB", "forwards": forwards, "rows": rows}, draw)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from ..errors import InputError
 from .cards import build
 from .scores import precision
 
-__all__ = ["Measurement", "benchmark", "crossover", "draw", "write_report"]
+__all__ = ["Measurement", "benchmark", "crossover", "draw", "growth", "write_report"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,26 @@ def _peak_memory(run: Callable, device: torch.device) -> float | None:
     before = kilobytes("VmRSS:")
     run()
     return max(0, kilobytes("VmHWM:") - before) / 1024
+
+
+def growth(model: nn.Module, sizes: Sequence[tuple[int, int]]) -> float | None:
+    """Megabytes that the C library holds for a model after forwards at these sizes, beyond those after the first two.
+
+    What is free but not returned to the system is not counted; None where the C library does not tell.
+    """
+    c = ctypes.CDLL(None)
+    if not hasattr(c, "mallinfo2"):
+        return None
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    c.mallinfo2.restype = type("mallinfo2", (ctypes.Structure,), {"_fields_": [(n, ctypes.c_size_t) for n in names]})
+    held = []
+    with torch.inference_mode():
+        for i, (height, width) in enumerate(sizes):
+            model(torch.zeros(1, 3, height, width))
+            if i in (1, len(sizes) - 1):
+                gc.collect()
+                held.append(c.mallinfo2().uordblks)
+    return (held[-1] - held[0]) / 2**20
 
 
 def _measure(name: str, size: int, batch: int, device: torch.device, dtype, train: bool, budget: float) -> Measurement:

@@ -276,7 +276,7 @@ class Training:
         return self.task.product(self.weights), replace(self.task.card(), trained=trained)
 
     def save(self) -> None:
-        """Writes state.pt. Its entry `model` is the weights for use, as in model.safetensors."""
+        """Writes state.pt, which is a checkpoint as well: it has the weights for use, and their card."""
         self._check(self.processes.sum(self.losses.clone()).tolist())
         if not self.processes.first:
             return

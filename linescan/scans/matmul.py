@@ -5,6 +5,7 @@ torch carries for its convolutions, does so on all of them: half the time on AMD
 `linear` takes it in eager mode; where a call is traced or transformed it is `torch.nn.functional.linear`.
 """
 
+import os
 import platform
 
 import torch
@@ -15,6 +16,12 @@ from .._compat import linear_pointwise
 from .recurrence import is_plain
 
 __all__ = ["linear", "project_routes", "project_routes_backward"]
+
+# torch keeps a compiled kernel for every shape that oneDNN has multiplied, in two caches of 1,024 each: hundreds of MB
+# after images of changing sizes. 256 have room for several sizes: a training step of our models has 10 to 70 shapes.
+# torch reads these variables at its first product; a value that is set already stands.
+for _cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+    os.environ.setdefault(_cache, "256")
 
 # Elsewhere torch takes the best library by itself.
 _through_onednn = linear_pointwise() if platform.machine().lower() in ("x86_64", "amd64") else None
