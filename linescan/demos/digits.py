@@ -50,22 +50,22 @@ def demo(out: str | Path = "runs/demo", recipe: Recipe = RECIPE) -> float:
         torch.set_num_threads(threads)
     seconds = time.monotonic() - started
 
-    # From here on, what any user does: read the file, classify pictures.
+    # From here on, what any user does: read the file, classify images.
     classifier = Classifier(checkpoint=out / "model.safetensors", device="cpu")
     held_out = Digits(held_out=True)
-    pictures = [held_out.image(i, channels=1) for i in range(len(held_out))]
-    probabilities = classifier.probabilities(pictures)
+    images = [held_out.image(i, channels=1) for i in range(len(held_out))]
+    probabilities = classifier.probabilities(images)
     truth = torch.tensor(held_out.labels)
     accuracy = 100 * (probabilities.argmax(1) == truth).double().mean().item()
     (out / "images").mkdir(exist_ok=True)
     for i in range(12):
-        pictures[i].save(out / "images" / f"{i:02}_is_{held_out.labels[i]}.png")
-    _draw(out, classifier, pictures, probabilities, truth, accuracy)
+        images[i].save(out / "images" / f"{i:02}_is_{held_out.labels[i]}.png")
+    _draw(out, classifier, images, probabilities, truth, accuracy)
 
     say()
     say(
         (f"{accuracy:.2f} %", "bold green"),
-        f" of {len(pictures)} held-out digits right after {seconds:.0f} s of training.",
+        f" of {len(images)} held-out digits right after {seconds:.0f} s of training.",
     )
     tell_files(
         out,
@@ -87,7 +87,7 @@ def demo(out: str | Path = "runs/demo", recipe: Recipe = RECIPE) -> float:
     return accuracy
 
 
-def _draw(out: Path, classifier: Classifier, pictures: list, probabilities, truth, accuracy: float) -> None:
+def _draw(out: Path, classifier: Classifier, images: list, probabilities, truth, accuracy: float) -> None:
     """One page: digits and guesses, the curves, the routes."""
     from matplotlib.figure import Figure
 
@@ -97,16 +97,16 @@ def _draw(out: Path, classifier: Classifier, pictures: list, probabilities, trut
         part.set_facecolor(_PAPER)
     figure.text(0.03, 0.955, "A Vim reads handwritten digits", fontsize=17, weight="bold", color=_INK)
     count = sum(p.numel() for p in classifier.model.parameters())
-    said = f"{count:,} parameters; {accuracy:.1f} % of {len(pictures)} digits that it has not learned from are right"
+    said = f"{count:,} parameters; {accuracy:.1f} % of {len(images)} held-out digits are right"
     figure.text(0.03, 0.925, said + "; its worst mistakes come last", color=_GREY)
-    _draw_digits(top, classifier, pictures, probabilities, truth)
+    _draw_digits(top, classifier, images, probabilities, truth)
     left, right = bottom.subfigures(1, 2, width_ratios=(1, 1))
     _draw_curves(left, read_metrics(out / "metrics.csv"))
-    _draw_routes(right, classifier, pictures[truth.tolist().index(3)])
+    _draw_routes(right, classifier, images[truth.tolist().index(3)])
     figure.savefig(out / "demo.png")
 
 
-def _draw_digits(figure, classifier: Classifier, pictures: list, probabilities, truth) -> None:
+def _draw_digits(figure, classifier: Classifier, images: list, probabilities, truth) -> None:
     """Held-out digits and what they are taken for: one of each, some more, and the surest mistakes."""
     guess = probabilities.argmax(1)
     right = (guess == truth).nonzero()[:, 0].tolist()
@@ -120,7 +120,7 @@ def _draw_digits(figure, classifier: Classifier, pictures: list, probabilities, 
         best, second = classifier.name(probabilities[i : i + 1], topk=2)[0]
         good = best.index == truth[i]
         colour = _GOOD if good else _BAD
-        axis.imshow(np.asarray(pictures[i]), cmap="gray_r", interpolation="nearest")
+        axis.imshow(np.asarray(images[i]), cmap="gray_r", interpolation="nearest")
         axis.set_xticks([])
         axis.set_yticks([])
         for spine in axis.spines.values():
@@ -137,9 +137,9 @@ def _draw_curves(figure, metrics: list[dict]) -> None:
     loss, accuracy = figure.subplots(1, 2)
     figure.subplots_adjust(0.08, 0.13, 0.98, 0.86, wspace=0.25)
     per_epoch = max(row["step"] for row in metrics) / max(row["epoch"] for row in metrics)
-    learned = [(row["step"] / per_epoch, row["loss"]) for row in metrics if "loss" in row]
+    trained = [(row["step"] / per_epoch, row["loss"]) for row in metrics if "loss" in row]
     judged = [(row["step"] / per_epoch, row["val_loss"], row["val_top1"]) for row in metrics if "val_top1" in row]
-    loss.plot(*zip(*learned), color=_GREY, linewidth=1, label="learning (smoothed labels)")
+    loss.plot(*zip(*trained), color=_GREY, linewidth=1, label="training (smoothed labels)")
     loss.plot(*list(zip(*judged))[:2], color=_GOOD, linewidth=2, marker="o", markersize=3, label="held out")
     loss.set_title("loss", loc="left", color=_INK, weight="bold")
     loss.set_ylim(bottom=0)
@@ -160,7 +160,7 @@ def _draw_curves(figure, metrics: list[dict]) -> None:
         axis.spines[["left", "bottom"]].set_color("#d5dae1")
 
 
-def _draw_routes(figure, classifier: Classifier, picture) -> None:
+def _draw_routes(figure, classifier: Classifier, image) -> None:
     """The orders in which the model reads a digit's patches, the class token between them."""
     from io import BytesIO
 
@@ -169,7 +169,7 @@ def _draw_routes(figure, classifier: Classifier, picture) -> None:
     from linescan.scans.routes.draw import draw_routes
 
     preprocess: Preprocess = classifier.card.preprocess
-    seen = classifier.tensor(picture) * torch.tensor(preprocess.std)[:, None, None]
+    seen = classifier.tensor(image) * torch.tensor(preprocess.std)[:, None, None]
     seen = (seen + torch.tensor(preprocess.mean)[:, None, None]).clamp(0, 1)[0]
     model = classifier.model
     page = BytesIO()

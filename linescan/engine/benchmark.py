@@ -151,11 +151,11 @@ def benchmark(
     Args:
         models: timm names, linescan's or any other.
         sizes: sides of square images.
-        batch: images in a pass.
+        batch: images per pass.
         device, dtype: where, and under which autocast.
         train: forward and backward, instead of a forward without gradients.
         threads: of the CPU.
-        budget: about so many seconds a measurement.
+        budget: about this many seconds per measurement.
         progress: called after each measurement, and with `description=` before.
 
     Raises:
@@ -194,7 +194,7 @@ def crossover(results: Sequence[Measurement], model: str, against: str) -> float
 
 
 def draw(results: Sequence[Measurement], against: str | None, path: str | Path) -> None:
-    """A picture of time and memory against resolution, the crossovers marked."""
+    """A plot of time and memory against resolution, the crossovers marked."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -214,7 +214,7 @@ def draw(results: Sequence[Measurement], against: str | None, path: str | Path) 
             axes[0].axvline(cross, color=style["color"], linewidth=0.8, linestyle=":")
             axes[0].annotate(f"{cross:.0f} px", (cross, 0.02), xycoords=("data", "axes fraction"), rotation=90,
                              color=style["color"], ha="right")  # fmt: skip
-    for axis, label in zip(axes, ("milliseconds a pass", "MB at the peak, beside weights")):
+    for axis, label in zip(axes, ("milliseconds per pass", "MB at the peak, beside weights")):
         axis.set(xscale="log", yscale="log", xlabel="side of the image in pixels", ylabel=label)
         ticks = sorted({r.size for r in results})
         axis.set_xticks(ticks, [str(t) for t in ticks])

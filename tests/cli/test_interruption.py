@@ -52,7 +52,7 @@ main()
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The folder with the pictures and a run that nothing has disturbed."""
+    """The folder with the images and a run that nothing has disturbed."""
     folder = tmp_path_factory.mktemp("interruption")
     write_pictures(folder / "pictures")
     finish(folder, RECIPE, "whole")
@@ -138,7 +138,7 @@ def test_two_processes_agree_with_each_other_and_with_one(tmp_path):
     said = json.loads(done.stdout)
     assert said["equal"] and said["seen"][0] == said["seen"][1] and said["seen"][0][1] == 18
 
-    # The command, alone: one process with twice the batch sees the same pictures in the same steps.
+    # The command, alone: one process with twice the batch sees the same images in the same steps.
     one = subprocess.run(
         command(*"train -d digits -e 1 -b 80 --ema 0.9 --log-every 1 -o".split(), tmp_path / "one", *SMALL),
         env=ENVIRONMENT, capture_output=True, text=True, timeout=300,

@@ -1,6 +1,8 @@
 """Measuring models side by side, and reading a search: the library part and the commands."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -10,6 +12,8 @@ from linescan.backbones.localmamba import searched_directions
 from linescan.cli import app
 from linescan.engine.benchmark import Measurement, benchmark, crossover
 from linescan.errors import InputError
+
+from ..conftest import ENVIRONMENT
 
 
 def timed(model, *milliseconds):
@@ -93,3 +97,31 @@ def test_directions_of_a_searched_model(tmp_path, capsys):
             ["directions", str(tmp_path / "other.pth"), "-m", "scan_tiny", "--model-arg", "depth=1"],
             standalone_mode=False,
         )
+
+
+GROWTH = """
+import os, sys
+if sys.argv[1:]:
+    os.environ |= dict.fromkeys(("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"), sys.argv[1])
+import linescan, timm
+from linescan.engine.benchmark import growth
+model = timm.create_model("vmamba_tiny_s1l8", depths=(1, 1, 1, 1)).eval()
+print(growth(model, [(32 * h, 32 * w) for h in range(3, 9) for w in range(3, 11)]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks glibc")
+def test_memory_is_bounded_at_changing_sizes():
+    """torch's caches of compiled products hold a few sizes, not all that there have been."""
+    environment = {k: v for k, v in ENVIRONMENT.items() if "CACHE_CAPACITY" not in k}
+
+    def held(*entries) -> float:
+        done = subprocess.run(
+            [sys.executable, "-c", GROWTH, *entries], env=environment, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, done.stderr
+        return float(done.stdout)
+
+    bounded, default = held(), held("1024")
+    assert bounded < 100 and bounded < 0.7 * default

@@ -72,7 +72,7 @@ def test_frames_of_a_clip_are_one_per_segment_in_order():
 
 
 def test_a_clip_is_augmented_alike_in_all_its_frames(clips):
-    """Of frames that are all the same picture, every augmentation makes frames that are all the same picture."""
+    """Of frames that are all alike, every augmentation makes frames that are alike."""
     preprocess = Preprocess((3, 24, 24), (0.5,) * 3, (0.5,) * 3, "bilinear")
     video = next(name for name in task(clips).data.images.names if not name.endswith(".avi"))
 
