@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Callable, Optional, Sequence, get_args, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 from linescan import __version__
 from linescan.engine.recipe import flag
@@ -47,21 +48,75 @@ def epilog_of(examples: Sequence[str]) -> str:
     return "\n\n".join(["Examples:", *(f"  [cyan]{line}[/]" for line in examples)])
 
 
+def guarded(function: Callable) -> Callable:
+    """The function, with one line for an output that is closed too early."""
+
+    @wraps(function)
+    def run(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except BrokenPipeError:  # the parser would end the process without a word
+            raise InputError("standard output was closed before all was written") from None
+
+    return run
+
+
 def command(*examples: str, name: str | None = None) -> Callable:
     """Makes a function a command of `linescan`, with `examples` below its help."""
 
     def register(function: Callable) -> Callable:
-        @wraps(function)
-        def run(*args, **kwargs):
-            try:
-                return function(*args, **kwargs)
-            except BrokenPipeError:  # the parser would end the process without a word
-                raise InputError("standard output was closed before all was written") from None
-
-        app.command(name, epilog=epilog_of(examples))(run)
+        app.command(name, epilog=epilog_of(examples))(guarded(function))
         return function
 
     return register
+
+
+def command_by_task(name: str, tasks: Sequence[str], make: Callable[[str], TyperCommand], about: str) -> None:
+    """A command whose options depend on the `--task` among its arguments.
+
+    Args:
+        name: of the command.
+        tasks: that there are; the first is meant where none is named.
+        make: task -> the command with its options, as `made_command` gives it.
+        about: one line for the list of commands.
+    """
+
+    class ByTask(TyperCommand):
+        def make_context(self, info_name, args, parent=None, **extra):
+            task = tasks[0]
+            for i, arg in enumerate(args):
+                if arg == "--task" and i + 1 < len(args):
+                    task = args[i + 1]
+                elif arg.startswith("--task="):
+                    task = arg.partition("=")[2]
+            if task not in tasks:
+                raise InputError(f"--task must be one of {', '.join(tasks)}, not {task!r}")
+            return make(task).make_context(info_name, args, parent, **extra)
+
+    app.command(name, cls=ByTask, help=about)(lambda: None)
+
+
+def made_command(name: str, function: Callable, parameters: Sequence[inspect.Parameter], about: str, examples):
+    """The command of a function whose parameters are made; `about` is its help, in paragraphs."""
+
+    @guarded
+    def run(**options):
+        return function(**options)
+
+    run.__doc__ = "\n\n".join(" ".join(paragraph.split()) for paragraph in inspect.cleandoc(about).split("\n\n"))
+    run.__signature__ = inspect.Signature(parameters)
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    single = typer.Typer(
+        add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
+        context_settings=app.info.context_settings,
+    )  # fmt: skip
+    single.command(name, epilog=epilog_of(examples))(run)
+    return typer.main.get_command(single)
+
+
+def parameter(name: str, annotation: Any, default: Any = None) -> inspect.Parameter:
+    """A parameter of a made command."""
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 # -- options ----------------------------------------------------------------------------------------------------------
@@ -83,13 +138,6 @@ Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, ...; def
 Batch = Annotated[int, typer.Option("--batch", "-b", min=1, help="Images (or frames) in one forward pass.")]
 Workers = Annotated[
     Optional[int], typer.Option(min=0, help="Processes that load images; default: 4 for files, none for the digits.")
-]
-VideoViews = Annotated[
-    Optional[str],
-    typer.Option(
-        metavar="CLIPSxCROPS",
-        help="Test-time views of each video, as in 4x3: four clips, three crops of each. Default: 1x1.",
-    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -129,10 +177,17 @@ def model_args(pairs: list[str] | None, option: str = "--model-arg") -> dict:
     return args
 
 
-def parameters_of(recipe: type) -> list[inspect.Parameter]:
-    """The fields of a recipe (see `linescan.engine.recipe.option`) as parameters of a command."""
+def parameters_of(recipe: type, scoring: bool = False) -> list[inspect.Parameter]:
+    """The fields of a recipe (see `linescan.engine.recipe.option`) as parameters of a command.
+
+    Args:
+        recipe: the class.
+        scoring: only the fields that count when a finished model is scored.
+    """
     hints, parameters = get_type_hints(recipe), []
     for f in fields(recipe):
+        if scoring and not f.metadata["scoring"]:
+            continue
         facts, kind = f.metadata, hints[f.name]
         default = None if f.default is MISSING else f.default
         if kind is dict:  # KEY=VALUE, several times
@@ -142,7 +197,7 @@ def parameters_of(recipe: type) -> list[inspect.Parameter]:
         help = facts["help"].format(recipe=recipe)
         option = typer.Option(*names, help=help, rich_help_panel=facts["panel"], metavar=metavar)
         kind = Annotated[kind if default is not None or type(None) in get_args(kind) else Optional[kind], option]
-        parameters.append(inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind))
+        parameters.append(parameter(f.name, kind, default))
     return parameters
 
 

@@ -1,13 +1,11 @@
 """Training and evaluating."""
 
-import inspect
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Optional, get_args
+from typing import Annotated, Any, Optional, get_args
 
 import typer
-from typer.core import TyperCommand
 
 from linescan.engine.progress import progress_bar, say, show
 from linescan.engine.recipe import DATA, PANELS, Recipe, Run, flag
@@ -23,80 +21,26 @@ from .options import (
     Model,
     ModelArgs,
     Precision,
-    VideoViews,
     Workers,
-    app,
-    command,
-    epilog_of,
+    command_by_task,
+    made_command,
     model_args,
+    parameter,
     parameters_of,
     show_json,
     worker_count,
 )
 
 
-def _option(help: str, *names: str, **kwargs):
-    return typer.Option(*names, help=help, rich_help_panel=DATA, **kwargs)
+def _option(kind: Any, help: str, *names: str, **kwargs) -> Any:
+    return Annotated[kind, typer.Option(*names, help=help, rich_help_panel=DATA, **kwargs)]
 
 
-def first_task() -> str:
-    """The task that is meant where none is named."""
-    return next(iter(RECIPES))
+def _which(tasks: list[str]) -> Any:
+    return _option(str, f"One of {', '.join(tasks)}. With --help: the options of that task.")
 
 
-class TrainCommand(TyperCommand):
-    """`linescan train`, with the options of the task that the arguments name."""
-
-    def make_context(self, info_name, args, parent=None, **extra):
-        task = first_task()
-        for i, arg in enumerate(args):
-            if arg == "--task" and i + 1 < len(args):
-                task = args[i + 1]
-            elif arg.startswith("--task="):
-                task = arg.partition("=")[2]
-        if task not in RECIPES:
-            raise InputError(f"--task must be one of {', '.join(RECIPES)}, not {task!r}")
-        return command_of(task).make_context(info_name, args, parent, **extra)
-
-
-@cache
-def command_of(task: str):
-    """The click command that trains for a task: its options are the fields of its recipe."""
-    recipe = RECIPES[task]
-
-    def run(task: str, to: Path | None, config: str | None, cfg_options: list[str] | None, **options):
-        train_task(recipe, to, config, cfg_options, options)
-
-    about = f"{inspect.cleandoc(recipe.__doc__)}\n\n{ABOUT}"
-    run.__doc__ = "\n\n".join(" ".join(paragraph.split()) for paragraph in about.split("\n\n"))
-    names = ", ".join(RECIPES)
-    own = {
-        "task": (str, _option(f"What to train for: {names}. With --help: the options of that task."), first_task()),
-        "to": (Optional[Path], _option("The folder of the run.", "--out", "--work-dir", "-o"), None),
-        "config": (
-            Optional[str],
-            _option("Segmentation or detection: an OpenMMLab config, a file or one of linescan's by name."), None,
-        ),
-        "cfg_options": (
-            Optional[list[str]],
-            _option("A value of the config; may be repeated.", "--cfg-options", metavar="KEY=VALUE"), None,
-        ),
-    }  # fmt: skip
-    parameters = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
-        for name, (kind, option, default) in own.items()
-    ]
-    options = parameters_of(recipe) + parameters_of(Run)
-    parameters += sorted(options, key=lambda p: PANELS.index(get_args(p.annotation)[1].rich_help_panel))
-    run.__signature__ = inspect.Signature(parameters)
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    single = typer.Typer(
-        add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
-        context_settings=app.info.context_settings,
-    )  # fmt: skip
-    single.command("train", epilog=epilog_of(recipe.examples))(run)
-    return typer.main.get_command(single)
-
+# -- training ---------------------------------------------------------------------------------------------------------
 
 ABOUT = """Stop it as you like: --resume takes the steps that it would have taken.
 
@@ -107,15 +51,34 @@ With --config, a segmentor or detector is trained by OpenMMLab instead, as the c
 --out, --resume and --cfg-options count then."""
 
 
-@app.command("train", cls=TrainCommand)
-def train():
-    """Train a model for a task: classification, distillation, masked pre-training, ..."""
+@cache
+def training_of(task: str):
+    """`linescan train` for a task: its options are the fields of the task's recipe."""
+    recipe = RECIPES[task]
+    config = "Segmentation or detection: an OpenMMLab config, a file or one of linescan's by name."
+    pairs = _option(
+        Optional[list[str]], "A value of the config; may be repeated.", "--cfg-options", metavar="KEY=VALUE"
+    )
+    own = [
+        parameter("task", _which(list(RECIPES)), next(iter(RECIPES))),
+        parameter("to", _option(Optional[Path], "The folder of the run.", "--out", "--work-dir", "-o")),
+        parameter("config", _option(Optional[str], config)),
+        parameter("cfg_options", pairs),
+    ]
+    options = parameters_of(recipe) + parameters_of(Run)
+    options.sort(key=lambda p: PANELS.index(get_args(p.annotation)[1].rich_help_panel))
+    return made_command("train", train, own + options, f"{recipe.__doc__}\n\n{ABOUT}", recipe.examples)
 
 
-def train_task(
-    recipe: type[Recipe], to: Path | None, config: str | None, cfg_options: list[str] | None, options: dict
-) -> None:
-    """Runs the recipe with these options; or the config, if there is one."""
+def recipe_of(task: str, options: dict) -> Recipe:
+    """A task's recipe from the values of options."""
+    pairs = {f.name for f in fields(RECIPES[task]) if f.metadata["metavar"] == "KEY=VALUE"}
+    values = {name: model_args(value, flag(name)) if name in pairs else value for name, value in options.items()}
+    return RECIPES[task](**values)
+
+
+def train(task: str, to: Path | None, config: str | None, cfg_options: list[str] | None, **options) -> None:
+    """Trains for a task, or as the config says, if there is one."""
     if config:
         from linescan.openmmlab.runner import train_config
 
@@ -126,61 +89,82 @@ def train_task(
     from linescan.engine.training import train as run
 
     how = {f.name: options.pop(f.name) for f in fields(Run)}
-    pairs = {f.name for f in fields(recipe) if f.metadata["metavar"] == "KEY=VALUE"}
-    values = {name: model_args(value, flag(name)) if name in pairs else value for name, value in options.items()}
     try:
-        run(recipe(**values), to, **how)
+        run(recipe_of(task, options), to, **how)
     except KeyboardInterrupt:
         say(f"stopped; the same command with --resume continues from the last state saved in {to}")
         raise typer.Exit(130) from None
 
 
-@command(
+command_by_task("train", list(RECIPES), training_of, "Train a model for a task: classification, distillation, ...")
+
+
+# -- evaluating -------------------------------------------------------------------------------------------------------
+
+JUDGED = [task for task, recipe in RECIPES.items() if recipe.judges]
+
+
+@cache
+def evaluation_of(task: str):
+    """`linescan evaluate` for a task: the options that count when a finished model is scored."""
+    recipe = RECIPES[task]
+    own = [
+        parameter("task", _which(JUDGED), JUDGED[0]),
+        parameter("data", _option(Optional[str], recipe.scored, "--data", "-d")),
+        parameter("model", Model),
+        parameter("checkpoint", Checkpoint),
+        parameter("device", Device),
+        parameter("precision", Precision, Floats.fp32),
+        parameter("batch", Batch, 64),
+        parameter("workers", Workers),
+        parameter("model_arg", ModelArgs),
+        parameter("as_json", Json, False),
+    ]
+    about = "Score a finished model. A broken sample is named and left out; the exit status is then 1."
+    return made_command("evaluate", evaluate, own + parameters_of(recipe, scoring=True), about, EVALUATIONS)
+
+
+EVALUATIONS = (
     "linescan evaluate --data digits --checkpoint runs/demo/model.safetensors",
     "linescan evaluate --data imagenet/val --model vim_tiny_patch16_224 --batch 128 --precision bf16",
     "linescan evaluate --data kinetics/val --model videomamba_video_tiny_patch16_224.k400_f8 --views 4x3",
 )
+
+
 def evaluate(
-    data: Annotated[str, typer.Option("--data", "-d", help="A folder of classes, or `digits` (those held out).")],
-    model: Model = None,
-    checkpoint: Checkpoint = None,
-    device: Device = None,
-    precision: Precision = Floats.fp32,
-    batch: Batch = 64,
-    workers: Workers = None,
-    views: VideoViews = None,
-    model_arg: ModelArgs = None,
-    as_json: Json = False,
-):
-    """Measure accuracy on labelled images, or videos. A broken one is named and left out; the exit status is then 1."""
+    task: str,
+    data: str | None,
+    model: str | None,
+    checkpoint: Path | None,
+    device: str | None,
+    precision: Floats,
+    batch: int,
+    workers: int | None,
+    model_arg: list[str] | None,
+    as_json: bool,
+    **options,
+) -> None:
+    """Scores a model as its task does."""
+    if data is None:
+        raise InputError("evaluating needs --data")
     from linescan.engine.cards import restore
     from linescan.engine.processes import Processes, pick_device
     from linescan.engine.scores import evaluate as run
-    from linescan.media.video import Views
-    from linescan.tasks.classify import Accuracy, labelled
 
+    recipe = recipe_of(task, {"data": data, "batch": batch, **options})
     alone = Processes(0, 1, pick_device(device))
     restored, card = restore(model, checkpoint, **model_args(model_arg))
-    frames, looks = getattr(restored, "num_frames", 0), Views.parse(views or "1x1")
-    if views and not frames:
-        raise InputError(f"--views are of videos; {card.model} reads images")
-    samples = labelled(data, card, frames, looks)
-    judge = Accuracy(samples, batch=max(batch // looks.count, 1))
-    workers = worker_count(workers, data)
-    with progress_bar("evaluating", len(samples)) as advance:
-        result = run(
-            judge, restored.to(alone.device), alone, workers=workers, dtype=precision.dtype, progress=advance
-        )  # fmt: skip
+    judge = recipe.load().judge(recipe, restored, card)
+    settings = dict(batch=batch, workers=worker_count(workers, data), dtype=precision.dtype)
+    with progress_bar("evaluating", len(judge.data)) as advance:
+        result = run(judge, restored.to(alone.device), alone, progress=advance, **settings)
     for message in result.broken:
         say(("left out", "yellow"), f" {message}")
     if as_json:
         show_json({**result.scores, "samples": result.samples, "broken": result.broken})
     else:
-        scores = result.scores
-        show(
-            "top-1 ",
-            (f"{scores['top1']:.2f} %", "bold green"),
-            f", top-5 {scores['top5']:.2f} %, loss {scores['loss']:.4f} on {result.samples} "
-            f"{'videos' if frames else 'images'}",
-        )
+        show((judge.describe(result.scores), "bold green"), f" on {result.samples} samples")
     raise typer.Exit(1 if result.broken else 0)
+
+
+command_by_task("evaluate", JUDGED, evaluation_of, "Score a finished model on held-out data.")

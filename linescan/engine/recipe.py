@@ -61,6 +61,7 @@ def option(
     short: str | None = None,
     choices: tuple[str, ...] | None = None,
     metavar: str | None = None,
+    scoring: bool = False,
 ) -> Any:
     """A field of a recipe that is an option as well.
 
@@ -72,8 +73,10 @@ def option(
         short: a further name, such as "-b".
         choices: what a word must be.
         metavar: how `--help` writes the value.
+        scoring: whether it counts when a finished model is scored, as an option of `linescan evaluate`.
     """
     facts = {"help": help, "panel": panel, "inside": inside, "short": short, "choices": choices, "metavar": metavar}
+    facts["scoring"] = scoring
     if default is ...:
         return field(metadata=facts)
     return field(
@@ -160,6 +163,12 @@ class Recipe(_Options):
 
     examples: ClassVar[tuple[str, ...]] = ()
     """Command lines, for `--help`."""
+
+    judges: ClassVar[bool] = False
+    """Whether `linescan evaluate` scores finished models of this task (`Task.judge`)."""
+
+    scored: ClassVar[str] = "The data to score on."
+    """What `--data` of `linescan evaluate` is."""
 
     default_model: ClassVar[str | None] = None
     """The model, where neither `model` nor the card of `checkpoint` names one."""

@@ -84,6 +84,16 @@ class Task(nn.Module, ABC):
         """Makes `model` recompute activations in the backward pass, for `--grad-checkpointing`."""
         self.model.set_grad_checkpointing()
 
+    @classmethod
+    def judge(cls, recipe: Recipe, model: nn.Module, card: ModelCard) -> Evaluator:
+        """What scores a finished model on `recipe.data`, for `linescan evaluate`; for recipes that say `judges`.
+
+        Args:
+            recipe: of which only the fields with `scoring` count, `data` and `batch`.
+            model, card: what was trained, and how it wants its samples.
+        """
+        raise NotImplementedError
+
     def describe(self) -> str:
         """What is trained on, in a few words."""
         return f"{len(self.data)} {self.unit} to train on, {len(self.evaluator.data)} held out"

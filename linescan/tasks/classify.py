@@ -377,6 +377,13 @@ class ClassificationTask(Task):
             mixed = dict(label_smoothing=recipe.smoothing, num_classes=len(self.classes))
             self.mixup, self.criterion = Mixup(recipe.mixup, recipe.cutmix, **mixed), SoftTargetCrossEntropy()
 
+    @classmethod
+    def judge(cls, recipe: ClassificationRecipe, model: nn.Module, card: ModelCard) -> Accuracy:
+        frames, views = getattr(model, "num_frames", 0), Views.parse(recipe.views)
+        if views.count > 1 and not frames:
+            raise InputError(f"--views are of videos; {card.model} reads images")
+        return Accuracy(labelled(recipe.data, card, frames, views), batch=max(recipe.batch // views.count, 1))
+
     @staticmethod
     def answer(model: nn.Module, inputs: Tensor) -> Tensor:
         """The logits of what is trained."""

@@ -52,6 +52,8 @@ class ClassificationRecipe(_Mirrored):
     task: ClassVar[str] = "classify"
     implementation: ClassVar[str] = "linescan.tasks.classify:ClassificationTask"
     default_model: ClassVar[str] = "vim_tiny_patch16_224"
+    judges: ClassVar[bool] = True
+    scored: ClassVar[str] = "A folder of classes, or `digits` (those held out)."
     examples: ClassVar[tuple[str, ...]] = (
         "linescan train --data digits --out runs/digits --epochs 30 --model-arg img_size=32 --model-arg patch_size=8 "
         "--model-arg depth=4",
@@ -64,7 +66,8 @@ class ClassificationRecipe(_Mirrored):
     )
 
     views: str = option(
-        "1x1", "Of each held-out video: clips x crops, whose mean is scored.", DATA, metavar="CLIPSxCROPS"
+        "1x1", "Of each held-out video: clips x crops, as in 4x3, whose mean is scored.", DATA, metavar="CLIPSxCROPS",
+        scoring=True,
     )  # fmt: skip
     smoothing: float = option(0.1, "Label smoothing.", LOSS, SHARE)
     augment: str | None = option(
@@ -89,6 +92,7 @@ class DistillationRecipe(ClassificationRecipe, _Taught):
     """Train a classifier to match a frozen teacher as well as the labels."""
 
     task: ClassVar[str] = "distill"
+    judges: ClassVar[bool] = False  # what comes out is a classifier
     implementation: ClassVar[str] = "linescan.tasks.distill:DistillationTask"
     examples: ClassVar[tuple[str, ...]] = (
         "linescan train --task distill --data flowers --out runs/student --teacher vim_small_patch16_224 "

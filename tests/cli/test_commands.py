@@ -71,7 +71,7 @@ def test_evaluate_a_folder(linescan_here, trained, tmp_path):
     (tmp_path / "val" / "3" / "broken.png").write_bytes(b"")
     args = ("evaluate", "-d", tmp_path / "val", "-c", trained / "model.safetensors", "--workers", 0)
     status, stdout, stderr = linescan_here(*args)
-    assert status == 1 and "on 40 images" in stdout and "broken.png" in stderr
+    assert status == 1 and "on 40 samples" in stdout and "broken.png" in stderr
     status, _, stderr = linescan_here("evaluate", "-d", write_pictures(tmp_path / "other"), *args[3:])
     assert status == 2 and "3 classes, the model 10" in stderr
 

@@ -217,6 +217,10 @@ def test_the_data_of_an_evaluation_follow_the_card(tmp_path, pictures):
     assert data.images.classes == card.classes and data[0]["input"].shape == (3, 16, 16)
     by_place = ModelCard("vit_tiny_patch16_224", {}, ["x", "y", "z"], preprocess)
     assert labelled(str(pictures), by_place).images.classes == ["circle", "square", "stripe"]
+    with pytest.raises(InputError, match="--views are of videos; vit_tiny_patch16_224 reads images"):
+        ClassificationTask.judge(ClassificationRecipe(str(pictures), views="2x2"), torch.nn.Module(), card)
+    judge = ClassificationTask.judge(ClassificationRecipe(str(pictures), batch=8), torch.nn.Module(), card)
+    assert judge.batch == 8 and len(judge.data) == 24
     with pytest.raises(InputError, match="3 classes, the model 2"):
         labelled(str(pictures), ModelCard("vit_tiny_patch16_224", {}, ["x", "y"], preprocess))
 
