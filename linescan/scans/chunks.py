@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._compat import is_transformed
+
 __all__ = [
     "decayed_scores",
     "gated_outer_products",
@@ -89,6 +91,18 @@ def running_max(decay: Tensor, x: Tensor, initial: Tensor, reverse: bool = False
     return _scan(_MAX_PLUS, decay.detach(), x.detach(), initial.detach(), reverse, chunk)
 
 
+def _apply(function: type[torch.autograd.Function], *inputs):
+    """`function.apply`, whose own work is that of a small scan, only where a gradient may be asked for."""
+    if (
+        torch.compiler.is_compiling()
+        or is_transformed()
+        or torch.is_grad_enabled()
+        and any([isinstance(x, Tensor) and x.requires_grad for x in inputs])
+    ):
+        return function.apply(*inputs)
+    return function.forward(*inputs)
+
+
 class _LinearScan(torch.autograd.Function):
     @staticmethod
     def forward(a, x, initial, reverse, chunk):
@@ -125,7 +139,7 @@ def linear_scan(a: Tensor, x: Tensor, initial: Tensor, reverse: bool = False, ch
     Returns:
         (..., T + 1, D), the initial state among them (first, or last if reversed). Differentiable once.
     """
-    return _LinearScan.apply(a, x, initial, reverse, chunk)
+    return _apply(_LinearScan, a, x, initial, reverse, chunk)
 
 
 # -- matrix states ---------------------------------------------------------------------------------------------------
@@ -242,7 +256,7 @@ def decayed_scores(q: Tensor, k: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Ten
         scores (..., C, C); the gates summed from the chunk's start up to and with i, and from after i to the chunk's
         end, both shaped like g. Differentiable once.
     """
-    return _DecayedScores.apply(q, k, g)
+    return _apply(_DecayedScores, q, k, g)
 
 
 def running(decay: Tensor, added: Tensor, state: Tensor, dim: int) -> Tensor:

@@ -121,11 +121,14 @@ class Checked(NamedTuple):
         sizes: of the axes by name, and what else expressions may use.
         filled: (position, value) of options that were left out.
         expanded: (position, shape) of parameters that all routes share.
+        output, states: shapes of the output (B, K, L, ...) and of the states.
     """
 
     sizes: dict[str, Any]
     filled: tuple
     expanded: tuple
+    output: tuple
+    states: list[tuple]
 
     def fill(self, inputs: Sequence) -> Sequence:
         """The inputs with defaults in place of None, and parameters for every route."""
@@ -245,12 +248,14 @@ class Layout:
 
     def check_devices(self, inputs: Sequence, route: Tensor | None) -> None:
         """Raises a ValueError if tensors stand on several devices, of which torch's own message says less."""
+        device = inputs[self.token_positions[0]].device
+        if all([x.device == device for x in (*inputs, route) if isinstance(x, Tensor)]):
+            return
         devices = {
             name: x.device for name, x in zip((*self.parameters, "route"), (*inputs, route)) if isinstance(x, Tensor)
         }
-        if len(set(devices.values())) > 1:
-            places = ", ".join(f"{name} on {device}" for name, device in devices.items())
-            raise ValueError(f"{self.name}: all tensors of a call stand on one device, got {places}")
+        places = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"{self.name}: all tensors of a call stand on one device, got {places}")
 
     def _check(self, inputs: Sequence, route: Tensor | None) -> Checked:
         for at, argument in self._at:
@@ -271,7 +276,8 @@ class Layout:
             if wrong:
                 raise ValueError(f"{self.name}: {wrong}")
         filled = [(at, sizes[self.parameters[at]]) for at in self.default_positions if inputs[at] is None]
-        return Checked(sizes, tuple(filled), tuple(self.expansions(inputs, sizes["R"])))
+        expanded = self.expansions(inputs, sizes["R"])
+        return Checked(sizes, tuple(filled), tuple(expanded), *self._shapes(sizes))
 
     def expansions(self, inputs: Sequence, routes: int) -> list[tuple[int, tuple]]:
         """(position, shape for all routes) of the parameters that have one set for all of them."""
@@ -356,9 +362,15 @@ class Layout:
     # -- what follows from it -------------------------------------------------------------------------------------
 
     def shapes(self, inputs: Sequence, route: Tensor | None) -> tuple[tuple, list[tuple]]:
-        """Shapes of the output (B, K, L, ...) and of the states."""
-        sizes = self._bind([None if x is None else x.shape for x in self._tensors(inputs)], inputs, route)
-        return self._shape(self.output, sizes), [self._shape(state, sizes) for state in self.states.values()]
+        """Shapes of the output (B, K, L, ...) and of the states, of inputs that were checked."""
+        if not torch.compiler.is_compiling():
+            checked = self.check(inputs, route)  # the same call again
+            return checked.output, checked.states
+        return self._shapes(self._bind([None if x is None else x.shape for x in self._tensors(inputs)], inputs, route))
+
+    def _shapes(self, sizes: dict) -> tuple[tuple, list[tuple]]:
+        output = () if self.output is None else self._shape(self.output, sizes)
+        return output, [self._shape(state, sizes) for state in self.states.values()]
 
     @staticmethod
     def _shape(argument: Argument, sizes: dict, routes: str = "R") -> tuple:
