@@ -330,8 +330,9 @@ def dense_backbone(model: str, **options) -> DenseBackbone:
     return DenseBackbone(**dense_parts(model, **options))
 
 
-def dense_maps(model: str, **options) -> list[dict[str, int]]:
-    """`{"channels": C, "stride": s}` of each map of `dense_backbone(model, **options)`, without memory for weights."""
+def dense_maps(model: str, **options) -> list[dict]:
+    """`{"channels": C, "stride": s, "module": its name}` of each map of `dense_backbone(model, **options)`, without memory
+    for weights."""
     with torch.device("meta"):
         backbone = dense_backbone(model, **options)
-    return [{"channels": c, "stride": s} for c, s in zip(backbone.out_channels, backbone.strides)]
+    return [{"channels": f["num_chs"], "stride": f["reduction"], "module": f["module"]} for f in backbone.feature_info]

@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Iterator
 
+import typer
+
 from linescan.errors import CheckpointError, DamagedVideo, Diverged, InputError, visible
 
 from .options import app
@@ -37,8 +39,10 @@ def main() -> None:
         with _warnings_as_lines():
             status = app(sys.argv[1:] or ["--help"], prog_name="linescan", standalone_mode=False) or 0
         sys.stdout.flush()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         status = 130
+    except SystemExit as exit:  # what the parser makes of a broken pipe is status 1
+        status = _complain("standard output was closed before all was written", 2) if exit.code == 1 else exit.code
     except Diverged as error:
         status = _complain(str(error), 1)
     except Exception as error:

@@ -23,6 +23,10 @@ def demo(
 
     With --dense, a UPerNet (mmseg) and a Mask R-CNN (mmdet) instead, on digits in scenes.
     """
+    from linescan.extras import require
+
+    for package in ("matplotlib", "sklearn"):
+        require(package, "demo")
     if dense:
         from linescan.demos.scenes import demo_dense
 

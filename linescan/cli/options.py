@@ -7,7 +7,6 @@ import inspect
 import json
 from dataclasses import MISSING, fields
 from enum import Enum
-from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Callable, Optional, Sequence, get_args, get_type_hints
 
@@ -17,6 +16,8 @@ from typer.core import TyperCommand
 from linescan import __version__
 from linescan.engine.recipe import flag
 from linescan.errors import InputError
+
+from .names import complete_models
 
 # pretty_exceptions: a traceback is for whoever debugs linescan, and a plain one can be pasted.
 app = typer.Typer(
@@ -122,7 +123,8 @@ def parameter(name: str, annotation: Any, default: Any = None) -> inspect.Parame
 # -- options ----------------------------------------------------------------------------------------------------------
 
 Model = Annotated[
-    Optional[str], typer.Option("--model", "-m", help="A timm name; `linescan list` shows linescan's own.")
+    Optional[str],
+    typer.Option("--model", "-m", help="A name of `linescan list`, or of timm.", autocompletion=complete_models),
 ]
 Checkpoint = Annotated[
     Optional[Path],

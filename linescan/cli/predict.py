@@ -209,8 +209,12 @@ def _answer(
         return found
 
     sources()  # or a model would be opened in vain
+    if to and to.exists() and not to.is_dir():
+        raise InputError(f"{to} is a file; --out is a folder")
     tool, writer = open_tool()
     found = sources(tool.kinds)
+    if to:
+        to.mkdir(parents=True, exist_ok=True)
     failed = 0
     with progress_bar(doing, len(found)) as advance, _Report(as_json) as report:
         for outcome in run(tool, writer, found, to / "overlays" if to and overlays else None, advance):

@@ -10,81 +10,119 @@ from rich.table import Table
 from linescan.engine.progress import console, show, show_table
 from linescan.errors import InputError
 
+from .names import complete_models, complete_tasks
 from .options import Json, ModelArgs, command, model_args, number, show_json
 
 
-@command("linescan list", "linescan list vim", "linescan list 'vim_*_stride8_*' --json", name="list")
+@command(
+    "linescan list",
+    "linescan list vim",
+    "linescan list 'vim_*_stride8_*' --json",
+    "linescan list --task segmentation --licence permissive",
+    name="list",
+)
 def list_models(
-    pattern: Annotated[str, typer.Argument(help="Part of a name, or a pattern with * and ?.")] = "*",
+    pattern: Annotated[
+        str, typer.Argument(help="Part of a name, or a pattern with * and ?.", autocompletion=complete_models)
+    ] = "",
+    task: Annotated[
+        Optional[str], typer.Option(help="Only models for this task.", autocompletion=complete_tasks)
+    ] = None,
+    licence: Annotated[
+        Optional[str], typer.Option(help="Only weights of this licence, or of these terms: permissive, ...")
+    ] = None,
     as_json: Json = False,
 ):
-    """List the models: family, size, cost, and accuracy as their authors publish them."""
+    """List the models and their weights: size, cost, results as their authors publish them, and licence.
+
+    `MODEL.WEIGHTS` names a model with certain weights; a model alone has the first ones.
+    """
     from linescan import zoo
 
-    found = zoo.entries("" if pattern == "*" else pattern)
+    found = zoo.entries(pattern, task, licence)
     if not found:
-        raise InputError(f"no model's name matches {pattern!r}; `linescan list` shows all")
+        among = [
+            pattern and f"name matches {pattern!r}",
+            task and f"task is {task}",
+            licence and f"licence is {licence}",
+        ]
+        raise InputError(
+            f"there is no model whose {' and whose '.join(filter(None, among))}; `linescan list` shows all"
+        )
     if as_json:
         show_json([entry.facts() for entry in found])
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("model", min_width=max(len(entry.name) for entry in found))
-    table.add_column("family")
-    for column in ("M params", "GMACs", "top-1 %"):
+    for column in ("model", "weights", "task"):
+        table.add_column(column)
+    for column in ("M params", "GMACs"):
         table.add_column(column, justify="right")
-    table.add_column("licence")
+    for column in ("published result", "licence"):
+        table.add_column(column)
     for entry in found:
-        top1 = entry.metrics.get("top1")
-        numbers = number(entry.params, ".2f"), number(entry.gmacs, ".2f"), number(top1, ".1f")
-        table.add_row(entry.name, entry.family, *numbers, entry.licence)
+        for first, tag in enumerate(zoo.tags(entry.name)):
+            result = ", ".join(f"{name} {value:g}" for name, value in tag.metrics.items())
+            said = f"{result} on {tag.data}" if result and tag.data else result or "-"
+            numbers = number(tag.params, ".2f"), number(tag.gmacs, ".2f")
+            table.add_row("" if first else tag.name, tag.tag or "-", tag.task, *numbers, said, tag.licence)
     show_table(table)
     show(f"{len(found)} models; numbers as published (- where they are not). `linescan info MODEL` measures one.")
 
 
-@command("linescan info vim_tiny_patch16_224", "linescan info vim_small_patch16_224 --img-size 384")
+@command(
+    "linescan info vim_tiny_patch16_224",
+    "linescan info vim_small_patch16_224 --img-size 384",
+    "linescan info videomamba_video_tiny_patch16_224.k400_f16 --json",
+)
 def info(
-    model: Annotated[str, typer.Argument(help="A timm name.")],
+    model: Annotated[
+        str, typer.Argument(help="A name of `linescan list`, or of timm.", autocompletion=complete_models)
+    ],
     img_size: Annotated[Optional[int], typer.Option(min=1, help="Measure at this image size.")] = None,
     model_arg: ModelArgs = None,
     as_json: Json = False,
 ):
-    """Show one model: published facts beside measured ones, weights, input."""
+    """Show one model: published facts beside measured ones, weights, input, feature maps."""
     from linescan import zoo
     from linescan.backbones.feature_maps import dense_maps
-    from linescan.engine.cards import build, measure, preprocess_of
-    from linescan.errors import InputError
+    from linescan.engine.cards import build, measure, measure_inputs, preprocess_of
 
     args = model_args(model_arg) | ({"img_size": img_size} if img_size else {})
     built = build(model, **args)
-    preprocess = preprocess_of(built, args.get("in_chans"), args.get("img_size"))
+    entry = zoo.find(model) if zoo.is_model(model) else None
     with console.status("measuring"):
-        params, macs = measure(built, preprocess.size)
-    fact = zoo.find(model).facts() if zoo.is_model(model) else {"model": model, "family": "timm"}
+        if entry and entry.task != "classification":
+            sizes, how = entry.inputs, entry.preprocess
+            params, macs = measure_inputs(built, sizes)
+        else:
+            preprocess = preprocess_of(built, args.get("in_chans"), args.get("img_size"))
+            sizes, how = [preprocess.size], preprocess.as_dict()
+            params, macs = measure(built, preprocess.size)
+    fact = entry.facts() if entry else {"model": model, "family": "timm"}
     try:
         maps = dense_maps(model, **args)
-    except InputError:  # a model of clips, or not linescan's, or too shallow for four maps
+    except ValueError:  # a model of clips, not linescan's, of another task, or too shallow for four maps
         maps = []
     if as_json:
-        measured = {"params": params, "macs": macs, "input_size": preprocess.size, "maps": maps}
+        measured = {"params": params, "macs": macs, "input_sizes": sizes, "maps": maps}
         show_json({**fact, "measured": measured})
         return
     table = Table(model, "published", "measured", box=box.SIMPLE_HEAD)
     table.add_row("parameters (M)", number(fact.get("params"), ".2f"), f"{params / 1e6:.2f}")
-    size = " x ".join(map(str, preprocess.size))
+    size = " and ".join(" x ".join(map(str, size)) for size in sizes)
     table.add_row("GMACs", number(fact.get("gmacs"), ".2f"), f"{macs / 1e9:.2f} at {size}")
     for name, value in fact.get("metrics", {}).items():
         table.add_row(name, number(value, ".1f"), "`linescan evaluate` measures it")
     show_table(table)
     for name, value in (
+        ("task", fact.get("task")),
         ("family", fact["family"]),
         ("paper", fact.get("paper")),
         ("licence", fact.get("licence")),
+        ("tags", ", ".join(fact.get("tags", ()))),
         ("weights", fact.get("weights")),
-        ("maps", ", ".join(f"{m['channels']} channels at stride {m['stride']}" for m in maps)),
-        (
-            "input",
-            f"mean {preprocess.mean}, std {preprocess.std}, {preprocess.interpolation}, crop {preprocess.crop_pct}",
-        ),
+        ("input", ", ".join(f"{name} {value}" for name, value in how.items() if name != "size")),
+        *((f"map {i}", f"{m['channels']} channels at stride {m['stride']}, {m['module']}") for i, m in enumerate(maps)),
     ):
         if value:
             show("  ", (f"{name:<8}", "bold"), f" {value}")

@@ -1,6 +1,7 @@
 """Files that are either whole or absent, whatever happens while they are written."""
 
 import hashlib
+import io
 import os
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,8 +23,15 @@ def atomic(path: str | Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: the file cannot be written; `filename` is `path`.
     """
-    with atomic_path(path) as partial, open(partial, "wb") as file:
+    with atomic_path(path) as partial, _Whole(open(partial, "wb", buffering=0)) as file:
         yield file
+
+
+class _Whole(io.BufferedWriter):
+    """Hides its descriptor: libraries that write to it themselves (Pillow) may not notice that a disk is full."""
+
+    def fileno(self) -> int:
+        raise io.UnsupportedOperation("write to the file object")
 
 
 @contextmanager

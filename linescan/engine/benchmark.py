@@ -10,19 +10,21 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import Callable, Sequence
+from typing import BinaryIO, Callable, Iterator, Sequence
 
 import timm
 import torch
 from torch import nn
 
 from ..errors import InputError
+from .atomic import atomic
 from .cards import build
 from .scores import precision
 
-__all__ = ["Measurement", "benchmark", "crossover", "draw", "growth", "write_report"]
+__all__ = ["Measurement", "benchmark", "crossover", "crossovers", "describe", "draw", "growth", "write_report"]
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,8 @@ def benchmark(
     threads: int = 1,
     budget: float = 3.0,
     progress: Callable = lambda *args, **kwargs: None,
-) -> list[Measurement]:
-    """Measures every model at every size, in one run, size by size so that neighbours share the machine's mood.
+) -> Iterator[Measurement]:
+    """Measures every model at every size, in one run, size by size: what is compared is measured close together.
 
     Args:
         models: timm names, linescan's or any other.
@@ -155,28 +157,27 @@ def benchmark(
         device, dtype: where, and under which autocast.
         train: forward and backward, instead of a forward without gradients.
         threads: of the CPU.
-        budget: about this many seconds per measurement.
+        budget: seconds that one measurement takes, about.
         progress: called after each measurement, and with `description=` before.
 
     Raises:
-        InputError: an unknown model, or one that a size does not fit.
+        InputError: an unknown model, or one that a size does not fit. What was measured before has been given.
     """
     device = torch.device(device)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    results = []
     try:
         for size in sizes:
             for name in models:
                 progress(0, description=f"{name} at {size}")
                 try:
-                    results.append(_measure(name, size, batch, device, dtype, train, budget))
+                    measured = _measure(name, size, batch, device, dtype, train, budget)
                 except ValueError as error:
                     raise InputError(f"{name} at {size} pixels: {error}") from None
                 progress(1)
+                yield measured
     finally:
         torch.set_num_threads(before)
-    return results
 
 
 def crossover(results: Sequence[Measurement], model: str, against: str) -> float | None:
@@ -193,15 +194,25 @@ def crossover(results: Sequence[Measurement], model: str, against: str) -> float
     return float(sizes[0])
 
 
-def draw(results: Sequence[Measurement], against: str | None, path: str | Path) -> None:
-    """A plot of time and memory against resolution, the crossovers marked."""
-    import matplotlib
+def crossovers(results: Sequence[Measurement], against: str | None) -> dict[str, float | None]:
+    """`crossover` of each model that has been measured at the sizes of `against`."""
+    by_model = {name: [r for r in results if r.model == name] for name in dict.fromkeys(r.model for r in results)}
+    reference = by_model.pop(against, [])
+    sizes = {r.size for r in reference}
+    return {
+        name: crossover([*own, *reference], name, against)
+        for name, own in by_model.items()
+        if reference and {r.size for r in own} == sizes
+    }
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+
+def draw(results: Sequence[Measurement], against: str | None, file: BinaryIO) -> None:
+    """A PNG file of time and memory against resolution, the crossovers marked."""
+    from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(r.model for r in results))
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
+    axes = figure.subplots(1, 2)
     for i, name in enumerate(names):
         mine = sorted((r for r in results if r.model == name), key=lambda r: r.size)
         style = {"color": "#8d99ae", "linestyle": "--"} if name == against else {"color": f"C{i}", "linestyle": "-"}
@@ -209,7 +220,7 @@ def draw(results: Sequence[Measurement], against: str | None, path: str | Path) 
         axes[0].plot(sizes, [1e3 * r.seconds for r in mine], marker="o", label=name, **style)
         if all(r.memory_mb is not None for r in mine):
             axes[1].plot(sizes, [r.memory_mb for r in mine], marker="o", label=name, **style)
-        cross = crossover(results, name, against) if against and name != against else None
+        cross = crossovers(results, against).get(name)
         if cross and cross > min(sizes):
             axes[0].axvline(cross, color=style["color"], linewidth=0.8, linestyle=":")
             axes[0].annotate(f"{cross:.0f} px", (cross, 0.02), xycoords=("data", "axes fraction"), rotation=90,
@@ -221,16 +232,12 @@ def draw(results: Sequence[Measurement], against: str | None, path: str | Path) 
         axis.minorticks_off()
         axis.grid(alpha=0.25)
     axes[0].legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    figure.savefig(file, format="png", dpi=150)
 
 
-def write_report(results: Sequence[Measurement], against: str | None, out: str | Path, **settings) -> tuple[Path, Path]:
-    """Writes OUT.json (settings, machine, every measurement, crossovers) and OUT.png; returns their paths."""
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    names = list(dict.fromkeys(r.model for r in results))
-    report = {
+def describe(results: Sequence[Measurement], against: str | None, **settings) -> dict:
+    """Settings, machine, every measurement and the crossovers, in JSON's types."""
+    return {
         "date": datetime.now().isoformat(timespec="seconds"),
         "machine": {
             "processor": platform.processor() or platform.machine(),
@@ -240,10 +247,20 @@ def write_report(results: Sequence[Measurement], against: str | None, out: str |
         },
         "settings": {k: str(v) for k, v in settings.items()},
         "against": against,
-        "crossover_px": {n: crossover(results, n, against) for n in names if against and n != against},
+        "crossover_px": crossovers(results, against),
         "results": [asdict(r) for r in results],
     }
-    json_path, png_path = out.with_suffix(".json"), out.with_suffix(".png")
-    json_path.write_text(json.dumps(report, indent=2) + "\n")
-    draw(results, against, png_path)
-    return json_path, png_path
+
+
+def write_report(results: Sequence[Measurement], against: str | None, out: str | Path, **settings) -> list[Path]:
+    """Writes OUT.json (see `describe`) and, where matplotlib is installed, OUT.png; returns their paths."""
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    paths = [out.with_suffix(".json")]
+    with atomic(paths[0]) as file:
+        file.write(json.dumps(describe(results, against, **settings), indent=2).encode() + b"\n")
+    if find_spec("matplotlib"):
+        paths.append(out.with_suffix(".png"))
+        with atomic(paths[1]) as file:
+            draw(results, against, file)
+    return paths

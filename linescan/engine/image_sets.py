@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import BrokenImage, InputError
+from ..extras import require
 from ..media.arrays import read_array
 from ..media.find import find_images, find_videos
 from ..media.images import read_image
@@ -70,6 +71,7 @@ class Digits(ImageSet):
     in_memory = True
 
     def __init__(self, held_out: bool, fraction: float = 0.2):
+        require("sklearn", "demo")
         from sklearn.datasets import load_digits
 
         data = load_digits()

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Callable, Iterator
 
 from rich.console import Console as RichConsole
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -22,8 +23,8 @@ Part = str | tuple[str, str]
 class Console(RichConsole):
     """A console that prints text as it is, and leaves a closed pipe to its caller."""
 
-    def __init__(self, stderr: bool = False):
-        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
+    def __init__(self, stderr: bool = False, width: int | None = None):
+        super().__init__(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
 
     def on_broken_pipe(self) -> None:
         raise  # rich would end the process
@@ -50,7 +51,8 @@ def show(*parts: Part) -> None:
 
 def show_table(table: Table) -> None:
     """Prints a table on stdout, as wide as its cells are: no cell is cut, whatever the width of the terminal."""
-    out.print(table, width=max(out.width, out.measure(table).maximum), crop=False, soft_wrap=True)
+    needed = Measurement.get(out, out.options.update(max_width=10_000), table).maximum
+    Console(width=max(out.width, needed)).print(table, crop=False)
 
 
 @contextmanager

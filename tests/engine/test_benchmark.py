@@ -10,6 +10,7 @@ import torch
 
 from linescan.backbones.localmamba import searched_directions
 from linescan.cli import app
+from linescan.engine import benchmark as module
 from linescan.engine.benchmark import Measurement, benchmark, crossover
 from linescan.errors import InputError
 
@@ -32,12 +33,9 @@ def test_crossover_is_where_two_power_laws_meet():
 @pytest.mark.parametrize("train", [False, True])
 def test_measures_every_model_at_every_size(train):
     seen = []
-    results = benchmark(
-        ["scan_tiny", "vit_tiny_patch16_224"],
-        [32, 64],
-        train=train,
-        budget=0.01,
-        progress=lambda n, **_: seen.append(n),
+    progress = lambda n, **_: seen.append(n)  # noqa: E731
+    results = list(
+        benchmark(["scan_tiny", "vit_tiny_patch16_224"], [32, 64], train=train, budget=0.01, progress=progress)
     )
     assert [(r.model, r.size) for r in results] == [
         ("scan_tiny", 32), ("vit_tiny_patch16_224", 32), ("scan_tiny", 64), ("vit_tiny_patch16_224", 64)
@@ -62,6 +60,48 @@ def test_the_command_writes_table_numbers_and_picture(tmp_path, capsys):
     assert (tmp_path / "deep" / "b.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
     assert "time ratio" in printed and "scan_tiny: " in printed
+
+
+def fails_after(count, error):
+    """Measures so many times, then raises."""
+    measure, done = module._measure, []
+
+    def until_then(*args):
+        if len(done) == count:
+            raise error
+        done.append(args)
+        return measure(*args)
+
+    return until_then
+
+
+def test_what_was_measured_is_shown_when_the_rest_fails(tmp_path, linescan_here, monkeypatch):
+    """A model cannot take the larger size, the device is lost, the report cannot be written."""
+    args = ("benchmark", "scan_tiny", "vit_tiny_patch16_224", "--against", "vit_tiny_patch16_224", "--sizes")
+    (tmp_path / "file").touch()
+    status, stdout, stderr = linescan_here(*args, "32", "--out", tmp_path / "file" / "b")
+    assert status == 2 and "vit_tiny_patch16_224" in stdout and len(stderr.splitlines()) == 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_measure", fails_after(3, ValueError("too large")))
+        status, stdout, stderr = linescan_here(*args, "32,64", "--out", tmp_path / "b", "--json")
+    report = json.loads(stdout)
+    assert status == 2 and stderr == "linescan: vit_tiny_patch16_224 at 64 pixels: too large\n"
+    assert [r["size"] for r in report["results"]] == [32, 32, 64] and report["crossover_px"] == {}
+
+    lost = torch.AcceleratorError("CUDA error: the device is lost\nCompile with TORCH_USE_CUDA_DSA")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_measure", fails_after(1, lost))
+        status, stdout, stderr = linescan_here(*args, "32", "--out", tmp_path / "b")
+    assert status == 2 and "scan_tiny" in stdout and stderr == "linescan: CUDA error: the device is lost\n"
+    assert not list(tmp_path.glob("b.*"))
+
+
+def test_without_matplotlib_there_is_no_picture(tmp_path, linescan_here, monkeypatch):
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    status, _, stderr = linescan_here("benchmark", "scan_tiny", "--sizes", "32", "--out", tmp_path / "b")
+    assert status == 0 and stderr.splitlines() == [str(tmp_path / "b.json")]
+    assert [p.name for p in tmp_path.iterdir()] == ["b.json"]
 
 
 @pytest.mark.parametrize("args, message", [
