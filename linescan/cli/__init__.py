@@ -18,7 +18,9 @@ from typing import Iterator
 
 import typer
 
+from linescan.engine.progress import say
 from linescan.errors import CheckpointError, DamagedVideo, Diverged, InputError, visible
+from linescan.notices import show_notices_with
 
 from .options import app
 
@@ -36,7 +38,7 @@ def main() -> None:
     try:
         if sys.stdout is None:
             raise InputError("standard output is closed")
-        with _warnings_as_lines():
+        with _news_as_lines():
             status = app(sys.argv[1:] or ["--help"], prog_name="linescan", standalone_mode=False) or 0
         sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
@@ -53,22 +55,26 @@ def main() -> None:
 
 
 @contextmanager
-def _warnings_as_lines() -> Iterator[None]:
-    """What is wrong with a file of the user is a line; other warnings are as Python has them."""
+def _news_as_lines() -> Iterator[None]:
+    """Notices, and warnings about a file of the user, are lines; other warnings are as Python has them."""
+
+    def notice(line: str, loud: bool) -> None:
+        say((line, "bold yellow" if loud else ""))
+
+    def warning(message: Warning, category: type[Warning], *where) -> None:
+        if issubclass(category, DamagedVideo):
+            say(("damaged", "yellow"), f" {message}")
+        else:
+            plain(message, category, *where)
+
     with warnings.catch_warnings():
         warnings.simplefilter("always", DamagedVideo)
-        plain = warnings.showwarning
-
-        def show(message: Warning, category: type[Warning], *where) -> None:
-            if issubclass(category, DamagedVideo):
-                from linescan.engine.progress import say
-
-                say(("damaged", "yellow"), f" {message}")
-            else:
-                plain(message, category, *where)
-
-        warnings.showwarning = show
-        yield
+        plain, warnings.showwarning = warnings.showwarning, warning
+        show_notices_with(notice)
+        try:
+            yield
+        finally:
+            show_notices_with(None)
 
 
 def _fixable(error: Exception) -> str | None:

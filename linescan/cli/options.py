@@ -196,8 +196,9 @@ def parameters_of(recipe: type, scoring: bool = False) -> list[inspect.Parameter
             kind = list[str]
         names = [flag(f.name), *([facts["short"]] if facts["short"] else [])]
         metavar = facts["metavar"] or (facts["choices"] and "|".join(facts["choices"]))
-        help = facts["help"].format(recipe=recipe)
-        option = typer.Option(*names, help=help, rich_help_panel=facts["panel"], metavar=metavar)
+        shown = {"help": facts["help"].format(recipe=recipe), "rich_help_panel": facts["panel"], "metavar": metavar}
+        complete = complete_models if f.name in ("model", "teacher") else None
+        option = typer.Option(*names, **shown, autocompletion=complete)
         kind = Annotated[kind if default is not None or type(None) in get_args(kind) else Optional[kind], option]
         parameters.append(parameter(f.name, kind, default))
     return parameters

@@ -5,7 +5,8 @@ classify.py      images and videos (with the tool)
 distill.py       the same, with a teacher; teacher.py
 pretrain.py      masked pre-training
 
-Tools: `tool.Tool` is what they share, windows.py the sliding windows, results.py what they answer with.
+Tools: `tool.Tool` and `tool.Writer` are what they share, `tool.run` applies them to files; windows.py slides over
+images of any size, results.py holds detections.
 segment.py, detect.py    masks and boxes; open.py and named.py find the models
 """
 
@@ -21,6 +22,9 @@ _HOMES = {
     "PretrainingRecipe": "recipes",
     "Segmenter": "segment",
     "Task": "base",
+    "Tool": "tool",
+    "Writer": "tool",
+    "run": "tool",
 }
 
 __all__ = sorted(_HOMES)

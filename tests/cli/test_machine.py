@@ -239,17 +239,12 @@ def test_help_needs_no_torch(args):
     assert done.returncode == 0, done.stderr
 
 
-def test_starting_is_quick():
-    """The least CPU time of a few starts, in a generous bound: torch alone would exceed it."""
-
-    def cpu(run) -> float:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        run()
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-    for run in (lambda: start("--help"), lambda: start("--version"), lambda: completed("linescan info vim_")):
-        assert min(cpu(run) for _ in range(3)) < 0.5
+@pytest.mark.parametrize("words", ["linescan info vim_", "linescan list --task ", "linescan tr"])
+def test_completion_needs_no_torch(words):
+    code = f"import atexit, sys; sys.argv = ['linescan']\nfrom linescan.cli import main\n" \
+        f"atexit.register(lambda: print(sorted(set({HEAVY}) & set(sys.modules)), file=sys.stderr))\nmain()"  # fmt: skip
+    done = completed(words, [sys.executable, "-c", code])
+    assert done.stdout and done.stderr == "[]\n", done.stderr
 
 
 def test_version():

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,14 +11,15 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
+from torchvision.ops import box_area, box_iou
 
 from linescan import create_model
 from linescan.errors import InputError
 from linescan.media.draw import SMALLEST
 from linescan.media.large import Pixels
-from linescan.tasks import Segmenter
+from linescan.tasks import Segmenter, results
 from linescan.tasks.detect import distinct
-from linescan.tasks.results import Detections
+from linescan.tasks.results import Detections, run_lengths
 from linescan.tasks.windows import enlarge, positions, slide, thin
 
 from ..conftest import ENVIRONMENT
@@ -236,6 +238,18 @@ def test_wrong_options_get_one_line(weights, options, said):
         Segmenter("segman_seg_tiny", weights, **SMALL | options)
 
 
+def test_the_tool_shows_itself(seg):
+    assert repr(seg) == "Segmenter(segman_seg_tiny, 0.03 M parameters, cpu, float32, 3 classes)"
+    assert "<caption>Segmenter</caption>" in seg._repr_html_()
+
+
+def test_images_of_any_shape(seg):
+    for size in ((1, 4000), (4000, 1), (1, 1), (3, 200)):
+        mask = seg(photo(*size))
+        assert mask.shape == size
+        assert min(seg.draw(photo(*size), mask).size) >= 1
+
+
 def test_weights_that_are_none(weights, tmp_path):
     with pytest.raises(InputError, match="checkpoint"):
         Segmenter("segman_seg_tiny")
@@ -306,6 +320,62 @@ def test_what_several_windows_find_is_kept_once():
                        np.array([0, 0, 0, 0, 0, 1]))  # fmt: skip
     cut = np.array([False, False, False, True, False, False])
     assert distinct(found, cut).tolist() == [0, 2, 5, 4]
+
+
+def one_by_one(found, cut):
+    """What `distinct` does, in a loop over all pairs."""
+    order = np.lexsort((-found.scores, cut))
+    boxes = torch.from_numpy(found.boxes)
+    areas = box_area(boxes).clamp(min=1e-6)
+    kept = []
+    for i in order.tolist():
+        rivals = [k for k in kept if found.labels[k] == found.labels[i]]
+        if rivals:
+            joint = box_iou(boxes[i : i + 1], boxes[rivals])[0]
+            shared = joint / (1 + joint) * (areas[i] + areas[rivals])
+            if (joint > 0.5).any() or (cut[i] and (shared > 0.5 * areas[i]).any()):
+                continue
+        kept.append(i)
+    return sorted(kept, key=lambda i: -found.scores[i])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_windows_are_merged_as_pair_by_pair(seed):
+    random = np.random.default_rng(seed)
+    corners = random.uniform(0, 150, (500, 2))
+    boxes = np.concatenate([corners, corners + random.uniform(5, 60, (500, 2))], 1).astype(np.float32)
+    scores = random.permutation(500).astype(np.float32) / 500
+    found = Detections((220, 220), boxes, scores, random.integers(0, 3, 500))
+    for share in (0, 0.3, 1):
+        cut = random.random(500) < share
+        assert distinct(found, cut).tolist() == one_by_one(found, cut)
+    assert distinct(found.pick(found.scores < 0), np.zeros(0, bool)).tolist() == []
+
+
+def test_many_instances_of_many_windows():
+    """A loop over all pairs would take minutes, and a matrix of all pairs 400 MB."""
+    random = np.random.default_rng(0)
+    corners = random.uniform(0, 5000, (10_000, 2))
+    boxes = np.concatenate([corners, corners + random.uniform(5, 60, (10_000, 2))], 1).astype(np.float32)
+    found = Detections((5100, 5100), boxes, random.random(10_000).astype(np.float32), random.integers(0, 9, 10_000))
+    cut = random.random(10_000) < 0.1
+    assert 5000 < len(distinct(found, cut)) < 10_000
+
+
+def test_masks_of_large_images_are_written_alike(monkeypatch):
+    found = detections((40, 50), 25)
+    found.patches[:3] = (5, 6, np.ones((35, 20), bool)), (0, 0, np.ones((40, 50), bool)), (3, 4, np.zeros((0, 0), bool))
+    by_encoding = [run_lengths(patch, found.size) for patch in found.patches]
+    monkeypatch.setattr(results, "LARGE", 10)
+    assert [run_lengths(patch, found.size) for patch in found.patches] == by_encoding
+
+
+def test_detections_show_themselves():
+    found = detections((40, 50), 3)
+    assert found.names == [f"class {i}" for i in found.labels] and found._repr_html_().count("<tr>") == 4
+    named = replace(found, classes=["<b>", "c", "d"])
+    assert set(named.names) <= {"<b>", "c", "d"} and named.above(0).pick([0]).classes == ["<b>", "c", "d"]
+    assert "<b>" not in named._repr_html_()
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
