@@ -238,10 +238,13 @@ def _expand(pattern: str) -> list[Path]:
     """The paths that match, sorted, without hidden ones that it does not name; `**` follows no links."""
     path = Path(pattern)
     parts = path.parts[1:] if path.anchor else path.parts
-    fixed = next((i for i, part in enumerate(parts) if any(c in part for c in "*?[")), None)
-    if fixed is None:
+    special = [any(c in part for c in "*?[") for part in parts]
+    if not any(special):
         return []
-    base = Path(path.anchor, *parts[:fixed])
+    base, fixed = Path(path.anchor), 0
+    # What is there is taken by its name, brackets and all.
+    while fixed < len(parts) - 1 and (not special[fixed] or os.path.lexists(base / parts[fixed])):
+        base, fixed = base / parts[fixed], fixed + 1
     named = sum(part.startswith(".") for part in parts[fixed:])
     try:
         matches = sorted(base.glob(str(Path(*parts[fixed:]))))

@@ -1,8 +1,6 @@
 """The `linescan` command: what it prints, and what it says to bad input."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,7 +10,7 @@ from PIL import Image
 from linescan.engine.image_sets import Digits
 from linescan.engine.metrics import read_metrics
 
-from ..conftest import ENVIRONMENT, REPOSITORY, SMALL, write_pictures
+from ..conftest import ENVIRONMENT, SMALL, write_pictures
 from ..tasks.test_classify import Bomb
 
 OFFLINE = {**ENVIRONMENT, "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
@@ -247,15 +245,6 @@ def test_published_weights_that_cannot_be_had(linescan_command, bad):
     """No network: one line, no traceback."""
     done = linescan_command("classify", bad["PICTURE"], "-m", "vim_tiny_patch16_224", env=OFFLINE)
     assert done.returncode == 2 and "cannot build" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_tools(trained, digits):
-    done = subprocess.run(
-        [sys.executable, REPOSITORY / "tools" / "classify.py", digits, "-c", trained / "model.safetensors", "--json"],
-        capture_output=True, text=True, env={**OFFLINE, "PYTHONPATH": ""},
-    )  # fmt: skip
-    assert done.returncode == 0 and len(json.loads(done.stdout)) == 3
-    assert {p.stem for p in (REPOSITORY / "tools").glob("*.py")} >= {"train", "classify", "evaluate", "routes"}
 
 
 @pytest.mark.slow

@@ -68,6 +68,10 @@ def test_patterns_and_names_that_look_like_them(tmp_path, monkeypatch):
     assert paths(find(["**/*.png"]), tmp_path) == ["a.png", "b.png", "deep/d.png", "deep/er/c.png"]
     assert paths(find([tmp_path / "[ab].png"]), tmp_path) == ["a.png", "b.png"]
     assert paths(find(["photo [old].jpg"]), tmp_path) == ["photo [old].jpg"], "a name comes before a pattern"
+    make(tmp_path, "in [1]/x.png", "in [1]/*/y.png")
+    assert paths(find(["in [1]/x*"]), tmp_path) == ["in [1]/x.png"], "also in front of one"
+    assert paths(find(["in [1]/**/*.png"]), tmp_path) == ["in [1]/*/y.png", "in [1]/x.png"]
+    assert find(["in [1]/none.png"])[0].error
     assert paths(find(["d*"]), tmp_path) == ["deep/d.png", "deep/er/c.png"], "folders match, too"
     assert paths(find([".h/*.png"]), tmp_path) == [".h/e.png"]
     assert paths(find([".*.png"]), tmp_path) == [".f.png"]

@@ -239,7 +239,7 @@ def test_wrong_options_get_one_line(weights, options, said):
 
 
 def test_the_tool_shows_itself(seg):
-    assert repr(seg) == "Segmenter(segman_seg_tiny, 0.03 M parameters, cpu, float32, 3 classes)"
+    assert repr(seg) == "Segmenter(segman_seg_tiny, 0.04 M parameters, cpu, float32, 3 classes)"
     assert "<caption>Segmenter</caption>" in seg._repr_html_()
 
 
