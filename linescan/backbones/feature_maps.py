@@ -331,7 +331,7 @@ def dense_backbone(model: str, **options) -> DenseBackbone:
 
 
 def dense_maps(model: str, **options) -> list[dict]:
-    """`{"channels": C, "stride": s, "module": name}` of each map of `dense_backbone(model, **options)`; has no weights."""
+    """`{"channels": C, "stride": s, "module": name}` of each map of `dense_backbone(model, **options)`."""
     with torch.device("meta"):
         backbone = dense_backbone(model, **options)
     return [{"channels": f["num_chs"], "stride": f["reduction"], "module": f["module"]} for f in backbone.feature_info]

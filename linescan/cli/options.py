@@ -7,6 +7,7 @@ import inspect
 import json
 from dataclasses import MISSING, fields
 from enum import Enum
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Callable, Optional, Sequence, get_args, get_type_hints
 
