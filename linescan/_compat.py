@@ -1,6 +1,6 @@
 """Private functions of other packages, all in one place, each with a test in tests/test_compat.py.
 
-Only torch is imported here. A release that changes one of them breaks this file and no other.
+Importing this file imports torch alone. A release that changes one of them breaks this file and no other.
 """
 
 from contextlib import contextmanager
@@ -21,6 +21,7 @@ __all__ = [
     "is_transformed",
     "is_watched",
     "linear_pointwise",
+    "mmengine_flop_handles",
     "plain_shape",
     "unwatched",
 ]
@@ -104,3 +105,10 @@ def is_observed(module: nn.Module) -> bool:
     """Whether a call of the module does more than its class's `forward`: hooks, or a `forward` of its own."""
     state = module.__dict__
     return "forward" in state or any(map(state.__getitem__, _HOOKS)) or any(_GLOBAL_HOOKS)
+
+
+def mmengine_flop_handles() -> dict:
+    """The handles that every `FlopAnalyzer` of mmengine starts with; an empty dictionary where there are none."""
+    from mmengine.analysis import complexity_analysis
+
+    return getattr(complexity_analysis, "_DEFAULT_SUPPORTED_FLOP_OPS", {})

@@ -126,3 +126,14 @@ def test_hooks_and_own_forwards_are_seen():
         assert not _compat.is_observed(layer)
     layer.forward = lambda x: torch.zeros(1)
     assert _compat.is_observed(layer)
+
+
+def test_a_flop_counter_of_mmengine_takes_the_handles():
+    analysis = pytest.importorskip("mmengine.analysis")
+    handles = _compat.mmengine_flop_handles()
+    assert "aten::linear" in handles
+    handles["linescan::of_this_test"] = lambda inputs, outputs: 1
+    try:
+        assert "linescan::of_this_test" in analysis.FlopAnalyzer(nn.Linear(2, 2), torch.ones(1, 2))._op_handles
+    finally:
+        del handles["linescan::of_this_test"]

@@ -9,7 +9,7 @@ ROOT = Path(linescan.__file__).parent
 FLOORS = [
     {"errors", "_compat", "extras", "notices", "tensorfile"},
     {"scans"},
-    {"checkpoint"},
+    {"checkpoint", "flops"},
     {"layers"},
     {"zoo"},
     {"backbones"},

@@ -22,8 +22,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import zoo
+from .._compat import mmengine_flop_handles
 from ..backbones.feature_maps import DenseBackbone, dense_parts
 from ..errors import InputError
+from ..flops import flop_handles
 from .keys import translate_keys
 
 __all__ = ["LayerDecayOptimWrapperConstructor", "LinescanBackbone", "find_config", "list_configs"]
@@ -32,6 +34,8 @@ __all__ = ["LayerDecayOptimWrapperConstructor", "LinescanBackbone", "find_config
 # named otherwise, and is found by the name of its module.
 if not is_installed(MODULE2PACKAGE["mmseg"]) and find_spec("mmseg"):
     MODULE2PACKAGE["mmseg"] = "mmseg"
+
+mmengine_flop_handles().update(flop_handles())  # what `get_model_complexity_info` goes by, which takes no others
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

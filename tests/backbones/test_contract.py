@@ -352,6 +352,19 @@ def test_factory_arguments(name):
         assert cfg["min_input_size"] == (3, wanted, wanted)
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_no_images_and_images_without_numbers(name):
+    model = small(name, num_classes=3).eval()
+    x = image(model, 64, 64)
+    with torch.no_grad():
+        assert model(x[:0]).shape == (0, 3)
+        maps = model.forward_intermediates(x[:0], intermediates_only=True)
+        assert all(y.shape[0] == 0 and y.shape[1:] == z.shape[1:] for y, z in zip(
+            maps, model.forward_intermediates(x, intermediates_only=True)
+        ))  # fmt: skip
+        assert model.to("meta")(x.to("meta")).shape == (1, 3)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_bad_inputs_give_one_clear_line(name):
     model = small(name)
