@@ -24,8 +24,8 @@ def flop_handles(graph: str = "jit") -> dict:
     """A function (inputs, outputs) -> multiply-adds for every recurrence.
 
     Args:
-        graph: "jit" for counters of traced graphs (fvcore, mmengine), keyed by names such as "linescan::gla"; "aten" for
-            those that see tensors (ptflops), keyed by operators.
+        graph: "jit" for counters of traced graphs (fvcore, mmengine), keyed by names such as "linescan::gla"; "aten"
+            for those that see tensors (ptflops), keyed by operators.
     """
     in_graph = known("graph", graph, ("jit", "aten")) == "jit"
     shape = _shape_in_graph if in_graph else _shape
