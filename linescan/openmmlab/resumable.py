@@ -1,6 +1,6 @@
 """MMEngine trainings that survive `kill -9`: checkpoints that are whole or absent, resumed as if nothing had happened.
 
-    custom_imports = dict(imports=['linescan.engine.resumable'])
+    custom_imports = dict(imports=['linescan.openmmlab.resumable'])
     default_hooks = dict(checkpoint=dict(type='AtomicCheckpointHook', by_epoch=False, interval=50, max_keep_ckpts=2))
     custom_hooks = [dict(type='IterationSeedHook')]
 

@@ -4,7 +4,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from triton_tools import LIMITS, compiled, in_interpreter, interpret, outside_interpreter
+from .triton_tools import LIMITS, compiled, in_interpreter, interpret, outside_interpreter
 
 from linescan.layers.points import _farthest_loop
 
@@ -48,5 +48,5 @@ def launches():
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", LIMITS)
 def test_compiles(arch):
-    kernels = compiled("test_triton_farthest:launches", arch)
+    kernels = compiled("tests.scans.test_triton_farthest:launches", arch)
     assert len(kernels) >= 3 and all(kernel["shared"] <= LIMITS[arch] for kernel in kernels)
