@@ -4,9 +4,10 @@ from importlib import import_module
 
 import pytest
 import torch
-from .triton_tools import LIMITS, compiled, in_interpreter, interpret, outside_interpreter
 
 from linescan.layers.points import _farthest_loop
+
+from .triton_tools import LIMITS, compiled, in_interpreter, interpret, outside_interpreter
 
 
 @outside_interpreter
