@@ -7,7 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST ?= $(BIN)/python -m pytest -n auto --maxprocesses=8
 
-.PHONY: demo demo-dense test test-core lint cases models clean
+.PHONY: demo demo-dense test test-core lint docs cases models pictures clean
 
 demo: .venv/installed
 	$(BIN)/linescan demo
@@ -25,6 +25,11 @@ test-core: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 
+# The documentation as a site: build/docs/index.html. Any warning is an error.
+docs: .venv/docs
+	$(BIN)/sphinx-build -q -W --keep-going docs build/docs
+	@echo build/docs/index.html
+
 # Tables made from the code: the parity cases of all families in one file, and docs/models.md.
 cases:
 	cat tests/parity/cases/*.toml > tests/parity/cases.toml
@@ -32,14 +37,22 @@ cases:
 models: .venv/installed
 	$(BIN)/python tools/models.py
 
+# The images of routes in README.md and docs/routes.md.
+pictures: .venv/installed
+	$(BIN)/python tools/pictures.py
+
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist docs/api *.egg-info
 
 .venv/installed: pyproject.toml constraints.txt $(wildcard setup.py)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "linescan needs Python 3.10 or newer, this is " \
 		+ sys.version.split()[0] + "; try: make PYTHON=/path/to/python3.12")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.venv/docs: .venv/installed
+	$(BIN)/pip install -c constraints.txt -e '.[docs]'
 	@touch $@
 
 .venv/openmmlab: .venv/installed tools/install_openmmlab.py

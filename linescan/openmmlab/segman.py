@@ -1,11 +1,13 @@
 """SegMAN's decoder as a decode head of mmseg, under its published name; needs mmsegmentation.
 
-custom_imports = dict(imports=['linescan.openmmlab', 'linescan.openmmlab.segman'])
-model = dict(
-    backbone=dict(type='LinescanBackbone', model='segman_tiny'),
-    decode_head=dict(
-        type='SegMANDecoder', in_channels=[32, 64, 144, 192], in_index=[0, 1, 2, 3], channels=128,
-        feat_proj_dim=192, num_classes=150, norm_cfg=dict(type='SyncBN', requires_grad=True), align_corners=False))
+    custom_imports = dict(imports=['linescan.openmmlab', 'linescan.openmmlab.segman'])
+    model = dict(
+        backbone=dict(type='LinescanBackbone', model='segman_tiny'),
+        decode_head=dict(
+            type='SegMANDecoder', in_channels=[32, 64, 144, 192], in_index=[0, 1, 2, 3], channels=128,
+            feat_proj_dim=192, num_classes=150, norm_cfg=dict(type='SyncBN', requires_grad=True), align_corners=False))
+
+What it computes is in `linescan.heads.segman`.
 """
 
 from typing import Sequence

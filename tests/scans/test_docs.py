@@ -1,16 +1,14 @@
-"""docs/recurrences.md, docs/routes.md and docstrings say what the declarations say, and their code runs."""
+"""docs/recurrences.md and docstrings say what the declarations say."""
 
 import importlib.util
 import inspect
 import re
-import subprocess
-import sys
 
 import pytest
 
 from linescan.scans.recurrence import functions
 
-from ..conftest import ENVIRONMENT, REPOSITORY
+from ..conftest import REPOSITORY
 
 NAMES = list(functions())
 
@@ -36,18 +34,3 @@ def test_docstrings(name):
         assert re.search(rf"\b{key}\b[\w, ]*: ", told), key
         for axes in str(argument).split(" or ("):
             assert axes.lstrip("(") in told or " if " in axes, f"{key}: {axes}"
-
-
-@pytest.mark.parametrize("page", ["recurrences", "routes"])
-def test_code_of_pages_runs(page):
-    text = (REPOSITORY / "docs" / f"{page}.md").read_text()
-    code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.S))
-    if page == "recurrences":  # what it adds keeps the promises of all
-        code += """
-layout, x = _leaky_sum.layout, _leaky_sum.layout.example(length=9)
-with backend("reference"):
-    want = leaky_sum(**x, return_final_state=True)
-with backend("chunked"):
-    torch.testing.assert_close(leaky_sum(**x, return_final_state=True), want)
-"""
-    subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=True)
