@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Callable, Iterator, Sequence
 
 import safetensors.torch
 import timm
@@ -36,7 +36,8 @@ def build(name: str, **args) -> nn.Module:
 
     Args:
         name: a registered name, with or without a tag.
-        args: as for `linescan.create_model`; `pretrained` among them.
+        args: as for `linescan.create_model`; `pretrained` among them. An `img_size` is for all models: those that take
+            images of any size as they are (a ResNet) are built without it.
 
     Raises:
         InputError: no such model, or it cannot be built with these arguments.
@@ -51,7 +52,7 @@ def build(name: str, **args) -> nn.Module:
         zoo.find(name)
     try:
         size = _sides(args["img_size"]) if args.get("img_size") is not None else None
-        model = (zoo.create_model if own else timm.create_model)(name, **args)
+        model = _create(zoo.create_model if own else timm.create_model, name, args)
     except Exception as error:  # a constructor may raise anything at all
         given = one_line(", ".join(f"{k}={v}" for k, v in args.items())) if args else "its defaults"
         raise InputError(f"cannot build {name} with {given}: {one_line(error, 400)}") from error
@@ -60,6 +61,15 @@ def build(name: str, **args) -> nn.Module:
     if min(height, width) < smallest:
         raise InputError(f"{name} reads images of at least {smallest}x{smallest} pixels, not {height}x{width}")
     return model
+
+
+def _create(create: Callable[..., nn.Module], name: str, args: dict) -> nn.Module:
+    try:
+        return create(name, **args)
+    except TypeError as error:
+        if "img_size" not in args or "unexpected keyword argument 'img_size'" not in str(error):
+            raise
+        return create(name, **{key: value for key, value in args.items() if key != "img_size"})
 
 
 def _sides(img_size: int | Sequence[int]) -> tuple[int, int]:

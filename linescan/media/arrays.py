@@ -10,7 +10,7 @@ from PIL.ExifTags import Base
 
 from ..errors import BrokenImage, InputError
 from . import vips
-from .images import check_whole, one_line, open_file
+from .images import TIFF, check_whole, one_line, open_file
 from .pixels import upright
 
 __all__ = ["ImageFacts", "read_array", "write_array"]
@@ -82,7 +82,7 @@ def _plain(image: Image.Image) -> Image.Image:
 def _is_tiff(path: str | Path) -> bool:
     try:
         with open(path, "rb") as file:
-            return file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+            return file.read(4) in TIFF
     except OSError:
         return False
 

@@ -27,6 +27,9 @@ LARGEST = 2**32
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 """A file, a PIL image, or an array (see `from_array`)."""
 
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+"""How such files begin."""
+
 
 @contextmanager
 def one_line(path: str | Path) -> Iterator[None]:
@@ -70,6 +73,9 @@ def _identify(file, path: str | Path) -> Image.Image:
             if accepted and not isinstance(accepted, str):  # a text says why the format cannot be read
                 file.seek(0)
                 return factory(file, str(path))
+    if head[:4] in TIFF:
+        kinds = "colours of 32 bits, floats of 64 bits, five channels"
+        raise BrokenImage(f"a TIFF file of a kind that is not read ({kinds}), or damaged")
     raise BrokenImage("not an image, or damaged")
 
 

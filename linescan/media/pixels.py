@@ -17,7 +17,7 @@ _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _WHITE = {"?": 1, "H": 65535}  # by numpy's character of a type
 _TOGETHER = 2**20  # numbers that are scaled at a time
 _FIRST = {"LAB": "RGB", "La": "LA"}  # modes that Pillow converts in two steps only
-_UNSIGNED, _WHITE_IS_ZERO = 1, 0  # values of TIFF tags
+_UNSIGNED, _SIGNED, _WHITE_IS_ZERO = 1, 2, 0  # values of TIFF tags
 
 
 def image_mode(channels: int) -> str:
@@ -88,7 +88,8 @@ def to_mode(image: Image.Image, channels: int) -> Image.Image:
     mode = image_mode(channels)
     file_format, tags = image.format, getattr(image, "tag_v2", {})
     image = upright(image)
-    if image.mode == "F" or image.mode.startswith("I"):
+    signed = image.mode == "L" and _sample_format(tags) == _SIGNED
+    if signed or image.mode == "F" or image.mode.startswith("I"):
         image = _grey(image, file_format, tags)
     elif image.mode in _FIRST:
         image = image.convert(_FIRST[image.mode])
@@ -117,14 +118,24 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
+def _sample_format(tags: Mapping) -> int:
+    """What the numbers of a TIFF file are; where it does not say, they are unsigned."""
+    return tags.get(SAMPLEFORMAT, (_UNSIGNED,))[0]
+
+
 def _grey(image: Image.Image, file_format: str | None, tags: Mapping) -> Image.Image:
-    """Numbers of more than 8 bits as L, or LA where one of them means transparency; `tags` of a TIFF file."""
+    """Numbers of more than 8 bits, or signed ones, as L, or as LA where one of them means transparency.
+
+    `tags` are those of a TIFF file.
+    """
     values = np.asarray(image)
     bits = tags.get(BITSPERSAMPLE, (16,))[0]
     if image.mode == "I" and file_format in ("PNG", "PPM"):  # these hold 16 bits
         values = values.clip(0, 65535).astype(np.uint16)
-    elif image.mode == "I" and bits == 32 and tags.get(SAMPLEFORMAT, (0,))[0] == _UNSIGNED:
+    elif image.mode == "I" and bits == 32 and file_format == "TIFF" and _sample_format(tags) == _UNSIGNED:
         values = values.view(np.uint32)
+    elif image.mode == "L":
+        values = values.view(np.int8)
     is_short = values.dtype.char == "H" and 8 < bits < 16  # TIFF has 12 bits, too
     grey = scale_to_bytes(values, 0, 2**bits - 1) if is_short else to_bytes(values)
     grey = Image.fromarray(255 - grey if tags.get(PHOTOMETRIC_INTERPRETATION) == _WHITE_IS_ZERO else grey)

@@ -4,6 +4,7 @@ A video is a file of any format that FFmpeg knows (read by PyAV, the `video` ext
 Only the frames that are used are ever kept, and those as the model's crops: memory does not grow with the video.
 """
 
+import errno
 import math
 import os
 import random
@@ -286,13 +287,14 @@ class _Packets:
         promised: how many frames there should be: at least those of which there is a packet.
         uneven: whether frames are not evenly spaced, and `promised` is no more than likely.
         damage: why perhaps not all of them can be decoded, or "".
-        ends_early: whether the file ends within a packet: what should have followed is not known.
+        ends_early: whether the file is cut short, and what should have followed is not known.
     """
 
     def __init__(self, container, stream):
         kind = set(container.format.name.split(","))
         self.ordered = not container.format.flags & _av().format.Flags.ts_discont.value  # MPEG streams: no
-        times, keys, seen, corrupt, end = array("q"), array("q"), 0, False, -math.inf
+        times, keys, seen, corrupt = array("q"), array("q"), 0, False
+        end, without = -math.inf, -math.inf  # of all packets, and of those that do not say how long they last
         for packet in _demux(container):
             if packet is None:  # the file cannot be read on
                 corrupt = True
@@ -300,6 +302,8 @@ class _Packets:
             time = packet.dts if packet.pts is None else packet.pts
             if time is not None and packet.time_base:
                 end = max(end, float((time + (packet.duration or 0)) * packet.time_base))
+                if not packet.duration and packet.stream is stream:
+                    without = max(without, float(time * packet.time_base))
             if packet.stream is not stream or (time is None and not packet.size):  # the last one of a stream is empty
                 continue
             seen += 1
@@ -314,9 +318,11 @@ class _Packets:
         if self.promised == len(times) and kind & _TIMED and container.duration:
             start, duration = (v / _av().time_base for v in (container.start_time or 0, container.duration))
             gap, self.uneven = self._gap(stream)
-            if end - start < duration - 1.5 * gap:
+            missing = duration - (max(end, without + gap) - start)
+            if missing > (1.5 if self.uneven else 0.5) * gap:
                 self.promised = max(round(duration / gap), len(times) + 1)
-        self.ends_early = "mpegts" in kind and _ends_in_a_packet(container.name)
+        ends_early = {"mpegts": _ends_in_a_packet, "asf": _is_smaller_than_it_says}
+        self.ends_early = any(found(_path(container.name)) for name, found in ends_early.items() if name in kind)
         self.damage = "the file is damaged" if corrupt else ""
         if self.promised > len(times) or self.ends_early:
             self.damage = "the file is cut short"
@@ -336,18 +342,34 @@ def _indexed(stream, kind: set[str]) -> int:
     """How many packets of a stream the container lists, 0 where it has no list."""
     if "mov" in kind:
         return len(stream.index_entries)  # without those that an edit list leaves out
+    if "mxf" in kind and stream.average_rate and stream.time_base * stream.average_rate == 1:
+        return stream.duration or 0  # in frames
     return stream.frames if "avi" in kind else 0
 
 
-def _ends_in_a_packet(url: str) -> bool:
+def _path(url: str) -> str:
+    return url.removeprefix("file:")
+
+
+def _ends_in_a_packet(path: str) -> bool:
     """Whether an MPEG transport stream ends within one of its packets, which are all of one length."""
-    path = url.removeprefix("file:")
     with open(path, "rb") as file:
         head = file.read(1024)
     for length, before in ((188, 0), (192, 4), (204, 0)):  # 192: with a time before each
         if all(head[before + i * length : before + i * length + 1] == b"G" for i in range(4)):
             return Path(path).stat().st_size % length != 0
     return False
+
+
+_ASF_FACTS = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")  # what stands in front of the facts about the file
+
+
+def _is_smaller_than_it_says(path: str) -> bool:
+    """Whether an ASF (WMV) file is shorter than its header says."""
+    with open(path, "rb") as file:
+        head = file.read(2**16)
+    at = head.find(_ASF_FACTS)
+    return at >= 0 and int.from_bytes(head[at + 40 : at + 48], "little") > Path(path).stat().st_size
 
 
 def _demux(container, *streams) -> Iterator:
@@ -396,6 +418,8 @@ def _reading(path: str | Path, threads: str = "AUTO") -> Iterator[tuple]:
         options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
         with av.open(f"file:{path}", container_options=options, metadata_errors="replace") as container:
             stream = container.streams.best("video")
+            if stream is not None and stream.codec_context is None:
+                raise BrokenVideo("not a video, or damaged")
             if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
                 sound = container.streams.audio
                 raise BrokenVideo("only sound, no images" if sound else "not a video, or damaged")
@@ -418,6 +442,7 @@ def _one_line(path: str | Path) -> Iterator[None]:
     except Exception as error:
         empty = Path(path).is_file() and not Path(path).stat().st_size
         damaged = type(error).__name__ in ("InvalidDataError", "EOFError", "ArgumentError")
+        damaged |= type(error).__module__.startswith("av.") and error.errno == errno.EIO  # the file ends in its header
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         reason = "the file is empty" if empty else "not a video, or damaged" if damaged else reason.splitlines()[0]
         raise BrokenVideo(f"{path}: {reason}") from None

@@ -167,7 +167,8 @@ def enlarge(logits: Tensor, size: Size, align_corners: bool = False, memory: int
     height, width = size
     above, below, share_y = _neighbours(logits.shape[1], height, align_corners, logits.device)
     before, after, share_x = _neighbours(logits.shape[2], width, align_corners, logits.device)
-    rows = max(memory // (4 * logits.shape[0] * width * 4), 1)  # four of them at a time, at the most
+    widest = max(width, logits.shape[2])
+    rows = max(memory // (4 * logits.shape[0] * widest * 4), 1)  # four of them at a time, at the most
     for top in range(0, height, rows):
         at = slice(top, top + rows)
         strip = torch.lerp(logits[:, above[at]], logits[:, below[at]], share_y[at, None])

@@ -195,6 +195,15 @@ def test_a_published_file_is_restored_by_its_tag(tmp_path, monkeypatch):
     assert model.num_frames == 8 and card.classes[-1] == "salad"
 
 
+def test_a_size_is_for_models_of_any_size_too(tmp_path):
+    model = build("resnet18", img_size=[64, 32], in_chans=1, num_classes=2)
+    preprocess = preprocess_of(model, 1, [64, 32])
+    assert preprocess.size == (1, 64, 32) and preprocess.crop_pct == 1
+    card = ModelCard("resnet18", dict(img_size=[64, 32], in_chans=1, num_classes=2), ["a", "b"], preprocess)
+    save_model(tmp_path / "resnet.safetensors", model, card)
+    assert restore(checkpoint=tmp_path / "resnet.safetensors")[1] == card
+
+
 def test_building_names_what_is_wrong():
     for args, said in (
         ({"img_size": "abc"}, "img_size is a number of pixels, or height and width, not 'abc'"),

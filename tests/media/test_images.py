@@ -121,11 +121,13 @@ def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
     assert np.asarray(read_image(tmp_path / "x.png", 1)).tolist() == [[0, 255, 128, 200, 255]]
 
 
-def tiff(path, values: np.ndarray, sample_format: int = 1, bits: int | None = None, photometric: int = 1, order=">"):
+def tiff(path, values: np.ndarray, sample_format=1, bits: int | None = None, photometric: int = 1, order=">"):
     """A TIFF file with tags that Pillow does not set, in a byte order."""
     height, width = values.shape
     bits = bits or 8 * values.itemsize
     entries = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 277: 1, 278: height, 339: sample_format}
+    if sample_format is None:
+        del entries[339]
     data = values.astype(values.dtype.newbyteorder(order)).tobytes()
     entries |= {273: 8 + 2 + 12 * (len(entries) + 2) + 4, 279: len(data)}
     directory = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, entries[tag]) for tag in sorted(entries))
@@ -155,7 +157,9 @@ def test_tiff_files_of_rare_depths(tmp_path):
         return np.asarray(read_image(tiff(tmp_path / "x.tif", np.array([values] * 2), *more), 1))[0].tolist()
 
     assert grey(np.array([0, 2**32 - 1], np.uint32), 1, 32, 1, "<") == [0, 255], "unsigned, unlike Pillow's integers"
+    assert grey(np.array([0, 2**32 - 1], np.uint32), None, 32, 1, "<") == [0, 255], "unsigned, unless said otherwise"
     assert grey(np.array([-1000, 1000], np.int16), 2) == [0, 255]
+    assert grey(np.array([-100, 100], np.int8), 2) == [0, 255] and grey(np.array([0, 100], np.int8), 2) == [0, 100]
     assert grey(np.array([10, 200], np.int16), 2) == [10, 200]
     assert grey(np.array([0, 0.25], np.float32), 3) == [0, 64]
     assert grey(np.array([0, 51400], np.uint16), 1, 16, 0, "<") == [255, 55], "zero is white"

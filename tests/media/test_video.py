@@ -246,6 +246,33 @@ def test_a_file_that_is_cut_short_is_read_as_far_as_it_goes(tmp_path, name, shar
         open_video(path, strict=True)
 
 
+@pytest.mark.parametrize("name", ["x.mkv", "x.webm", "x.mxf", "x.flv", "x.wmv"])
+def test_a_few_frames_are_missed(tmp_path, name):
+    path = write_video(tmp_path / name, NOISY, **CUT.get(name, dict(codec="wmv2")))
+    assert read_all(path, strict=True) == (list(range(40)), [])
+    with av.open(str(path)) as container:
+        last = [packet.pos for packet in container.demux(video=0) if packet.size][-1]
+    path.write_bytes(path.read_bytes()[:last])
+    found, [said] = read_all(path)
+    if name == "x.wmv":  # its packets hold several frames, its header the length of the file
+        assert 30 < len(found) < 40 and said == f"{len(found)} frames can be decoded; the file is cut short"
+    else:
+        assert len(found) == 39 and said == "39 of 40 frames can be decoded; the file is cut short"
+
+
+@pytest.mark.parametrize("name", ["x.mkv", "x.mov", "x.webm"])
+def test_a_header_that_is_cut_is_told_in_one_way(tmp_path, name):
+    path = write_video(tmp_path / name, GREYS, CUT.get(name, dict(codec="mpeg4"))["codec"])
+    data = path.read_bytes()
+    for length in (20, 60, 150, 300, len(data) * 6 // 10 if name == "x.mov" else 400):
+        path.write_bytes(data[:length])
+        with warnings.catch_warnings(), pytest.raises(BrokenVideo) as refusal:
+            warnings.simplefilter("ignore", DamagedVideo)
+            open_video(path)
+        said = str(refusal.value).removeprefix(f"{path}: ")
+        assert said in ("not a video, or damaged", "the video holds no frames") or "frames can be decoded" in said
+
+
 def test_transport_streams_may_be_joined(tmp_path):
     parts = [write_video(tmp_path / f"{i}.ts", GREYS[10 * i : 10 * i + 10], "libx264").read_bytes() for i in (0, 1)]
     (tmp_path / "joined.ts").write_bytes(b"".join(parts))

@@ -108,12 +108,14 @@ def test_slide_is_the_mean_over_windows(size, window, stride, memory):
 
 
 @pytest.mark.parametrize("align_corners", [False, True])
-@pytest.mark.parametrize("small, large", [((7, 9), (40, 33)), ((40, 30), (17, 90)), ((1, 1), (3, 4)), ((8, 8), (8, 8))])
+@pytest.mark.parametrize("small, large", [((7, 9), (40, 33)), ((40, 30), (17, 90)), ((1, 1), (3, 4)), ((8, 8), (8, 8)),
+                                          ((64, 32), (900, 1))])  # fmt: skip
 def test_enlarge_is_interpolate(small, large, align_corners):
-    logits = torch.randn(3, *small)
+    logits, widest = torch.randn(3, *small), max(large[1], small[1])  # a column is enlarged from wider logits
     expected = F.interpolate(logits[None], large, mode="bilinear", align_corners=align_corners)[0]
-    for memory in (2**30, 4 * 3 * large[1] * 4 * 5, 1):
+    for memory in (2**30, 4 * 3 * widest * 4 * 5, 1):
         strips = list(enlarge(logits, large, align_corners, memory))
+        assert all((s.bottom - s.top) * 4 * 3 * widest * 4 <= memory or s.bottom - s.top == 1 for s in strips)
         torch.testing.assert_close(torch.cat([s.logits for s in strips], 1), expected, rtol=1e-4, atol=1e-5)
         assert [s.top for s in strips[1:]] == [s.bottom for s in strips[:-1]]
 
