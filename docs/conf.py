@@ -41,7 +41,7 @@ apidoc_modules = [
     {
         "path": "../linescan",
         "destination": "api",
-        "exclude_patterns": [str(ROOT / "linescan" / name) for name in LEFT_OUT],
+        "exclude_patterns": [f"*/linescan/{name}" for name in LEFT_OUT],
         "separate_modules": True,
         "module_first": True,
         "automodule_options": {"members"},
