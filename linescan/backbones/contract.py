@@ -59,7 +59,7 @@ def register(cls: type | None, models: Mapping[str, Mapping], **common) -> None:
         own = {e.full_name: _timm_cfg(e) for e in added if e.cls.__module__ == module.__name__}
         module.default_cfgs = {**getattr(module, "default_cfgs", {}), **generate_default_cfgs(own)}
     for name, module in {entry.name: entry.cls.__module__ for entry in added}.items():
-        register_model(_entry_point(name, module))
+        setattr(sys.modules[module], name, register_model(_entry_point(name, module)))
 
 
 def _entry_point(name: str, module: str) -> Callable:
