@@ -5,7 +5,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PYTEST ?= $(BIN)/python -m pytest -n auto --maxprocesses=8
+PYTEST ?= $(BIN)/python -m pytest -n auto --maxprocesses=8 --maxschedchunk=1
 
 .PHONY: demo demo-dense test test-core lint docs cases models pictures clean
 

@@ -1,4 +1,4 @@
-"""What several test folders share: the `linescan` command as a user runs it, and small sets of pictures."""
+"""What several test folders share: the `linescan` command as a user runs it, and small sets of images."""
 
 import os
 import subprocess
@@ -15,6 +15,12 @@ if sys.version_info < (3, 11):
     sys.modules["tomllib"] = tomli  # under the name that it has had in Python since
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Slow tests first: workers take one test at a time (Makefile), so the quick ones fill up the end evenly."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
 
 # One thread: sums in the same order everywhere, and tests that share the cores fairly.
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "COLUMNS": "200", "NO_COLOR": "1"}
