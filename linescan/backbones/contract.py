@@ -618,6 +618,10 @@ class PlainBackbone(Backbone):
             return torch.cat([x[:, :row], x[:, row + 1 :]], 1)
         return {"head": x[:, 1:], "tail": x[:, :-1], "double": x[:, 1:-1]}[self.class_token]
 
+    def to_stream(self, x: Tensor, shape: Sequence[int]) -> Tensor:
+        """Tokens (B, H * W, dim), row-major, as a stream of this shape without class tokens: undoes `patch_tokens`."""
+        return x.reshape(shape)
+
     def to_map(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
         return self.patch_tokens(x).unflatten(1, grid)
 

@@ -136,15 +136,17 @@ class DenseBackbone(nn.Module):
         """The maps of an adapter; sides that 32 does not divide are padded, and the maps cut to the image."""
         height, width = x.shape[-2:]
         x = pad_to_multiple(x, 32)
-        tokens, grid, context = self.trunk.embed(x)
-        quarter = len(self.trunk.blocks) // 4
+        trunk = self.trunk
+        first, grid, context = trunk.embed(x)
+        quarter = len(trunk.blocks) // 4
 
         def part(start: int, tokens: Tensor) -> Tensor:
-            for block in self.trunk.blocks[start : start + quarter]:
-                tokens = self.trunk.run_unit(block, tokens, context)
-            return tokens
+            stream = trunk.to_stream(tokens, first.shape)
+            for block in trunk.blocks[start : start + quarter]:
+                stream = trunk.run_unit(block, stream, context)
+            return trunk.patch_tokens(stream)
 
-        maps = self.neck(x, tokens, grid, [partial(part, i * quarter) for i in range(4)])
+        maps = self.neck(x, trunk.patch_tokens(first), grid, [partial(part, i * quarter) for i in range(4)])
         return [y[..., : -(-height // s), : -(-width // s)] for y, s in zip(maps, self.strides)]
 
     # -- training ---------------------------------------------------------------------------------------------------
@@ -298,6 +300,8 @@ def dense_parts(
     options = dict(neck) if isinstance(neck, Mapping) else {"type": neck}
     kind = options.pop("type", None)
     kind = form.neck if kind == "auto" else known("neck", kind, ("auto", "rescaled", "simple", "adapter", None))
+    if kind and trunk.unit_name != "blocks":
+        raise InputError(f"neck {kind!r} is for plain backbones: a {cls.__name__} has maps of several strides by itself")
     if kind == "adapter":
         options.setdefault("drop_path_rate", kwargs.get("drop_path_rate", 0.0))
         if trunk.embed_dim % 6:  # heads by default
@@ -306,7 +310,7 @@ def dense_parts(
     try:
         made = {
             "rescaled": lambda: RescaledFeatures(width, stride, **options),
-            "simple": lambda: SimpleFeaturePyramid(width, **options),
+            "simple": lambda: SimpleFeaturePyramid(width, stride, **options),
             "adapter": lambda: ViTAdapter(width, in_chans=trunk.in_chans, **options),
             None: lambda: None,
         }[kind]()
@@ -319,7 +323,7 @@ def dense_parts(
     return {
         "trunk": trunk,
         "out_indices": out_indices,
-        "tap": tap or form.tap,
+        "tap": tap or ("stream" if kind == "adapter" else form.tap),
         "norms": (None if kind == "adapter" else form.norms) if norms == "auto" else norms,
         "neck": made,
     }

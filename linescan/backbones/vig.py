@@ -135,6 +135,10 @@ class ViG(PlainBackbone):
     def patch_tokens(self, x: Tensor) -> Tensor:
         return super().patch_tokens(turn_rows(x) if self.scan == "zigzag" else x)
 
+    def to_stream(self, x: Tensor, shape: Sequence[int]) -> Tensor:
+        x = super().to_stream(x, shape)
+        return turn_rows(x) if self.scan == "zigzag" else x
+
     def translate(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Official keys to ours."""
         return rename(state, PLAIN_KEYS)

@@ -68,11 +68,17 @@ class SimpleFeaturePyramid(nn.Module):
 
     Args:
         dim: channels of the input map.
+        patch_size: its stride; 16, as published.
         out_channels: channels of every level.
+
+    Raises:
+        InputError: another stride.
     """
 
-    def __init__(self, dim: int, out_channels: int = 256):
+    def __init__(self, dim: int, patch_size: int = 16, out_channels: int = 256):
         super().__init__()
+        if patch_size != 16:
+            raise InputError(f"a simple feature pyramid exists for patch size 16, not {patch_size}")
         half, quarter = dim // 2, dim // 4
 
         def up(inner: int, outer: int):

@@ -66,6 +66,41 @@ def test_taps(name, tap):
     assert without_gradient(model, x) == []
 
 
+@pytest.mark.parametrize("options", [dict(), dict(scan="zigzag")])
+@pytest.mark.parametrize("name", PLAIN)
+def test_adapters_take_any_stream_and_any_sides(name, options):
+    if options and name != "vig_tiny":
+        pytest.skip("one model can turn its rows")
+    if "videomamba" in name:
+        with pytest.raises(ValueError, match="an adapter needs .* no class token"):
+            dense(name, neck="adapter")
+        return
+    neck = {"type": "adapter", "num_heads": 4, "width": 8}
+    model = dense(name, neck=neck, out_indices=None, **options).eval()
+    assert model.strides == [4, 8, 16, 32]
+    for module in model.modules():  # what the pyramid reads goes back into the stream
+        if hasattr(module, "gamma"):
+            nn.init.ones_(module.gamma)
+    x = torch.randn(1, 3, 65, 97)
+    with torch.no_grad():
+        maps = model(x)
+        assert [y.shape[-2:] for y in maps] == [(-(-65 // s), -(-97 // s)) for s in model.strides]
+        x[..., :8, :8] += 10  # the top left
+        moved = [(y - z).abs().mean(1)[0] for y, z in zip(maps, model(x))]
+    assert all(d[0, 0] > 3 * d[-1, -1] for d in moved[:3]), "places stay where they are"
+
+
+@pytest.mark.parametrize("neck", ["rescaled", "simple", "adapter"])
+def test_necks_are_for_plain_backbones_of_their_stride(neck):
+    with pytest.raises(ValueError, match=f"neck '{neck}' is for plain backbones: a VMamba has maps of several strides"):
+        dense("vmamba_tiny_s1l8", neck=neck)
+    if neck == "rescaled":
+        assert dense("vim_tiny_patch16_224", neck=neck, stride=8).strides == [4, 8, 16, 32]
+    else:
+        with pytest.raises(ValueError, match="pyramid exists for patch size 16, not 8|needs patches of 16 pixels"):
+            dense("vim_tiny_patch16_224", neck=neck, stride=8)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_hooks_fire_with_the_maps(name):
     model = dense(name).eval()
