@@ -1,3 +1,7 @@
-"""Backbones, one file a system; importing this package registers them all."""
+"""Backbones, one file a system. Importing this package imports every file, and so registers all models."""
 
-from . import localmamba, mixernet, segman, videomamba, vig, vim, vision_rwkv, vmamba  # noqa: F401
+from importlib import import_module
+from pkgutil import iter_modules
+
+for module in iter_modules(__path__):
+    import_module(f".{module.name}", __name__)

@@ -24,6 +24,11 @@ SMALL = {
     "scan_tiny": dict(embed_dim=32, depth=2, img_size=32, mixer=("gla", "window")),
     "scanh_tiny": dict(depths=(1, 1), dims=(32, 64), mixer=("s6", "delta")),
 }
+DENSE = {
+    "vim_tiny_patch16_224": dict(depth=4, neck="rescaled", norms="last"),
+    "vig_tiny": dict(neck={"type": "simple", "out_channels": 8}, out_indices=(1,)),
+    "vrwkv_tiny": dict(depth=4, neck={"type": "adapter", "num_heads": 4, "width": 8}),
+}
 
 
 def build(name):
@@ -80,9 +85,8 @@ def work(rank, port):
         loss_of(fsdp, own).backward()
         compare(gradients(fsdp), want, f"FSDP of {name}")
 
-        if name == "vrwkv_tiny":  # adapters have BatchNorms
-            continue
-        dense = dense_backbone(name, out_indices=(0, 1), neck=None, **SMALL[name]).double().eval()
+        dense = dense_backbone(name, **SMALL[name] | DENSE.get(name, {"out_indices": (0, 1), "neck": None}))
+        dense = dense.double().eval()
         ddp = DistributedDataParallel(dense)
         for _ in range(2):
             ddp.zero_grad()

@@ -113,14 +113,16 @@ def test_config_trains_and_tests_a_step(cfg):
     model = MODELS.build(cfg.model)
     model.init_weights()
     optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
-    before = [p.detach().clone() for p in model.backbone.parameters()]
+    parts = {name: p for name, p in model.backbone.named_parameters() if p.requires_grad}
+    reached = set()
+    for name, parameter in parts.items():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: reached.add(name))
 
     samples = segmentation_batch() if "decode_head" in cfg.model else detection_batch()
     batch = {"inputs": [torch.randint(0, 256, (3, SIDE, SIDE), dtype=torch.uint8) for _ in samples]}
     losses = model.train_step({**batch, "data_samples": samples}, optimizer)
     assert all(torch.isfinite(v).all() for v in losses.values())
-    trained = [not torch.equal(p, old) for p, old in zip(model.backbone.parameters(), before)]
-    assert np.mean(trained) > 0.6  # an adapter's injectors start inert
+    assert reached == parts.keys(), "DistributedDataParallel fails for parameters without a gradient"
 
     model.eval()
     (result, _) = model.test_step({**batch, "data_samples": samples})
