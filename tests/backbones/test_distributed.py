@@ -8,32 +8,35 @@ import timm
 import torch
 import torch.distributed as dist
 
-import linescan  # noqa: F401, registers the models
+from linescan.backbones.contract import architecture
 from linescan.backbones.feature_maps import dense_backbone
+from linescan.zoo import list_models
 
-SMALL = {
-    "vim_tiny_patch16_224": dict(embed_dim=32, depth=2, img_size=32),
-    "videomamba_tiny_patch16_224": dict(embed_dim=32, depth=2, img_size=32),
-    "local_vim_tiny": dict(embed_dim=32, depth=2, img_size=32),
-    "local_vssm_tiny": dict(depths=(1, 1), dims=16),
-    "vmamba_tiny_s1l8": dict(depths=(1, 1), dims=16),
-    "vig_tiny": dict(embed_dim=48, depth=2, img_size=32),
-    "vig_h_tiny": dict(depths=(1, 1), dims=16, num_heads=(1, 2)),
-    "vrwkv_tiny": dict(embed_dim=32, depth=2, img_size=32),
-    "segman_tiny": dict(depths=(1, 1), dims=(16, 32), num_heads=(1, 2), windows=(3, 3), mlp_ratios=(2, 2), img_size=32),
-    "scan_tiny": dict(embed_dim=32, depth=2, img_size=32, mixer=("gla", "window")),
-    "scanh_tiny": dict(depths=(1, 1), dims=(32, 64), mixer=("s6", "delta")),
+NAMES = sorted({architecture(n)[0]: n for n in list_models(task="classification") if "_video" not in n}.values())
+PLAIN, STAGES = dict(embed_dim=48, depth=2, img_size=32), dict(depths=(1, 1), dims=(32, 64))
+OPTIONS = {  # what a family needs besides, and hybrids
+    "segman": dict(dims=(16, 32), num_heads=(1, 2), windows=(3, 3), mlp_ratios=(2, 2), img_size=32),
+    "vig_h": dict(num_heads=(1, 2)),
+    "scan": dict(head_dim=16, mixer=("gla", "window")),
+    "scanh": dict(mixer=("s6", "delta")),
 }
-DENSE = {
-    "vim_tiny_patch16_224": dict(depth=4, neck="rescaled", norms="last"),
-    "vig_tiny": dict(neck={"type": "simple", "out_channels": 8}, out_indices=(1,)),
-    "vrwkv_tiny": dict(depth=4, neck={"type": "adapter", "num_heads": 4, "width": 8}),
+DENSE = {  # with norms after each of two units, and no neck, but for
+    "vim": dict(depth=4, stride=16, neck="rescaled", norms="last"),
+    "vig": dict(neck={"type": "simple", "out_channels": 8}, out_indices=(1,)),
+    "vrwkv": dict(depth=4, neck={"type": "adapter", "num_heads": 4, "width": 8}),
 }
+
+
+def options(name, dense=False):
+    family = next(key for key in ("vig_h", name.split("_")[0]) if name.startswith(key + "_"))
+    short = PLAIN if architecture(name)[0].unit_name == "blocks" else STAGES
+    more = DENSE.get(family, {"out_indices": (0, 1), "neck": None}) if dense else {}
+    return {**short, **OPTIONS.get(family, {}), **more}
 
 
 def build(name):
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=5, **SMALL[name]).double()
+    model = timm.create_model(name, num_classes=5, **options(name)).double()
     return model.eval() if "segman" in name else model.train()  # BatchNorms of half a batch are others
 
 
@@ -65,7 +68,7 @@ def work(rank, port):
 
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
     own = samples()[2 * rank : 2 * rank + 2]
-    for name in SMALL:
+    for name in NAMES:
         whole = build(name)
         ddp, fsdp = copy.deepcopy(whole), copy.deepcopy(whole)
         loss_of(whole, samples()).backward()
@@ -85,8 +88,7 @@ def work(rank, port):
         loss_of(fsdp, own).backward()
         compare(gradients(fsdp), want, f"FSDP of {name}")
 
-        dense = dense_backbone(name, **SMALL[name] | DENSE.get(name, {"out_indices": (0, 1), "neck": None}))
-        dense = dense.double().eval()
+        dense = dense_backbone(name, **options(name, dense=True)).double().eval()
         ddp = DistributedDataParallel(dense)
         for _ in range(2):
             ddp.zero_grad()
