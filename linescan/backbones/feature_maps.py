@@ -301,7 +301,7 @@ def dense_parts(
     kind = options.pop("type", None)
     kind = form.neck if kind == "auto" else known("neck", kind, ("auto", "rescaled", "simple", "adapter", None))
     if kind and trunk.unit_name != "blocks":
-        raise InputError(f"neck {kind!r} is for plain backbones: a {cls.__name__} has maps of several strides by itself")
+        raise InputError(f"neck {kind!r} is for plain backbones: a {cls.__name__} has maps of several strides")
     if kind == "adapter":
         options.setdefault("drop_path_rate", kwargs.get("drop_path_rate", 0.0))
         if trunk.embed_dim % 6:  # heads by default
