@@ -13,7 +13,7 @@ from typing import Callable, Mapping, Sequence
 
 import timm
 import torch
-from timm.layers import to_2tuple
+from timm.layers import is_scriptable, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from torch import Tensor, nn
 
@@ -132,8 +132,10 @@ def create_backbone(name: str, pretrained: bool = False, **kwargs) -> nn.Module:
             `dtype`, ...). Numbers are initialised in float32, whatever the dtype.
 
     Raises:
-        InputError: the weights cannot be fetched.
+        InputError: the weights cannot be fetched, or the model is wanted for scripting.
     """
+    if is_scriptable():
+        raise InputError(f"TorchScript cannot script {name}: trace it (torch.jit.trace) or export it (torch.export)")
     entry = _entry(name, kwargs.get("pretrained_cfg"))
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
     if pretrained:

@@ -476,6 +476,11 @@ def test_positions_are_resampled_from_any_grid(name):
                     model.checkpoint_filter(dict(official))
 
 
+def test_scripting_is_refused_in_one_line():
+    with pytest.raises(ValueError, match="TorchScript cannot script vim_tiny_patch16_224: trace it"):
+        small("vim_tiny_patch16_224", scriptable=True)
+
+
 # -- compilers --------------------------------------------------------------------------------------------------------
 
 
