@@ -18,7 +18,12 @@ from torch import Tensor
 
 from ..._compat import argument_names
 from ..ops.causal_conv import _causal_conv1d
+from ..ops.delta import _dplr, _gated_delta_rule
+from ..ops.gla import _gla, _simple_gla
+from ..ops.linear_attention import _linear_attention
 from ..ops.selective_scan import _selective_scan, narrow, widen
+from ..ops.ssd import _ssd, _step_sizes
+from ..ops.wkv import _wkv6
 from ..recurrence import Recurrence
 
 LIBRARY = Path(__file__).with_name("_cpu.so")
@@ -199,6 +204,74 @@ def _conv_backward(grad_output, grad_state, *args):
     return _finish(grads, (x, weight, bias, initial_state))
 
 
+# -- matrix states ----------------------------------------------------------------------------------------------------
+
+GATED, LATE, DELTA, LOW_RANK = range(4)  # the rules of matrix_scan.h
+_OF_TOKENS = ("q", "k", "v", "a", "b", "gate", "beta")
+_OF_HEADS = ("bonus", "skip", "idle")
+
+
+def _matrix_inputs(rule, *inputs):
+    rows, (gate, beta), parameters = map(_rows, inputs[:5]), inputs[5:7], map(_parameter, inputs[7:10])
+    scale, normalize, initial_state, route, merge = inputs[10:]
+    gate = gate if gate is None or gate.ndim == 4 else _rows(gate)
+    return rule, *rows, gate, beta, *parameters, scale, normalize, _parameter(initial_state), _table(route), merge
+
+
+def _matrix_call(rule, given, route, merge):
+    """The kernel's arguments from those that are there, by name."""
+    inputs = map(given.get, (*_OF_TOKENS, *_OF_HEADS))
+    scale, normalize, initial_state = given.get("scale", 1.0), given.get("normalize", False), given["initial_state"]
+    return rule, *inputs, scale, normalize, initial_state, route, merge
+
+
+def _matrix_forward(rule, given, route, merge, y, state):
+    """Fills y and the final state."""
+    call = _matrix_call(rule, given, route, merge)
+    _run(torch.ops.linescan_cpu.matrix_scan.default, call, _matrix_inputs, y, state)
+
+
+def _matrix_backward(rule, given, route, merge, grad_output, grad_state) -> dict[str, Tensor]:
+    """Gradients, in float32, of the tensors among `given` by name; of q and k one for every head of v."""
+    heads = given["v"].shape[3]
+    grads = {name: _like(x) for name, x in given.items() if isinstance(x, Tensor)}
+    for name in ("q", "k"):
+        if given[name].shape[3] != heads:
+            batch, routes, length, _, keys = given[name].shape
+            grads[name] = grads[name].new_empty(batch, routes, length, heads, keys)
+    names = (*_OF_TOKENS, *_OF_HEADS, "initial_state")
+    others = _rows(grad_output), _parameter(grad_state), *map(grads.get, names)
+    call = _matrix_call(rule, given, route, merge)
+    _run(torch.ops.linescan_cpu.matrix_scan_backward.default, call, _matrix_inputs, *others)
+    return grads
+
+
+def _register_matrix(op: Recurrence, rule: int, names: str) -> None:
+    """Registers the kernel for a recurrence, whose inputs have those `names` here."""
+    keys = names.split()
+
+    def forward(*args):
+        *inputs, route, merge = args
+        y, state = op._fake(*args, "")
+        sums = y.float() if merge else y
+        _matrix_forward(rule, dict(zip(keys, inputs)), route, merge, sums, state)
+        return sums.to(y.dtype), state
+
+    def backward(grad_output, grad_state, *args):
+        *inputs, route, merge = args
+        given = dict(zip(keys, inputs))
+        grads = _matrix_backward(rule, given, route, merge, grad_output, grad_state)
+        return _finish(*zip(*((grads[key], x) for key, x in given.items() if isinstance(x, Tensor))))
+
+    op.register("cpu", forward, backward, _supports, partial(_check, op), kernel=True)
+
+
 _missing = _load()
+_register_matrix(_gla, GATED, "q k v gate scale initial_state")
+_register_matrix(_simple_gla, GATED, "q k v gate scale initial_state")
+_register_matrix(_linear_attention, GATED, "q k v scale normalize initial_state")
+_register_matrix(_wkv6, LATE, "q k v gate bonus scale initial_state")
+_register_matrix(_gated_delta_rule, DELTA, "q k v gate beta scale initial_state")
+_register_matrix(_dplr, LOW_RANK, "q k v a b gate scale initial_state")
 _selective_scan.register("cpu", _scan_forward, _scan_backward, _supports, partial(_check, _selective_scan), kernel=True)
 _causal_conv1d.register("cpu", _conv_forward, _conv_backward, _supports, partial(_check, _causal_conv1d), kernel=True)

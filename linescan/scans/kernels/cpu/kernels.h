@@ -124,6 +124,31 @@ struct Conv {
   float* partial = nullptr; // (B, K, D, W + 1): weight and bias
 };
 
+// Recurrences of matrix states (B, K, H, N, M): N rows (keys), M columns (values). See matrix_scan.h for the rules.
+enum class Rule : int { gated, late, delta, low_rank };
+
+struct Matrix {
+  Rule rule;
+  int64_t B, K, L, S, H, N, M;
+  int64_t share = 1;  // neighbouring heads that have q and k in common
+  int64_t gates = 0;  // log decays of a head and token: none, 1, or N
+  bool normalize, merge;
+  float scale;
+  View q, k, v, a, b, gate, beta;  // groups are heads
+  Parameter bonus, skip, idle, initial;  // (K, H, N), (K, H), (K, H): the log decay of a padding token; a state
+  Route route;
+  int64_t width = 0;  // forward: columns of a unit of work
+  int64_t parts() const { return (M + width - 1) / width; }
+  // forward
+  Target y;
+  Parameter state;
+  // backward
+  View dy;
+  Parameter dstate, dinitial;
+  Target dq, dk, dv, da, db, dgate, dbeta;
+  float *partial_bonus = nullptr, *partial_skip = nullptr, *partial_idle = nullptr;  // (B, K, H, N), (B, K, H) twice
+};
+
 enum class Unary : int { exp, softplus, sigmoid };
 
 struct Kernels {
@@ -132,6 +157,8 @@ struct Kernels {
   void (*scan_backward)(const Scan&, int64_t begin, int64_t end);
   void (*conv_forward)(const Conv&, int64_t begin, int64_t end);
   void (*conv_backward)(const Conv&, int64_t begin, int64_t end);
+  void (*matrix_forward)(const Matrix&, int64_t begin, int64_t end);
+  void (*matrix_backward)(const Matrix&, int64_t begin, int64_t end);
   void (*unary)(Unary, const float* x, float* y, int64_t n);
   float (*multiply_add)(int64_t rounds);
 };
@@ -150,6 +177,7 @@ struct ArenaMemory {
 
 class Arena {
  public:
+  Arena() : counts_(true) {}  // only counts what is taken
   explicit Arena(int64_t floats) {
     if (floats <= memory.floats) return;
     std::free(memory.data);
@@ -160,14 +188,17 @@ class Arena {
 
   static int64_t rounded(int64_t floats) { return (floats + 15) / 16 * 16; }
   float* take(int64_t floats) {
-    float* piece = memory.data + used_;
+    float* piece = counts_ ? nullptr : memory.data + used_;
     used_ += rounded(floats);
     return piece;
   }
+  bool counts() const { return counts_; }
+  int64_t used() const { return used_; }
 
  private:
   static inline thread_local ArenaMemory memory;
   int64_t used_ = 0;
+  bool counts_ = false;
 };
 
 }  // namespace linescan

@@ -79,6 +79,13 @@ View view(const Tensor& x, bool merged = false) {
   return v;
 }
 
+// (B, K or 1, L, H): a number a head.
+View numbers(const Tensor& x) {
+  View v = view(x);
+  if (x) v.group = x.stride(3);
+  return v;
+}
+
 Parameter parameter(const Tensor& x) {  // (K or 1, ...)
   Parameter p;
   if (!x) return p;
@@ -364,6 +371,87 @@ void causal_conv1d_backward(Value* stack, uint64_t, uint64_t) {
       }
 }
 
+// -- matrix states ------------------------------------------------------------------------------------------------------
+
+#define LINESCAN_MATRIX_INPUTS                                                                                        \
+  "int rule, Tensor q, Tensor k, Tensor v, Tensor? a, Tensor? b, Tensor? gate, Tensor? beta, Tensor? bonus, "          \
+  "Tensor? skip, Tensor? idle, float scale, bool normalize, Tensor? initial_state, Tensor? route, bool merge"
+
+struct MatrixInputs {
+  Tensor q, k, v, a, b, gate, beta, bonus, skip, idle, initial, table;
+  Table steps;
+  Matrix matrix;
+
+  explicit MatrixInputs(Arguments& in) {
+    Matrix& s = matrix;
+    s.rule = Rule(in.integer());
+    q = in.tokens(), k = in.tokens(), v = in.tokens(), a = in.optional_tokens(), b = in.optional_tokens();
+    gate = in.optional(), beta = in.optional(), bonus = in.optional_parameter(), skip = in.optional_parameter();
+    idle = in.optional_parameter(), s.scale = float(in.number()), s.normalize = in.flag();
+    initial = in.optional_parameter(), table = in.table(), s.merge = in.flag();
+    if (gate && gate.dim() == 5) in.fit &= gate.stride(-1) == 1 || gate.size(-1) == 1;
+    if (!in.fit) return;
+    s.K = 1;
+    for (const Tensor* x : {&q, &k, &v, &a, &b, &gate, &beta})
+      if (*x && x->size(1) > s.K) s.K = x->size(1);
+    if (table && table.size(-2) > s.K) s.K = table.size(-2);
+    s.B = v.size(0), s.L = v.size(2), s.S = table ? table.size(-1) : s.L;
+    s.H = v.size(3), s.N = q.size(4), s.M = v.size(4), s.share = s.H / q.size(3);
+    s.gates = !gate ? 0 : gate.dim() == 4 ? 1 : gate.size(4);
+    s.q = view(q), s.k = view(k), s.v = view(v), s.a = view(a), s.b = view(b), s.gate = numbers(gate), s.beta = numbers(beta);
+    s.bonus = parameter(bonus), s.skip = parameter(skip), s.idle = parameter(idle), s.initial = state(initial);
+    steps = Table(table, s.L), s.route = steps.route;
+  }
+};
+
+// (inputs, Tensor(a!) y, Tensor(b!) final_state) -> bool
+void matrix_scan(Value* stack, uint64_t, uint64_t) {
+  Arguments in(stack);
+  MatrixInputs inputs(in);
+  const Tensor y = in.tensor(), final_state = in.tensor();
+  stack[0] = Value(in.fit);
+  if (!in.fit) return;
+  Matrix& s = inputs.matrix;
+  s.y = output(y, s.merge), s.state = state(final_state);
+  // Columns do not depend on each other: they may be shared out until every thread has some.
+  Blocks columns;
+  columns.D = s.M;
+  const int64_t heads = s.B * s.H * (s.merge ? 1 : s.K);
+  spread(columns, heads);
+  s.width = columns.width;
+  const int64_t units = heads * s.parts();
+  parallel(units, grain(units, s.B * s.K * s.H * s.S * s.N * s.M),
+           [&](int64_t begin, int64_t end) { current->matrix_forward(s, begin, end); });
+}
+
+// (inputs, Tensor grad_y, Tensor? grad_state, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? da,
+//  Tensor(e!)? db, Tensor(f!)? dgate, Tensor(g!)? dbeta, Tensor(h!)? dbonus, Tensor(i!)? dskip, Tensor(j!)? didle,
+//  Tensor(k!)? dinitial_state) -> bool
+// All gradients float32 and contiguous; those of q and k for every head of v.
+void matrix_scan_backward(Value* stack, uint64_t, uint64_t) {
+  Arguments in(stack);
+  MatrixInputs inputs(in);
+  const Tensor dy = in.tokens(), dstate = in.optional_parameter();
+  const Tensor dq = in.tensor(), dk = in.tensor(), dv = in.tensor(), da = in.optional(), db = in.optional();
+  const Tensor dgate = in.optional(), dbeta = in.optional(), dbonus = in.optional(), dskip = in.optional();
+  const Tensor didle = in.optional(), dinitial = in.optional();
+  stack[0] = Value(in.fit);
+  if (!in.fit) return;
+  Matrix& s = inputs.matrix;
+  s.dy = view(dy, s.merge), s.dstate = state(dstate), s.dinitial = state(dinitial);
+  const auto to = [&](const Tensor& x) { return gradient(x, inputs.steps, s.K); };
+  s.dq = to(dq), s.dk = to(dk), s.dv = to(dv), s.da = to(da), s.db = to(db), s.dgate = to(dgate), s.dbeta = to(dbeta);
+  const int64_t rows = s.B * s.K * s.H;
+  const std::unique_ptr<float[]> parts(new float[rows * (s.N + 2)]);
+  s.partial_bonus = parts.get(), s.partial_skip = s.partial_bonus + rows * s.N, s.partial_idle = s.partial_skip + rows;
+  const int64_t units = s.B * s.H;
+  parallel(units, grain(units, rows * s.S * s.N * s.M),
+           [&](int64_t begin, int64_t end) { current->matrix_backward(s, begin, end); });
+  sum_parts(s.partial_bonus, s.B, s.K, s.H * s.N, s.H * s.N, dbonus);
+  sum_parts(s.partial_skip, s.B, s.K, s.H, s.H, dskip);
+  sum_parts(s.partial_idle, s.B, s.K, s.H, s.H, didle);
+}
+
 // linescan_cpu::unary(int which, Tensor x, Tensor(a!) y) -> (): for the tests of accuracy.
 void unary(Value* stack, uint64_t, uint64_t) {
   Arguments in(stack);
@@ -393,6 +481,13 @@ struct Registration {
            ", Tensor grad_y, Tensor? grad_state, Tensor(a!) du, Tensor(b!) ddelta, Tensor(c!) dA, Tensor(d!) dB, "
            "Tensor(e!) dC, Tensor(f!)? dD, Tensor(g!)? dz, Tensor(h!)? ddelta_bias, Tensor(i!)? dinitial_state) -> bool",
            "selective_scan_backward", "CPU", selective_scan_backward);
+    define("matrix_scan(" LINESCAN_MATRIX_INPUTS ", Tensor(a!) y, Tensor(b!) final_state) -> bool", "matrix_scan",
+           "CPU", matrix_scan);
+    define("matrix_scan_backward(" LINESCAN_MATRIX_INPUTS
+           ", Tensor grad_y, Tensor? grad_state, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? da, "
+           "Tensor(e!)? db, Tensor(f!)? dgate, Tensor(g!)? dbeta, Tensor(h!)? dbonus, Tensor(i!)? dskip, "
+           "Tensor(j!)? didle, Tensor(k!)? dinitial_state) -> bool",
+           "matrix_scan_backward", "CPU", matrix_scan_backward);
     define("causal_conv1d(" LINESCAN_CONV_INPUTS ", Tensor(a!) y, Tensor(b!) final_state) -> bool", "causal_conv1d",
            "CPU", causal_conv1d);
     define("causal_conv1d_backward(" LINESCAN_CONV_INPUTS

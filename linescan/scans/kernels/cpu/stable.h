@@ -142,6 +142,11 @@ class Arguments {
   }
   bool flag() { return *reinterpret_cast<const bool*>(next_++); }
   int64_t integer() { return int64_t(*next_++); }
+  double number() {
+    double x;
+    std::memcpy(&x, next_++, sizeof x);
+    return x;
+  }
 
  private:
   Tensor adjacent(Tensor x) {
