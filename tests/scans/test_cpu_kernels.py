@@ -3,11 +3,27 @@
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from linescan.scans import backend, causal_conv1d, selective_scan, visits
+from linescan.scans import (
+    backend,
+    causal_conv1d,
+    delta_rule,
+    dplr,
+    gated_delta_rule,
+    gla,
+    kda,
+    linear_attention,
+    selective_scan,
+    simple_gla,
+    ssd,
+    visits,
+    wkv6,
+)
 from linescan.scans.kernels import backend_info, cpu
 
 compiled = pytest.mark.skipif(cpu.missing() is not None, reason=f"CPU kernels {cpu.missing()}")
@@ -92,10 +108,13 @@ def results(function, inputs, name, **options):
     return dict(zip(("output", "state", *leaves), (output, state, *grads)))
 
 
-def assert_agrees(function, inputs, dtype=torch.float32, **options):
-    tokens = ("u", "delta", "B", "C", "z", "x")
-    rounded = {key: x.to(dtype if key in tokens else torch.float32) for key, x in inputs.items()}
-    expected = results(function, {key: x.double() for key, x in rounded.items()}, "reference", **options)
+PARAMETERS = ("A", "D", "delta_bias", "delta_weight", "dt_bias", "weight", "bias", "initial_state")
+
+
+def assert_agrees(function, inputs, dtype=torch.float32, exact="reference", **options):
+    parameters = {key for key, x in inputs.items() if key in PARAMETERS or (key == "u" and function is wkv6)}
+    rounded = {key: x.to(torch.float32 if key in parameters else dtype) for key, x in inputs.items()}
+    expected = results(function, {key: x.double() for key, x in rounded.items()}, exact, **options)
     for key, got in results(function, rounded, "cpu", **options).items():
         assert got.dtype == (rounded[key].dtype if key in rounded else torch.float32 if key == "state" else dtype), key
         error = (got.double() - expected[key]).abs().max() / expected[key].abs().max().clamp_min(1e-3)
@@ -206,6 +225,158 @@ def test_causal_conv1d_half(dtype, instructions):
     assert_agrees(causal_conv1d, inputs, dtype, route=orders(2, 40, "padded"), merge="sum", activation="silu")
 
 
+# -- matrix states ----------------------------------------------------------------------------------------------------
+
+
+def heads(name, batch=2, routes=2, length=37, heads=2, keys=16, values=32, shared=True, decay=-1.0):
+    """A recurrence and its float64 inputs; `shared`: one set of queries, keys and values for all routes.
+
+    Log decays lie between 0 and `decay`; keys of the delta rules have norm 1.
+    """
+    generator = torch.Generator().manual_seed(keys + values)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def token(*shape, own=not shared):
+        return normal(batch, routes if own else 1, length, *shape)
+
+    def unit():
+        return F.normalize(token(heads, keys), dim=-1)
+
+    def gate(*shape):
+        return decay * torch.rand(batch, routes, length, heads, *shape, generator=generator, dtype=torch.float64)
+
+    normalize = name == "linear_attention, normalised"
+    inputs = {
+        "q": token(heads, keys),
+        "k": token(heads, keys),
+        "v": token(heads, values, own=True),
+        "initial_state": normal(batch, routes, heads, keys, values + normalize),
+    }
+    if name == "gla":
+        return gla, inputs | {"g": gate(keys)}
+    if name == "simple_gla":
+        return simple_gla, inputs | {"g": gate()}
+    if name == "wkv6":
+        inputs["r"] = inputs.pop("q")
+        return wkv6, inputs | {"w": gate(keys), "u": normal(routes, heads, keys)}
+    if name == "delta_rule":
+        return delta_rule, inputs | {"k": unit(), "beta": gate() / decay}
+    if name == "gated_delta_rule":
+        return gated_delta_rule, inputs | {"k": unit(), "g": gate(), "beta": gate() / decay}
+    if name == "kda":
+        return kda, inputs | {"k": unit(), "g": gate(keys), "beta": gate() / decay}
+    if name == "dplr":
+        return dplr, inputs | {"a": unit() / 2, "b": unit() / 2, "g": gate(keys)}
+    if normalize:
+        positive = {key: x.abs() + 0.1 if key != "v" else x for key, x in inputs.items()}
+        return partial(linear_attention, normalize=True), positive
+    if name == "linear_attention":
+        return linear_attention, inputs
+    groups = max(1, heads // 2)
+    inputs = {
+        "x": token(heads, values),
+        "dt": token(heads, own=True),
+        "A": gate()[0, :, 0] * 2,
+        "B": token(groups, keys),
+        "C": token(groups, keys),
+        "D": normal(routes, heads),
+        "dt_bias": normal(routes, heads) - 1,
+        "initial_state": inputs["initial_state"],
+    }
+    if name == "ssd, gated":
+        inputs["z"] = token(heads, values)
+    return partial(ssd, dt_softplus=True, dt_limit=(0.01, 2.0)), inputs
+
+
+MATRICES = [
+    "gla",
+    "simple_gla",
+    "ssd",
+    "ssd, gated",
+    "linear_attention",
+    "linear_attention, normalised",
+    "wkv6",
+    "delta_rule",
+    "gated_delta_rule",
+    "kda",
+    "dplr",
+]
+SHAPES = [
+    # batch, routes, length, heads, keys, values, shared, route, merge
+    (1, 1, 1, 1, 1, 1, True, "none", None),
+    (2, 2, 37, 2, 16, 32, True, "none", "sum"),
+    (2, 3, 35, 4, 17, 33, True, "padded", "sum"),
+    (2, 2, 131, 2, 32, 32, False, "permuted", None),  # more than a piece of time
+    (2, 2, 70, 4, 5, 16, True, "per sample", "sum"),
+    (1, 1, 38, 1, 70, 130, True, "padded", None),  # more than a tile of coefficients
+    (1, 2, 3, 1, 32, 48, False, "none", None),  # less than a block
+]
+
+
+@compiled
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", MATRICES)
+def test_matrix_states(name, shape, instructions):
+    *sizes, shared, kind, merge = shape
+    function, inputs = heads(name, *sizes, shared=shared)
+    assert_agrees(function, inputs, route=orders(sizes[1], sizes[2], kind, sizes[0]), merge=merge)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", MATRICES)
+def test_matrix_states_half(name, dtype, instructions):
+    function, inputs = heads(name, length=24, keys=20)
+    assert_agrees(function, inputs, dtype, route=orders(2, 24, "padded").int(), merge="sum")
+
+
+@compiled
+@pytest.mark.parametrize("decay", [-1e-4, -5.0, -50.0, -1e4])
+@pytest.mark.parametrize("name", ["gla", "simple_gla", "wkv6", "gated_delta_rule", "kda", "dplr"])
+def test_delicate_decays_of_matrix_states(name, decay, instructions):
+    """Long memories and strong decays, over a long sequence: exp of a negated sum of 64 of them would overflow."""
+    function, inputs = heads(name, 1, 1, 700, 2, 16, 16, decay=decay)
+    assert_agrees(function, inputs, exact="chunked")
+
+
+@compiled
+@pytest.mark.parametrize("name", ["gla", "wkv6", "kda", "dplr"])
+def test_a_decay_of_minus_infinity_forgets(name, instructions):
+    function, inputs = heads(name, 1, 1, 9, 1, 16, 16)
+    inputs = {key: x.float() for key, x in inputs.items()}
+    gate = "w" if name == "wkv6" else "g"
+    inputs[gate][:, :, 4] = -torch.inf
+    got = results(function, inputs, "cpu")
+    assert all(x.isfinite().all() for x in got.values())
+    assert got["initial_state"].abs().max() < 1e-30
+    if name != "dplr":  # which writes what it read before the decay
+        tail = {key: x[:, :, 4:] if key not in ("initial_state", "u") else x for key, x in inputs.items()}
+        again = results(function, tail | {"initial_state": torch.zeros_like(inputs["initial_state"])}, "cpu")
+        assert torch.equal(again["state"], got["state"])
+
+
+@compiled
+def test_matrix_states_are_read_in_place():
+    """Queries, keys and values out of one tensor, gates with the routes among the channels, a gradient of one row."""
+    _, inputs = heads("gla", 2, 2, 30, 2, 16, 16)
+    inputs = {key: x.float() for key, x in inputs.items()} | {"v": inputs["v"][:, :1].float()}
+    packed = torch.cat([inputs[key] for key in "qkv"], -1).flatten(3)
+    q, k, v = packed.unflatten(3, (2, 48)).split(16, -1)
+    gates = inputs["g"].transpose(1, 2).contiguous().transpose(1, 2)
+    route = orders(2, 30, "padded")
+    expected = results(gla, inputs, "cpu", route=route)
+    for key, got in results(gla, inputs | {"q": q, "k": k, "v": v, "g": gates}, "cpu", route=route.short()).items():
+        assert torch.equal(got, expected[key]), key
+    leaf = inputs["q"].clone().requires_grad_()
+    gla(**inputs | {"q": leaf}, merge="sum").sum().backward()  # an expanded gradient
+    with backend("chunked"):
+        other = inputs["q"].clone().requires_grad_()
+        gla(**inputs | {"q": other}, merge="sum").sum().backward()
+    torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-4, atol=1e-4)
+
+
 # -- promises ---------------------------------------------------------------------------------------------------------
 
 
@@ -214,14 +385,19 @@ def test_threads_do_not_change_a_bit():
     """Enough work that two threads share it."""
     scan = {key: x.float() for key, x in scan_inputs(1, 2, 100, 200, 2, 16).items()}
     conv = {key: x.float() for key, x in conv_inputs(2, 2, 200, 300, 4, shared=False).items()}
+    matrices = {name: heads(name, 1, 2, 100, 4, 32, 64) for name in MATRICES}
     threads, outcomes = torch.get_num_threads(), []
     try:
-        for count in (1, 2, 3):
+        for count in (1, 2, 3, 16):
             torch.set_num_threads(count)
             outcomes.append(
                 results(selective_scan, scan, "cpu", route=orders(2, 100, "padded"), merge="sum", delta_softplus=True)
                 | {f"conv {k}": v for k, v in results(causal_conv1d, conv, "cpu", route=orders(2, 200, "none")).items()}
             )
+            for name, (function, inputs) in matrices.items():
+                inputs = {key: x.float() for key, x in inputs.items()}
+                got = results(function, inputs, "cpu", route=orders(2, 100, "padded"), merge="sum")
+                outcomes[-1] |= {f"{name} {key}": x for key, x in got.items()}
     finally:
         torch.set_num_threads(threads)
     for other in outcomes[1:]:

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..._compat import argument_names
@@ -266,7 +267,62 @@ def _register_matrix(op: Recurrence, rule: int, names: str) -> None:
     op.register("cpu", forward, backward, _supports, partial(_check, op), kernel=True)
 
 
+def _ssd_gates(dt, A, dt_bias, dt_softplus, dt_min, dt_max):
+    """Log decays (B, K, L, H) and step sizes (B, K or 1, L, H), and the log decays (K, H) of a padding token."""
+    dt, limits = dt.float(), (dt_softplus, dt_min, dt_max)
+    step, idle = (_step_sizes(x, dt_bias, *limits) for x in (dt, dt.new_zeros(1, 1, 1, 1)))
+    return A[:, None] * step, step, (A[:, None] * idle)[0, :, 0]
+
+
+def _ssd_given(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, initial_state, leaves=None):
+    gate, step, idle = _ssd_gates(*(leaves or (dt, A, dt_bias)), dt_softplus, dt_min, dt_max)
+    return {"q": C, "k": B, "v": x, "gate": gate, "beta": step, "skip": D, "idle": idle, "initial_state": initial_state}
+
+
+def _gated(y: Tensor, z: Tensor, merge: bool) -> Tensor:
+    y = y * F.silu(z.float())
+    return y.sum(1) if merge else y
+
+
+def _ssd_forward(*args):
+    *inputs, route, merge = args
+    z = inputs[6]
+    y, state = _ssd._fake(*inputs, route, merge and z is None, "")
+    sums = y.float() if merge else y
+    _matrix_forward(GATED, _ssd_given(*inputs), route, merge and z is None, sums, state)
+    return (sums if z is None else _gated(sums, z, merge)).to(y.dtype), state
+
+
+def _ssd_backward(grad_output, grad_state, *args):
+    *inputs, route, merge = args
+    x, dt, A, B, C, D, z, dt_bias, *_ = inputs
+    leaves = [y if y is None else y.detach().float().requires_grad_() for y in (dt, A, dt_bias)]
+    of_z = None
+    with torch.enable_grad():
+        given = _ssd_given(*inputs, leaves=leaves)
+    if z is not None:  # the outputs before their gate are made again
+        y, state = _ssd._fake(*inputs, route, False, "")
+        y = y.float()
+        _matrix_forward(GATED, given, route, False, y, state)
+        with torch.enable_grad():
+            before, gate = (t.detach().float().requires_grad_() for t in (y, z))
+            grad_output, of_z = torch.autograd.grad(_gated(before, gate, merge), (before, gate), grad_output.float())
+        merge = False
+    grads = _matrix_backward(GATED, given, route, merge, grad_output, grad_state)
+    names = ("gate", "beta", "idle")
+    wanted = [y for y in leaves if y is not None]
+    of_leaves = iter(torch.autograd.grad([given[name] for name in names], wanted, [grads[name] for name in names]))
+    of_dt, of_A, of_bias = (y if y is None else next(of_leaves) for y in leaves)
+    of_B, of_C = (
+        grads[name] if grads[name].shape == y.shape else grads[name].unflatten(3, (y.shape[3], -1)).sum(4)
+        for name, y in (("k", B), ("q", C))
+    )
+    made = (grads["v"], of_dt, of_A, of_B, of_C, grads.get("skip"), of_z, of_bias, grads.get("initial_state"))
+    return _finish(made, (x, dt, A, B, C, D, z, dt_bias, inputs[-1]))
+
+
 _missing = _load()
+_ssd.register("cpu", _ssd_forward, _ssd_backward, _supports, partial(_check, _ssd), kernel=True)
 _register_matrix(_gla, GATED, "q k v gate scale initial_state")
 _register_matrix(_simple_gla, GATED, "q k v gate scale initial_state")
 _register_matrix(_linear_attention, GATED, "q k v scale normalize initial_state")

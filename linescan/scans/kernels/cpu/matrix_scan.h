@@ -27,7 +27,7 @@ LINESCAN_INLINE void each(const F& f) {
 // write takes columns gamma (first read - base). BONUS: rows are weighed in what a token reads of its own write.
 struct Gated {  // S = diag(a) S + k v^T, o = S^T q
   static constexpr int READS = 1, WRITES = 1;
-  static constexpr bool DEPENDENT = false, TIED = false, BONUS = false;
+  static constexpr bool DEPENDENT = false, TIED = false, BONUS = false, WEIGHED = false;
   static constexpr bool AFTER[2] = {true}, PRE[2] = {}, OWN[2][2] = {{true}};
 };
 struct Late : Gated {  // o = (S + diag(u) k v^T)^T q, then S = diag(a) S + k v^T
@@ -35,12 +35,12 @@ struct Late : Gated {  // o = (S + diag(u) k v^T)^T q, then S = diag(a) S + k v^
 };
 struct Delta {  // P = diag(a) S, S = P + beta k (v - P^T k)^T, o = S^T q
   static constexpr int READS = 2, WRITES = 1;
-  static constexpr bool DEPENDENT = true, TIED = true, BONUS = false;
+  static constexpr bool DEPENDENT = true, TIED = true, BONUS = false, WEIGHED = false;
   static constexpr bool AFTER[2] = {true, true}, PRE[2] = {}, OWN[2][2] = {{false}, {true}};
 };
 struct LowRank {  // S = diag(a) S + b (S^T c)^T + k v^T, o = S^T q
   static constexpr int READS = 2, WRITES = 2;
-  static constexpr bool DEPENDENT = true, TIED = false, BONUS = false;
+  static constexpr bool DEPENDENT = true, TIED = false, BONUS = false, WEIGHED = false;
   static constexpr bool AFTER[2] = {false, true}, PRE[2] = {}, OWN[2][2] = {{}, {true, true}};
 };
 
@@ -55,10 +55,14 @@ struct Solve : F {
 template <class F>
 struct Adjoint {
   static constexpr int READS = F::WRITES, WRITES = F::READS;
-  static constexpr bool DEPENDENT = F::DEPENDENT, BONUS = F::BONUS;
+  static constexpr bool DEPENDENT = F::DEPENDENT, BONUS = F::BONUS, WEIGHED = true;
   static constexpr bool AFTER[2] = {}, PRE[2] = {F::AFTER[0], F::AFTER[1]},
                         OWN[2][2] = {{F::OWN[0][0], F::OWN[1][0]}, {F::OWN[0][1], F::OWN[1][1]}};
 };
+
+// Whether a state only ever takes more in.
+template <class F, bool DECAY>
+constexpr bool ADDS_UP = !DECAY && !F::DEPENDENT;
 
 // Scores of a block, write by write: for every read those of a later read with an earlier write, then the token's own.
 constexpr int PAIRS = BLOCK * (BLOCK - 1) / 2;
@@ -79,33 +83,90 @@ constexpr int LINES = (F::READS + F::WRITES) * BLOCK + 1;  // of coefficients
 
 // -- a block of tokens --------------------------------------------------------------------------------------------------
 
-// A walk of a state through time. Rows of tokens are pointers in time order.
+// Rows of tokens where they stand: that of step t is token[t] times `pitch` behind the first, or `missing`.
+struct Rows {
+  float* first = nullptr;
+  int64_t pitch = 0;
+  const int64_t* token = nullptr;
+  float* missing = nullptr;
+
+  explicit operator bool() const { return first != nullptr; }
+  float* operator[](int64_t t) const { return token[t] < 0 ? missing : first + token[t] * pitch; }
+};
+
+// A walk of a state through time.
 struct Walk {
   int64_t rows = 0, stride = 0, columns = 0;  // of the state; rows as whole vectors; columns as whole vectors
   float *state = nullptr, *coefficients = nullptr;
-  float *const *x[2] = {}, *const *y[2] = {}, *const *z[2] = {}, *const *out[2] = {};  // of reads and writes
-  float* const* base = nullptr;
-  const float *decay = nullptr, *gamma = nullptr, *bonus = nullptr;  // rows of decays one after the other
+  Rows x[2], y[2], z[2], out[2];  // of reads and writes
+  Rows base, gate;  // log decays, of rows or `single` ones
+  bool single = false;
+  float *decay = nullptr, *carry = nullptr;  // made as the walk goes where there is a `gate`
+  const float *gamma = nullptr, *bonus = nullptr;
   float* own[2] = {};  // scores of the last read with the token's own write, kept instead of used
-  float scale = 1.0f, skip = 0.0f;  // of outputs; added to the score of a token's own write
+  float scale = 1.0f, weight = 1.0f, skip = 0.0f;  // of the last read and write; added to the score of an own write
+
+  // Decays stand block by block: those of its tokens, then that of all of them.
+  float* decay_of(int64_t t, int64_t n) const { return decay + (t / BLOCK * (BLOCK + 1) + t % BLOCK) * n; }
+  float* decay_of_block(int64_t t, int64_t n) const { return decay + (t / BLOCK * (BLOCK + 1) + BLOCK) * n; }
 };
+
+// Tokens of a block, and those a while later, whose rows are called from memory.
+struct Block {
+  int64_t at[BLOCK], later[BLOCK];
+
+  __attribute__((always_inline)) float* row(const Rows& rows, int t, int64_t begin, int64_t end) const {
+    const float* other = rows[later[t]];
+    for (int64_t i = begin; i < end; i += 16) __builtin_prefetch(other + i);
+    return rows[at[t]];
+  }
+};
+
+// Decays of a block. That of the whole block meets a state again and again, so that its rounding errors must not pile up:
+// where it is near 1, e^x - 1 is known to more digits, and what rounding takes from a block is given to the next.
+static void make_decays(const Walk& s, const Block& block, int64_t n) {
+  float* whole = s.decay_of_block(block.at[0], n);
+  for (int64_t i = 0; i < (s.single ? W : n); i += W) {
+    V product = splat(1.0f), sum = load(s.carry + i);
+    each<BLOCK>([&](auto t) LINESCAN_STAGE {
+      const float* row = block.row(s.gate, t, i, i + 1);
+      const V gate = s.single ? splat(*row) : load(row + i), decay = exp(gate);
+      store(s.decay_of(block.at[t], n) + i, decay);
+      product *= decay, sum += gate;
+    });
+    const V less = sum + sum * sum * (0.5f + sum * (1.0f / 6 + sum * (1.0f / 24 + sum * (1.0f / 120))));
+    const V rounded = less + 1.0f;
+    const auto near = absolute(sum) < 1.0f / 16;
+    store(s.carry + i, near ? less - (rounded - 1.0f) : V{});
+    store(whole + i, near ? rounded : product);
+  }
+  for (int64_t i = W; s.single && i < n; i += W)
+    for (float* row = s.decay_of(block.at[0], n); row <= whole; row += n) store(row + i, load(row));
+}
 
 // Coefficients of a block's reads and writes, with the decays from and to the block's ends, and its scores. KEYS: the
 // state lies on its side, so that decays are those of its columns.
 template <class F, bool DECAY, bool KEYS>
-__attribute__((noinline)) static void weigh(const Walk& s, const int64_t (&at)[BLOCK], float* __restrict scores) {
+__attribute__((noinline)) static void weigh(const Walk& s, const Block& block, float* __restrict scores) {
+  const int64_t(&at)[BLOCK] = block.at;
   constexpr bool ROWS = DECAY && !KEYS, SCALED = KEYS && F::DEPENDENT;
+  const float *of_x[F::READS][BLOCK], *of_y[BLOCK];
+  each<BLOCK>([&](auto t) LINESCAN_STAGE {
+    each<F::READS>([&](auto r) LINESCAN_STAGE { of_x[r][t] = block.row(s.x[r], t, 0, s.stride); });
+  });
   each<F::WRITES>([&](auto w) LINESCAN_STAGE {
-    V sums[SCORES<F>] = {};
+    V sums[SCORES<F>];
+    each<SCORES<F>>([&](auto i) LINESCAN_STAGE { sums[i] = V{}; });
+    each<BLOCK>([&](auto t) LINESCAN_STAGE { of_y[t] = block.row(s.y[w], t, 0, s.stride); });
     for (int64_t i = 0; i < s.stride; i += W) {
       float* lines = s.coefficients + i / PITCH * PITCH * LINES<F> + i % PITCH;
       V decay[BLOCK], x[F::READS][BLOCK];
       each<BLOCK>([&](auto t) LINESCAN_STAGE {
         each<F::READS>([&](auto r) LINESCAN_STAGE {
-          x[r][t] = load(s.x[r][at[t]] + i);
+          x[r][t] = load(of_x[r][t] + i);
           if (SCALED && r == 0) x[r][t] *= s.gamma[at[t]];
         });
-        if (ROWS) decay[t] = load(s.decay + at[t] * s.stride + i);
+        if (ROWS) decay[t] = load(s.decay_of(at[t], s.stride) + i);
       });
       if (w == 0) {
         V whole = splat(1.0f);
@@ -120,11 +181,12 @@ __attribute__((noinline)) static void weigh(const Walk& s, const int64_t (&at)[B
           if (ROWS) whole = t == 0 ? decay[t] : whole * decay[t];
           keep(t, true);
         });
-        if (ROWS) store(lines + (LINES<F> - 1) * PITCH, whole);
+        if (ROWS) store(lines + (LINES<F> - 1) * PITCH, load(s.decay_of_block(at[0], s.stride) + i));
       }
       each<BLOCK>([&](auto from) LINESCAN_STAGE {
-        V y = load(s.y[w][at[from]] + i);
+        V y = load(of_y[from] + i);
         if (SCALED && w == 0) y *= s.gamma[at[from]];
+        if (F::WEIGHED && !KEYS && w == F::WRITES - 1) y *= s.weight;
         const auto meet = [&](auto t, bool after) LINESCAN_STAGE {
           each<F::READS>([&](auto r) LINESCAN_STAGE {
             if (F::AFTER[r] == after) sums[score<F>(r, w, t, from) - SCORES<F> * w] += x[r][t] * y;
@@ -190,16 +252,22 @@ LINESCAN_INLINE void write(int64_t rows, int64_t pitch, float* state, const floa
 
 // Takes a block through VECTORS of the state's columns: reads, what its tokens have to do with each other, writes.
 template <class F, bool DECAY, bool KEYS, int VECTORS>
-__attribute__((noinline)) static void sweep(const Walk& s, const int64_t (&at)[BLOCK], int64_t column,
+__attribute__((noinline)) static void sweep(const Walk& s, const Block& block, int64_t column,
                                             const float* __restrict scores) {
+  const int64_t(&at)[BLOCK] = block.at;
   constexpr bool DEPENDENT = F::DEPENDENT && !KEYS;
+  constexpr int64_t WIDTH = VECTORS * W;
   V out[F::READS * BLOCK][VECTORS], z[F::WRITES * BLOCK][VECTORS], decay[BLOCK][VECTORS], whole[VECTORS];
   const auto vectors = [](const auto& f) LINESCAN_STAGE { each<VECTORS>(f); };
   read<F::READS * BLOCK, VECTORS, LINES<F>>(s.rows, s.columns, s.state + column, s.coefficients, out);
   each<BLOCK>([&](auto t) LINESCAN_STAGE {
     each<F::WRITES>([&](auto w) LINESCAN_STAGE {
-      if (w > 0 || !DEPENDENT)
-        vectors([&](auto l) LINESCAN_STAGE { z[w * BLOCK + t][l] = load(s.z[w][at[t]] + column + l * W); });
+      if (DEPENDENT && w == 0) return;
+      const float* row = block.row(s.z[w], t, column, column + WIDTH) + column;
+      vectors([&](auto l) LINESCAN_STAGE {
+        z[w * BLOCK + t][l] = load(row + l * W);
+        if (F::WEIGHED && KEYS && w == F::WRITES - 1) z[w * BLOCK + t][l] *= s.weight;
+      });
     });
   });
   if constexpr (DECAY && KEYS) {  // here decays are not in the coefficients
@@ -210,11 +278,12 @@ __attribute__((noinline)) static void sweep(const Walk& s, const int64_t (&at)[B
       });
     };
     each<BLOCK>([&](auto t) LINESCAN_STAGE {
-      vectors([&](auto l) LINESCAN_STAGE { decay[t][l] = load(s.decay + at[t] * s.columns + column + l * W); });
+      vectors([&](auto l) LINESCAN_STAGE { decay[t][l] = load(s.decay_of(at[t], s.columns) + column + l * W); });
       keep(t, false);
       vectors([&](auto l) LINESCAN_STAGE { whole[l] = t == 0 ? decay[t][l] : whole[l] * decay[t][l]; });
       keep(t, true);
     });
+    vectors([&](auto l) LINESCAN_STAGE { whole[l] = load(s.decay_of_block(at[0], s.columns) + column + l * W); });
   }
   if constexpr (KEYS) {
     each<F::WRITES>([&](auto w) LINESCAN_STAGE {
@@ -250,17 +319,48 @@ __attribute__((noinline)) static void sweep(const Walk& s, const int64_t (&at)[B
         });
       });
       if constexpr (DEPENDENT && r == 0) {
-        vectors([&](auto l) LINESCAN_STAGE {
-          if (s.base) mine[l] -= load(s.base[at[t]] + column + l * W);
-          z[t][l] = s.gamma[at[t]] * mine[l];
-        });
+        if (s.base) {
+          const float* row = block.row(s.base, t, column, column + WIDTH) + column;
+          vectors([&](auto l) LINESCAN_STAGE { mine[l] -= load(row + l * W); });
+        }
+        vectors([&](auto l) LINESCAN_STAGE { z[t][l] = s.gamma[at[t]] * mine[l]; });
       }
-      if (s.out[r])
-        vectors([&](auto l) LINESCAN_STAGE { store(s.out[r][at[t]] + column + l * W, s.scale * mine[l]); });
+      if (s.out[r]) {
+        float* row = block.row(s.out[r], t, column, column + WIDTH) + column;
+        vectors([&](auto l) LINESCAN_STAGE { store(row + l * W, r == F::READS - 1 ? s.scale * mine[l] : mine[l]); });
+      }
     });
   });
   write<DECAY, KEYS, F::WRITES * BLOCK, VECTORS, LINES<F>>(s.rows, s.columns, s.state + column,
                                                            s.coefficients + F::READS * BLOCK * PITCH, whole, z);
+}
+
+// The same without decays and dependent writes: rows of the state go from token to token in a register, and there is
+// nothing to weigh. A token reads its own write.
+template <int VECTORS>
+__attribute__((noinline)) static void add_up(const Walk& s, const Block& block, int64_t column) {
+  V out[BLOCK][VECTORS], z[BLOCK][VECTORS];
+  const float *x[BLOCK], *y[BLOCK];
+  const auto vectors = [](const auto& f) LINESCAN_STAGE { each<VECTORS>(f); };
+  each<BLOCK>([&](auto t) LINESCAN_STAGE {
+    x[t] = block.row(s.x[0], t, 0, s.stride), y[t] = block.row(s.y[0], t, 0, s.stride);
+    const float* row = block.row(s.z[0], t, column, column + VECTORS * W) + column;
+    vectors([&](auto l) LINESCAN_STAGE { z[t][l] = s.weight * load(row + l * W), out[t][l] = V{}; });
+  });
+  float* state = s.state + column;
+  for (int64_t i = 0; i < s.rows; ++i, state += s.columns) {
+    V row[VECTORS];
+    vectors([&](auto l) LINESCAN_STAGE { row[l] = load(state + l * W); });
+    each<BLOCK>([&](auto t) LINESCAN_STAGE {
+      vectors([&](auto l) LINESCAN_STAGE { row[l] += y[t][i] * z[t][l]; });
+      vectors([&](auto l) LINESCAN_STAGE { out[t][l] += x[t][i] * row[l]; });
+    });
+    vectors([&](auto l) LINESCAN_STAGE { store(state + l * W, row[l]); });
+  }
+  each<BLOCK>([&](auto t) LINESCAN_STAGE {
+    float* row = block.row(s.out[0], t, column, column + VECTORS * W) + column;
+    vectors([&](auto l) LINESCAN_STAGE { store(row + l * W, s.scale * out[t][l]); });
+  });
 }
 
 // Tokens [first, last), whole blocks of them; `back` from the last to the first.
@@ -268,15 +368,25 @@ template <class F, bool DECAY, bool KEYS>
 static void walk(const Walk& s, int64_t first, int64_t last, bool back = false) {
   constexpr int VECTORS = W == 16 ? 2 : F::READS == 1 && F::WRITES == 1 ? 2 : 1;  // as many as registers hold
   alignas(64) float scores[SCORES<F> * F::WRITES];
-  for (int64_t block = first; block < last; block += BLOCK) {
-    int64_t at[BLOCK];
-    for (int t = 0; t < BLOCK; ++t) at[t] = back ? first + last - 1 - block - t : block + t;
-    weigh<F, DECAY, KEYS>(s, at, scores);
-    int64_t column = 0;
-    for (; column + VECTORS * W <= s.columns; column += VECTORS * W)
-      sweep<F, DECAY, KEYS, VECTORS>(s, at, column, scores);
-    if constexpr (VECTORS > 1)
-      for (; column < s.columns; column += W) sweep<F, DECAY, KEYS, 1>(s, at, column, scores);
+  for (int64_t start = first; start < last; start += BLOCK) {
+    Block block;
+    for (int t = 0; t < BLOCK; ++t) {
+      const int64_t at = start + t, later = at + AHEAD < last ? at + AHEAD : last - 1;
+      block.at[t] = back ? first + last - 1 - at : at, block.later[t] = back ? first + last - 1 - later : later;
+    }
+    if (DECAY && s.gate) make_decays(s, block, KEYS ? s.columns : s.stride);
+    if constexpr (ADDS_UP<F, DECAY>) {
+      int64_t column = 0;
+      for (; column + VECTORS * W <= s.columns; column += VECTORS * W) add_up<VECTORS>(s, block, column);
+      for (; column < s.columns; column += W) add_up<1>(s, block, column);
+    } else {
+      weigh<F, DECAY, KEYS>(s, block, scores);
+      int64_t column = 0;
+      for (; column + VECTORS * W <= s.columns; column += VECTORS * W)
+        sweep<F, DECAY, KEYS, VECTORS>(s, block, column, scores);
+      if constexpr (VECTORS > 1)
+        for (; column < s.columns; column += W) sweep<F, DECAY, KEYS, 1>(s, block, column, scores);
+    }
   }
 }
 
@@ -299,33 +409,22 @@ static T* take(Arena& arena, int64_t count) {
   return reinterpret_cast<T*>(arena.take(count * int64_t(sizeof(T) / 4)));
 }
 
-struct RowBuffer {
-  int64_t stride;
-  float* data;
-  float** at;
-
-  RowBuffer(Arena& arena, int64_t rows, int64_t width)
-      : stride(width), data(arena.take(rows * width)), at(take<float*>(arena, rows)) {}
-  float* const* in_place(int64_t rows) {
-    in_order(data, stride, rows, at);
-    return at;
-  }
-};
-
 // out[t] = x_t . y_t, or with RUNNING x_t . (sum + y_0 + ... + y_t), which also adds up the sum; for whole vectors of t.
 template <bool RUNNING>
-__attribute__((noinline)) static void dots(int64_t count, int64_t n, float* const* x, float* const* y,
+__attribute__((noinline)) static void dots(int64_t count, int64_t n, const Rows& x, const Rows& y,
                                            float* __restrict sum, float* __restrict out) {
   for (int64_t first = 0; first < count; first += W) {
+    const int64_t some = count - first < W ? count - first : W;
     alignas(64) float lanes[W * W];
-    for (int64_t t = first; t < first + W; ++t) {
-      V product = {};
-      for (int64_t i = 0; t < count && i < n; i += W) {
-        V other = load(y[t] + i);
-        if (RUNNING) store(sum + i, other += load(sum + i));
-        product += load(x[t] + i) * other;
+    for (int64_t t = some; t < W; ++t) store(lanes + t * W, V{});
+    for (int64_t i = 0; i < n; i += W) {
+      V other = RUNNING ? load(sum + i) : V{};
+      for (int64_t t = 0; t < some; ++t) {
+        other = RUNNING ? other + load(y[first + t] + i) : load(y[first + t] + i);
+        const V product = load(x[first + t] + i) * other;
+        store(lanes + t * W, i ? load(lanes + t * W) + product : product);
       }
-      store(lanes + (t - first) * W, product);
+      if (RUNNING) store(sum + i, other);
     }
     store(out + first, lane_sums<W>(lanes));
   }
@@ -333,82 +432,98 @@ __attribute__((noinline)) static void dots(int64_t count, int64_t n, float* cons
 
 // What a unit of work reads of its tokens, filled up to whole blocks with tokens that do nothing.
 struct Tokens {
-  int64_t n, m;
-  RowBuffer q, k, written, v, a, b, gate;  // `written`: the keys times beta, where a rule writes them so
-  float *decay, *gamma, *numbers, *blank, *bonus;
-  int64_t *reads, *writes;
+  int64_t n, m, room;
+  float *of_q, *of_k, *of_written, *of_v, *of_a, *of_b, *of_gate;  // rows that cannot be read where they stand
+  float *gamma, *numbers, *blank, *dropped, *bonus, *carry;
+  int64_t *reads, *writes, *order;  // `order` counts up: rows one after the other
+  Rows q, k, written, v, a, b;      // `written`: the keys times beta, where a rule writes them so
 
   Tokens(Arena& arena, const Matrix& s, int64_t room, int64_t columns)
-      : n(whole_vectors(s.N)), m(whole_vectors(columns)), q(arena, room, n), k(arena, room, n), written(arena, room, n),
-        v(arena, room, m), a(arena, room, n), b(arena, room, n), gate(arena, room, n), decay(arena.take(room * n)),
-        gamma(arena.take(room + W)), numbers(arena.take(room + W)), blank(arena.take(n > m ? n : m)),
-        bonus(arena.take(n)), reads(take<int64_t>(arena, room)), writes(take<int64_t>(arena, room)) {
-    if (!arena.counts()) zero(blank, n > m ? n : m);
+      : n(whole_vectors(s.N)), m(whole_vectors(columns)), room(whole_blocks(room)), of_q(rows(arena, n)),
+        of_k(rows(arena, n)), of_written(rows(arena, n)), of_v(rows(arena, m)), of_a(rows(arena, n)),
+        of_b(rows(arena, n)), of_gate(rows(arena, n)), gamma(arena.take(this->room + W)),
+        numbers(arena.take(this->room + W)), blank(arena.take(n > m ? n : m)), dropped(arena.take(n > m ? n : m)),
+        bonus(arena.take(n)), carry(arena.take(n)), reads(take<int64_t>(arena, this->room)), writes(take<int64_t>(arena, this->room)), order(take<int64_t>(arena, this->room)) {
+    if (arena.counts()) return;
+    zero(blank, n > m ? n : m);
+    for (int64_t t = 0; t < this->room; ++t) order[t] = t, gamma[t] = 1.0f;
+  }
+
+  float* rows(Arena& arena, int64_t width) const { return arena.take(room * width); }
+  Rows in_place(float* data, int64_t width) const { return {data, width, order, dropped}; }
+
+  // Rows of an input, where they stand if they are whole vectors of float32, else in a buffer.
+  Rows read(const View& x, int64_t b, int64_t k, int64_t g, int64_t channel, const int64_t* token, int64_t count,
+            int64_t width, float* buffer) const {
+    if (!x) return {};
+    if (is_direct<W>(x, width)) return {reinterpret_cast<float*>(x.at(b, k, g, channel)), x.token, token, blank};
+    gather(x, b, k, g, channel, token, count, width, whole_vectors(width), buffer);
+    return in_place(buffer, whole_vectors(width));
   }
 
   void fetch(const Matrix& s, int64_t b, int64_t k, int64_t h, int64_t column, int64_t width, int64_t t0, int64_t count);
 
-  // The recurrence as it goes, without its outputs.
+  // The recurrence as it goes, without its outputs. `decay`: decays made before, or room for those to be made.
   template <class F, bool DECAY>
-  Walk start(const Matrix& s, int64_t b, int64_t k, int64_t h) const {
-    Walk w;
-    w.rows = s.N, w.stride = n, w.columns = m;
-    if (F::TIED) w.x[0] = this->k.at, w.base = v.at;
-    else w.x[0] = a.at, w.y[0] = this->b.at;
-    w.x[F::READS - 1] = q.at, w.y[F::WRITES - 1] = written.at, w.z[F::WRITES - 1] = v.at;
-    w.decay = DECAY ? decay : nullptr, w.gamma = gamma, w.bonus = bonus;
-    w.skip = s.skip ? *(s.skip.at(b, k) + h) : 0.0f;
-    return w;
-  }
+  Walk start(const Matrix& s, int64_t b, int64_t k, int64_t h, int64_t count, float* decay, bool made);
+  static int64_t decays(int64_t rows) { return rows / BLOCK * (BLOCK + 1); }
 };
 
 void Tokens::fetch(const Matrix& s, int64_t b, int64_t k, int64_t h, int64_t column, int64_t width, int64_t t0,
                    int64_t count) {
   const int64_t padded = whole_blocks(count);
   s.route.steps(b, k, t0, count, reads, writes);
-  const auto rows = [&](const View& x, int64_t group, int64_t channel, int64_t channels, RowBuffer& to) {
-    if (!x) return;
-    read_rows(x, b, k, group, channel, reads, count, channels, to.stride, to.data, to.at);
-    for (int64_t t = count; t < padded; ++t) to.at[t] = blank;
+  for (int64_t t = count; t < padded; ++t) reads[t] = writes[t] = -1;
+  const auto keys = [&](const View& x, int64_t group, float* buffer) {
+    return read(x, b, k, group, 0, reads, padded, s.N, buffer);
   };
-  const auto one_each = [&](const View& x, float* to) {
-    gather(x, b, k, h, 0, reads, count, 1, 1, to);
-    for (int64_t t = count; t < padded + W; ++t) to[t] = 0.0f;
-  };
-  rows(s.q, h / s.share, 0, s.N, q), rows(s.k, h / s.share, 0, s.N, this->k);
-  rows(s.v, h, column, width, v), rows(s.a, h, 0, s.N, a), rows(s.b, h, 0, s.N, this->b);
-  for (int64_t t = 0; t < padded; ++t) written.at[t] = this->k.at[t];
-  if (s.gates == 1) {
-    one_each(s.gate, numbers);
-    if (s.idle)
-      for (int64_t t = 0; t < count; ++t)
-        if (reads[t] < 0) numbers[t] = *(s.idle.at(b, k) + h);
-    for (int64_t t = 0; t < padded; t += W) store(numbers + t, exp(load(numbers + t)));
-    for (int64_t t = 0; t < padded; ++t)
-      for (int64_t i = 0; i < n; i += W) store(decay + t * n + i, splat(numbers[t]));
-  } else if (s.gates) {
-    rows(s.gate, h, 0, s.N, gate);
-    for (int64_t t = 0; t < padded; ++t)
-      for (int64_t i = 0; i < n; i += W) store(decay + t * n + i, exp(load(gate.at[t] + i)));
-  }
-  for (int64_t t = 0; t < padded; ++t) gamma[t] = 1.0f;
+  q = keys(s.q, h / s.share, of_q), written = this->k = keys(s.k, h / s.share, of_k);
+  a = keys(s.a, h, of_a), this->b = keys(s.b, h, of_b);
+  v = read(s.v, b, k, h, column, reads, padded, width, of_v);
   if (!s.beta) return;
-  one_each(s.beta, gamma);
+  gather(s.beta, b, k, h, 0, reads, padded, 1, 1, gamma);
   if (s.rule == Rule::delta) {
     for (int64_t t = 0; t < padded; ++t) gamma[t] = -gamma[t];
   } else {
     for (int64_t t = 0; t < padded; ++t)
-      for (int64_t i = 0; i < n; i += W) store(written.data + t * n + i, gamma[t] * load(this->k.at[t] + i));
-    written.in_place(padded);
+      for (int64_t i = 0; i < n; i += W) store(of_written + t * n + i, gamma[t] * load(this->k[t] + i));
+    written = in_place(of_written, n);
   }
+}
+
+template <class F, bool DECAY>
+Walk Tokens::start(const Matrix& s, int64_t b, int64_t k, int64_t h, int64_t count, float* decay, bool made) {
+  Walk w;
+  w.rows = s.N, w.stride = n, w.columns = m;
+  if (F::TIED) w.x[0] = this->k, w.base = v;
+  else w.x[0] = a, w.y[0] = this->b;
+  w.x[F::READS - 1] = q, w.y[F::WRITES - 1] = written, w.z[F::WRITES - 1] = v;
+  w.decay = decay, w.gamma = gamma, w.bonus = bonus, w.skip = s.skip ? *(s.skip.at(b, k) + h) : 0.0f;
+  if (!DECAY || made) return w;
+  const int64_t padded = whole_blocks(count);
+  w.carry = carry, w.single = s.gates == 1;
+  if (!w.single) {
+    w.gate = read(s.gate, b, k, h, 0, reads, padded, s.N, of_gate);
+  } else {
+    gather(s.gate, b, k, h, 0, reads, padded, 1, 1, numbers);
+    for (int64_t t = 0; s.idle && t < count; ++t)
+      if (reads[t] < 0) numbers[t] = *(s.idle.at(b, k) + h);
+    w.gate = {numbers, 1, order, blank};
+  }
+  return w;
 }
 
 // A state (rows, columns), its rows `pitch` apart, to one of whole vectors, or on its side; and back. Without: zero.
 static void unpack(const float* x, int64_t rows, int64_t columns, int64_t pitch, bool side, float* out) {
   const int64_t wide = whole_vectors(side ? rows : columns);
   zero(out, (side ? columns : rows) * wide);
-  for (int64_t i = 0; x && i < rows; ++i)
-    for (int64_t j = 0; j < columns; ++j) out[side ? j * wide + i : i * wide + j] = x[i * pitch + j];
+  if (x && side && rows % W == 0 && columns % W == 0) {
+    for (int64_t i = 0; i < rows; i += W)
+      for (int64_t j = 0; j < columns; j += W) transpose(x + i * pitch + j, pitch, 1.0f, out + j * wide + i, wide);
+  } else {
+    for (int64_t i = 0; x && i < rows; ++i)
+      for (int64_t j = 0; j < columns; ++j) out[side ? j * wide + i : i * wide + j] = x[i * pitch + j];
+  }
 }
 static void pack(const float* x, int64_t rows, int64_t columns, int64_t pitch, float* out) {
   for (int64_t i = 0; i < rows; ++i) std::memcpy(out + i * pitch, x + i * whole_vectors(columns), columns * 4);
@@ -419,7 +534,7 @@ static void column(const float* state, int64_t rows, int64_t pitch, float* out) 
   for (int64_t i = 0; i < whole_vectors(rows); ++i) out[i] = state && i < rows ? state[i * pitch] : 0.0f;
 }
 
-constexpr int64_t ROOM = 64;  // tokens whose rows are looked up at a time
+constexpr int64_t ROOM = 128;  // tokens whose rows are looked up at a time
 constexpr float SMALLEST = 1e-10f;  // added to what outputs are divided by
 
 static int64_t coefficients(int64_t rows) { return (rows + PITCH - 1) / PITCH * PITCH * LINES<LowRank>; }
@@ -429,13 +544,12 @@ static float* of_head(const Parameter& x, int64_t b, int64_t k, int64_t at) { re
 
 struct ForwardRoom {
   Tokens tokens;
-  RowBuffer y;
-  float *state, *lines, *sum, *divisor, *dropped;
+  float *decay, *of_y, *state, *lines, *sum, *divisor;
 
   ForwardRoom(Arena& arena, const Matrix& s)
-      : tokens(arena, s, ROOM, s.width), y(arena, ROOM, tokens.m), state(arena.take(s.N * tokens.m)),
-        lines(arena.take(coefficients(s.N))), sum(arena.take(tokens.n)), divisor(arena.take(ROOM + W)),
-        dropped(arena.take(tokens.m)) {}
+      : tokens(arena, s, ROOM, s.width), decay(arena.take(Tokens::decays(ROOM) * tokens.n)), of_y(tokens.rows(arena, tokens.m)),
+        state(arena.take(s.N * tokens.m)),
+        lines(arena.take(coefficients(s.N))), sum(arena.take(tokens.n)), divisor(arena.take(ROOM + W)) {}
 };
 
 template <class F, bool DECAY>
@@ -446,7 +560,7 @@ static void matrix_forward_as(const Matrix& s, int64_t begin, int64_t end) {
   const int64_t pitch = s.M + s.normalize;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t b = unit / per_sample, h = unit % heads / parts, first = unit % parts * s.width;
-    const int64_t width = s.M - first < s.width ? s.M - first : s.width;
+    const int64_t width = s.M - first < s.width ? s.M - first : s.width, channel = h * s.M + first;
     const int64_t k0 = s.merge ? 0 : unit % per_sample / heads, k1 = s.merge ? s.K : k0 + 1;
     for (int64_t k = k0; k < k1; ++k) {
       const float* initial = of_head(s.initial, b, k, h * s.N * pitch);
@@ -454,27 +568,29 @@ static void matrix_forward_as(const Matrix& s, int64_t begin, int64_t end) {
       unpack(initial ? initial + first : nullptr, s.N, width, pitch, false, room.state);
       if (s.normalize) column(initial ? initial + s.M : nullptr, s.N, pitch, room.sum);
       if (s.bonus) column(s.bonus.at(b, k) + h * s.N, s.N, 1, tokens.bonus);
+      zero(tokens.carry, tokens.n);
       const Target target = s.y.of_route(k);
-      if (!target.add) clear_gaps(target.view, s.route, b, k, h * s.M + first, width);
-      Walk forth = tokens.start<F, DECAY>(s, b, k, h);
-      forth.columns = whole_vectors(width);
-      forth.state = room.state, forth.coefficients = room.lines, forth.scale = s.scale;
-      forth.out[F::READS - 1] = room.y.at;
+      const bool direct = !target.add && is_direct<W>(target.view, width);
+      if (!target.add) clear_gaps(target.view, s.route, b, k, channel, width);
       for (int64_t t0 = 0; t0 < s.S; t0 += ROOM) {
-        const int64_t count = s.S - t0 < ROOM ? s.S - t0 : ROOM, padded = whole_blocks(count);
+        const int64_t count = s.S - t0 < ROOM ? s.S - t0 : ROOM;
         tokens.fetch(s, b, k, h, first, width, t0, count);
-        const bool left = write_rows(target, b, k, h * s.M + first, tokens.writes, count, width, forth.columns,
-                                     room.y.data, room.y.at);
-        for (int64_t t = count; t < padded; ++t) room.y.at[t] = room.dropped;
-        walk<F, DECAY, false>(forth, 0, padded);
+        Walk forth = tokens.start<F, DECAY>(s, b, k, h, count, room.decay, false);
+        forth.state = room.state, forth.coefficients = room.lines, forth.columns = whole_vectors(width);
+        forth.scale = s.scale;
+        const Rows y = direct ? Rows{reinterpret_cast<float*>(target.view.at(b, k, 0, channel)), target.view.token,
+                                     tokens.writes, tokens.dropped}
+                              : tokens.in_place(room.of_y, forth.columns);
+        forth.out[F::READS - 1] = y;
+        walk<F, DECAY, false>(forth, 0, whole_blocks(count));
         if (s.normalize) {
-          dots<true>(count, tokens.n, tokens.q.at, tokens.k.at, room.sum, room.divisor);
-          for (int64_t t = 0; t < count; ++t) {
-            const float factor = 1.0f / (s.scale * room.divisor[t] + SMALLEST);
-            for (int64_t j = 0; j < forth.columns; j += W) store(room.y.at[t] + j, load(room.y.at[t] + j) * factor);
-          }
+          dots<true>(count, tokens.n, tokens.q, tokens.k, room.sum, room.divisor);
+          for (int64_t t = 0; t < count; t += W)
+            store(room.divisor + t, 1.0f / (s.scale * load(room.divisor + t) + SMALLEST));
+          for (int64_t t = 0; t < count; ++t)
+            for (int64_t j = 0; j < forth.columns; j += W) store(y[t] + j, load(y[t] + j) * room.divisor[t]);
         }
-        if (left) scatter(target, b, k, h * s.M + first, tokens.writes, count, width, forth.columns, room.y.data);
+        if (!direct) scatter(target, b, k, channel, tokens.writes, count, width, forth.columns, room.of_y);
       }
       pack(room.state, s.N, width, pitch, last + first);
       if (s.normalize && first == 0)
@@ -504,34 +620,56 @@ static void matrix_forward(const Matrix& s, int64_t begin, int64_t end) {
 // whose reads are the gradients of what was written. And both again with states on their side: reads there are the
 // gradients of the rows, those of x from the states, those of y from the states' gradients. What a token reads of its own
 // write has no part in these two walks, and is added afterwards: a decay's gradient must not hold it.
+//
+// Time goes in pieces of ROOM tokens, forth for the first walk (or, where nothing is dependent, for that of the states on
+// their side), then back for the others; what they leave of a piece stays in the cache until it is done.
+
+constexpr int64_t SPAN = 32, SPANS = ROOM / SPAN;  // tokens after which gradients of decays start from exact ones
 
 struct BackwardRoom {
   Tokens tokens;
-  RowBuffer error, out, dz0, dz1, dx0, dx1, dy0, dy1, dgate;  // `error`: first read - base of a dependent write
-  float *state, *lines, *ends, *flow, *own0, *own1, *of_bonus, *sum, *divisor, *numbers, *ones;
+  int64_t pieces;
+  // For all tokens: decays; first reads - base of dependent writes, else gradients of x; products of outputs' gradients
+  // and own writes; divisors and their gradients. States at the pieces' begins, or on their side at the spans' ends.
+  float *decay, *kept, *own[2], *divisor, *of_divisor, *states;
+  // For a piece.
+  float *out, *dz[2], *dx[2], *dy[2], *dgate, *numbers, *ends;
+  float *state, *back, *side, *back_side, *lines, *flow, *sum, *of_sum, *of_bonus;
 
-  static int64_t tokens_of(const Matrix& s) { return whole_blocks(s.S); }
-  BackwardRoom(Arena& arena, const Matrix& s)
-      : tokens(arena, s, tokens_of(s), s.M), error(arena, tokens_of(s), tokens.m), out(arena, tokens_of(s), tokens.m),
-        dz0(arena, tokens_of(s), tokens.m), dz1(arena, tokens_of(s), tokens.m), dx0(arena, tokens_of(s), tokens.n),
-        dx1(arena, tokens_of(s), tokens.n), dy0(arena, tokens_of(s), tokens.n), dy1(arena, tokens_of(s), tokens.n),
-        dgate(arena, tokens_of(s), tokens.n), state(arena.take(tokens.n * tokens.m)),
-        lines(arena.take(coefficients(s.N > s.M ? s.N : s.M))),
-        ends(arena.take((s.S + ROOM - 1) / ROOM * s.M * tokens.n)), flow(arena.take(tokens.n)),
-        own0(arena.take(tokens_of(s))), own1(arena.take(tokens_of(s))), of_bonus(arena.take(tokens.n)),
-        sum(arena.take(tokens.n)), divisor(arena.take(tokens_of(s) + W)), numbers(arena.take(tokens_of(s) + W)),
-        ones(arena.take(tokens.n)) {}
+  BackwardRoom(Arena& arena, const Matrix& s) : tokens(arena, s, ROOM, s.M), pieces((s.S + ROOM - 1) / ROOM) {
+    const int64_t n = tokens.n, m = tokens.m, area = n * m, all = pieces * ROOM;
+    decay = arena.take(Tokens::decays(all) * n), kept = arena.take(all * (n > m ? n : m));
+    divisor = arena.take(all + W), of_divisor = arena.take(all + W), states = arena.take(pieces * SPANS * area);
+    out = tokens.rows(arena, m), dgate = tokens.rows(arena, n), numbers = arena.take(ROOM + W);
+    for (int i = 0; i < 2; ++i) {
+      own[i] = arena.take(all), dz[i] = tokens.rows(arena, m);
+      dx[i] = tokens.rows(arena, n), dy[i] = tokens.rows(arena, n);
+    }
+    ends = arena.take(SPANS * area), state = arena.take(area), back = arena.take(area), side = arena.take(area);
+    back_side = arena.take(area), lines = arena.take(coefficients(s.N > s.M ? s.N : s.M));
+    flow = arena.take(n), sum = arena.take(n), of_sum = arena.take(n), of_bonus = arena.take(n);
+  }
 };
 
-// Gradients of the tokens [first, last) as the walks left them, completed, and that of the log decays. `flow` is, for
-// every row of the state, what decaying it just after the last of them would change; each read and write before a decay
-// changes that by its own share.
+// Where a gradient's rows go: to the tensor itself, where they are added or not, or to a buffer first.
+struct Destination {
+  Rows rows;
+  bool add = false, direct = false;
+  void store_row(int64_t t, int64_t i, V x) const {
+    float* row = rows[t] + i;
+    store(row, add ? load(row) + x : x);
+  }
+};
+
+// Gradients of the tokens [first, last) as the walks left them in dx and dy, completed, and that of the log decays.
+// `flow` is, for every row of the state, what decaying it just after the last of them would change; each read and write
+// before a decay changes that by its own share.
 template <class F, bool DECAY>
 __attribute__((noinline)) static void conclude(const Walk& s, int64_t n, int64_t first, int64_t last,
-                                               const RowBuffer& dx0, const RowBuffer& dx1, const RowBuffer& dy0,
-                                               const RowBuffer& dy1, float* dgate, const float* flow, float* of_bonus) {
+                                               const float* const* own, const float* const* dx, const float* const* dy,
+                                               const Destination* to_x, const Destination* to_y,
+                                               const Destination& to_gate, const float* flow, float* of_bonus) {
   constexpr int LAST = F::READS - 1;
-  float *dx[2] = {dx0.data, dx1.data}, *dy[2] = {dy0.data, dy1.data};
   for (int64_t i = 0; i < n; i += W) {
     V change = DECAY ? load(flow + i) : V{}, sum = F::BONUS ? load(of_bonus + i) : V{};
     const V bonus = F::BONUS ? load(s.bonus + i) : splat(1.0f);
@@ -547,161 +685,222 @@ __attribute__((noinline)) static void conclude(const Walk& s, int64_t n, int64_t
         };
         reads(true);
         each<F::WRITES>([&](auto w) LINESCAN_STAGE { change -= y[w] * of_y[w]; });
-        store(dgate + t * n + i, change);
+        to_gate.store_row(t, i, change);
         reads(false);
       }
       each<F::WRITES>([&](auto w) LINESCAN_STAGE {
         if constexpr (F::OWN[LAST][w]) {
-          const float weight = s.own[w][t];
+          const float weight = s.scale * own[w][t];
           of_x[LAST] += weight * (F::BONUS ? bonus * y[w] : y[w]);
           of_y[w] += weight * (F::BONUS ? bonus * x[LAST] : x[LAST]);
           if (F::BONUS) sum += weight * (x[LAST] * y[w]);
         }
       });
       if (F::TIED) of_y[0] += of_x[0];
-      store(dx[LAST] + t * n + i, of_x[LAST]);
-      each<F::WRITES>([&](auto w) LINESCAN_STAGE { store(dy[w] + t * n + i, of_y[w]); });
+      else if (LAST > 0) to_x[0].store_row(t, i, of_x[0]);
+      to_x[LAST].store_row(t, i, of_x[LAST]);
+      each<F::WRITES>([&](auto w) LINESCAN_STAGE { to_y[w].store_row(t, i, of_y[w]); });
     }
     if (F::BONUS) store(of_bonus + i, sum);
   }
 }
 
-template <class F, bool DECAY>
-static void matrix_backward_as(const Matrix& s, int64_t begin, int64_t end) {
-  constexpr int READ = F::READS - 1, WRITE = F::WRITES - 1;
-  BackwardRoom room = place<BackwardRoom>(s);
-  Tokens& tokens = room.tokens;
-  const int64_t n = tokens.n, m = tokens.m, padded = whole_blocks(s.S), pitch = s.M + s.normalize, size = s.N * pitch;
-  float *const *dz[2] = {room.dz0.in_place(padded), room.dz1.in_place(padded)},
-               *const *dx[2] = {room.dx0.in_place(padded), room.dx1.in_place(padded)},
-               *const *dy[2] = {room.dy0.in_place(padded), room.dy1.in_place(padded)};
-  for (int64_t i = 0; i < n; ++i) room.ones[i] = 1.0f;
-
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t b = unit / s.H, h = unit % s.H;
-    for (int64_t k = 0; k < s.K; ++k) {
-      const float *initial = of_head(s.initial, b, k, h * size), *dstate = of_head(s.dstate, b, k, h * size);
-      float* dinitial = of_head(s.dinitial, b, k, h * size);
-      if (s.bonus) column(s.bonus.at(b, k) + h * s.N, s.N, 1, tokens.bonus), zero(room.of_bonus, n);
-      tokens.fetch(s, b, k, h, 0, s.M, 0, s.S);
-      gather(s.dy, b, k, h, 0, tokens.writes, s.S, s.M, m, room.out.data);
-      zero(room.out.data + s.S * m, (padded - s.S) * m);
-      if (s.normalize) {
-        column(initial ? initial + s.M : nullptr, s.N, pitch, room.sum);
-        dots<true>(s.S, n, tokens.q.at, tokens.k.at, room.sum, room.divisor);
-      }
-      for (int64_t t = 0; t < s.S; ++t) {
-        const float factor = s.normalize ? s.scale / (room.divisor[t] = s.scale * room.divisor[t] + SMALLEST) : s.scale;
-        for (int64_t j = 0; j < m; j += W) store(room.out.data + t * m + j, load(room.out.data + t * m + j) * factor);
-      }
-      float* const* out = room.out.in_place(padded);
-
-      Walk forth = tokens.start<F, DECAY>(s, b, k, h);
-      forth.state = room.state, forth.coefficients = room.lines;
-      if (F::DEPENDENT) {
-        unpack(initial, s.N, s.M, pitch, false, room.state);
-        Walk solve = forth;
-        solve.out[0] = forth.z[0] = room.error.in_place(padded);
-        walk<Solve<F>, DECAY, false>(solve, 0, padded);
-      }
-
-      Walk back = forth;
-      back.base = nullptr;
-      for (int i = 0; i < 2; ++i) back.x[i] = forth.y[i], back.y[i] = forth.x[i], back.z[i] = nullptr, back.out[i] = dz[i];
-      back.z[READ] = out;
-      unpack(dstate, s.N, s.M, pitch, false, room.state);
-      walk<Adjoint<F>, DECAY, false>(back, 0, padded, true);
-      if (dinitial) pack(room.state, s.N, s.M, pitch, dinitial);
-
-      // On their side: reads and writes are those of z, columns those of y.
-      Walk side = forth;
-      side.rows = s.M, side.stride = m, side.columns = n, side.own[0] = room.own0, side.own[1] = room.own1;
-      for (int i = 0; i < 2; ++i) side.y[i] = forth.z[i], side.z[i] = forth.y[i], side.out[i] = dx[i];
-      side.x[0] = dz[0], side.x[READ] = out;
-      unpack(initial, s.N, s.M, pitch, true, room.state);
-      for (int64_t t0 = 0; t0 < padded; t0 += ROOM) {
-        walk<F, DECAY, true>(side, t0, t0 + ROOM < padded ? t0 + ROOM : padded);
-        if (DECAY) std::memcpy(room.ends + t0 / ROOM * s.M * n, room.state, s.M * n * 4);
-      }
-
-      Walk other = side;
-      other.own[0] = other.own[1] = nullptr;
-      for (int i = 0; i < 2; ++i)
-        other.x[i] = side.y[i], other.y[i] = side.x[i], other.z[i] = forth.x[i], other.out[i] = dy[i];
-      forth.own[0] = room.own0, forth.own[1] = room.own1;
-      unpack(dstate, s.N, s.M, pitch, true, room.state);
-      for (int64_t t0 = (padded - 1) / ROOM * ROOM; t0 >= 0; t0 -= ROOM) {
-        const int64_t t1 = t0 + ROOM < padded ? t0 + ROOM : padded;
-        const float* ended = room.ends + t0 / ROOM * s.M * n;
-        for (int64_t i = 0; DECAY && i < n; i += W) {
-          V flow = {};
-          for (int64_t j = 0; j < s.M; ++j) flow += load(ended + j * n + i) * load(room.state + j * n + i);
-          store(room.flow + i, flow);
-        }
-        walk<Adjoint<F>, DECAY, true>(other, t0, t1, true);
-        conclude<F, DECAY>(forth, n, t0, t1, room.dx0, room.dx1, room.dy0, room.dy1, room.dgate.data, room.flow,
-                           room.of_bonus);
-      }
-
-      if (s.normalize) {  // the divisor's gradients go to q by the sum of keys so far, and to k by a sum from behind
-        dots<false>(s.S, n, tokens.q.at, dx[0], nullptr, room.numbers);
-        for (int64_t t = 0; t < s.S; ++t) room.numbers[t] *= -s.scale / room.divisor[t];
-        column(initial ? initial + s.M : nullptr, s.N, pitch, room.sum);
-        column(dstate ? dstate + s.M : nullptr, s.N, pitch, room.flow);
-        for (int64_t i = 0; i < n; i += W) {
-          V sum = load(room.sum + i), grad = load(room.flow + i);
-          for (int64_t t = 0; t < s.S; ++t) {
-            sum += load(tokens.k.at[t] + i);
-            store(dx[0][t] + i, load(dx[0][t] + i) + room.numbers[t] * sum);
-          }
-          for (int64_t t = s.S - 1; t >= 0; --t) {
-            grad += room.numbers[t] * load(tokens.q.at[t] + i);
-            store(dy[0][t] + i, load(dy[0][t] + i) + grad);
-          }
-          store(room.flow + i, grad);
-        }
-        for (int64_t i = 0; dinitial && i < s.N; ++i) dinitial[i * pitch + s.M] = room.flow[i];
-      }
-
-      if (s.skip) {
-        float sum = 0.0f;  // of the products of values and outputs' gradients
-        for (int64_t t = 0; t < s.S; ++t) sum += room.own0[t];
-        s.partial_skip[(b * s.K + k) * s.H + h] = sum;
-      }
-      if (s.bonus) std::memcpy(s.partial_bonus + ((b * s.K + k) * s.H + h) * s.N, room.of_bonus, s.N * 4);
-      const auto give = [&](const Target& target, int64_t width, int64_t stride, const float* rows) {
-        if (target) scatter(target.of_route(k), b, k, h * width, tokens.reads, s.S, width, stride, rows);
-      };
-      if (s.beta) {
-        if (F::TIED) {
-          dots<false>(s.S, m, room.error.at, dz[0], nullptr, room.numbers);
-          for (int64_t t = 0; t < s.S; ++t) {
-            room.numbers[t] = -room.numbers[t];
-            for (int64_t j = 0; j < m; j += W) store(dz[0][t] + j, load(dz[0][t] + j) * -tokens.gamma[t]);
-          }
-        } else {
-          dots<false>(s.S, n, tokens.k.at, dy[0], nullptr, room.numbers);
-          for (int64_t t = 0; t < s.S; ++t)
-            for (int64_t i = 0; i < n; i += W) store(dy[0][t] + i, load(dy[0][t] + i) * tokens.gamma[t]);
-        }
-        give(s.dbeta, 1, 1, room.numbers);
-      }
-      if (s.gates == 1) {
-        for (int64_t t = 0; t < padded; ++t) tokens.gate.at[t] = room.ones;
-        dots<false>(s.S, n, room.dgate.in_place(padded), tokens.gate.at, nullptr, room.numbers);
-        give(s.dgate, 1, 1, room.numbers);
-        float idle = 0.0f;
-        for (int64_t t = 0; t < s.S; ++t) idle += tokens.reads[t] < 0 ? room.numbers[t] : 0.0f;
-        if (s.idle) s.partial_idle[(b * s.K + k) * s.H + h] = idle;
-      } else {
-        give(s.dgate, s.N, n, room.dgate.data);
-      }
-      give(s.dq, s.N, n, dx[READ][0]), give(s.dk, s.N, n, dy[WRITE][0]), give(s.dv, s.M, m, dz[WRITE][0]);
-      if (F::READS == 2 && F::WRITES == 2) give(s.da, s.N, n, dx[0][0]), give(s.db, s.N, n, dy[0][0]);
-    }
-  }
+static Walk adjoint(const Walk& walk, float* state, const Rows& z0, const Rows& z1, const Rows (&out)[2]) {
+  Walk back = walk;
+  back.state = state, back.base = back.gate = {}, back.own[0] = back.own[1] = nullptr;
+  std::swap(back.x[0], back.y[0]), std::swap(back.x[1], back.y[1]);
+  std::swap(back.scale, back.weight);
+  back.z[0] = z0, back.z[1] = z1, back.out[0] = out[0], back.out[1] = out[1];
+  return back;
 }
 
+// One sample, head and route.
+template <class F, bool DECAY>
+struct Backward {
+  static constexpr int READ = F::READS - 1, WRITE = F::WRITES - 1;
+
+  const Matrix& s;
+  BackwardRoom& room;
+  const int64_t b, k, h;
+  Tokens& tokens = room.tokens;
+  const int64_t n = tokens.n, m = tokens.m, pitch = s.M + s.normalize, area = n * m;
+  const float* initial = of_head(s.initial, b, k, h * s.N * pitch);
+  const float* dstate = of_head(s.dstate, b, k, h * s.N * pitch);
+  float* dinitial = of_head(s.dinitial, b, k, h * s.N * pitch);
+  const Rows dz[2] = {tokens.in_place(room.dz[0], m), tokens.in_place(room.dz[1], m)};
+  const Rows dx[2] = {tokens.in_place(room.dx[0], n), tokens.in_place(room.dx[1], n)};
+  const Rows dy[2] = {tokens.in_place(room.dy[0], n), tokens.in_place(room.dy[1], n)};
+
+  // A piece of time.
+  int64_t t0 = 0, count = 0, padded = 0;
+  Rows out;  // gradients of the outputs
+  Walk forth;
+
+  void run() {
+    zero(tokens.carry, n);
+    if (s.bonus) column(s.bonus.at(b, k) + h * s.N, s.N, 1, tokens.bonus), zero(room.of_bonus, n);
+    if (s.normalize) column(initial ? initial + s.M : nullptr, s.N, pitch, room.sum);
+    if (s.normalize) column(dstate ? dstate + s.M : nullptr, s.N, pitch, room.of_sum);
+    float &skip = s.partial_skip[(b * s.K + k) * s.H + h], &idle = s.partial_idle[(b * s.K + k) * s.H + h];
+    skip = idle = 0.0f;
+
+    unpack(initial, s.N, s.M, pitch, false, room.state), unpack(initial, s.N, s.M, pitch, true, room.side);
+    for (int64_t piece = 0; piece < room.pieces; ++piece) go_forth(piece);
+    unpack(dstate, s.N, s.M, pitch, false, room.back), unpack(dstate, s.N, s.M, pitch, true, room.back_side);
+    for (int64_t piece = room.pieces - 1; piece >= 0; --piece) go_back(piece, skip, idle);
+
+    if (dinitial) pack(room.back, s.N, s.M, pitch, dinitial);
+    for (int64_t i = 0; dinitial && s.normalize && i < s.N; ++i) dinitial[i * pitch + s.M] = room.of_sum[i];
+    if (s.bonus) std::memcpy(s.partial_bonus + ((b * s.K + k) * s.H + h) * s.N, room.of_bonus, s.N * 4);
+  }
+
+  void fetch(int64_t piece, bool first) {
+    t0 = piece * ROOM, count = s.S - t0 < ROOM ? s.S - t0 : ROOM, padded = whole_blocks(count);
+    tokens.fetch(s, b, k, h, 0, s.M, t0, count);
+    out = tokens.read(s.dy, b, k, h, 0, tokens.writes, padded, s.M, room.out);
+    if (s.normalize) {
+      float* divisor = room.divisor + t0;
+      if (first) {
+        std::memcpy(room.flow, room.sum, n * 4);
+        dots<true>(count, n, tokens.q, tokens.k, room.sum, divisor);
+        for (int64_t t = 0; t < count; ++t) divisor[t] = s.scale * divisor[t] + SMALLEST;
+      }
+      for (int64_t t = 0; t < count; ++t)
+        for (int64_t j = 0; j < m; j += W) store(room.out + t * m + j, load(out[t] + j) / divisor[t]);
+      out = tokens.in_place(room.out, m);
+    }
+    forth = tokens.start<F, DECAY>(s, b, k, h, count, room.decay + Tokens::decays(t0) * n, !first);
+    forth.coefficients = room.lines, forth.scale = s.scale;
+    if (F::DEPENDENT) forth.z[0] = tokens.in_place(room.kept + t0 * m, m);
+  }
+
+  // The walk of the states on their side: it reads with the gradients of what `forth` reads, writes what that writes.
+  Walk on_its_side() const {
+    Walk side = forth;
+    side.rows = s.M, side.stride = m, side.columns = n, side.state = room.side;
+    side.x[0] = dz[0], side.x[READ] = out;
+    for (int i = 0; i < 2; ++i) side.y[i] = forth.z[i], side.z[i] = forth.y[i], side.own[i] = room.own[i] + t0;
+    return side;
+  }
+  void walk_side(const Walk& side, float* ends) {
+    for (int64_t t = 0; t < padded; t += SPAN) {
+      walk<F, DECAY, true>(side, t, t + SPAN < padded ? t + SPAN : padded);
+      if (DECAY) std::memcpy(ends + t / SPAN * area, room.side, s.M * n * 4);
+    }
+  }
+
+  void go_forth(int64_t piece) {
+    fetch(piece, true);
+    if constexpr (F::DEPENDENT) {
+      std::memcpy(room.states + piece * area, room.state, area * 4);
+      Walk solve = forth;
+      solve.state = room.state, solve.out[0] = forth.z[0], solve.scale = 1.0f;
+      walk<Solve<F>, DECAY, false>(solve, 0, padded);
+    } else {
+      Walk side = on_its_side();
+      side.out[0] = tokens.in_place(room.kept + t0 * n, n);
+      walk_side(side, room.states + piece * SPANS * area);
+      if (!s.normalize) return;
+      // The divisors' gradients go to q by the sum of keys so far.
+      float* of_divisor = room.of_divisor + t0;
+      dots<false>(count, n, tokens.q, side.out[0], nullptr, of_divisor);
+      for (int64_t t = 0; t < count; ++t) of_divisor[t] *= -s.scale / room.divisor[t0 + t];
+      for (int64_t i = 0; i < n; i += W) {
+        V sum = load(room.flow + i);
+        for (int64_t t = 0; t < count; ++t) {
+          sum += load(tokens.k[t] + i);
+          store(side.out[0][t] + i, load(side.out[0][t] + i) + of_divisor[t] * sum);
+        }
+      }
+    }
+  }
+
+  Destination destination(const Target& target, float* buffer, bool direct) const {
+    const Target x = target.of_route(k);
+    if (!x || !direct || !is_direct<W>(x.view, s.N)) return {tokens.in_place(buffer, n)};
+    float* first = reinterpret_cast<float*>(x.view.at(b, k, 0, h * s.N));
+    return {{first, x.view.token, tokens.reads, tokens.dropped}, x.add, true};
+  }
+  void give(const Target& target, int64_t width, int64_t stride, const float* rows) const {
+    if (target) scatter(target.of_route(k), b, k, h * width, tokens.reads, count, width, stride, rows);
+  }
+
+  void go_back(int64_t piece, float& skip, float& idle) {
+    fetch(piece, false);
+    walk<Adjoint<F>, DECAY, false>(adjoint(forth, room.back, READ ? Rows() : out, out, dz), 0, padded, true);
+
+    Walk side = on_its_side();
+    float *const of_x[2] = {F::DEPENDENT ? room.dx[0] : room.kept + t0 * n, room.dx[1]},
+                *const own[2] = {room.own[0] + t0, room.own[1] + t0};
+    const float* ends = room.states + piece * SPANS * area;
+    if constexpr (F::DEPENDENT) {
+      unpack(room.states + piece * area, s.N, s.M, m, true, room.side);
+      side.out[0] = dx[0], side.out[1] = dx[1];
+      walk_side(side, room.ends);
+      ends = room.ends;
+    }
+    constexpr bool CONCLUDED = !ADDS_UP<F, DECAY>;
+    const bool keys = CONCLUDED && (F::TIED || !s.beta);  // else they need to be multiplied by beta
+    const Destination to_x[2] = {destination(READ ? s.da : s.dq, of_x[0], CONCLUDED), destination(s.dq, of_x[1], true)},
+                      to_y[2] = {destination(WRITE ? s.db : s.dk, room.dy[0], keys), destination(s.dk, room.dy[1], true)},
+                      to_gate = destination(s.dgate, room.dgate, s.gates > 1);
+    const Walk other = adjoint(side, room.back_side, forth.x[0], forth.x[1], dy);
+    for (int64_t t = (padded - 1) / SPAN * SPAN; t >= 0; t -= SPAN) {
+      for (int64_t i = 0; DECAY && i < n; i += W) {
+        V flow = {};
+        for (int64_t j = 0; j < s.M; ++j)
+          flow += load(ends + t / SPAN * area + j * n + i) * load(room.back_side + j * n + i);
+        store(room.flow + i, flow);
+      }
+      const int64_t last = t + SPAN < padded ? t + SPAN : padded;
+      walk<Adjoint<F>, DECAY, true>(other, t, last, true);
+      if constexpr (CONCLUDED)
+        conclude<F, DECAY>(forth, n, t, last, own, of_x, room.dy, to_x, to_y, to_gate, room.flow, room.of_bonus);
+    }
+
+    if (s.normalize) {  // and to k by a sum from behind
+      const float* of_divisor = room.of_divisor + t0;
+      for (int64_t i = 0; i < n; i += W) {
+        V sum = load(room.of_sum + i);
+        for (int64_t t = count - 1; t >= 0; --t) {
+          sum += of_divisor[t] * load(tokens.q[t] + i);
+          store(dy[0][t] + i, load(dy[0][t] + i) + sum);
+        }
+        store(room.of_sum + i, sum);
+      }
+    }
+    for (int64_t t = 0; s.skip && t < count; ++t) skip += own[0][t];
+    if (s.beta) {
+      const Rows& scaled = F::TIED ? dz[0] : dy[0];
+      const int64_t width = F::TIED ? m : n;
+      dots<false>(count, width, F::TIED ? forth.z[0] : tokens.k, scaled, nullptr, room.numbers);
+      for (int64_t t = 0; t < count; ++t) {
+        const float sign = F::TIED ? -1.0f : 1.0f;  // a dependent write has the factor -beta
+        room.numbers[t] *= sign;
+        for (int64_t j = 0; j < width; j += W) store(scaled[t] + j, load(scaled[t] + j) * (sign * tokens.gamma[t]));
+      }
+      give(s.dbeta, 1, 1, room.numbers);
+    }
+    if (s.gates == 1) {
+      for (int64_t i = 0; i < n; ++i) room.flow[i] = 1.0f;
+      dots<false>(count, n, to_gate.rows, {room.flow, 0, tokens.order}, nullptr, room.numbers);
+      give(s.dgate, 1, 1, room.numbers);
+      for (int64_t t = 0; t < count; ++t) idle += tokens.reads[t] < 0 ? room.numbers[t] : 0.0f;
+    } else if (!to_gate.direct) {
+      give(s.dgate, s.N, n, room.dgate);
+    }
+    give(s.dv, s.M, m, room.dz[WRITE]);
+    if (!to_x[READ].direct) give(s.dq, s.N, n, of_x[READ]);
+    if (!to_y[WRITE].direct) give(s.dk, s.N, n, room.dy[WRITE]);
+    if (READ && !to_x[0].direct) give(s.da, s.N, n, of_x[0]);
+    if (WRITE && !to_y[0].direct) give(s.db, s.N, n, room.dy[0]);
+  }
+};
+
 static void matrix_backward(const Matrix& s, int64_t begin, int64_t end) {
-  with_rule(s, [&](auto rule, auto decay) { matrix_backward_as<decltype(rule), decay()>(s, begin, end); });
+  BackwardRoom room = place<BackwardRoom>(s);
+  with_rule(s, [&](auto rule, auto decay) {
+    for (int64_t unit = begin; unit < end; ++unit)
+      for (int64_t k = 0; k < s.K; ++k) Backward<decltype(rule), decay()>{s, room, unit / s.H, k, unit % s.H}.run();
+  });
 }

@@ -371,6 +371,10 @@ __attribute__((noinline)) static void scatter_rows(T* base, int64_t pitch, const
                                                    int64_t width, int64_t stride, const float* __restrict in) {
   const int64_t whole = width / W * W;
   for (int64_t t = 0; t < rows; ++t, in += stride) {
+    if (t + AHEAD < rows && token[t + AHEAD] >= 0) {
+      char* later = reinterpret_cast<char*>(base + token[t + AHEAD] * pitch);
+      for (int64_t i = 0; i < width * int64_t(sizeof(T)); i += 64) __builtin_prefetch(later + i, 1);
+    }
     if (token[t] < 0) continue;
     T* row = base + token[t] * pitch;
     if constexpr (ADD) {
