@@ -19,12 +19,13 @@ from torch import Tensor
 
 from ..._compat import argument_names
 from ..ops.causal_conv import _causal_conv1d
-from ..ops.delta import _dplr, _gated_delta_rule
+from ..ops.delta import _gated_delta_rule
+from ..ops.dplr import _dplr
 from ..ops.gla import _gla, _simple_gla
 from ..ops.linear_attention import _linear_attention
 from ..ops.selective_scan import _selective_scan, narrow, widen
 from ..ops.ssd import _ssd, _step_sizes
-from ..ops.wkv import _wkv6
+from ..ops.wkv6 import _wkv6
 from ..recurrence import Recurrence
 
 LIBRARY = Path(__file__).with_name("_cpu.so")
@@ -253,7 +254,7 @@ def _register_matrix(op: Recurrence, rule: int, names: str) -> None:
 
     def forward(*args):
         *inputs, route, merge = args
-        y, state = op._fake(*args, "")
+        y, state = op.new_outputs(*args)
         sums = y.float() if merge else y
         _matrix_forward(rule, dict(zip(keys, inputs)), route, merge, sums, state)
         return sums.to(y.dtype), state
@@ -287,7 +288,7 @@ def _gated(y: Tensor, z: Tensor, merge: bool) -> Tensor:
 def _ssd_forward(*args):
     *inputs, route, merge = args
     z = inputs[6]
-    y, state = _ssd._fake(*inputs, route, merge and z is None, "")
+    y, state = _ssd.new_outputs(*inputs, route, merge and z is None)
     sums = y.float() if merge else y
     _matrix_forward(GATED, _ssd_given(*inputs), route, merge and z is None, sums, state)
     return (sums if z is None else _gated(sums, z, merge)).to(y.dtype), state
@@ -301,7 +302,7 @@ def _ssd_backward(grad_output, grad_state, *args):
     with torch.enable_grad():
         given = _ssd_given(*inputs, leaves=leaves)
     if z is not None:  # the outputs before their gate are made again
-        y, state = _ssd._fake(*inputs, route, False, "")
+        y, state = _ssd.new_outputs(*inputs, route, False)
         y = y.float()
         _matrix_forward(GATED, given, route, False, y, state)
         with torch.enable_grad():
