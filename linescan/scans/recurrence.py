@@ -105,14 +105,14 @@ class Implementation:
         forward: (*inputs, route, merge) -> (output, final state), in grid order.
         backward: (grad_output, grad_state, *inputs, route, merge) -> gradients of the floating tensors among `inputs`
             that are not None, in order; `grad_state` and each of several may be None. None: differentiate `forward` by
-            running it again.
+            running it again. A name: that implementation's.
         supports: (*inputs, route, merge) -> whether this call can be served (device, dtype, shape).
         check: (*inputs, route, merge) -> None; raises where a call cannot be served though `backend` asks for it.
         kernel: forward and backward return new contiguous tensors, and autocast has no part in them.
     """
 
     forward: Callable
-    backward: Callable | None = None
+    backward: Callable | str | None = None
     supports: Callable = lambda *args: True
     check: Callable = lambda *args: None
     kernel: bool = False
@@ -523,6 +523,8 @@ class Recurrence:
             inputs = self.layout.check(inputs, route).fill(inputs)
         call = *inputs, route, merge
         implementation = self.pick(name, *call)
+        if isinstance(implementation.backward, str):
+            implementation = self.implementations[implementation.backward]
         grad_state = _packed(grad_states)
         if implementation.kernel:
             return implementation.backward(grad_output, grad_state, *call)

@@ -305,7 +305,7 @@ MATRICES = [
 ]
 SHAPES = [
     # batch, routes, length, heads, keys, values, shared, route, merge
-    (1, 1, 1, 1, 1, 1, True, "none", None),
+    (1, 1, 1, 1, 2, 1, True, "none", None),
     (2, 2, 37, 2, 16, 32, True, "none", "sum"),
     (2, 3, 35, 4, 17, 33, True, "padded", "sum"),
     (2, 2, 131, 2, 32, 32, False, "permuted", None),  # more than a piece of time

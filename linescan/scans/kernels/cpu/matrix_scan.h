@@ -27,37 +27,21 @@ LINESCAN_INLINE void each(const F& f) {
 // write takes columns gamma (first read - base). BONUS: rows are weighed in what a token reads of its own write.
 struct Gated {  // S = diag(a) S + k v^T, o = S^T q
   static constexpr int READS = 1, WRITES = 1;
-  static constexpr bool DEPENDENT = false, TIED = false, BONUS = false, WEIGHED = false;
-  static constexpr bool AFTER[2] = {true}, PRE[2] = {}, OWN[2][2] = {{true}};
+  static constexpr bool DEPENDENT = false, TIED = false, BONUS = false;
+  static constexpr bool AFTER[2] = {true}, OWN[2][2] = {{true}};
 };
 struct Late : Gated {  // o = (S + diag(u) k v^T)^T q, then S = diag(a) S + k v^T
   static constexpr bool AFTER[2] = {false}, BONUS = true;
 };
 struct Delta {  // P = diag(a) S, S = P + beta k (v - P^T k)^T, o = S^T q
   static constexpr int READS = 2, WRITES = 1;
-  static constexpr bool DEPENDENT = true, TIED = true, BONUS = false, WEIGHED = false;
-  static constexpr bool AFTER[2] = {true, true}, PRE[2] = {}, OWN[2][2] = {{false}, {true}};
+  static constexpr bool DEPENDENT = true, TIED = true, BONUS = false;
+  static constexpr bool AFTER[2] = {true, true}, OWN[2][2] = {{false}, {true}};
 };
 struct LowRank {  // S = diag(a) S + b (S^T c)^T + k v^T, o = S^T q
   static constexpr int READS = 2, WRITES = 2;
-  static constexpr bool DEPENDENT = true, TIED = false, BONUS = false, WEIGHED = false;
-  static constexpr bool AFTER[2] = {false, true}, PRE[2] = {}, OWN[2][2] = {{}, {true, true}};
-};
-
-// Only what the dependent write needs.
-template <class F>
-struct Solve : F {
-  static constexpr int READS = 1;
-};
-
-// The adjoint, a recurrence of the same kind from the last token to the first: what was written with is read with, and
-// the other way round. Its reads come before the decay, its writes before (PRE) or after it.
-template <class F>
-struct Adjoint {
-  static constexpr int READS = F::WRITES, WRITES = F::READS;
-  static constexpr bool DEPENDENT = F::DEPENDENT, BONUS = F::BONUS, WEIGHED = true;
-  static constexpr bool AFTER[2] = {}, PRE[2] = {F::AFTER[0], F::AFTER[1]},
-                        OWN[2][2] = {{F::OWN[0][0], F::OWN[1][0]}, {F::OWN[0][1], F::OWN[1][1]}};
+  static constexpr bool DEPENDENT = true, TIED = false, BONUS = false;
+  static constexpr bool AFTER[2] = {false, true}, OWN[2][2] = {{}, {true, true}};
 };
 
 // Whether a state only ever takes more in.
@@ -103,8 +87,7 @@ struct Walk {
   bool single = false;
   float *decay = nullptr, *carry = nullptr;  // made as the walk goes where there is a `gate`
   const float *gamma = nullptr, *bonus = nullptr;
-  float* own[2] = {};  // scores of the last read with the token's own write, kept instead of used
-  float scale = 1.0f, weight = 1.0f, skip = 0.0f;  // of the last read and write; added to the score of an own write
+  float scale = 1.0f, skip = 0.0f;  // of the last read; added to the score of an own write
 
   // Decays stand block by block: those of its tokens, then that of all of them.
   float* decay_of(int64_t t, int64_t n) const { return decay + (t / BLOCK * (BLOCK + 1) + t % BLOCK) * n; }
@@ -144,12 +127,10 @@ static void make_decays(const Walk& s, const Block& block, int64_t n) {
     for (float* row = s.decay_of(block.at[0], n); row <= whole; row += n) store(row + i, load(row));
 }
 
-// Coefficients of a block's reads and writes, with the decays from and to the block's ends, and its scores. KEYS: the
-// state lies on its side, so that decays are those of its columns.
-template <class F, bool DECAY, bool KEYS>
+// Coefficients of a block's reads and writes, with the decays from and to the block's ends, and its scores.
+template <class F, bool DECAY>
 __attribute__((noinline)) static void weigh(const Walk& s, const Block& block, float* __restrict scores) {
   const int64_t(&at)[BLOCK] = block.at;
-  constexpr bool ROWS = DECAY && !KEYS, SCALED = KEYS && F::DEPENDENT;
   const float *of_x[F::READS][BLOCK], *of_y[BLOCK];
   each<BLOCK>([&](auto t) LINESCAN_STAGE {
     each<F::READS>([&](auto r) LINESCAN_STAGE { of_x[r][t] = block.row(s.x[r], t, 0, s.stride); });
@@ -164,29 +145,26 @@ __attribute__((noinline)) static void weigh(const Walk& s, const Block& block, f
       each<BLOCK>([&](auto t) LINESCAN_STAGE {
         each<F::READS>([&](auto r) LINESCAN_STAGE {
           x[r][t] = load(of_x[r][t] + i);
-          if (SCALED && r == 0) x[r][t] *= s.gamma[at[t]];
         });
-        if (ROWS) decay[t] = load(s.decay_of(at[t], s.stride) + i);
+        if (DECAY) decay[t] = load(s.decay_of(at[t], s.stride) + i);
       });
       if (w == 0) {
         V whole = splat(1.0f);
         const auto keep = [&](auto t, bool after) LINESCAN_STAGE {
           each<F::READS>([&](auto r) LINESCAN_STAGE {
             if (F::AFTER[r] == after)
-              store(lines + (r * BLOCK + t) * PITCH, ROWS && (after || t > 0) ? x[r][t] * whole : x[r][t]);
+              store(lines + (r * BLOCK + t) * PITCH, DECAY && (after || t > 0) ? x[r][t] * whole : x[r][t]);
           });
         };
         each<BLOCK>([&](auto t) LINESCAN_STAGE {
           keep(t, false);
-          if (ROWS) whole = t == 0 ? decay[t] : whole * decay[t];
+          if (DECAY) whole = t == 0 ? decay[t] : whole * decay[t];
           keep(t, true);
         });
-        if (ROWS) store(lines + (LINES<F> - 1) * PITCH, load(s.decay_of_block(at[0], s.stride) + i));
+        if (DECAY) store(lines + (LINES<F> - 1) * PITCH, load(s.decay_of_block(at[0], s.stride) + i));
       }
       each<BLOCK>([&](auto from) LINESCAN_STAGE {
         V y = load(of_y[from] + i);
-        if (SCALED && w == 0) y *= s.gamma[at[from]];
-        if (F::WEIGHED && !KEYS && w == F::WRITES - 1) y *= s.weight;
         const auto meet = [&](auto t, bool after) LINESCAN_STAGE {
           each<F::READS>([&](auto r) LINESCAN_STAGE {
             if (F::AFTER[r] == after) sums[score<F>(r, w, t, from) - SCORES<F> * w] += x[r][t] * y;
@@ -195,13 +173,12 @@ __attribute__((noinline)) static void weigh(const Walk& s, const Block& block, f
         each<F::READS>([&](auto r) LINESCAN_STAGE {
           if constexpr (F::OWN[r][w])
             sums[score<F>(r, w, from, from) - SCORES<F> * w] +=
-                x[r][from] * (F::BONUS && !KEYS ? y * load(s.bonus + i) : y);
+                x[r][from] * (F::BONUS ? y * load(s.bonus + i) : y);
         });
-        if (ROWS && F::PRE[w]) y *= decay[from];
         each<BLOCK - 1 - from>([&](auto later) LINESCAN_STAGE {
           constexpr std::integral_constant<int, from + 1 + later> t;
           meet(t, false);
-          if (ROWS) y *= decay[t];
+          if (DECAY) y *= decay[t];
           meet(t, true);
         });
         store(lines + ((F::READS + w) * BLOCK + from) * PITCH, y);
@@ -229,9 +206,9 @@ LINESCAN_INLINE void read(int64_t rows, int64_t pitch, const float* state, const
   }
 }
 
-// state = decay state + sum over c of coefficient c times z[c]; the decay is a line of coefficients, or `whole` of KEYS.
-template <bool DECAY, bool KEYS, int COUNT, int VECTORS, int ALL>
-LINESCAN_INLINE void write(int64_t rows, int64_t pitch, float* state, const float* lines, const V (&whole)[VECTORS],
+// state = decay state + sum over c of coefficient c times z[c]; the decay is the line after them.
+template <bool DECAY, int COUNT, int VECTORS, int ALL>
+LINESCAN_INLINE void write(int64_t rows, int64_t pitch, float* state, const float* lines,
                            const V (&z)[COUNT][VECTORS]) {
   for (int64_t first = 0; first < rows; first += PITCH, lines += PITCH * ALL) {
     const int64_t some = rows - first < PITCH ? rows - first : PITCH;
@@ -239,7 +216,7 @@ LINESCAN_INLINE void write(int64_t rows, int64_t pitch, float* state, const floa
       V row[VECTORS];
       each<VECTORS>([&](auto l) LINESCAN_STAGE {
         row[l] = load(state + l * W);
-        if (DECAY) row[l] *= KEYS ? whole[l] : splat(lines[COUNT * PITCH + i]);
+        if (DECAY) row[l] *= splat(lines[COUNT * PITCH + i]);
       });
       each<COUNT>([&](auto c) LINESCAN_STAGE {
         const V y = splat(lines[c * PITCH + i]);
@@ -251,74 +228,35 @@ LINESCAN_INLINE void write(int64_t rows, int64_t pitch, float* state, const floa
 }
 
 // Takes a block through VECTORS of the state's columns: reads, what its tokens have to do with each other, writes.
-template <class F, bool DECAY, bool KEYS, int VECTORS>
+template <class F, bool DECAY, int VECTORS>
 __attribute__((noinline)) static void sweep(const Walk& s, const Block& block, int64_t column,
                                             const float* __restrict scores) {
   const int64_t(&at)[BLOCK] = block.at;
-  constexpr bool DEPENDENT = F::DEPENDENT && !KEYS;
   constexpr int64_t WIDTH = VECTORS * W;
-  V out[F::READS * BLOCK][VECTORS], z[F::WRITES * BLOCK][VECTORS], decay[BLOCK][VECTORS], whole[VECTORS];
+  V out[F::READS * BLOCK][VECTORS], z[F::WRITES * BLOCK][VECTORS];
   const auto vectors = [](const auto& f) LINESCAN_STAGE { each<VECTORS>(f); };
   read<F::READS * BLOCK, VECTORS, LINES<F>>(s.rows, s.columns, s.state + column, s.coefficients, out);
   each<BLOCK>([&](auto t) LINESCAN_STAGE {
     each<F::WRITES>([&](auto w) LINESCAN_STAGE {
-      if (DEPENDENT && w == 0) return;
+      if (F::DEPENDENT && w == 0) return;
       const float* row = block.row(s.z[w], t, column, column + WIDTH) + column;
       vectors([&](auto l) LINESCAN_STAGE {
         z[w * BLOCK + t][l] = load(row + l * W);
-        if (F::WEIGHED && KEYS && w == F::WRITES - 1) z[w * BLOCK + t][l] *= s.weight;
       });
     });
   });
-  if constexpr (DECAY && KEYS) {  // here decays are not in the coefficients
-    const auto keep = [&](auto t, bool after) LINESCAN_STAGE {
-      each<F::READS>([&](auto r) LINESCAN_STAGE {
-        if (F::AFTER[r] == after && (after || t > 0))
-          vectors([&](auto l) LINESCAN_STAGE { out[r * BLOCK + t][l] *= whole[l]; });
-      });
-    };
-    each<BLOCK>([&](auto t) LINESCAN_STAGE {
-      vectors([&](auto l) LINESCAN_STAGE { decay[t][l] = load(s.decay_of(at[t], s.columns) + column + l * W); });
-      keep(t, false);
-      vectors([&](auto l) LINESCAN_STAGE { whole[l] = t == 0 ? decay[t][l] : whole[l] * decay[t][l]; });
-      keep(t, true);
-    });
-    vectors([&](auto l) LINESCAN_STAGE { whole[l] = load(s.decay_of_block(at[0], s.columns) + column + l * W); });
-  }
-  if constexpr (KEYS) {
-    each<F::WRITES>([&](auto w) LINESCAN_STAGE {
-      each<BLOCK>([&](auto from) LINESCAN_STAGE {
-        V(&mine)[VECTORS] = z[w * BLOCK + from];
-        const auto meet = [&](auto t, bool after) LINESCAN_STAGE {
-          each<F::READS>([&](auto r) LINESCAN_STAGE {
-            if (F::AFTER[r] == after)
-              vectors([&](auto l) LINESCAN_STAGE { out[r * BLOCK + t][l] += scores[score<F>(r, w, t, from)] * mine[l]; });
-          });
-        };
-        if (DECAY && F::PRE[w]) vectors([&](auto l) LINESCAN_STAGE { mine[l] *= decay[from][l]; });
-        each<BLOCK - 1 - from>([&](auto later) LINESCAN_STAGE {
-          constexpr std::integral_constant<int, from + 1 + later> t;
-          meet(t, false);
-          if (DECAY) vectors([&](auto l) LINESCAN_STAGE { mine[l] *= decay[t][l]; });
-          meet(t, true);
-        });
-        if constexpr (F::OWN[F::READS - 1][w])
-          if (s.own[w]) s.own[w][at[from]] = scores[score<F>(F::READS - 1, w, from, from)];
-      });
-    });
-  }
   each<BLOCK>([&](auto t) LINESCAN_STAGE {
     each<F::READS>([&](auto r) LINESCAN_STAGE {
       V(&mine)[VECTORS] = out[r * BLOCK + t];
       each<F::WRITES>([&](auto w) LINESCAN_STAGE {
         each<t + 1>([&](auto from) LINESCAN_STAGE {
-          if constexpr (!KEYS && (from < t || F::OWN[r][w])) {
+          if constexpr (from < t || F::OWN[r][w]) {
             const float weight = scores[score<F>(r, w, t, from)] + (from == t && !F::DEPENDENT ? s.skip : 0.0f);
             vectors([&](auto l) LINESCAN_STAGE { mine[l] += weight * z[w * BLOCK + from][l]; });
           }
         });
       });
-      if constexpr (DEPENDENT && r == 0) {
+      if constexpr (F::DEPENDENT && r == 0) {
         if (s.base) {
           const float* row = block.row(s.base, t, column, column + WIDTH) + column;
           vectors([&](auto l) LINESCAN_STAGE { mine[l] -= load(row + l * W); });
@@ -331,8 +269,8 @@ __attribute__((noinline)) static void sweep(const Walk& s, const Block& block, i
       }
     });
   });
-  write<DECAY, KEYS, F::WRITES * BLOCK, VECTORS, LINES<F>>(s.rows, s.columns, s.state + column,
-                                                           s.coefficients + F::READS * BLOCK * PITCH, whole, z);
+  write<DECAY, F::WRITES * BLOCK, VECTORS, LINES<F>>(s.rows, s.columns, s.state + column,
+                                                     s.coefficients + F::READS * BLOCK * PITCH, z);
 }
 
 // The same without decays and dependent writes: rows of the state go from token to token in a register, and there is
@@ -345,7 +283,7 @@ __attribute__((noinline)) static void add_up(const Walk& s, const Block& block, 
   each<BLOCK>([&](auto t) LINESCAN_STAGE {
     x[t] = block.row(s.x[0], t, 0, s.stride), y[t] = block.row(s.y[0], t, 0, s.stride);
     const float* row = block.row(s.z[0], t, column, column + VECTORS * W) + column;
-    vectors([&](auto l) LINESCAN_STAGE { z[t][l] = s.weight * load(row + l * W), out[t][l] = V{}; });
+    vectors([&](auto l) LINESCAN_STAGE { z[t][l] = load(row + l * W), out[t][l] = V{}; });
   });
   float* state = s.state + column;
   for (int64_t i = 0; i < s.rows; ++i, state += s.columns) {
@@ -363,29 +301,29 @@ __attribute__((noinline)) static void add_up(const Walk& s, const Block& block, 
   });
 }
 
-// Tokens [first, last), whole blocks of them; `back` from the last to the first.
-template <class F, bool DECAY, bool KEYS>
-static void walk(const Walk& s, int64_t first, int64_t last, bool back = false) {
+// Tokens [first, last), whole blocks of them.
+template <class F, bool DECAY>
+static void walk(const Walk& s, int64_t first, int64_t last) {
   constexpr int VECTORS = W == 16 ? 2 : F::READS == 1 && F::WRITES == 1 ? 2 : 1;  // as many as registers hold
   alignas(64) float scores[SCORES<F> * F::WRITES];
   for (int64_t start = first; start < last; start += BLOCK) {
     Block block;
     for (int t = 0; t < BLOCK; ++t) {
       const int64_t at = start + t, later = at + AHEAD < last ? at + AHEAD : last - 1;
-      block.at[t] = back ? first + last - 1 - at : at, block.later[t] = back ? first + last - 1 - later : later;
+      block.at[t] = at, block.later[t] = later;
     }
-    if (DECAY && s.gate) make_decays(s, block, KEYS ? s.columns : s.stride);
+    if (DECAY) make_decays(s, block, s.stride);
     if constexpr (ADDS_UP<F, DECAY>) {
       int64_t column = 0;
       for (; column + VECTORS * W <= s.columns; column += VECTORS * W) add_up<VECTORS>(s, block, column);
       for (; column < s.columns; column += W) add_up<1>(s, block, column);
     } else {
-      weigh<F, DECAY, KEYS>(s, block, scores);
+      weigh<F, DECAY>(s, block, scores);
       int64_t column = 0;
       for (; column + VECTORS * W <= s.columns; column += VECTORS * W)
-        sweep<F, DECAY, KEYS, VECTORS>(s, block, column, scores);
+        sweep<F, DECAY, VECTORS>(s, block, column, scores);
       if constexpr (VECTORS > 1)
-        for (; column < s.columns; column += W) sweep<F, DECAY, KEYS, 1>(s, block, column, scores);
+        for (; column < s.columns; column += W) sweep<F, DECAY, 1>(s, block, column, scores);
     }
   }
 }
@@ -443,7 +381,8 @@ struct Tokens {
         of_k(rows(arena, n)), of_written(rows(arena, n)), of_v(rows(arena, m)), of_a(rows(arena, n)),
         of_b(rows(arena, n)), of_gate(rows(arena, n)), gamma(arena.take(this->room + W)),
         numbers(arena.take(this->room + W)), blank(arena.take(n > m ? n : m)), dropped(arena.take(n > m ? n : m)),
-        bonus(arena.take(n)), carry(arena.take(n)), reads(take<int64_t>(arena, this->room)), writes(take<int64_t>(arena, this->room)), order(take<int64_t>(arena, this->room)) {
+        bonus(arena.take(n)), carry(arena.take(n)), reads(take<int64_t>(arena, this->room)),
+        writes(take<int64_t>(arena, this->room)), order(take<int64_t>(arena, this->room)) {
     if (arena.counts()) return;
     zero(blank, n > m ? n : m);
     for (int64_t t = 0; t < this->room; ++t) order[t] = t, gamma[t] = 1.0f;
@@ -463,9 +402,9 @@ struct Tokens {
 
   void fetch(const Matrix& s, int64_t b, int64_t k, int64_t h, int64_t column, int64_t width, int64_t t0, int64_t count);
 
-  // The recurrence as it goes, without its outputs. `decay`: decays made before, or room for those to be made.
+  // The recurrence as it goes, without its outputs. `decay`: room for the decays.
   template <class F, bool DECAY>
-  Walk start(const Matrix& s, int64_t b, int64_t k, int64_t h, int64_t count, float* decay, bool made);
+  Walk start(const Matrix& s, int64_t b, int64_t k, int64_t h, int64_t count, float* decay);
   static int64_t decays(int64_t rows) { return rows / BLOCK * (BLOCK + 1); }
 };
 
@@ -492,14 +431,14 @@ void Tokens::fetch(const Matrix& s, int64_t b, int64_t k, int64_t h, int64_t col
 }
 
 template <class F, bool DECAY>
-Walk Tokens::start(const Matrix& s, int64_t b, int64_t k, int64_t h, int64_t count, float* decay, bool made) {
+Walk Tokens::start(const Matrix& s, int64_t b, int64_t k, int64_t h, int64_t count, float* decay) {
   Walk w;
   w.rows = s.N, w.stride = n, w.columns = m;
   if (F::TIED) w.x[0] = this->k, w.base = v;
   else w.x[0] = a, w.y[0] = this->b;
   w.x[F::READS - 1] = q, w.y[F::WRITES - 1] = written, w.z[F::WRITES - 1] = v;
   w.decay = decay, w.gamma = gamma, w.bonus = bonus, w.skip = s.skip ? *(s.skip.at(b, k) + h) : 0.0f;
-  if (!DECAY || made) return w;
+  if (!DECAY) return w;
   const int64_t padded = whole_blocks(count);
   w.carry = carry, w.single = s.gates == 1;
   if (!w.single) {
@@ -513,17 +452,11 @@ Walk Tokens::start(const Matrix& s, int64_t b, int64_t k, int64_t h, int64_t cou
   return w;
 }
 
-// A state (rows, columns), its rows `pitch` apart, to one of whole vectors, or on its side; and back. Without: zero.
-static void unpack(const float* x, int64_t rows, int64_t columns, int64_t pitch, bool side, float* out) {
-  const int64_t wide = whole_vectors(side ? rows : columns);
-  zero(out, (side ? columns : rows) * wide);
-  if (x && side && rows % W == 0 && columns % W == 0) {
-    for (int64_t i = 0; i < rows; i += W)
-      for (int64_t j = 0; j < columns; j += W) transpose(x + i * pitch + j, pitch, 1.0f, out + j * wide + i, wide);
-  } else {
-    for (int64_t i = 0; x && i < rows; ++i)
-      for (int64_t j = 0; j < columns; ++j) out[side ? j * wide + i : i * wide + j] = x[i * pitch + j];
-  }
+// A state (rows, columns), its rows `pitch` apart, to one of whole vectors, and back. Without: zero.
+static void unpack(const float* x, int64_t rows, int64_t columns, int64_t pitch, float* out) {
+  const int64_t wide = whole_vectors(columns);
+  zero(out, rows * wide);
+  for (int64_t i = 0; x && i < rows; ++i) std::memcpy(out + i * wide, x + i * pitch, columns * 4);
 }
 static void pack(const float* x, int64_t rows, int64_t columns, int64_t pitch, float* out) {
   for (int64_t i = 0; i < rows; ++i) std::memcpy(out + i * pitch, x + i * whole_vectors(columns), columns * 4);
@@ -540,15 +473,15 @@ constexpr float SMALLEST = 1e-10f;  // added to what outputs are divided by
 static int64_t coefficients(int64_t rows) { return (rows + PITCH - 1) / PITCH * PITCH * LINES<LowRank>; }
 static float* of_head(const Parameter& x, int64_t b, int64_t k, int64_t at) { return x ? x.at(b, k) + at : nullptr; }
 
-// -- forward ------------------------------------------------------------------------------------------------------------
+// -- a unit of work -----------------------------------------------------------------------------------------------------
 
 struct ForwardRoom {
   Tokens tokens;
   float *decay, *of_y, *state, *lines, *sum, *divisor;
 
   ForwardRoom(Arena& arena, const Matrix& s)
-      : tokens(arena, s, ROOM, s.width), decay(arena.take(Tokens::decays(ROOM) * tokens.n)), of_y(tokens.rows(arena, tokens.m)),
-        state(arena.take(s.N * tokens.m)),
+      : tokens(arena, s, ROOM, s.width), decay(arena.take(Tokens::decays(ROOM) * tokens.n)),
+        of_y(tokens.rows(arena, tokens.m)), state(arena.take(s.N * tokens.m)),
         lines(arena.take(coefficients(s.N))), sum(arena.take(tokens.n)), divisor(arena.take(ROOM + W)) {}
 };
 
@@ -565,7 +498,7 @@ static void matrix_forward_as(const Matrix& s, int64_t begin, int64_t end) {
     for (int64_t k = k0; k < k1; ++k) {
       const float* initial = of_head(s.initial, b, k, h * s.N * pitch);
       float* last = s.state.at(b, k) + h * s.N * pitch;
-      unpack(initial ? initial + first : nullptr, s.N, width, pitch, false, room.state);
+      unpack(initial ? initial + first : nullptr, s.N, width, pitch, room.state);
       if (s.normalize) column(initial ? initial + s.M : nullptr, s.N, pitch, room.sum);
       if (s.bonus) column(s.bonus.at(b, k) + h * s.N, s.N, 1, tokens.bonus);
       zero(tokens.carry, tokens.n);
@@ -575,14 +508,14 @@ static void matrix_forward_as(const Matrix& s, int64_t begin, int64_t end) {
       for (int64_t t0 = 0; t0 < s.S; t0 += ROOM) {
         const int64_t count = s.S - t0 < ROOM ? s.S - t0 : ROOM;
         tokens.fetch(s, b, k, h, first, width, t0, count);
-        Walk forth = tokens.start<F, DECAY>(s, b, k, h, count, room.decay, false);
+        Walk forth = tokens.start<F, DECAY>(s, b, k, h, count, room.decay);
         forth.state = room.state, forth.coefficients = room.lines, forth.columns = whole_vectors(width);
         forth.scale = s.scale;
         const Rows y = direct ? Rows{reinterpret_cast<float*>(target.view.at(b, k, 0, channel)), target.view.token,
                                      tokens.writes, tokens.dropped}
                               : tokens.in_place(room.of_y, forth.columns);
         forth.out[F::READS - 1] = y;
-        walk<F, DECAY, false>(forth, 0, whole_blocks(count));
+        walk<F, DECAY>(forth, 0, whole_blocks(count));
         if (s.normalize) {
           dots<true>(count, tokens.n, tokens.q, tokens.k, room.sum, room.divisor);
           for (int64_t t = 0; t < count; t += W)
@@ -612,295 +545,4 @@ static void with_rule(const Matrix& s, const F& f) {
 
 static void matrix_forward(const Matrix& s, int64_t begin, int64_t end) {
   with_rule(s, [&](auto rule, auto decay) { matrix_forward_as<decltype(rule), decay()>(s, begin, end); });
-}
-
-// -- backward -----------------------------------------------------------------------------------------------------------
-
-// Four walks. The recurrence itself, as far as its writes depend on the state. Its adjoint, back from the last token,
-// whose reads are the gradients of what was written. And both again with states on their side: reads there are the
-// gradients of the rows, those of x from the states, those of y from the states' gradients. What a token reads of its own
-// write has no part in these two walks, and is added afterwards: a decay's gradient must not hold it.
-//
-// Time goes in pieces of ROOM tokens, forth for the first walk (or, where nothing is dependent, for that of the states on
-// their side), then back for the others; what they leave of a piece stays in the cache until it is done.
-
-constexpr int64_t SPAN = 32, SPANS = ROOM / SPAN;  // tokens after which gradients of decays start from exact ones
-
-struct BackwardRoom {
-  Tokens tokens;
-  int64_t pieces;
-  // For all tokens: decays; first reads - base of dependent writes, else gradients of x; products of outputs' gradients
-  // and own writes; divisors and their gradients. States at the pieces' begins, or on their side at the spans' ends.
-  float *decay, *kept, *own[2], *divisor, *of_divisor, *states;
-  // For a piece.
-  float *out, *dz[2], *dx[2], *dy[2], *dgate, *numbers, *ends;
-  float *state, *back, *side, *back_side, *lines, *flow, *sum, *of_sum, *of_bonus;
-
-  BackwardRoom(Arena& arena, const Matrix& s) : tokens(arena, s, ROOM, s.M), pieces((s.S + ROOM - 1) / ROOM) {
-    const int64_t n = tokens.n, m = tokens.m, area = n * m, all = pieces * ROOM;
-    decay = arena.take(Tokens::decays(all) * n), kept = arena.take(all * (n > m ? n : m));
-    divisor = arena.take(all + W), of_divisor = arena.take(all + W), states = arena.take(pieces * SPANS * area);
-    out = tokens.rows(arena, m), dgate = tokens.rows(arena, n), numbers = arena.take(ROOM + W);
-    for (int i = 0; i < 2; ++i) {
-      own[i] = arena.take(all), dz[i] = tokens.rows(arena, m);
-      dx[i] = tokens.rows(arena, n), dy[i] = tokens.rows(arena, n);
-    }
-    ends = arena.take(SPANS * area), state = arena.take(area), back = arena.take(area), side = arena.take(area);
-    back_side = arena.take(area), lines = arena.take(coefficients(s.N > s.M ? s.N : s.M));
-    flow = arena.take(n), sum = arena.take(n), of_sum = arena.take(n), of_bonus = arena.take(n);
-  }
-};
-
-// Where a gradient's rows go: to the tensor itself, where they are added or not, or to a buffer first.
-struct Destination {
-  Rows rows;
-  bool add = false, direct = false;
-  void store_row(int64_t t, int64_t i, V x) const {
-    float* row = rows[t] + i;
-    store(row, add ? load(row) + x : x);
-  }
-};
-
-// Gradients of the tokens [first, last) as the walks left them in dx and dy, completed, and that of the log decays.
-// `flow` is, for every row of the state, what decaying it just after the last of them would change; each read and write
-// before a decay changes that by its own share.
-template <class F, bool DECAY>
-__attribute__((noinline)) static void conclude(const Walk& s, int64_t n, int64_t first, int64_t last,
-                                               const float* const* own, const float* const* dx, const float* const* dy,
-                                               const Destination* to_x, const Destination* to_y,
-                                               const Destination& to_gate, const float* flow, float* of_bonus) {
-  constexpr int LAST = F::READS - 1;
-  for (int64_t i = 0; i < n; i += W) {
-    V change = DECAY ? load(flow + i) : V{}, sum = F::BONUS ? load(of_bonus + i) : V{};
-    const V bonus = F::BONUS ? load(s.bonus + i) : splat(1.0f);
-    for (int64_t t = last - 1; t >= first; --t) {
-      V x[F::READS], y[F::WRITES], of_x[F::READS], of_y[F::WRITES];
-      each<F::READS>([&](auto r) LINESCAN_STAGE { x[r] = load(s.x[r][t] + i), of_x[r] = load(dx[r] + t * n + i); });
-      each<F::WRITES>([&](auto w) LINESCAN_STAGE { y[w] = load(s.y[w][t] + i), of_y[w] = load(dy[w] + t * n + i); });
-      if constexpr (DECAY) {
-        const auto reads = [&](bool after) LINESCAN_STAGE {
-          each<F::READS>([&](auto r) LINESCAN_STAGE {
-            if (F::AFTER[r] == after) change += x[r] * of_x[r];
-          });
-        };
-        reads(true);
-        each<F::WRITES>([&](auto w) LINESCAN_STAGE { change -= y[w] * of_y[w]; });
-        to_gate.store_row(t, i, change);
-        reads(false);
-      }
-      each<F::WRITES>([&](auto w) LINESCAN_STAGE {
-        if constexpr (F::OWN[LAST][w]) {
-          const float weight = s.scale * own[w][t];
-          of_x[LAST] += weight * (F::BONUS ? bonus * y[w] : y[w]);
-          of_y[w] += weight * (F::BONUS ? bonus * x[LAST] : x[LAST]);
-          if (F::BONUS) sum += weight * (x[LAST] * y[w]);
-        }
-      });
-      if (F::TIED) of_y[0] += of_x[0];
-      else if (LAST > 0) to_x[0].store_row(t, i, of_x[0]);
-      to_x[LAST].store_row(t, i, of_x[LAST]);
-      each<F::WRITES>([&](auto w) LINESCAN_STAGE { to_y[w].store_row(t, i, of_y[w]); });
-    }
-    if (F::BONUS) store(of_bonus + i, sum);
-  }
-}
-
-static Walk adjoint(const Walk& walk, float* state, const Rows& z0, const Rows& z1, const Rows (&out)[2]) {
-  Walk back = walk;
-  back.state = state, back.base = back.gate = {}, back.own[0] = back.own[1] = nullptr;
-  std::swap(back.x[0], back.y[0]), std::swap(back.x[1], back.y[1]);
-  std::swap(back.scale, back.weight);
-  back.z[0] = z0, back.z[1] = z1, back.out[0] = out[0], back.out[1] = out[1];
-  return back;
-}
-
-// One sample, head and route.
-template <class F, bool DECAY>
-struct Backward {
-  static constexpr int READ = F::READS - 1, WRITE = F::WRITES - 1;
-
-  const Matrix& s;
-  BackwardRoom& room;
-  const int64_t b, k, h;
-  Tokens& tokens = room.tokens;
-  const int64_t n = tokens.n, m = tokens.m, pitch = s.M + s.normalize, area = n * m;
-  const float* initial = of_head(s.initial, b, k, h * s.N * pitch);
-  const float* dstate = of_head(s.dstate, b, k, h * s.N * pitch);
-  float* dinitial = of_head(s.dinitial, b, k, h * s.N * pitch);
-  const Rows dz[2] = {tokens.in_place(room.dz[0], m), tokens.in_place(room.dz[1], m)};
-  const Rows dx[2] = {tokens.in_place(room.dx[0], n), tokens.in_place(room.dx[1], n)};
-  const Rows dy[2] = {tokens.in_place(room.dy[0], n), tokens.in_place(room.dy[1], n)};
-
-  // A piece of time.
-  int64_t t0 = 0, count = 0, padded = 0;
-  Rows out;  // gradients of the outputs
-  Walk forth;
-
-  void run() {
-    zero(tokens.carry, n);
-    if (s.bonus) column(s.bonus.at(b, k) + h * s.N, s.N, 1, tokens.bonus), zero(room.of_bonus, n);
-    if (s.normalize) column(initial ? initial + s.M : nullptr, s.N, pitch, room.sum);
-    if (s.normalize) column(dstate ? dstate + s.M : nullptr, s.N, pitch, room.of_sum);
-    float &skip = s.partial_skip[(b * s.K + k) * s.H + h], &idle = s.partial_idle[(b * s.K + k) * s.H + h];
-    skip = idle = 0.0f;
-
-    unpack(initial, s.N, s.M, pitch, false, room.state), unpack(initial, s.N, s.M, pitch, true, room.side);
-    for (int64_t piece = 0; piece < room.pieces; ++piece) go_forth(piece);
-    unpack(dstate, s.N, s.M, pitch, false, room.back), unpack(dstate, s.N, s.M, pitch, true, room.back_side);
-    for (int64_t piece = room.pieces - 1; piece >= 0; --piece) go_back(piece, skip, idle);
-
-    if (dinitial) pack(room.back, s.N, s.M, pitch, dinitial);
-    for (int64_t i = 0; dinitial && s.normalize && i < s.N; ++i) dinitial[i * pitch + s.M] = room.of_sum[i];
-    if (s.bonus) std::memcpy(s.partial_bonus + ((b * s.K + k) * s.H + h) * s.N, room.of_bonus, s.N * 4);
-  }
-
-  void fetch(int64_t piece, bool first) {
-    t0 = piece * ROOM, count = s.S - t0 < ROOM ? s.S - t0 : ROOM, padded = whole_blocks(count);
-    tokens.fetch(s, b, k, h, 0, s.M, t0, count);
-    out = tokens.read(s.dy, b, k, h, 0, tokens.writes, padded, s.M, room.out);
-    if (s.normalize) {
-      float* divisor = room.divisor + t0;
-      if (first) {
-        std::memcpy(room.flow, room.sum, n * 4);
-        dots<true>(count, n, tokens.q, tokens.k, room.sum, divisor);
-        for (int64_t t = 0; t < count; ++t) divisor[t] = s.scale * divisor[t] + SMALLEST;
-      }
-      for (int64_t t = 0; t < count; ++t)
-        for (int64_t j = 0; j < m; j += W) store(room.out + t * m + j, load(out[t] + j) / divisor[t]);
-      out = tokens.in_place(room.out, m);
-    }
-    forth = tokens.start<F, DECAY>(s, b, k, h, count, room.decay + Tokens::decays(t0) * n, !first);
-    forth.coefficients = room.lines, forth.scale = s.scale;
-    if (F::DEPENDENT) forth.z[0] = tokens.in_place(room.kept + t0 * m, m);
-  }
-
-  // The walk of the states on their side: it reads with the gradients of what `forth` reads, writes what that writes.
-  Walk on_its_side() const {
-    Walk side = forth;
-    side.rows = s.M, side.stride = m, side.columns = n, side.state = room.side;
-    side.x[0] = dz[0], side.x[READ] = out;
-    for (int i = 0; i < 2; ++i) side.y[i] = forth.z[i], side.z[i] = forth.y[i], side.own[i] = room.own[i] + t0;
-    return side;
-  }
-  void walk_side(const Walk& side, float* ends) {
-    for (int64_t t = 0; t < padded; t += SPAN) {
-      walk<F, DECAY, true>(side, t, t + SPAN < padded ? t + SPAN : padded);
-      if (DECAY) std::memcpy(ends + t / SPAN * area, room.side, s.M * n * 4);
-    }
-  }
-
-  void go_forth(int64_t piece) {
-    fetch(piece, true);
-    if constexpr (F::DEPENDENT) {
-      std::memcpy(room.states + piece * area, room.state, area * 4);
-      Walk solve = forth;
-      solve.state = room.state, solve.out[0] = forth.z[0], solve.scale = 1.0f;
-      walk<Solve<F>, DECAY, false>(solve, 0, padded);
-    } else {
-      Walk side = on_its_side();
-      side.out[0] = tokens.in_place(room.kept + t0 * n, n);
-      walk_side(side, room.states + piece * SPANS * area);
-      if (!s.normalize) return;
-      // The divisors' gradients go to q by the sum of keys so far.
-      float* of_divisor = room.of_divisor + t0;
-      dots<false>(count, n, tokens.q, side.out[0], nullptr, of_divisor);
-      for (int64_t t = 0; t < count; ++t) of_divisor[t] *= -s.scale / room.divisor[t0 + t];
-      for (int64_t i = 0; i < n; i += W) {
-        V sum = load(room.flow + i);
-        for (int64_t t = 0; t < count; ++t) {
-          sum += load(tokens.k[t] + i);
-          store(side.out[0][t] + i, load(side.out[0][t] + i) + of_divisor[t] * sum);
-        }
-      }
-    }
-  }
-
-  Destination destination(const Target& target, float* buffer, bool direct) const {
-    const Target x = target.of_route(k);
-    if (!x || !direct || !is_direct<W>(x.view, s.N)) return {tokens.in_place(buffer, n)};
-    float* first = reinterpret_cast<float*>(x.view.at(b, k, 0, h * s.N));
-    return {{first, x.view.token, tokens.reads, tokens.dropped}, x.add, true};
-  }
-  void give(const Target& target, int64_t width, int64_t stride, const float* rows) const {
-    if (target) scatter(target.of_route(k), b, k, h * width, tokens.reads, count, width, stride, rows);
-  }
-
-  void go_back(int64_t piece, float& skip, float& idle) {
-    fetch(piece, false);
-    walk<Adjoint<F>, DECAY, false>(adjoint(forth, room.back, READ ? Rows() : out, out, dz), 0, padded, true);
-
-    Walk side = on_its_side();
-    float *const of_x[2] = {F::DEPENDENT ? room.dx[0] : room.kept + t0 * n, room.dx[1]},
-                *const own[2] = {room.own[0] + t0, room.own[1] + t0};
-    const float* ends = room.states + piece * SPANS * area;
-    if constexpr (F::DEPENDENT) {
-      unpack(room.states + piece * area, s.N, s.M, m, true, room.side);
-      side.out[0] = dx[0], side.out[1] = dx[1];
-      walk_side(side, room.ends);
-      ends = room.ends;
-    }
-    constexpr bool CONCLUDED = !ADDS_UP<F, DECAY>;
-    const bool keys = CONCLUDED && (F::TIED || !s.beta);  // else they need to be multiplied by beta
-    const Destination to_x[2] = {destination(READ ? s.da : s.dq, of_x[0], CONCLUDED), destination(s.dq, of_x[1], true)},
-                      to_y[2] = {destination(WRITE ? s.db : s.dk, room.dy[0], keys), destination(s.dk, room.dy[1], true)},
-                      to_gate = destination(s.dgate, room.dgate, s.gates > 1);
-    const Walk other = adjoint(side, room.back_side, forth.x[0], forth.x[1], dy);
-    for (int64_t t = (padded - 1) / SPAN * SPAN; t >= 0; t -= SPAN) {
-      for (int64_t i = 0; DECAY && i < n; i += W) {
-        V flow = {};
-        for (int64_t j = 0; j < s.M; ++j)
-          flow += load(ends + t / SPAN * area + j * n + i) * load(room.back_side + j * n + i);
-        store(room.flow + i, flow);
-      }
-      const int64_t last = t + SPAN < padded ? t + SPAN : padded;
-      walk<Adjoint<F>, DECAY, true>(other, t, last, true);
-      if constexpr (CONCLUDED)
-        conclude<F, DECAY>(forth, n, t, last, own, of_x, room.dy, to_x, to_y, to_gate, room.flow, room.of_bonus);
-    }
-
-    if (s.normalize) {  // and to k by a sum from behind
-      const float* of_divisor = room.of_divisor + t0;
-      for (int64_t i = 0; i < n; i += W) {
-        V sum = load(room.of_sum + i);
-        for (int64_t t = count - 1; t >= 0; --t) {
-          sum += of_divisor[t] * load(tokens.q[t] + i);
-          store(dy[0][t] + i, load(dy[0][t] + i) + sum);
-        }
-        store(room.of_sum + i, sum);
-      }
-    }
-    for (int64_t t = 0; s.skip && t < count; ++t) skip += own[0][t];
-    if (s.beta) {
-      const Rows& scaled = F::TIED ? dz[0] : dy[0];
-      const int64_t width = F::TIED ? m : n;
-      dots<false>(count, width, F::TIED ? forth.z[0] : tokens.k, scaled, nullptr, room.numbers);
-      for (int64_t t = 0; t < count; ++t) {
-        const float sign = F::TIED ? -1.0f : 1.0f;  // a dependent write has the factor -beta
-        room.numbers[t] *= sign;
-        for (int64_t j = 0; j < width; j += W) store(scaled[t] + j, load(scaled[t] + j) * (sign * tokens.gamma[t]));
-      }
-      give(s.dbeta, 1, 1, room.numbers);
-    }
-    if (s.gates == 1) {
-      for (int64_t i = 0; i < n; ++i) room.flow[i] = 1.0f;
-      dots<false>(count, n, to_gate.rows, {room.flow, 0, tokens.order}, nullptr, room.numbers);
-      give(s.dgate, 1, 1, room.numbers);
-      for (int64_t t = 0; t < count; ++t) idle += tokens.reads[t] < 0 ? room.numbers[t] : 0.0f;
-    } else if (!to_gate.direct) {
-      give(s.dgate, s.N, n, room.dgate);
-    }
-    give(s.dv, s.M, m, room.dz[WRITE]);
-    if (!to_x[READ].direct) give(s.dq, s.N, n, of_x[READ]);
-    if (!to_y[WRITE].direct) give(s.dk, s.N, n, room.dy[WRITE]);
-    if (READ && !to_x[0].direct) give(s.da, s.N, n, of_x[0]);
-    if (WRITE && !to_y[0].direct) give(s.db, s.N, n, room.dy[0]);
-  }
-};
-
-static void matrix_backward(const Matrix& s, int64_t begin, int64_t end) {
-  BackwardRoom room = place<BackwardRoom>(s);
-  with_rule(s, [&](auto rule, auto decay) {
-    for (int64_t unit = begin; unit < end; ++unit)
-      for (int64_t k = 0; k < s.K; ++k) Backward<decltype(rule), decay()>{s, room, unit / s.H, k, unit % s.H}.run();
-  });
 }
