@@ -52,10 +52,13 @@ def _load() -> str | None:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
         return f"not loadable ({error.__cause__ or error}); run `pip install` of linescan again"
-    if not hasattr(torch.ops.linescan_cpu, "selective_scan"):
+    operators = torch.ops.linescan_cpu
+    if not hasattr(operators, "selective_scan"):
         return f"made for torch >= 2.10, this is {torch.__version__}"
-    arguments = argument_names(torch.ops.linescan_cpu.selective_scan.default)
-    if arguments[: len(_selective_scan.parameters)] != _selective_scan.parameters:
+    arguments = argument_names(operators.selective_scan.default)
+    if arguments[: len(_selective_scan.parameters)] != _selective_scan.parameters or not hasattr(
+        operators, "matrix_scan"
+    ):
         return "compiled from other sources than these; run `pip install` of linescan again"
     if setting:
         instruction_set(setting)
