@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .errors import BrokenImage, BrokenVideo, CheckpointError, InputError
     from .tasks.classify import Classifier
     from .tasks.detect import Detector
+    from .tasks.restore import Restorer
     from .tasks.segment import Segmenter
     from .zoo import create_model, list_models
 
@@ -29,6 +30,7 @@ __all__ = [
     "Classifier",
     "Detector",
     "InputError",
+    "Restorer",
     "Segmenter",
     "create_model",
     "list_models",
@@ -43,6 +45,7 @@ _HOMES = {
     "Classifier": "tasks.classify",
     "Detector": "tasks.detect",
     "InputError": "errors",
+    "Restorer": "tasks.restore",
     "Segmenter": "tasks.segment",
     "create_model": "zoo",
     "list_models": "zoo",

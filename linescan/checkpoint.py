@@ -8,6 +8,7 @@ them with the model.
 import json
 import re
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Callable, Iterator, Mapping, Sequence
 
@@ -20,6 +21,7 @@ from .tensorfile import OddTensor, read_file, read_metadata
 __all__ = [
     "CheckpointError",
     "fit",
+    "fit_shapes",
     "load_checkpoint",
     "load_state",
     "read_card",
@@ -138,6 +140,23 @@ def rename(state: Mapping[str, Tensor], rules: Sequence[tuple[str, str | Callabl
         for pattern, replacement in rules:
             key = re.sub(pattern, replacement, key)
         out[key] = value
+    return out
+
+
+def fit_shapes(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The same tensors in the model's shapes, where these only split axes, join neighbours or drop those of size 1.
+
+    (routes * D, N) -> (routes, D, N); a 1x1 convolution (C', C, 1, 1) -> (C', C). Others are left as they are.
+    """
+
+    def borders(shape: Sequence[int]) -> set[int]:
+        return {prod(shape[:i]) for i in range(1, len(shape) + 1)}
+
+    out, own = dict(state), {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    for key in state.keys() & own.keys():
+        theirs, ours = borders(state[key].shape), borders(own[key])
+        if state[key].numel() == prod(own[key]) and (theirs <= ours or theirs >= ours):
+            out[key] = state[key].reshape(own[key])
     return out
 
 
@@ -270,7 +289,8 @@ def load_state(
         own = inner.state_dict()
         state = {key: _with_channels(value, own.get(key)) for key, value in state.items()}
         optional = _classifier(inner)
-        state = _without_other_classifier(state, own, optional, source)
+        what = "classifier" if hasattr(inner, "num_classes") else "head"
+        state = _without_other_classifier(state, own, optional, source, what)
     fit(inner, state, source, optional=optional, dropped=lambda key: optional(key) or useless(key))
     return model
 
@@ -305,13 +325,20 @@ def _classifier(model: nn.Module) -> Callable[[str], bool]:
 
 
 def _without_other_classifier(
-    state: dict[str, Tensor], own: Mapping[str, Tensor], of_classifier: Callable[[str], bool], path: str | Path
+    state: dict[str, Tensor],
+    own: Mapping[str, Tensor],
+    of_classifier: Callable[[str], bool],
+    path: str | Path,
+    what: str,
 ) -> dict[str, Tensor]:
     """Leaves out layers of a classifier that the model has in another shape, and says so."""
     mine = [key for key in own if of_classifier(key)]
     other = [key for key in mine if key in state and state[key].shape != own[key].shape]
     missing = [key for key in mine if key not in state]
-    if other:
+    if what == "head" and (other or missing):
+        notice(f"{path}: {len(other) + len(missing)} of the head's {len(mine)} tensors are of another shape in the "
+               "file; they are left out, and the model's own are untrained")  # fmt: skip
+    elif other:
         classes = f"{len(state[other[-1]])} classes, the model's of {len(own[other[-1]])}"
         notice(f"{path}: the file's classifier is of {classes}; it is left out, and the model's own is untrained")
     elif missing and len(missing) == len(mine):

@@ -285,6 +285,7 @@ def test_public_api():
         "Classifier",
         "Detector",
         "InputError",
+        "Restorer",
         "Segmenter",
         "create_model",
         "list_models",

@@ -21,7 +21,7 @@ from ..layers.blocks import Block, Stage
 from ..layers.linear import init_linear
 from ..layers.mlp import GatedMlp, Mlp
 from ..layers.s6 import CROSS, S6Scan
-from ..layers.ss2d import SS2D, CascadeSS2D, SSDScan
+from ..layers.ss2d import SS2D, SS2D_NAMES, CascadeSS2D, SSDScan
 from ..layers.stems import ConvDownsample, ConvStem, PatchMerging, PatchStem
 from .contract import HierarchicalBackbone, register
 
@@ -248,12 +248,7 @@ OFFICIAL_NAMES = (
     (r"^layers\.", "stages."),
     (r"(blocks\.\d+)\.norm\.", r"\1.norm1."),
     (r"\.op\.", ".mixer."),
-    (r"\.conv2d\.(1\.)?", ".conv."),
-    (r"\.x_proj[._]weight", ".ssm.x_proj"),
-    (r"\.dt_projs[._]weight", ".ssm.dt_proj"),
-    (r"\.dt_projs[._]bias", ".ssm.dt_bias"),
-    (r"\.A_logs", ".ssm.A_log"),
-    (r"\.Ds", ".ssm.D"),
+    *SS2D_NAMES,
     (r"\.out_norm\.1\.", ".out_norm."),
     (r"\.out_norm\.2\.", ".out_norm.1."),
 )

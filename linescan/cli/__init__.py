@@ -3,7 +3,7 @@
 options.py     the application, and the options that several commands share
 names.py       names for shell completion
 show.py        list, info, doctor, routes
-predict.py     classify, segment, detect
+predict.py     classify, segment, detect, restore
 train.py       train, evaluate
 measure.py     benchmark, directions
 demo.py        demo

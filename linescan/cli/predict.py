@@ -1,4 +1,4 @@
-"""Models applied to files: labels, masks or boxes for each."""
+"""Models applied to files: labels, masks, boxes or a restored image for each."""
 
 import io
 import json
@@ -11,6 +11,7 @@ import typer
 from linescan.engine.progress import progress_bar, say, show
 from linescan.errors import InputError
 
+from .names import complete_models
 from .options import Batch, Checkpoint, Device, Floats, Json, Model, ModelArgs, Precision, command, model_args
 
 if TYPE_CHECKING:
@@ -175,6 +176,60 @@ def detect(
     _answer(open_tool, paths, to, overlays, as_json, "detecting")
 
 
+@command(
+    "linescan restore photo.jpg --model mambair_v2_light_x4 --checkpoint mambairv2_lightSR_x4.pth --compare",
+    "linescan restore scans '*.tif' -m mambair_color_dn -c ColorDN_level25.pth --self-ensemble --precision bf16",
+    "linescan restore photos --checkpoint runs/x2/best.safetensors --format webp --json > restored.json",
+)
+def restore(
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PHOTO...",
+            help="Images, folders of them, patterns with * and **; - for a list on standard input.",
+            show_default=False,
+        ),
+    ],
+    model: Annotated[
+        Optional[str],
+        typer.Option("--model", "-m", help="A name of `linescan list --task restoration`; default: that of "
+                     "--checkpoint.", autocompletion=complete_models),
+    ] = None,
+    checkpoint: Checkpoint = None,
+    to: Annotated[Path, typer.Option("--out", "-o", help="The folder of the restored images.")] = Path("runs/restore"),
+    format: Annotated[
+        Optional[str],
+        typer.Option(metavar="png|tiff|jpeg|webp", help="Of the restored images. Default: png, tiff for floats."),
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Draw images before and after, into OUT/compare.")] = False,
+    window: Annotated[
+        int, typer.Option(min=16, help="Pixels of a side from which on an image is restored in overlapping parts.")
+    ] = 200,
+    self_ensemble: Annotated[
+        bool, typer.Option("--self-ensemble", help="The mean over the image's eight symmetries: eight times the work.")
+    ] = False,
+    device: Device = None,
+    precision: Precision = Floats.fp32,
+    batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="Parts in one forward pass.")] = 1,
+    model_arg: ModelArgs = None,
+    as_json: Json = False,
+):  # fmt: skip
+    """Enlarge images, or take away noise or the traces of JPEG, as the model was trained to.
+
+    Depth (8 or 16 bits), alpha, colour profile and EXIF data are kept; images are written upright.
+    A file that cannot be read is named and skipped; the exit status is then 1.
+    """
+
+    def open_tool() -> tuple["Tool", "Writer"]:
+        from linescan.tasks.restore import Photos, Restorer
+
+        writer = Photos(to, format)
+        args = {"device": device, "dtype": precision.dtype, "batch": batch, "window": window}
+        return Restorer(model, checkpoint, self_ensemble=self_ensemble, **args, **model_args(model_arg)), writer
+
+    _answer(open_tool, paths, to, compare, as_json, "restoring", drawings="compare")
+
+
 def _size(text: str | None, option: str) -> tuple[int, int] | None:
     """ "512x1024" -> (512, 1024), "512" -> (512, 512)."""
     if text is None:
@@ -195,8 +250,12 @@ def _answer(
     overlays: bool,
     as_json: bool,
     doing: str,
+    drawings: str = "overlays",
 ) -> None:
-    """Applies a tool to the files that `paths` mean, and ends the command: with status 1 if any has no answer."""
+    """Applies a tool to the files that `paths` mean, and ends the command: with status 1 if any has no answer.
+
+    Drawings, if any are wanted, go into the folder `drawings` of `to`.
+    """
     from linescan.media.find import find
     from linescan.tasks.tool import run
 
@@ -217,7 +276,7 @@ def _answer(
         to.mkdir(parents=True, exist_ok=True)
     failed = 0
     with progress_bar(doing, len(found)) as advance, _Report(as_json) as report:
-        for outcome in run(tool, writer, found, to / "overlays" if to and overlays else None, advance):
+        for outcome in run(tool, writer, found, to / drawings if to and overlays else None, advance):
             failed += outcome.error is not None
             report.add(outcome)
     if to or failed:

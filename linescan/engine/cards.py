@@ -25,7 +25,17 @@ from ..media.labels import class_names as names_of_data
 from ..media.preprocess import Preprocess
 from .atomic import atomic
 
-__all__ = ["ModelCard", "build", "class_names", "measure", "preprocess_of", "read_card", "restore", "save_model"]
+__all__ = [
+    "ModelCard",
+    "build",
+    "class_names",
+    "measure",
+    "plain_preprocess",
+    "preprocess_of",
+    "read_card",
+    "restore",
+    "save_model",
+]
 
 
 # -- building ---------------------------------------------------------------------------------------------------------
@@ -92,6 +102,11 @@ def preprocess_of(model: nn.Module, in_chans: int | None = None, img_size: int |
     return Preprocess(
         (channels, height, width), tuple(mean), tuple(std), cfg["interpolation"], 1.0 if img_size else cfg["crop_pct"]
     )
+
+
+def plain_preprocess(channels: int) -> Preprocess:
+    """Of networks that take images of any size as they are, in 0..1."""
+    return Preprocess((channels, 1, 1), (0.0,) * channels, (1.0,) * channels)
 
 
 def class_names(model: nn.Module) -> list[str]:
@@ -312,6 +327,8 @@ def restore(name: str | None = None, checkpoint: str | Path | None = None, **arg
     model = build(name, **args, **({} if checkpoint else {"pretrained": True}))
     if checkpoint:
         checkpoints.load_checkpoint(model, checkpoint)
+    if zoo.is_model(name) and zoo.find(name).task == "restoration":
+        return model, ModelCard(name, args, [], plain_preprocess(model.in_chans))
     preprocess = preprocess_of(model, args.get("in_chans"), args.get("img_size"))
     return model, ModelCard(name, args, class_names(model), preprocess)
 

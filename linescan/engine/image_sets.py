@@ -15,7 +15,7 @@ from ..media.find import find_images, find_videos
 from ..media.images import read_image
 from ..media.pixels import to_mode
 
-__all__ = ["Digits", "Files", "Folder", "ImageSet", "classes_of", "open_data"]
+__all__ = ["Digits", "Files", "Folder", "ImageSet", "classes_of", "open_data", "roots", "split"]
 
 
 class ImageSet(ABC):
@@ -75,7 +75,7 @@ class Digits(ImageSet):
         from sklearn.datasets import load_digits
 
         data = load_digits()
-        chosen = sorted(_split(data.target.tolist(), held_out, fraction))
+        chosen = sorted(split(data.target.tolist(), held_out, fraction))
         self.pixels = (data.images[chosen] * (255 / 16)).round().astype(np.uint8)
         self.labels = data.target[chosen].tolist()
         self.names = [f"digit {i}" for i in chosen]
@@ -100,7 +100,7 @@ class Files(ImageSet):
         files = _find(Path(root), videos)
         self.labels = [0] * len(files)
         if held_out is not None:
-            files = [files[i] for i in sorted(_split(self.labels, held_out, fraction))]
+            files = [files[i] for i in sorted(split(self.labels, held_out, fraction))]
             self.labels = [0] * len(files)
         self.names = [str(path) for path in files]
 
@@ -134,7 +134,7 @@ class Folder(ImageSet):
             for path in _find(root / name, videos)
         ]
         if held_out is not None:
-            chosen = sorted(_split([label for _, label in files], held_out, fraction))
+            chosen = sorted(split([label for _, label in files], held_out, fraction))
             files = [files[i] for i in chosen]
         self.names = [str(path) for path, _ in files]
         self.labels = [label for _, label in files]
@@ -165,20 +165,20 @@ def _class_folders(root: Path, alone: bool = False) -> list[str]:
     return found
 
 
-def _split(labels: Sequence[int], held_out: bool, fraction: float) -> list[int]:
+def split(labels: Sequence[int], held_out: bool, fraction: float) -> list[int]:
     """The indices of the held-out samples (at least one per class), or of the others; always the same ones."""
     chosen = []
     for label in sorted(set(labels)):
         members = [i for i, other in enumerate(labels) if other == label]
         if len(members) < 2:
-            raise InputError("a class with a single sample cannot be split; give the held-out samples with --val")
+            raise InputError("a single sample (of a class) cannot be split; give the held-out samples with --val")
         random.Random(label).shuffle(members)
         border = min(max(1, round(len(members) * fraction)), len(members) - 1)
         chosen += members[:border] if held_out else members[border:]
     return chosen
 
 
-def _roots(data: str, val: str | None) -> tuple[Path, Path | None]:
+def roots(data: str, val: str | None) -> tuple[Path, Path | None]:
     """Where the training set is, and the held-out set, if it has a folder of its own."""
     root = Path(data)
     if val is None and (root / "train").is_dir():
@@ -195,7 +195,7 @@ def classes_of(data: str, val: str | None = None) -> tuple[Sequence[str], int]:
     """
     if data == "digits":
         return Digits.classes, Digits.channels
-    return _class_folders(_roots(data, val)[0]), ImageSet.channels
+    return _class_folders(roots(data, val)[0]), ImageSet.channels
 
 
 def open_data(
@@ -216,7 +216,7 @@ def open_data(
         if videos:
             raise InputError("the digits are images, and the model is one for videos; give a folder of videos")
         return Digits(held_out=False), Digits(held_out=True)
-    root, val = _roots(data, val)
+    root, val = roots(data, val)
     kind = Folder if labelled else Files
     if val is None:
         return tuple(kind(root, held_out=part, fraction=fraction, videos=videos) for part in (False, True))

@@ -2,40 +2,93 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
 
 from ..errors import InputError
 from ..scans import routes
+from .blocks import TokenMixer
+from .linear import linear
 from .neighborhood import neighborhood_attention
 
-__all__ = ["fit_window", "sliding_attention", "window_attention"]
+__all__ = ["ShiftedWindowAttention", "fit_window", "sliding_attention", "window_attention"]
 
 
-def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Attention within windows that tile a map, as Swin has it (Liu et al., 2021, arXiv 2103.14030), without shift.
+def window_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: int, shift: int = 0, bias: Tensor | None = None
+) -> Tensor:
+    """Attention within windows that tile a map, as Swin has it (Liu et al., 2021, arXiv 2103.14030).
 
-    Windows that reach over the bottom or the right have fewer keys.
+    Windows that reach over the bottom or the right have fewer keys. With a shift the map is a torus whose windows start
+    at (shift, shift); in the last row and column of them, tokens see those from the same side of the seam alone.
 
     Args:
         q, k, v: (B, H, W, heads, d).
         window: side of the windows, in tokens.
+        shift: less than `window`.
+        bias: (heads, window^2, window^2), added to the logits of every window.
 
     Returns:
         (B, H, W, heads, d).
     """
-    grid = tuple(q.shape[1:3])
-    order = routes.table(f"w{window}", grid, q.device)[0]  # window after window, -1 where one reaches over
-    token = order.long().clamp_min(0)
+    height, width = grid = tuple(q.shape[1:3])
+    order = routes.table(f"w{window}", grid, q.device)[0].long()  # window after window, -1 where one reaches over
+    if shift:
+        cells = torch.arange(height * width, device=q.device).view(grid).roll((-shift, -shift), (0, 1)).flatten()
+        order = torch.where(order < 0, order, cells[order.clamp_min(0)])
+    order = order.view(-(-height // window), -(-width // window), window**2)
+    masked = shift or height % window or width % window
+    parts = [order[:-1, :-1].flatten(0, 1), order[-1], order[:-1, -1]] if masked else [order.flatten(0, 1)]
 
-    def windows(x: Tensor) -> Tensor:  # -> (B, windows, heads, keys, d)
-        return x.flatten(1, 2)[:, token].unflatten(1, (-1, window**2)).transpose(2, 3)
+    def attend(tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """Windows (n, window^2) of tokens -> (B, n * window^2, heads, d)."""
+        q_, k_, v_ = (x.flatten(1, 2)[:, tokens.clamp_min(0)].transpose(2, 3) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q_, k_, v_, attn_mask=mask).transpose(2, 3).flatten(1, 2)
 
-    mask = None
-    if grid[0] % window or grid[1] % window:
-        mask = (order >= 0).view(-1, 1, 1, window**2)
-    y = F.scaled_dot_product_attention(windows(q), windows(k), windows(v), attn_mask=mask)
-    step = routes.inverse_table(f"w{window}", grid, q.device)[0].long()
-    return y.transpose(2, 3).flatten(1, 2)[:, step].unflatten(1, grid)
+    outputs = [attend(parts[0], bias)]
+    for tokens in parts[1:]:
+        side = 2 * (tokens // width < shift) + (tokens % width < shift)  # of the seam
+        seen = (side[:, :, None] == side[:, None]) | (tokens < 0)[:, :, None]  # padding sees all: its output is dropped
+        seen = (seen & (tokens >= 0)[:, None])[:, None]  # (n, 1, window^2, window^2)
+        outputs.append(attend(tokens, seen if bias is None else bias.masked_fill(~seen, -torch.inf)))
+    step = routes.inverse(torch.cat(parts).flatten(), height * width).long()
+    return torch.cat(outputs, 1)[:, step].unflatten(1, grid)
+
+
+class ShiftedWindowAttention(TokenMixer):
+    """Softmax attention within (shifted) windows, with a learned bias for each offset: Swin's (arXiv 2103.14030).
+
+    Args:
+        dim: channels in and out.
+        num_heads: heads.
+        window: side of the windows, in tokens.
+        shift: of `window_attention`.
+    """
+
+    def __init__(self, dim: int, num_heads: int, window: int, shift: int = 0):
+        super().__init__()
+        if dim % num_heads:
+            raise InputError(f"num_heads divides the channels: {dim} is not a multiple of {num_heads}")
+        self.num_heads, self.window, self.shift = num_heads, window, shift
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.bias_table = nn.Parameter(trunc_normal_(torch.zeros((2 * window - 1) ** 2, num_heads), std=0.02))
+        self.proj = nn.Linear(dim, dim)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"bias_table"}
+
+    def bias(self) -> Tensor:
+        """The bias of each query and key of a window, (heads, window^2, window^2)."""
+        side = torch.arange(self.window, device=self.bias_table.device)
+        offset = side[:, None] - side + self.window - 1  # (window, window), of the query from the key
+        index = offset[:, None, :, None] * (2 * self.window - 1) + offset[None, :, None]
+        return self.bias_table[index.flatten(2).flatten(0, 1)].permute(2, 0, 1)
+
+    def mix_tokens(self, x: Tensor, grid: tuple[int, int], **options) -> tuple[Tensor, None]:
+        qkv = linear(self.qkv, x).unflatten(1, grid).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = qkv.unbind(-3)
+        y = window_attention(q, k, v, self.window, self.shift, self.bias().to(q.dtype))
+        return linear(self.proj, y.flatten(-2).flatten(1, 2)), None
 
 
 def sliding_attention(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .linear import linear
 from .stems import depthwise
 
-__all__ = ["ConvMlp", "GatedMlp", "Mlp"]
+__all__ = ["ConvGatedMlp", "ConvMlp", "GatedMlp", "Mlp"]
 
 
 @register_notrace_module
@@ -60,16 +60,41 @@ class GatedMlp(Mlp):
 
 
 class ConvMlp(Mlp):
-    """Maps (B, H, W, dim) -> the same: fc2(y + conv(y)), y = act(fc1(x)), with a 3x3 depthwise convolution.
+    """Maps (B, H, W, dim) -> the same: fc2(y + conv(y)), y = act(fc1(x)), with a depthwise convolution.
 
     Args:
         dim, hidden, act_layer, bias, drop: of `Mlp`.
+        kernel_size: side of the convolution.
+        conv_act_layer: an activation after it.
     """
 
-    def __init__(self, dim: int, hidden: int, *args, **kwargs):
+    def __init__(
+        self, dim: int, hidden: int, *args, kernel_size: int = 3, conv_act_layer: Callable = nn.Identity, **kwargs
+    ):
         super().__init__(dim, hidden, *args, **kwargs)
-        self.dwconv = depthwise(hidden, 3)
+        self.dwconv = depthwise(hidden, kernel_size)
+        self.conv_act = conv_act_layer()
 
     def activate(self, x: Tensor) -> Tensor:
         x = self.act(x)
-        return x + self.dwconv(x)
+        return x + self.conv_act(self.dwconv(x))
+
+
+class ConvGatedMlp(Mlp):
+    """Maps (B, H, W, dim) -> the same: fc2(a * conv(norm(b))), where act(fc1(x)) = (a, b).
+
+    Args:
+        dim, hidden, act_layer, bias, drop: of `Mlp`; fc1 has 2 * hidden outputs.
+        kernel_size: side of the depthwise convolution.
+    """
+
+    widths = 2
+
+    def __init__(self, dim: int, hidden: int, *args, kernel_size: int = 5, **kwargs):
+        super().__init__(dim, hidden, *args, **kwargs)
+        self.norm = nn.LayerNorm(hidden)
+        self.dwconv = depthwise(hidden, kernel_size)
+
+    def activate(self, x: Tensor) -> Tensor:
+        a, b = self.act(x).chunk(2, -1)
+        return a * self.dwconv(self.norm(b))

@@ -22,7 +22,17 @@ from .linear import linear
 from .s6 import CROSS, S6Scan, init_dt_bias, simple_init
 from .stems import depthwise
 
-__all__ = ["CascadeSS2D", "MapScan", "SS2D", "SSDScan"]
+__all__ = ["SS2D_NAMES", "CascadeSS2D", "MapScan", "SS2D", "SSDScan"]
+
+# What the files of VMamba, and of all that was made from it, call the parameters of an SS2D: for `checkpoint.rename`.
+SS2D_NAMES = (
+    (r"\.conv2d\.(1\.)?", ".conv."),
+    (r"\.x_proj[._]weight", ".ssm.x_proj"),
+    (r"\.dt_projs[._]weight", ".ssm.dt_proj"),
+    (r"\.dt_projs[._]bias", ".ssm.dt_bias"),
+    (r"\.A_logs", ".ssm.A_log"),
+    (r"\.Ds", ".ssm.D"),
+)
 
 
 def _ssd_and_skip(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *, merge: str | None, **options):

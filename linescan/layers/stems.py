@@ -17,6 +17,8 @@ __all__ = [
     "PatchStem",
     "channels_first",
     "depthwise",
+    "mirror",
+    "mirror_to_multiple",
     "pad_to_multiple",
 ]
 
@@ -52,6 +54,25 @@ class ChannelsFirst(nn.Sequential):
 def pad_to_multiple(x: Tensor, size: int) -> Tensor:
     """Images (B, C, H, W) with zeros at the bottom and the right, so that `size` divides both sides."""
     return F.pad(x, (0, -x.shape[-1] % size, 0, -x.shape[-2] % size))
+
+
+@opaque
+def mirror(x: Tensor, top: int, bottom: int, left: int, right: int) -> Tensor:
+    """Images (B, C, H, W) with so many rows and columns more, mirrored at the border, whose own pixels are doubled.
+
+    numpy's `pad(mode="symmetric")`: any number of them, from images of any size.
+    """
+    for axis, before, after in ((-2, top, bottom), (-1, left, right)):
+        size = x.shape[axis]
+        if before or after:
+            at = torch.arange(-before, size + after, device=x.device) % (2 * size)
+            x = x.index_select(axis, torch.minimum(at, 2 * size - 1 - at))
+    return x
+
+
+def mirror_to_multiple(x: Tensor, size: int) -> Tensor:
+    """Images (B, C, H, W) mirrored at the bottom and the right (see `mirror`), so that `size` divides both sides."""
+    return mirror(x, 0, -x.shape[-2] % size, 0, -x.shape[-1] % size)
 
 
 class PatchStem(nn.Module):

@@ -10,12 +10,15 @@ from PIL.ExifTags import Base
 
 from ..errors import BrokenImage, InputError
 from . import vips
-from .images import TIFF, check_whole, one_line, open_file
+from .images import LARGE, TIFF, check_whole, one_line, open_file
+from .large import blank
 from .pixels import upright
 
 __all__ = ["ImageFacts", "read_array", "write_array"]
 
 _KEPT = {"L", "LA", "RGB", "RGBA", "I;16", "I", "F"}  # modes that are arrays as they are; the others are colours
+_BY_ROWS = {"L", "LA", "RGB", "RGBA", "I;16", "I;16B"}  # that libvips gives as they are
+_OTHER_SPACES = {"CMYK", "LAB", "HSV"}  # whose profiles do not fit the RGB that becomes of them
 _DESCRIPTIVE = {Base.ImageDescription, Base.Make, Base.Model, Base.Software, Base.DateTime, Base.Artist}
 _DESCRIPTIVE |= {Base.Copyright, Base.ExifOffset, Base.GPSInfo}
 _DEEP = {np.dtype(np.uint16): {"PNG", "TIFF"}, np.dtype(np.float32): {"TIFF"}}  # formats of more than 8 bits
@@ -40,9 +43,12 @@ def read_array(path: str | Path) -> tuple[np.ndarray, ImageFacts]:
     have. The type is uint8, uint16 (PNG and TIFF files of 16 bits), or that of a TIFF file: int32, float32, ...
     Palettes, CMYK, YCbCr, HSV and LAB become RGB of 8 bits; bits become 0 and 255.
 
+    With the extra `large`, images of more than `LARGE` pixels, grey or RGB, with alpha or not, lie in a temporary file
+    that is mapped into memory, and are read a few rows at a time.
+
     Raises:
-        BrokenImage: it cannot be read, it has more than 180 million pixels, or it holds colours of 16 bits and the
-            extra `large` is not installed; the message starts with the path.
+        BrokenImage: it cannot be read, it has more than 180 million pixels and cannot be read by rows, or it holds
+            colours of 16 bits and the extra `large` is not installed; the message starts with the path.
     """
     try:
         array, facts = _read(path)
@@ -56,18 +62,23 @@ def read_array(path: str | Path) -> tuple[np.ndarray, ImageFacts]:
 
 def _read(path: str | Path) -> tuple[np.ndarray, ImageFacts]:
     with open_file(path) as image:
-        check_whole(image.size)
-        if _is_deep_colour(image):
-            array = vips.read(path)
+        mode, large = image.mode, image.width * image.height > LARGE
+        if large and mode in _BY_ROWS and vips.is_installed() and vips.reads(image):
+            array = vips.read(path, blank)
         else:
-            image.load()
-            array = np.array(_plain(upright(image)))
+            check_whole(image.size)
+            if _is_deep_colour(image):
+                array = vips.read(path)
+            else:
+                image.load()
+                array = np.array(_plain(upright(image)))
         exif = image.getexif()
         exif.pop(Base.Orientation, None)
         if image.format == "TIFF":  # whose tags are also those that say how the pixels are coded
             for tag in set(exif) - _DESCRIPTIVE:
                 del exif[tag]
-        return array, ImageFacts(image.info.get("icc_profile") or None, exif.tobytes() if len(exif) else None)
+        icc = image.info.get("icc_profile") if mode not in _OTHER_SPACES else None
+        return array, ImageFacts(icc or None, exif.tobytes() if len(exif) else None)
 
 
 def _plain(image: Image.Image) -> Image.Image:
@@ -111,8 +122,9 @@ def write_array(file: BinaryIO, array: np.ndarray, facts: ImageFacts = ImageFact
         raise InputError(f"{format} files do not hold {array.dtype}; PNG and TIFF hold uint16, TIFF holds float32")
     if array.ndim == 3 and array.shape[2] in (2, 4) and format == "JPEG":
         raise InputError("JPEG files hold no alpha; PNG, TIFF and WEBP files do")
-    if array.ndim == 3 and array.dtype != np.uint8:
-        file.write(vips.encode(array, format, facts.icc, facts.exif))
+    deep = array.ndim == 3 and array.dtype != np.uint8
+    if deep or (isinstance(array, np.memmap) and format in ("PNG", "TIFF") and vips.is_installed()):
+        vips.write(file, np.atleast_3d(array), format, facts.icc, facts.exif)
         return
     buffer = io.BytesIO()  # some of Pillow's encoders read back what they have written
     said = {name: value for name, value in (("icc_profile", facts.icc), ("exif", facts.exif)) if value}

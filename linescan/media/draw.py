@@ -9,12 +9,13 @@ from typing import Iterable, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["default_palette", "draw_boxes", "draw_labels", "draw_masks"]
+__all__ = ["default_palette", "draw_boxes", "draw_comparison", "draw_labels", "draw_masks"]
 
 Colour = tuple[int, int, int]
 
 PAPER, INK = (250, 250, 248), (24, 24, 28)
 BEST, REST = (42, 157, 143), (214, 218, 225)  # squares beside the likeliest class, and beside others
+WIDEST = 1600  # comparisons
 SMALLEST = 384  # images whose longer side is below are enlarged, or no word would fit
 
 
@@ -131,6 +132,56 @@ def draw_labels(
     """
     entries = [(REST if i else BEST, f"{name} · {_percent(share)}") for i, (name, share) in enumerate(labels)]
     return _with_legend(_canvas(image)[0], entries, legend_rows)
+
+
+def draw_comparison(
+    before: Image.Image, after: Image.Image, names: tuple[str, str] = ("before", "after")
+) -> Image.Image:
+    """Two states of an image side by side, and below them the three details that differ most, magnified.
+
+    Args:
+        before, after: RGB images; `before` is shown in the size of `after`, if need be by bicubic interpolation.
+        names: what each is called.
+
+    Returns:
+        An RGB image, at most `WIDEST` pixels wide.
+    """
+    if before.size != after.size:
+        before = before.resize(after.size, Image.Resampling.BICUBIC)
+    pair, gap = (before, after), 8
+    scale = min((WIDEST - 3 * gap) / 2 / after.width, WIDEST / after.height)
+    scale = scale if scale < 1 else max(int(min(scale, SMALLEST / max(after.size))), 1)
+    width, height = (max(round(side * scale), 1) for side in after.size)
+    size = max(round(width / 40), 11)
+    line = round(size * 1.8)
+    side = (width - 2 * gap) // 3  # of a magnified detail
+    boxes = _details(*pair, max(min(round(side / 4), *after.size), 1))
+    sheet = Image.new("RGB", (2 * width + 3 * gap, line + height + gap + (side + gap if side > 0 else 0)), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    font, words = _typeset(names, size)
+    for i, (image, word) in enumerate(zip(pair, words)):
+        left = gap + i * (width + gap)
+        pen.text((left, line // 2), word, INK, font, anchor="lm")
+        sheet.paste(image.resize((width, height), Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST),
+                    (left, line))  # fmt: skip
+        for j, (box, colour) in enumerate(zip(boxes, default_palette(len(boxes)))):
+            corner = left + j * (side + gap), line + height + gap
+            sheet.paste(image.crop(box).resize((side, side), Image.Resampling.NEAREST), corner)
+            pen.rectangle((*corner, corner[0] + side - 1, corner[1] + side - 1), outline=colour, width=3)
+            x, y, right, bottom = (round(edge * scale) for edge in box)
+            frame = left + x, line + y, max(left + right - 1, left + x), max(line + bottom - 1, line + y)
+            pen.rectangle(frame, outline=colour, width=2)
+    return sheet
+
+
+def _details(before: Image.Image, after: Image.Image, side: int) -> list[tuple[int, int, int, int]]:
+    """Boxes (left, top, right, bottom) of the squares that differ most, at most three, the most different first."""
+    gap = np.abs(np.asarray(after, np.int16) - np.asarray(before, np.int16)).sum(-1)
+    rows, columns = (length // side for length in gap.shape)
+    means = gap[: rows * side, : columns * side].reshape(rows, side, columns, side).mean((1, 3))
+    places = np.argsort(-means, axis=None, kind="stable")[:3]
+    corners = [(int(x) * side, int(y) * side) for y, x in zip(*np.unravel_index(places, means.shape))]
+    return [(x, y, x + side, y + side) for x, y in corners]
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ may hold up to `LARGEST` pixels; all others are decoded as a whole by Pillow, an
 import shutil
 import tempfile
 import weakref
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -68,12 +69,7 @@ def open_pixels(image: ImageLike | Pixels) -> Pixels:
 
 def _spool(opened: Image.Image, path: str | Path) -> Pixels:
     """The pixels of a large image in a temporary file."""
-    needed, free = 3 * opened.width * opened.height, shutil.disk_usage(tempfile.gettempdir()).free
-    if needed > free:
-        raise InputError(
-            f"takes {needed / 1e9:.1f} GB in {tempfile.gettempdir()}, where {free / 1e9:.1f} GB are free; TMPDIR names "
-            "another folder"
-        )
+    _check_room(3 * opened.width * opened.height)
     size, strips = _strips(opened, path)
     file = tempfile.TemporaryFile()
     try:
@@ -84,6 +80,16 @@ def _spool(opened: Image.Image, path: str | Path) -> Pixels:
         file.close()
         raise
     return Pixels(file=file, size=size)
+
+
+def _check_room(needed: int) -> None:
+    """Raises InputError if a temporary file of so many bytes has no room."""
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    if needed > free:
+        raise InputError(
+            f"takes {needed / 1e9:.1f} GB in {tempfile.gettempdir()}, where {free / 1e9:.1f} GB are free; TMPDIR names "
+            "another folder"
+        )
 
 
 def _strips(opened: Image.Image, path: str | Path) -> vips.Strips:
@@ -98,12 +104,17 @@ def _strips(opened: Image.Image, path: str | Path) -> vips.Strips:
     return vips.Strips(image.size[::-1], map(np.asarray, parts))
 
 
-def blank(size: tuple[int, int], dtype: type) -> np.ndarray:
-    """Zeros (H, W); those of a large image lie in a temporary file that is mapped into memory."""
-    if size[0] * size[1] <= LARGE:
-        return np.zeros(size, dtype)
+def blank(shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    """Zeros (H, W) or (H, W, C); those of a large image lie in a temporary file that is mapped into memory.
+
+    Raises:
+        InputError: there is no room for the file.
+    """
+    if shape[0] * shape[1] <= LARGE:
+        return np.zeros(shape, dtype)
+    _check_room(prod(shape) * np.dtype(dtype).itemsize)
     with tempfile.TemporaryFile() as file:  # the map outlives it
-        return np.memmap(file, dtype, "w+", shape=size)
+        return np.memmap(file, dtype, "w+", shape=shape)
 
 
 def write_mask(file, mask: np.ndarray, palette) -> None:

@@ -2,7 +2,7 @@
 
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, Mapping, NamedTuple
+from typing import BinaryIO, Callable, Iterator, Mapping, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -11,7 +11,7 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 from ..errors import InputError
 from .pixels import to_bytes, to_mode
 
-__all__ = ["ROWS", "WHOLE", "encode", "is_installed", "read", "reads", "strips", "Strips"]
+__all__ = ["ROWS", "WHOLE", "is_installed", "read", "reads", "strips", "write", "Strips"]
 
 ROWS = 256
 """How many rows are decoded at a time."""
@@ -107,34 +107,54 @@ def _decode(image, mode: str, path: str | Path, channels: int, rows: int) -> Ite
             yield np.asarray(to_mode(strip, channels))
 
 
-def read(path: str | Path) -> np.ndarray:
+def read(path: str | Path, room: Callable[[tuple[int, ...], type], np.ndarray] | None = None) -> np.ndarray:
     """The whole image in a file as it is, upright: (H, W, C).
 
+    Args:
+        room: (shape, type) -> the array to read into, a few rows at a time; by default memory.
+
     Raises:
-        InputError: libvips cannot read it, it has more than `WHOLE` pixels, or pyvips is not installed.
+        InputError: libvips cannot read it, it has more than `WHOLE` pixels for memory, or pyvips is not installed.
     """
     _require()
+    import pyvips
+
     with _one_line():
-        image = _open(path, "random").autorot()
-        if image.width * image.height > WHOLE:
+        image = _open(path, "sequential")
+        if image.get_typeof("orientation") and image.get("orientation") > 1:
+            image = _open(path, "random").autorot()
+        if image.format not in _TYPES:
+            raise InputError(f"an image of {image.format}")
+        if room is None and image.width * image.height > WHOLE:
             raise InputError(f"more than {WHOLE / 1e6:.0f} million pixels")
-        return image.numpy().reshape(image.height, image.width, image.bands)
+        region, width, bands = pyvips.Region.new(image), image.width, image.bands
+        array = (room or np.empty)((image.height, width, bands), _TYPES[image.format])
+        for top in range(0, image.height, ROWS):
+            rows = array[top : top + ROWS]
+            rows[...] = np.frombuffer(region.fetch(0, top, width, len(rows)), array.dtype).reshape(rows.shape)
+        return array
 
 
-def encode(array: np.ndarray, format: str, icc: bytes | None, exif: bytes | None) -> bytes:
-    """The bytes of a file ("PNG" or "TIFF") that holds `array` (H, W, C) in its depth. Raises InputError."""
+def write(file: BinaryIO, array: np.ndarray, format: str, icc: bytes | None, exif: bytes | None) -> None:
+    """Writes `array` (H, W, C) in its depth as a "PNG" or "TIFF", a few rows at a time. Raises InputError."""
     _require()
     import pyvips
 
     with _one_line():
         image = pyvips.Image.new_from_array(np.ascontiguousarray(array))
-        image = image.copy(interpretation="rgb16" if array.shape[2] > 2 else "grey16")
+        space = {np.dtype(np.uint8): ("b-w", "srgb")}.get(array.dtype, ("grey16", "rgb16"))
+        image = image.copy(interpretation=space[array.shape[2] > 2])
         for name, content in (("icc-profile-data", icc), ("exif-data", exif)):
             if content:
                 image.set_type(pyvips.GValue.blob_type, name, content)
         keep = "icc" if exif is None else "icc,exif"  # it would make EXIF data of its own
-        depth = {"bitdepth": 16} if format == "PNG" else {}
-        return image.write_to_buffer(f".{format.lower()}", keep=keep, **depth)
+        options = {"bitdepth": 8 * array.itemsize} if format == "PNG" else {}
+        if format == "TIFF" and array.nbytes > 2**32 - 2**20:
+            options["bigtiff"] = True
+        target = pyvips.TargetCustom()
+        target.on_write(file.write)
+        target.on_seek(file.seek)
+        image.write_to_target(target, f".{format.lower()}", keep=keep, **options)
 
 
 def _require() -> None:

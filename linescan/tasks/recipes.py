@@ -25,7 +25,14 @@ from ..engine.recipe import (
 )
 from ..errors import InputError
 
-__all__ = ["RECIPES", "ClassificationRecipe", "DistillationRecipe", "PretrainingRecipe", "read_recipe"]
+__all__ = [
+    "RECIPES",
+    "ClassificationRecipe",
+    "DistillationRecipe",
+    "PretrainingRecipe",
+    "RestorationRecipe",
+    "read_recipe",
+]
 
 
 @dataclass(frozen=True)
@@ -167,8 +174,55 @@ class PretrainingRecipe(_Mirrored, _Taught):
     warmup: float = option(40.0, "Epochs in which the learning rate rises from 0.", OPTIMISER, NATURAL)
 
 
+@dataclass(frozen=True)
+class RestorationRecipe(Recipe):
+    """Train a network that restores images: enlarges them, or takes away noise or the traces of JPEG.
+
+    It trains on pairs of images, or on sharp images that are degraded on the fly. The defaults are those that
+    MambaIR's published runs share, but for their length.
+    """
+
+    task: ClassVar[str] = "restoration"
+    implementation: ClassVar[str] = "linescan.tasks.restore:RestorationTask"
+    default_model: ClassVar[str] = "mambair_v2_light_x2"
+    judges: ClassVar[bool] = True
+    scored: ClassVar[str] = "A folder of sharp images; or one with folders high and low of pairs in it."
+    examples: ClassVar[tuple[str, ...]] = (
+        "linescan train --task restoration --data photos --out runs/x2 --model mambair_v2_light_x2 --repeats 100",
+        "linescan train --task restoration --data photos --out runs/dn --model mambair_color_dn --patch 128 "
+        "--degrade 'noise 0-50' --loss charbonnier --bf16",
+        "linescan train --task restoration --data pairs --out runs/x3 --model mambair_v2_light_x3 "
+        "--checkpoint mambairv2_lightSR_x2.pth --steps 250000 --ema 0.999",
+    )
+
+    data: str = option(..., "A folder of sharp images; or one with folders high (sharp) and low (degraded, of the same "
+                       "names) in it; or one with such folders train/ and val/ in it.", DATA, short="-d")  # fmt: skip
+    degrade: str | None = option(
+        None, "What is done to sharp images where there are no pairs, in this order: bicubic (smaller, as Matlab does "
+        "it), noise S (Gaussian, of 255), jpeg Q; S and Q may be ranges, as in 'bicubic, noise 0-15, jpeg 60-95'. "
+        "Default: bicubic, for a model that enlarges.", AUGMENT, metavar="STEPS", scoring=True,
+    )  # fmt: skip
+    patch: int = option(64, "Side of the patches, in pixels of the degraded image.", AUGMENT, COUNT)
+    repeats: int = option(1, "Patches of each image in an epoch.", AUGMENT, COUNT)
+    loss: str = option("l1", "The loss: l1, or charbonnier (L1, smooth at 0).", LOSS, choices=("l1", "charbonnier"))
+    measure: str | None = option(
+        None, "PSNR and SSIM are of y (luma) or rgb; default: rgb for noise and for pairs of one size, else y.", DATA,
+        choices=("y", "rgb"), scoring=True,
+    )  # fmt: skip
+    crop: int | None = option(None, "Pixels at each border that are not scored; default: the model's scale, and 0 "
+                              "for a model that does not enlarge.", DATA, NATURAL, scoring=True)  # fmt: skip
+
+    batch: int = option(16, "Patches in one forward pass of a process.", OPTIMISER, COUNT, short="-b")
+    optimizer: str = option("adam", "An optimiser of timm: adam, adamw, sgd, lion, muon, ...", OPTIMISER)
+    lr: float = option(2e-4, "Highest learning rate.", OPTIMISER, POSITIVE)
+    betas: tuple[float, float] | None = option((0.9, 0.99), "Decay of the mean and of the variance of the gradient.",
+                                               OPTIMISER, SHARE)  # fmt: skip
+    weight_decay: float = option(0.0, "Weight decay.", OPTIMISER, NATURAL)
+    warmup: float = option(0.0, "Epochs in which the learning rate rises from 0.", OPTIMISER, NATURAL)
+
+
 RECIPES: dict[str, type[Recipe]] = {
-    recipe.task: recipe for recipe in (ClassificationRecipe, DistillationRecipe, PretrainingRecipe)
+    recipe.task: recipe for recipe in (ClassificationRecipe, DistillationRecipe, PretrainingRecipe, RestorationRecipe)
 }
 """By the name of the task."""
 

@@ -15,7 +15,7 @@ from ..media.images import ImageLike
 from ..media.large import Pixels, open_pixels
 from .tool import Progress, Tool, silent
 
-__all__ = ["Block", "Size", "WindowTool", "enlarge", "positions", "slide"]
+__all__ = ["Block", "Part", "Size", "WindowTool", "enlarge", "parts", "positions", "slide"]
 
 Size = tuple[int, int]
 """(height, width)."""
@@ -90,6 +90,52 @@ def positions(length: int, window: int, stride: int) -> list[int]:
     """Where windows start along a side: `stride` apart, the last one at the end."""
     count = max(-(-(length - window) // stride), 0) + 1
     return [max(min(i * stride, length - window), 0) for i in range(count)]
+
+
+class Part(NamedTuple):
+    """A part of an image that is answered by itself, of which the middle is kept.
+
+    Attributes:
+        rows, columns: indices of the pixels to read; mirrored ones beyond the border.
+        kept: (rows, columns) of the answer.
+        place: (rows, columns) of the whole answer, where they belong.
+    """
+
+    rows: np.ndarray
+    columns: np.ndarray
+    kept: tuple[slice, slice]
+    place: tuple[slice, slice]
+
+
+def parts(size: Size, largest: int, scale: int = 1) -> Iterator[Part]:
+    """An image in equal parts of less than `largest` pixels a side, which overlap by a tenth at each inner border.
+
+    SwinIR's and MambaIR's partition for tests: L // largest + 1 parts along a side of L pixels, which is mirrored at
+    its end to a multiple of them.
+
+    Args:
+        size: of the image.
+        largest: side of the parts; an image with shorter sides is one part.
+        scale: pixels of the answer per pixel of the image.
+    """
+    along = [_cuts(length, largest, scale) for length in size]
+    for rows, kept_rows, place_rows in along[0]:
+        for columns, kept_columns, place_columns in along[1]:
+            yield Part(rows, columns, (kept_rows, kept_columns), (place_rows, place_columns))
+
+
+def _cuts(length: int, largest: int, scale: int) -> list[tuple[np.ndarray, slice, slice]]:
+    count = length // largest + 1
+    step = -(-length // count)
+    overlap, cuts = step // 10, []
+    for i in range(count):
+        first, last = max(i * step - overlap, 0), min((i + 1) * step + overlap, count * step)
+        at = np.arange(first, last)
+        at = np.where(at < length, at, 2 * (length - 1) - at)
+        end = min((i + 1) * step, length)
+        kept = slice(scale * (i * step - first), scale * (end - first))
+        cuts.append((at, kept, slice(scale * i * step, scale * end)))
+    return cuts
 
 
 class Block(NamedTuple):

@@ -86,3 +86,46 @@ def segman(module, inputs):
     maps = module.forward_features(x)
     results = {f"stage{i + 1}": y for i, y in enumerate(maps)}
     return results | {"logits_8": module.decode_head(maps), "logits": module(x)}
+
+
+def restoration(module, inputs):
+    """The restored image, and what can be seen on the way to it."""
+    results, hooks = {}, []
+
+    def keep(name, part):
+        if part is not None:
+            hooks.append(part.register_forward_hook(lambda m, x, y: results.update({name: y.flatten(1, 2)})))
+
+    groups = getattr(module, "groups", [None])
+    keep("group0_tokens", groups[0])
+    keep("tokens_after_norm", getattr(module, "norm", None))
+    scans = [m for m in module.modules() if hasattr(m, "class_embed")]
+    if scans:
+        plain = scans[0].scores
+        scans[0].scores = lambda x: results.setdefault("scores", plain(x))
+    results["output"] = module(inputs["input"])
+    if scans:
+        results["route_first"] = results.pop("scores").argmax(-1)
+        del scans[0].scores
+    for hook in hooks:
+        hook.remove()
+    return results
+
+
+def restoration_with_noise(module, inputs):
+    from tests.parity import recipe
+
+    def noise(number, scores):
+        return 1.2825 * torch.from_numpy(recipe.noise("gumbel", scores.shape, number)).to(scores)
+
+    for part in module.modules():
+        if hasattr(part, "routing"):
+            part.routing = noise
+    return restoration(module, inputs)
+
+
+def tiled_restoration(module, inputs):
+    """In overlapping parts, as the published tests restore large images."""
+    from linescan.tasks.restore import whole
+
+    return {"tiled": whole(module, inputs["input"], module.upscale)}
