@@ -285,7 +285,7 @@ register(
         "mambair_light_x3": enlarging(3, LIGHT, 0.913, 29.00, 0.8689),
         "mambair_light_x4": enlarging(4, LIGHT, 0.924, 26.75, 0.8051),
         "mambair_x2": enlarging(2, CLASSIC, 20.422, 34.15, 0.9446),
-        "mambair_x3": enlarging(3, CLASSIC, 20.606, 29.93, 0.8841),
+        "mambair_x3": enlarging(3, CLASSIC, 20.607, 29.93, 0.8841),
         "mambair_x4": enlarging(4, CLASSIC, 20.570, 27.68, 0.8287),
         "mambair_color_dn": {
             "args": {"expand": 1.2},
