@@ -24,6 +24,7 @@ test-core: .venv/installed
 
 lint: .venv/installed
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 # The documentation as a site: build/docs/index.html. Any warning is an error.
 docs: .venv/docs

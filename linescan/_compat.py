@@ -60,13 +60,13 @@ def unwatched() -> Iterator[None]:
     if torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C._dispatch_key_parse("Tracer")):
         state = None  # below the tracer, in the kernel of an operator: nothing is recorded there
     if state is not None:
-        torch._C._set_tracing_state(None)
+        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
         with _disable_current_modes(), torch._C._DisableFuncTorch():
             yield
     finally:
         if state is not None:
-            torch._C._set_tracing_state(state)
+            torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
 def plain_shape(x: torch.Tensor) -> torch.Size:

@@ -16,7 +16,7 @@ import stat
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import BinaryIO, Callable
+from typing import Any, BinaryIO, Callable
 
 import safetensors
 import safetensors.torch
@@ -257,7 +257,7 @@ def _read_zip(file: BinaryIO, length: int) -> object:
     def read(name: str) -> Tensor:
         info = records[folder + name]
         with archive.open(info) as record:
-            return _bytes(info.file_size, record.readinto)
+            return _bytes(info.file_size, record.readinto)  # type: ignore[attr-defined]
 
     if folder + "byteorder" in records and bytes(read("byteorder").tolist()) != b"little":
         raise ValueError("written on a big-endian machine")
@@ -291,7 +291,7 @@ def _read_legacy(file: BinaryIO, length: int) -> object:
             storages[key] = _bytes(count * dtype.itemsize, len), dtype
         return _Storage(*storages[key])
 
-    def load() -> object:
+    def load() -> Any:
         return _Unpickler(head, storage, LARGEST_TENSORS * length).load()
 
     if load() != MAGIC:
@@ -304,7 +304,7 @@ def _read_legacy(file: BinaryIO, length: int) -> object:
         data, dtype = storages[str(key)]
         if int.from_bytes(file.read(8), "little") * dtype.itemsize != len(data):
             raise ValueError("a storage of another size than it says")
-        if len(data) and file.readinto(data.numpy()) != len(data):
+        if len(data) and file.readinto(data.numpy()) != len(data):  # type: ignore[attr-defined]
             raise ValueError("the end is missing")
     return content
 

@@ -94,7 +94,7 @@ class Entry:
     name: str
     tag: str = ""
     task: str
-    cls: type
+    cls: type[Any]
     family: str = ""
     args: Mapping[str, Any] = field(default_factory=dict)
     inputs: tuple[tuple[int, ...], ...]
@@ -382,7 +382,7 @@ class _Hub:
     def __init__(self, entry: Entry, cache_dir: str | Path | None):
         from huggingface_hub import hf_hub_url, try_to_load_from_cache
 
-        self.where = {"repo_id": entry.hub, "filename": entry.file, "cache_dir": cache_dir}
+        self.where: dict[str, Any] = {"repo_id": entry.hub, "filename": entry.file, "cache_dir": cache_dir}
         self.url = hf_hub_url(entry.hub, entry.file)
         cached = try_to_load_from_cache(**self.where)
         self.path = Path(cached) if isinstance(cached, str) else None

@@ -57,7 +57,7 @@ def register(cls: type | None, models: Mapping[str, Mapping], **common) -> None:
     added = zoo.register(cls, models, **{**facts, **common, "preprocess": preprocess})
     for module in {entry.cls.__module__: sys.modules[entry.cls.__module__] for entry in added}.values():
         own = {e.full_name: _timm_cfg(e) for e in added if e.cls.__module__ == module.__name__}
-        module.default_cfgs = {**getattr(module, "default_cfgs", {}), **generate_default_cfgs(own)}
+        vars(module)["default_cfgs"] = {**getattr(module, "default_cfgs", {}), **generate_default_cfgs(own)}
     for name, module in {entry.name: entry.cls.__module__ for entry in added}.items():
         setattr(sys.modules[module], name, register_model(_entry_point(name, module)))
 
@@ -420,7 +420,7 @@ class Backbone(nn.Module):
         known("output_fmt", output_fmt, ("NCHW", "NHWC", "NLC"))
         take = take_indices(len(self.units), indices)
         x, grid, context = self.embed(x)
-        kept = []
+        kept: list = []
         for i, unit in enumerate(self.units[: take[-1] + 1] if stop_early else self.units):
             x = self.run_unit(unit, x, context)
             if i in take:

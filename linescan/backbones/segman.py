@@ -337,8 +337,8 @@ def pixel_rope(x: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
     head_dim = x.shape[-1] // num_heads
     dtype = torch.promote_types(x.dtype, torch.float32)
     freqs = 1.0 / 10000 ** torch.linspace(0, 1, head_dim // 4, dtype=torch.float32, device=x.device)
-    positions = (torch.arange(n, dtype=dtype, device=x.device) for n in x.shape[1:3])
-    return axial_rope(*positions, freqs.to(dtype))
+    rows, columns = (torch.arange(n, dtype=dtype, device=x.device) for n in x.shape[1:3])
+    return axial_rope(rows, columns, freqs.to(dtype))
 
 
 OFFICIAL_NAMES = (

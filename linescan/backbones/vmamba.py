@@ -10,7 +10,7 @@ downsampling. No position embedding, so any image size will do.
 
 import re
 from functools import partial
-from typing import Callable, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import torch
 from timm.layers import calculate_drop_path_rates, get_act_layer, to_2tuple, trunc_normal_
@@ -31,7 +31,7 @@ __all__ = ["VMamba", "parse_forward_type"]
 # -- forward types ---------------------------------------------------------------------------------------------------
 
 # What the first word of a forward type says about the scans. The versions of the cross-scan compute the same function.
-CORES = {
+CORES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("v0", "v0seq", "v01", "v02", "v03", "v04", "v05", "v2", "v3"), {"routes": CROSS}),
     "v051d": {"routes": "row, row, row, row"},
     "v052d": {"routes": "row, row, -row, -row"},
@@ -49,14 +49,16 @@ def parse_forward_type(text: str) -> dict:
     Raises:
         ValueError: the core is unknown, or a tag is unknown or out of order.
     """
-    rest, options = text, {}
-    for tag, option in (
+    rest = text
+    options: dict[str, Any] = {}
+    tags: tuple[tuple[str, dict[str, Any]], ...] = (
         ("_no32", {}),  # in which precision a kernel reads its inputs
         ("_oact", {"out_act": True}),
         ("_noz", {"gate": None}),
         ("_nozact", {"gate": "linear"}),
         *((tag, {"out_norm": name}) for tag, name in OUT_NORM_TAGS.items()),
-    ):
+    )
+    for tag, option in tags:
         if rest.endswith(tag) and not options.keys() & option.keys():
             rest, options = rest.removesuffix(tag), options | option
     if rest not in CORES:
@@ -75,7 +77,7 @@ def parse_forward_type(text: str) -> dict:
 
 
 STEMS = {"v1": PatchStem, "v2": ConvStem}
-DOWNSAMPLES = {"v1": PatchMerging, "v2": partial(ConvDownsample, kernel_size=2), "v3": ConvDownsample}
+DOWNSAMPLES: dict[str, Callable[..., nn.Module]] = {"v1": PatchMerging, "v2": partial(ConvDownsample, kernel_size=2), "v3": ConvDownsample}
 
 
 class VMamba(HierarchicalBackbone):
@@ -152,7 +154,7 @@ class VMamba(HierarchicalBackbone):
         if pos_embed:
             self.pos_embed = nn.Parameter(torch.zeros(1, *self.grid_of(*to_2tuple(img_size)), self.dims[0]))
 
-        options = {
+        options: dict[str, Any] = {
             "scan_layer": self.scan_layer,
             "expand": expand,
             "d_state": d_state,
@@ -165,11 +167,13 @@ class VMamba(HierarchicalBackbone):
             "merge": merge,
             **parse_forward_type(forward_type),
         }
-        mixer_layer = partial(options.pop("mixer_layer", SS2D), **options)
+        mixer_layer: Callable = partial(options.pop("mixer_layer", SS2D), **options)
         per_block = [routes] * sum(depths) if routes is None or isinstance(routes, str) else list(routes)
         if len(per_block) != sum(depths):
             raise InputError(f"routes are given for {len(per_block)} blocks, depths has {sum(depths)}")
-        mixers = iter([mixer_layer if own is None else partial(mixer_layer, routes=own) for own in per_block])
+        mixers: Iterator[Callable] = iter(
+            [mixer_layer if own is None else partial(mixer_layer, routes=own) for own in per_block]
+        )
         rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         mlp_layer = GatedMlp if gmlp else Mlp
 

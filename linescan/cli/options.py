@@ -106,7 +106,7 @@ def made_command(name: str, function: Callable, parameters: Sequence[inspect.Par
         return function(**options)
 
     run.__doc__ = "\n\n".join(" ".join(paragraph.split()) for paragraph in inspect.cleandoc(about).split("\n\n"))
-    run.__signature__ = inspect.Signature(parameters)
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     single = typer.Typer(
         add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,

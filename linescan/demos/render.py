@@ -118,7 +118,7 @@ def render(digits: Digits, rng: np.random.Generator, size: int = 96, most: int =
         mask = np.zeros((size, size), bool)
         mask[place] = chalk > 0.5
         image[place] += (colour + 0.1 * (canvas[place] - 0.5) - image[place]) * chalk[..., None]
-        labels.append(digits.labels[index])
+        labels.append(digits.labels[int(index)])
         masks.append(mask)
     image = (255 * image).round().clip(0, 255).astype(np.uint8)
     return Scene(image, np.array(labels), np.array(masks))

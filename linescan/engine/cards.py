@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Callable, Iterator, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import safetensors.torch
 import timm
@@ -243,16 +243,20 @@ def _check_plain(value: object, what: str, depth: int = 4) -> None:
     elif isinstance(value, str):
         fine = len(value) <= LONGEST
     elif isinstance(value, (list, tuple)) and depth and len(value) <= LONGEST:
-        fine = all(_check_plain(item, what, depth - 1) is None for item in value)
+        for item in value:
+            _check_plain(item, what, depth - 1)
+        return
     elif isinstance(value, dict) and depth:
-        fine = all(_check_plain(item, f"{what}.{key}", depth - 1) is None for key, item in _table(value, what).items())
+        for key, item in _table(value, what).items():
+            _check_plain(item, f"{what}.{key}", depth - 1)
+        return
     else:
         fine = False
     if not fine:
         raise ValueError(f"{what} is {_shown(value)}")
 
 
-def _numbers(value: object, what: str, count: int) -> tuple[float, ...]:
+def _numbers(value: Any, what: str, count: int) -> tuple[float, ...]:
     fine = isinstance(value, (list, tuple)) and len(value) == count
     if not fine or not all(type(v) in (int, float) and math.isfinite(v) and abs(v) <= 1e6 for v in value):
         raise ValueError(f"preprocess.{what} is {count} finite numbers, not {_shown(value)}")

@@ -165,7 +165,7 @@ class BatchReader(Dataset):
     def read(self, key: Key, broken: list[str]) -> Any:
         """One sample, or None if it cannot be read; then why is added to `broken`."""
         epoch, place, index = key
-        self.data.epoch = epoch
+        self.data.epoch = epoch  # type: ignore[attr-defined]
         seed_all(self.seed, self.purpose, epoch, place)
         try:
             return self.data[index]

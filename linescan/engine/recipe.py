@@ -249,7 +249,7 @@ class Recipe(_Options):
         """`min_lr`, or its default."""
         return min(1e-5, self.lr) if self.min_lr is None else self.min_lr
 
-    def load(self) -> type:
+    def load(self) -> Any:
         """The class of the task."""
         if not isinstance(self.implementation, str):
             return self.implementation

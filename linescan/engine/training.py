@@ -21,10 +21,11 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from linescan.checkpoint import CARD, CheckpointError
@@ -305,7 +306,7 @@ class Training:
             return None
         if not self.how.resume:
             raise InputError(f"{self.out} already holds a run; --resume continues it, another --out starts a new one")
-        state = read_file(path)
+        state: Any = read_file(path)
         try:
             before, started = state["recipe"], state["started"]
             if not isinstance(before, dict) or not isinstance(started, dict):
@@ -347,7 +348,7 @@ class Training:
             raise CheckpointError(f"{self.out / 'state.pt'} is the state of another model ({reason})") from None
         for name in ("step", "best", "scores", "seconds", "rows"):
             setattr(self, name, state[name])
-        self.losses: Tensor = torch.tensor(state["losses"], device=self.processes.device)
+        self.losses = torch.tensor(state["losses"], device=self.processes.device)
 
 
 def train(recipe: Recipe, out: str | Path, **run) -> dict[str, float]:

@@ -117,7 +117,7 @@ def sliding_attention(
     order = table.gather(-1, (table < 0).int().argsort(dim=-1, stable=True))[..., :length]  # padding goes to the end
     sample = torch.arange(batch, device=q.device)[:, None, None]
     lines = (x[sample, 0, order].flatten(0, 1).unsqueeze(1) for x in (q, k, v))  # (B * K, 1, L, heads, d)
-    y = neighborhood_attention(*lines, (1, fit_window(window, length)), scale=q.shape[-1] ** -0.5)
+    y = neighborhood_attention(*lines, window=(1, fit_window(window, length)), scale=q.shape[-1] ** -0.5)
     y = y.view(*order.shape, *y.shape[3:])
     y = y.gather(2, order.argsort(-1)[..., None, None].expand_as(y))
     return y.sum(1) if merge else y

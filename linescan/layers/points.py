@@ -317,7 +317,7 @@ def _smallest(values: Tensor, k: int) -> Tensor:
     least, place = values.topk(min(k + 1, values.shape[-1]), largest=False)
     if least.shape[-1] > k:  # equal values on both sides of the border
         rows = ((least[..., k - 1] == least[..., k]) & least[..., k].isfinite()).nonzero(as_tuple=True)
-        place[(*rows, slice(None, k))] = values[rows].sort(dim=-1, stable=True).indices[..., :k]
+        place[(*rows, slice(None, k))] = values[rows].sort(dim=-1, stable=True).indices[..., :k]  # type: ignore[index]
     place = place[..., :k].sort(-1).values
     least, order = values.gather(-1, place).sort(dim=-1, stable=True)
     return place.gather(-1, order).masked_fill(least.isinf(), -1)

@@ -41,7 +41,8 @@ def grid_rope(
     theta^(-2k / (dim / 2)) serves two neighbouring channels. Coordinates are scaled to a `native`-sized grid.
     """
     freqs = 1.0 / theta ** (torch.arange(0, dim // 2, 2, dtype=torch.float32) / (dim // 2))
-    tables = axial_rope(*(torch.arange(n, dtype=torch.float32) / n * native for n in grid), freqs)
+    rows, columns = (torch.arange(n, dtype=torch.float32) / n * native for n in grid)
+    tables = axial_rope(rows, columns, freqs)
     return tuple(t.flatten(0, 1) if like is None else t.flatten(0, 1).to(like) for t in tables)
 
 

@@ -165,7 +165,8 @@ class Sites:
                 hit = (numbers[place] == wanted).nonzero()[:, 0]
                 read, write = order[place[hit]], order[hit]
             found[distance] = read, write
-            reads.append(read), writes.append(write)
+            reads.append(read)
+            writes.append(write)
         return Neighbours(reads, writes, len(self))
 
     def strided(

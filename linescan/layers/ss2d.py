@@ -217,6 +217,8 @@ class CascadeSS2D(SS2D):
     is no state to pass on.
     """
 
+    ssm: nn.ModuleList
+
     def __init__(self, dim: int, routes: RouteLike | Sequence[RouteLike] | int = "row, -row", **kwargs):
         super().__init__(dim, routes, **{**kwargs, "merge": lambda dim, n_routes: _AddInOrderOfSteps()})
         if self.ssm.along.n_routes != 2:

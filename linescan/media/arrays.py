@@ -2,7 +2,7 @@
 
 import io
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -100,7 +100,8 @@ def _is_tiff(path: str | Path) -> bool:
 
 def _is_deep_colour(image: Image.Image) -> bool:
     """Whether the file holds colours of 16 bits, of which Pillow would keep eight."""
-    coded = image.tile[0].args if image.tile else ""
+    tiles = getattr(image, "tile", ())
+    coded = tiles[0].args if tiles else ""
     coded = coded if isinstance(coded, str) else (coded or ("",))[0]
     return not image.mode.startswith("I") and ";16" in str(coded)
 
@@ -127,7 +128,8 @@ def write_array(file: BinaryIO, array: np.ndarray, facts: ImageFacts = ImageFact
         vips.write(file, np.atleast_3d(array), format, facts.icc, facts.exif)
         return
     buffer = io.BytesIO()  # some of Pillow's encoders read back what they have written
-    said = {name: value for name, value in (("icc_profile", facts.icc), ("exif", facts.exif)) if value}
-    said |= {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(format, {})
+    said: dict[str, Any] = {name: value for name, value in (("icc_profile", facts.icc), ("exif", facts.exif)) if value}
+    of_format: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
+    said |= of_format.get(format, {})
     Image.fromarray(np.ascontiguousarray(array)).save(buffer, format, **said)
     file.write(buffer.getbuffer())

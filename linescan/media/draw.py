@@ -249,9 +249,9 @@ _BROAD = "DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf",
 
 
 @lru_cache
-def _fonts(size: int, broad: bool) -> list[ImageFont.FreeTypeFont]:
+def _fonts(size: int, broad: bool) -> list[ImageFont.FreeTypeFont | ImageFont.ImageFont]:
     """Pillow's own font, and before it, where `broad`, those of the system."""
-    found = []
+    found: list[ImageFont.FreeTypeFont | ImageFont.ImageFont] = []
     for name in _BROAD if broad else ():
         with suppress(OSError):
             found.append(ImageFont.truetype(name, size))

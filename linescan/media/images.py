@@ -134,7 +134,7 @@ def _reduced(path: str | Path, channels: int, factor: int) -> Image.Image:
     shape = -(-height // factor), -(-width // factor)
     reduced = np.empty(shape if channels == 1 else (*shape, channels), np.uint8)
     for i, strip in enumerate(strips):
-        reduced[i * step : (i + 1) * step] = Image.fromarray(strip).reduce(factor)
+        reduced[i * step : (i + 1) * step] = np.asarray(Image.fromarray(strip).reduce(factor))
     return Image.fromarray(reduced)
 
 

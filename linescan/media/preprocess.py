@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Callable, Sequence
+from typing import Any, Callable, Sequence
 
 import torch
 from PIL import Image
@@ -78,7 +78,7 @@ class Preprocess:
         )
         if augment is None:
             return Transform(create_transform(**common), self.resized)
-        strength = {
+        strength: dict[str, dict[str, Any]] = {
             "none": dict(no_aug=True),
             "crop": dict(scale=(0.2, 1.0), color_jitter=0.0),
             "light": dict(scale=(0.7, 1.0), ratio=(0.85, 1.18), hflip=0.0, color_jitter=0.0),

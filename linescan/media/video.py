@@ -442,7 +442,8 @@ def _one_line(path: str | Path) -> Iterator[None]:
     except Exception as error:
         empty = Path(path).is_file() and not Path(path).stat().st_size
         damaged = type(error).__name__ in ("InvalidDataError", "EOFError", "ArgumentError")
-        damaged |= type(error).__module__.startswith("av.") and error.errno == errno.EIO  # the file ends in its header
+        # Of PyAV's, this one means that the file ends in its header.
+        damaged |= type(error).__module__.startswith("av.") and getattr(error, "errno", None) == errno.EIO
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         reason = "the file is empty" if empty else "not a video, or damaged" if damaged else reason.splitlines()[0]
         raise BrokenVideo(f"{path}: {reason}") from None

@@ -3,7 +3,7 @@
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import Iterator
+from typing import Any, Iterator
 
 from PIL import Image
 
@@ -16,7 +16,8 @@ class Film:
     """The frames of a video that is being written; see `write_video`."""
 
     def __init__(self, container, codec: str, rate: Fraction):
-        self.container, self.codec, self.rate, self.stream = container, codec, rate, None
+        self.container, self.codec, self.rate = container, codec, rate
+        self.stream: Any = None  # made for the first frame
 
     def add(self, image: Image.Image) -> None:
         """One more frame; all have the size of the first, less a column and a row that H.264 cannot hold."""

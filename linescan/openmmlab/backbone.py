@@ -100,7 +100,7 @@ class LinescanBackbone(DenseBackbone, BaseModule):
 
     def init_weights(self) -> None:
         """Loads what `init_cfg` names; otherwise the model is initialised since it was built."""
-        if self.init_cfg and not self._is_init:
+        if self.init_cfg and not self._is_init:  # type: ignore[has-type]
             checkpoint = self.init_cfg["checkpoint"]
             dropped, new = self.load_pretrained(_fetch(checkpoint), self.init_cfg.get("img_size"))
             said = [f"LinescanBackbone: loaded {checkpoint}"]

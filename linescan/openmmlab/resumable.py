@@ -60,7 +60,7 @@ class AtomicCheckpointHook(CheckpointHook):
     def before_train(self, runner) -> None:
         super().before_train(runner)
         if self.max_keep_ckpts > 0:
-            self.keep_ckpt_ids = deque(self.keep_ckpt_ids)  # without a bound: what falls out has to be removed
+            self.keep_ckpt_ids = deque(self.keep_ckpt_ids)  # type: ignore[has-type]  # without a bound: what falls out has to be removed
         if is_main_process() and Path(self.out_dir).is_dir():
             sweep(self.out_dir)
 
@@ -116,7 +116,7 @@ def _statistic(owner: object, name: str):
 # What MMEngine saves of a training beside tensors: the log, in numpy arrays.
 TRUSTED = [
     HistoryBuffer, (_statistic, "builtins.getattr"), np.ndarray, np.dtype, np.dtypes.Float64DType, np.dtypes.Int64DType,
-    np._core.multiarray._reconstruct, np._core.multiarray.scalar,
+    np._core.multiarray._reconstruct, np._core.multiarray.scalar,  # type: ignore[attr-defined]
 ]  # fmt: skip
 
 

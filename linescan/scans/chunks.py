@@ -285,7 +285,7 @@ def gated_outer_products(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: floa
     outputs = []
     steps = steps_at_a_time(max(q, v, key=Tensor.numel), 4, CHUNK)
     for piece in zip(*(x.split(steps, 2) for x in (q, k, v, g))):
-        output, state = _piece(*piece, scale, state)
+        output, state = _piece(*piece, scale=scale, state=state)
         outputs.append(output)
     return torch.cat(outputs, 2), state
 

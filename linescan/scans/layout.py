@@ -407,7 +407,7 @@ class Layout:
             device, generator: where and with which generator; torch's own by default.
             sizes: of other axes and values of options, by name.
         """
-        values = {f"with_{name}": name not in without for name in self.arguments}
+        values: dict[str, Any] = {f"with_{name}": name not in without for name in self.arguments}
         values |= dict(B=batch, R=routes, L=length, S=length, one=1)
         for argument in self.arguments.values():
             for axis in argument.axes:

@@ -131,7 +131,7 @@ class MultiRoute(nn.Module):
         super().__init__()
         self.recurrence = recurrence
         self.routes = routes if routes is None or isinstance(routes, int) else _routes.parse(routes)
-        self.n_routes = len(self.routes) if isinstance(self.routes, tuple) else routes or 1
+        self.n_routes: int = len(self.routes) if isinstance(self.routes, tuple) else routes or 1
         self.join_heads = join_heads
         if isinstance(merge, str):
             merge = create_merge(merge, dim, self.n_routes)

@@ -20,7 +20,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from inspect import signature
 from itertools import compress
-from typing import Callable, Iterator, NamedTuple, Sequence, get_type_hints
+from typing import Any, Callable, Iterator, NamedTuple, Sequence, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -387,7 +387,7 @@ class Recurrence:
             return output
 
         forward.register_autograd(differentiate, setup_context=setup_context)
-        self._eager = type(
+        self._eager: Any = type(
             self.name,
             (torch.autograd.Function,),
             {

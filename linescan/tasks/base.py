@@ -25,6 +25,7 @@ class Task(nn.Module, ABC):
     docs/add-a-task.md builds one.
 
     Attributes:
+        recipe: what a run is asked to do.
         losses: names of the losses that `forward` returns, as columns of metrics.csv; "loss" first, the one that is
             minimised.
         unit: what a sample is called in messages.
@@ -36,6 +37,7 @@ class Task(nn.Module, ABC):
     losses: ClassVar[tuple[str, ...]] = ("loss",)
     unit: ClassVar[str] = "samples"
 
+    recipe: Recipe
     model: nn.Module
     data: Dataset
     evaluator: Evaluator

@@ -40,15 +40,16 @@ class Student(nn.Module):
     def __init__(self, classifier: nn.Module, match: str, width: int):
         super().__init__()
         self.classifier, self.match = classifier, match
-        self.projection = nn.Identity()
+        self.projection: nn.Module = nn.Identity()
         if match == "features" and width_of(classifier) != width:
             self.projection = nn.Linear(width_of(classifier), width)
         if match == "tokens":
             norm = getattr(classifier, "norm", None)
             norm = type(norm) if isinstance(norm, (nn.LayerNorm, RMSNorm)) else nn.LayerNorm
-            self.projection = nn.Sequential(norm(classifier.num_features), nn.Linear(classifier.num_features, width))
-            trunc_normal_(self.projection[1].weight, std=0.02)
-            nn.init.zeros_(self.projection[1].bias)
+            linear = nn.Linear(classifier.num_features, width)
+            trunc_normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+            self.projection = nn.Sequential(norm(classifier.num_features), linear)
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits, and the features in the teacher's space."""
@@ -67,6 +68,7 @@ class DistillationTask(ClassificationTask):
     """
 
     losses = ("loss", "label_loss", "match_loss")
+    recipe: DistillationRecipe
 
     def __init__(self, recipe: DistillationRecipe):
         super().__init__(recipe)

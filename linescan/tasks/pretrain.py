@@ -161,6 +161,8 @@ class PretrainingTask(Task):
         InputError: a model that cannot be pre-trained, or a teacher that does not fit it.
     """
 
+    recipe: PretrainingRecipe
+
     def __init__(self, recipe: PretrainingRecipe):
         super().__init__(recipe)
         channels = Digits.channels if recipe.data == "digits" else ImageSet.channels

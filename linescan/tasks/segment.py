@@ -175,6 +175,7 @@ class Masks(Writer):
 
     def as_json(self, answer: np.ndarray) -> list[dict]:
         """The classes that occur, the largest first, with their shares of the image."""
-        counts = sum(np.bincount(rows.ravel(), minlength=len(self.classes)) for rows in np.array_split(answer, 16))
+        parts = np.array_split(answer, 16)
+        counts = np.sum([np.bincount(rows.ravel(), minlength=len(self.classes)) for rows in parts], axis=0)
         order = [int(i) for i in np.argsort(-counts, kind="stable") if counts[i]]
         return [{"label": self.classes[i], "share": float(counts[i] / answer.size), "index": i} for i in order]

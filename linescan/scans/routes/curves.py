@@ -82,7 +82,8 @@ def hilbert(grid: Grid) -> np.ndarray:
     even = np.prod(grid) % 2 == 0
     sides = sorted(reversed(sides), key=lambda s: (even and s[0] % 2 == 0, s[0]), reverse=True)
     order: list[int] = []
-    _generalised_hilbert(0, *sides, order)
+    first, second, third = sides
+    _generalised_hilbert(0, first, second, third, order)
     return np.array(order)
 
 

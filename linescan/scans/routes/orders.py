@@ -1,6 +1,6 @@
 """Routes as objects: orders over the cells of a grid (H, W) or (T, H, W), made from curves and from each other."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import permutations
 from math import prod
 from operator import index
@@ -51,7 +51,12 @@ class Route:
     """An order to visit the cells of a grid. Hashable; `str(route)` is a spec from which `parse` makes an equal route.
 
     Routes come from specs (`parse`), from the functions of this module, and from each other by the methods below.
+
+    Attributes:
+        spec: the text.
     """
+
+    spec: str = field(init=False)
 
     def __post_init__(self):
         # Kept as a plain attribute, which torch.compile can read as a constant.
@@ -188,7 +193,7 @@ class Turned(Route):
 
     def turn(self, name: str) -> Route:
         # `name` acts on the map before this turn does: the two are one symmetry.
-        transpose, *flips = Route.turn(self, name).turned
+        transpose, *flips = Route.turn(self, name).turned  # type: ignore[attr-defined]
         if self.turned[0]:
             flips.reverse()
         both = (transpose ^ self.turned[0], flips[0] ^ self.turned[1], flips[1] ^ self.turned[2])

@@ -155,7 +155,7 @@ def _make(text: str, name: str, arguments: list[str], options: dict[str, str]) -
         return window(_sides(arguments[0]), **options)
     if name in ("spatial_first", "temporal_first"):
         check(f"{name}(R)", [0, 1])
-        return Frames(_one(*arguments or ["row"], name), name == "spatial_first")
+        return Frames(_one(*arguments or ["row"], what=name), name == "spatial_first")
     if name in AXES:
         check(f"{name} or {name}(R)", [0, 1])
         return (spatial_first(*arguments) if arguments else Curve("row")).axes(name)

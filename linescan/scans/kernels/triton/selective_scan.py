@@ -584,7 +584,7 @@ def _channels_a_thread(lanes: int, width: int) -> int:
 def forward(*args) -> tuple[Tensor, Tensor]:
     """`_selective_scan` in grid order, see `Implementation.forward`."""
     *inputs, route, merge = args
-    call = _Call(*widen(*inputs), route, merge)
+    call = _Call(*widen(*inputs), route=route, merge=merge)
     tile = forward_tile(call.states, call.width)
     every = route is None or is_permutation(call.route, call.length)  # all tokens are written, once a route
     new = call.new if every else lambda *shape, dtype=torch.float32: call.new(*shape, dtype=dtype).zero_()
@@ -611,7 +611,7 @@ def backward(grad_output: Tensor, grad_state: Tensor | None, *args) -> list[Tens
     *inputs, route, merge = args
     wide = widen(*inputs)
     u, delta, A, B, C, D, z, delta_bias, _, initial_state = wide
-    call = _Call(*wide, route, merge)
+    call = _Call(*wide, route=route, merge=merge)
     plan = call.plan(backward_tile(call.states, call.width), call.routes)
     start, sums = plan.starts()
     saved = call.new(call.batch, call.routes, -(-call.steps // plan.tile["T"]), plan.saved_size)
