@@ -77,7 +77,11 @@ def parse_forward_type(text: str) -> dict:
 
 
 STEMS = {"v1": PatchStem, "v2": ConvStem}
-DOWNSAMPLES: dict[str, Callable[..., nn.Module]] = {"v1": PatchMerging, "v2": partial(ConvDownsample, kernel_size=2), "v3": ConvDownsample}
+DOWNSAMPLES: dict[str, Callable] = {
+    "v1": PatchMerging,
+    "v2": partial(ConvDownsample, kernel_size=2),
+    "v3": ConvDownsample,
+}
 
 
 class VMamba(HierarchicalBackbone):
