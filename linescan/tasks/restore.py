@@ -159,7 +159,7 @@ def charbonnier(restored: Tensor, target: Tensor) -> Tensor:
     return ((restored - target).square() + 1e-6).sqrt().mean()
 
 
-LOSSES = {"l1": F.l1_loss, "charbonnier": charbonnier}
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": F.l1_loss, "charbonnier": charbonnier}
 
 
 class RestorationTask(Task):
@@ -170,6 +170,7 @@ class RestorationTask(Task):
     """
 
     unit = "images"
+    recipe: RestorationRecipe
 
     def __init__(self, recipe: RestorationRecipe):
         super().__init__(recipe)

@@ -104,7 +104,7 @@ class AttentiveScan(TokenMixer):
             return scores
         if self.training:
             return scores - torch.empty_like(scores).exponential_().log()
-        return scores + fixed_gumbel(self.number, *scores.shape[1:], scores.device).to(scores.dtype)
+        return scores + fixed_gumbel(self.number, *scores.shape[1:], device=scores.device).to(scores.dtype)
 
     def prompts(self, scores: Tensor, chosen: Tensor, step: Tensor) -> Tensor:
         """The prompt (B, L, N) of each token, from the scores, the chosen classes, and the steps of the tokens."""
