@@ -8,14 +8,18 @@ backend         forces one implementation; recurrences() lists them all
 from . import kernels, routes
 from .multi_route import MultiRoute, create_merge
 from .ops.causal_conv import causal_conv1d
-from .ops.delta import delta_rule, gated_delta_rule, kda
-from .ops.dplr import dplr, rwkv7
+from .ops.delta import delta_rule, gated_delta_product, gated_delta_rule, kda
+from .ops.dplr import comba, dplr, gated_delta_rule_2, rwkv7
 from .ops.gla import gla, hgrn2, retention, simple_gla
-from .ops.hgrn import hgrn
-from .ops.linear_attention import global_linear_attention, linear_attention
+from .ops.hgrn import hgrn, rg_lru
+from .ops.linear_attention import based, global_linear_attention, hedgehog, linear_attention
 from .ops.log_linear import log_linear_attention
+from .ops.mlstm import mlstm
+from .ops.mom import mom_gated_delta_rule, mom_gla
 from .ops.selective_scan import selective_scan
 from .ops.ssd import ssd
+from .ops.ttt import ttt_linear, ttt_linear_fla
+from .ops.window_attention import hedgehog_window
 from .ops.wkv4 import bi_wkv, wkv4
 from .ops.wkv6 import bi_wkv6, wkv6
 from .recurrence import backend, recurrences
@@ -23,28 +27,40 @@ from .recurrence import backend, recurrences
 __all__ = [
     "MultiRoute",
     "backend",
+    "based",
     "bi_wkv",
     "bi_wkv6",
     "causal_conv1d",
+    "comba",
     "create_merge",
     "delta_rule",
     "dplr",
+    "gated_delta_product",
     "gated_delta_rule",
+    "gated_delta_rule_2",
     "gla",
     "global_linear_attention",
+    "hedgehog",
+    "hedgehog_window",
     "hgrn",
     "hgrn2",
     "kda",
     "kernels",
     "linear_attention",
     "log_linear_attention",
+    "mlstm",
+    "mom_gated_delta_rule",
+    "mom_gla",
     "recurrences",
     "retention",
+    "rg_lru",
     "routes",
     "rwkv7",
     "selective_scan",
     "simple_gla",
     "ssd",
+    "ttt_linear",
+    "ttt_linear_fla",
     "wkv4",
     "wkv6",
 ]

@@ -1,7 +1,7 @@
 """What chunked forms are made of: pieces of time, elementwise scans in about 2 sqrt(T) vectorised steps, and for matrix
 states the scores inside chunks, under decay, and the states between them."""
 
-from math import isqrt
+from math import inf, isqrt
 from typing import Callable, Iterator, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ __all__ = [
     "numbers_at_a_time",
     "running",
     "running_max",
+    "segment_sums",
     "solve_unit_lower",
     "split",
     "steps_at_a_time",
@@ -257,6 +258,16 @@ def decayed_scores(q: Tensor, k: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Ten
         end, both shaped like g. Differentiable once.
     """
     return _apply(_DecayedScores, q, k, g)
+
+
+def segment_sums(g: Tensor) -> tuple[Tensor, Tensor]:
+    """Log decays (..., T) -> their sums over (j, i], (..., T, T) with -inf above the diagonal; their sums up to i.
+
+    Summed for every j by itself: differences of one long sum would lose what a strong decay before j has swallowed.
+    """
+    above = torch.ones(g.shape[-1], g.shape[-1], dtype=torch.bool, device=g.device).triu()
+    sums = g.unsqueeze(-1).expand(*g.shape, g.shape[-1]).masked_fill(above, 0).cumsum(-2)
+    return sums.masked_fill(above.triu(1), -inf), g.cumsum(-1)
 
 
 def running(decay: Tensor, added: Tensor, state: Tensor, dim: int) -> Tensor:

@@ -150,12 +150,12 @@ class Layout:
         inputs: the tensors among them, but for the states; see the module's page.
         output: axes of the output, or "" for a function whose own layout has none.
         state: axes of the state, the optional input `initial_state` and the second result; or several as
-            "name: axes; name: axes", which are optional inputs too. Where the first of these is an input already, it
-            keeps that layout as an input.
+            "name: axes; name: axes", which are optional inputs too; a parameter `initial_state` stands for all of them,
+            as a tuple. Where the first of these is an input already, it keeps that layout as an input.
         requires: what else must hold: a function of sizes and options by name that returns what is wrong, or None.
         flops: floating-point operations of a forward (two per multiply-add), an expression in sizes and options.
         values: name -> function from normal noise to values that the argument may have, for examples.
-        sizes: of axes in examples.
+        sizes: of axes, and values of options, in examples.
         defaults: of options: values, or functions of sizes.
     """
 
@@ -177,6 +177,9 @@ class Layout:
         state = f"initial_state: {state}" if state and ":" not in state else state
         declared = {a.name: a for a in _parse(inputs)}
         self.states = {a.name: Argument(a.name, a.axes, True, a.kind) for a in _parse(state)}
+        if "initial_state" in self.parameters and "initial_state" not in self.states:
+            at = self.parameters.index("initial_state")
+            self.parameters[at : at + 1] = self.states
         declared = self.states | declared
         unknown = set(declared) - set(self.parameters)
         if unknown:
@@ -413,7 +416,7 @@ class Layout:
             for axis in argument.axes:
                 if axis.size is None and axis.text != "K":
                     values.setdefault(axis.text, self.sizes.get(axis.text, SIZES.get(axis.text, 3)))
-        values |= {key: sizes.get(key, 0) for key in self.options} | sizes
+        values |= {key: self.sizes.get(key, 0) for key in self.options} | sizes
         drawn = torch.float64 if device is None or torch.device(device).type == "cpu" else torch.float32
         made = {}
         for name, argument in self.arguments.items():

@@ -37,7 +37,10 @@ __all__ = [
     "Recurrence",
     "backend",
     "check_arguments",
+    "check_merge",
     "functions",
+    "given_states",
+    "precise",
     "public",
     "recurrence",
     "recurrences",
@@ -160,7 +163,7 @@ class Recurrence:
         implementations: by name; the later ones are preferred.
     """
 
-    def __init__(self, definition: Callable, layout: Layout, empty: Callable[[Tensor], Tensor] | None = None):
+    def __init__(self, definition: Callable, layout: Layout, empty: Callable[..., Sequence[Tensor]] | None = None):
         self.name = layout.name
         self.definition = definition
         self.parameters = layout.parameters
@@ -186,8 +189,7 @@ class Recurrence:
         Raises:
             ValueError: an argument that does not fit, or a backend that this recurrence does not have.
         """
-        if merge is not None and merge != "sum":
-            raise ValueError(f"{self.name}: merge is None (one output per route) or 'sum', got {merge!r}")
+        check_merge(self.name, merge)
         summed = merge is not None
         if is_plain(inputs):
             inputs = self.layout.check(inputs, route).fill(inputs)
@@ -270,7 +272,7 @@ class Recurrence:
         """The states before the first token."""
         first, dtype = self._tokens(inputs)[0], self._compute_dtype(inputs)
         states = [first.new_zeros(shape, dtype=dtype) for shape in self.layout.shapes(inputs, route)[1]]
-        return states if self.empty is None else list(map(self.empty, states))
+        return states if self.empty is None else list(self.empty(*states))
 
     def _through_route(self, core: Callable) -> Callable:
         """A time-ordered function as one in grid order, computing in at least float32."""
@@ -544,14 +546,14 @@ class Recurrence:
 
 
 def recurrence(
-    inputs: str, output: str, *, empty: Callable[[Tensor], Tensor] | None = None, **layout
+    inputs: str, output: str, *, empty: Callable[..., Sequence[Tensor]] | None = None, **layout
 ) -> Callable[[Callable], Recurrence]:
     """Decorator that registers a definition as the operator `linescan::NAME` and returns its `Recurrence`.
 
     Args:
         inputs, output, layout: of a `Layout`: what the tensors look like, `state`, `requires`, `flops`, `values` and
             `sizes` of examples, and defaults of options. The first token input is the one whose dtype the output takes.
-        empty: from a state of zeros to the one before the first token, if that is another.
+        empty: from states of zeros to those before the first token, if they are others.
 
     The definition takes tensors, and options with a type annotation (bool, int, float or str). It gets token inputs as
     (B, K, S, ...) in time order, states always, and every other argument as it is; computes step by step; and returns
@@ -611,3 +613,29 @@ def check_arguments(name: str, *inputs, route: Tensor | None = None) -> tuple[in
         sizes = layout.check(inputs, route).sizes
         layout.check_devices(inputs, route)
     return sizes["B"], sizes["R"], sizes["L"]
+
+
+def check_merge(name: str, merge: str | None) -> None:
+    """Raises a ValueError if `merge` is none that recurrences know."""
+    if merge is not None and merge != "sum":
+        raise ValueError(f"{name}: merge is None (one output per route) or 'sum', got {merge!r}")
+
+
+def given_states(name: str, initial_state: Sequence[Tensor] | None) -> tuple:
+    """The states of a public function that has several, each None where there is no initial state.
+
+    Raises:
+        ValueError: not a tuple of so many.
+    """
+    names = _functions[name].layout.states
+    if initial_state is None:
+        return (None,) * len(names)
+    if not isinstance(initial_state, (tuple, list)) or len(initial_state) != len(names):
+        got = type(initial_state).__name__ if isinstance(initial_state, Tensor) else f"{len(initial_state)} tensors"
+        raise ValueError(f"{name}: initial_state is a tuple ({', '.join(names)}), got {got}")
+    return tuple(initial_state)
+
+
+def precise(x: Tensor) -> Tensor:
+    """x in float32 at least: for what a public function computes of its arguments."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

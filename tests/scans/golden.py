@@ -46,6 +46,8 @@ class Case:
         outputs: what the original gave, in the manifest's order: the output, then final states.
         grads: by input, of sum(output * noise).
         state_grads: by input, of sum(output * noise) + sum(final state * noise); empty where the original has none.
+        all_grads: by input, of the sum over all outputs x of sum(x * noise), where there are several states.
+        largest: by array, the largest absolute value of the whole where a sample is kept.
     """
 
     stem: str
@@ -56,6 +58,8 @@ class Case:
     outputs: dict[str, Tensor]
     grads: dict[str, Tensor]
     state_grads: dict[str, Tensor]
+    all_grads: dict[str, Tensor]
+    largest: dict[str, float]
 
     def __str__(self):
         return f"{self.stem}-{self.name}"
@@ -80,18 +84,24 @@ def cases(stem: str) -> list[Case]:
             noise = torch.from_numpy(recipe.noise(key, spec["shape"], entry["salt"]))
             inputs[key] = eval(spec["value"], {"__builtins__": {}}, {**_FUNCTIONS, "noise": noise})
         outputs = {key: stored[f"{name}.{key}"] for key in entry["outputs"]}
-        grads = starting(f"{name}.grad_"), starting(f"{name}.gradh_")
-        found.append(Case(stem, name, entry["dims"], entry["salt"], inputs, outputs, *grads))
+        grads = [starting(f"{name}.{kind}_") for kind in ("grad", "gradh", "gradall")]
+        largest = entry.get("largest", {})
+        found.append(Case(stem, name, entry["dims"], entry["salt"], inputs, outputs, *grads, largest))
     return found
 
 
-def gap(got: Tensor, want: Tensor) -> float:
-    """Largest difference relative to the largest value of `want`; inf where `got` is not finite."""
-    assert got.shape == want.shape, f"shape {tuple(got.shape)}, golden {tuple(want.shape)}"
+def gap(got: Tensor, want: Tensor, largest: float | None = None) -> float:
+    """Largest difference relative to the largest value of `want`; inf where `got` is not finite.
+
+    `want` may be a sample of the flattened array, at even strides, of which `largest` is the largest value.
+    """
     got, want = got.detach().double(), want.double()
     if not got.isfinite().all():
         return float("inf")
-    return ((got - want).abs().max() / want.abs().max().clamp_min(1e-30)).item()
+    if want.ndim == 1 and got.shape != want.shape:
+        got = got.flatten()[:: -(-got.numel() // len(want))]
+    assert got.shape == want.shape, f"shape {tuple(got.shape)}, golden {tuple(want.shape)}"
+    return (got - want).abs().max().item() / max(largest or want.abs().max().item(), 1e-30)
 
 
 def check(case: Case, function, dtype: torch.dtype = torch.float64, gradients: bool = True) -> None:
@@ -105,21 +115,24 @@ def check(case: Case, function, dtype: torch.dtype = torch.float64, gradients: b
         gradients: also compare gradients.
     """
     exact = dtype == torch.float64
-    inputs = {key: x.to(dtype).requires_grad_(gradients) for key, x in case.inputs.items()}
+    inputs = {
+        key: x.to(dtype).requires_grad_(gradients) if x.is_floating_point() else x for key, x in case.inputs.items()
+    }
     results = function(**inputs)
     results = (results,) if isinstance(results, Tensor) else results
-    errors = {key: gap(got, want) for (key, want), got in zip(case.outputs.items(), results)}
+    named = dict(zip(case.outputs, results))
+    errors = {key: gap(got, case.outputs[key], case.largest.get(key)) for key, got in named.items()}
     failed = {key: error for key, error in errors.items() if not error <= (1e-9 if exact else 1e-4)}
     assert not failed, f"{case}: outputs differ: {failed}"
     if not gradients:
         return
-    noises = ["do", "dht"]
-    losses = [(x * case.noise(key, x.shape).to(dtype)).sum() for key, x in zip(noises, results)]
-    wanted = [case.grads]
-    if len(losses) > 1 and case.state_grads:
-        wanted.append(case.state_grads)
-    for n, grads in enumerate(wanted, 1):
+    losses = [(x * case.noise(f"d{key}", x.shape).to(dtype)).sum() for key, x in named.items()]
+    kinds = ("grad", 1, case.grads), ("gradh", 2, case.state_grads), ("gradall", len(case.outputs), case.all_grads)
+    for kind, n, grads in kinds:
+        if not grads or len(losses) < n:
+            continue
         got = torch.autograd.grad(sum(losses[:n]), [inputs[key] for key in grads], retain_graph=True)
-        errors = {key: gap(g, want) for (key, want), g in zip(grads.items(), got)}
+        largest = [case.largest.get(f"{kind}_{key}") for key in grads]
+        errors = {key: gap(*pair) for key, *pair in zip(grads, got, grads.values(), largest)}
         failed = {key: error for key, error in errors.items() if not error <= (1e-6 if exact else 1e-4)}
-        assert not failed, f"{case}: {'gradients with the final state' if n > 1 else 'gradients'} differ: {failed}"
+        assert not failed, f"{case}: gradients of {', '.join(list(named)[:n])} differ: {failed}"

@@ -38,7 +38,8 @@ def floats(inputs):
 # -- routes -----------------------------------------------------------------------------------------------------------
 
 
-GATES_OF_THEIR_OWN = ("retention", "hgrn2")  # a token of zeros decays the state, a padding token does not
+# A token of zeros decays the state or adds to it, a padding token does not.
+GATES_OF_THEIR_OWN = ("retention", "hgrn2", "rg_lru", "based", "hedgehog", "ttt_linear_fla")
 
 
 @every
@@ -597,7 +598,7 @@ SIZES = dict(H=2, G=2, d=24, dk=24, dv=24, gates=24, D=24, N=24, P=24, W=24, ran
 def test_flops_are_those_of_the_definition(name, kind):
     """Counted at sizes where what is not proportional to a state's size weighs little."""
     op = recurrences()[name]
-    options = [0.5 if key == "scale" else 0 for key in op.layout.options]
+    options = [0.5 if key == "scale" else op.layout.sizes.get(key, 0) for key in op.layout.options]
     tensors = op.layout.example(2, 2, 32, dtype=torch.float32, **SIZES)
     values = dict(zip(op.layout.options, options)) | tensors
     inputs = [values.get(key) for key in op.parameters]

@@ -3,22 +3,39 @@
 import pytest
 import torch
 
-from linescan.scans import delta_rule, dplr, gated_delta_rule, kda, rwkv7
+from linescan.scans import (
+    comba,
+    delta_rule,
+    dplr,
+    gated_delta_product,
+    gated_delta_rule,
+    gated_delta_rule_2,
+    kda,
+    rwkv7,
+)
 from linescan.scans.recurrence import backend
 
 from .golden import cases, check
 from .tools import FORMS, bits, case, results, same
 
+STEMS = {f.__name__: f for f in (delta_rule, gated_delta_rule, kda, dplr, rwkv7, comba, gated_delta_product)}
+STEMS["gdn2"] = gated_delta_rule_2
+
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("function", [delta_rule, gated_delta_rule, kda, dplr, rwkv7], ids=lambda f: f.__name__)
-def test_golden(function, form):
+@pytest.mark.parametrize("stem", STEMS)
+def test_golden(stem, form):
+    function = STEMS[stem]
+
     def run(h0, **tokens):
+        if function is gated_delta_product:
+            length = tokens["q"].shape[1]
+            tokens |= {name: tokens[name].unflatten(1, (length, -1)) for name in ("k", "v", "beta")}
         tokens = {name: x.unsqueeze(1) for name, x in tokens.items()}
         o, state = function(**tokens, initial_state=h0.unsqueeze(1), return_final_state=True)
         return o.squeeze(1), state.squeeze(1)
 
-    for golden in cases(f"mixer__{function.__name__}"):
+    for golden in cases(f"mixer__{stem}"):
         with backend(form):
             check(golden, run)
             check(golden, run, torch.float32)
@@ -75,3 +92,22 @@ def test_they_are_one_family():
         inputs["q"], written, inputs["v"], inputs["k"] * g.exp(), -written, g, initial_state=inputs["initial_state"]
     )
     torch.testing.assert_close(as_dplr, kda(**inputs))
+    erased, wrote = beta[..., None].expand_as(inputs["k"]), beta[..., None].expand_as(inputs["v"])
+    unnamed = {name: x for name, x in inputs.items() if name != "beta"}
+    torch.testing.assert_close(gated_delta_rule_2(**unnamed, b=erased, w=wrote), kda(**inputs))
+    early = one.exp()[..., None] * inputs["k"]  # what the decayed state answers, the state before its decay answers too
+    torch.testing.assert_close(comba(**plain, p=early, g=one), gated_delta_rule(**plain, g=one))
+
+
+def test_two_reflections_are_a_rotation():
+    """DeltaProduct with beta 2: a state in the plane of the two keys turns by twice the angle between them."""
+    angle = 0.3
+    k = torch.tensor([[1.0, 0.0], [torch.tensor(angle).cos(), torch.tensor(angle).sin()]], dtype=torch.float64)
+    state = torch.eye(2, dtype=torch.float64).expand(1, 1, 1, 2, 2)
+    q, g = torch.zeros(1, 1, 1, 1, 2, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    keys, beta = k[None, None, None, :, None], torch.full((1, 1, 1, 2, 1), 2.0, dtype=torch.float64)
+    _, turned = gated_delta_product(
+        q, keys, torch.zeros_like(keys), g, beta, initial_state=state, return_final_state=True
+    )
+    c, s = torch.tensor(2 * angle).cos(), torch.tensor(2 * angle).sin()
+    torch.testing.assert_close(turned[0, 0, 0], torch.tensor([[c, -s], [s, c]], dtype=torch.float64))

@@ -1,9 +1,9 @@
-"""HGRN: golden data, and what it is."""
+"""HGRN and the RG-LRU: golden data, and what they are."""
 
 import pytest
 import torch
 
-from linescan.scans import hgrn
+from linescan.scans import hgrn, rg_lru
 from linescan.scans.recurrence import backend
 
 from .golden import cases, check
@@ -20,6 +20,28 @@ def test_golden(golden, form):
     with backend(form):
         check(golden, run)
         check(golden, run, torch.float32)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("golden", cases("mixer__rg_lru"), ids=str)
+def test_golden_rg_lru(golden, form):
+    def run(x, gate_x, gate_a, a_param, h0, reset):
+        tokens = (t.unsqueeze(1) for t in (x, gate_x, gate_a))
+        o, state = rg_lru(*tokens, a_param, reset.unsqueeze(1), initial_state=h0.unsqueeze(1), return_final_state=True)
+        return o.squeeze(1), state.squeeze(1)
+
+    with backend(form):
+        check(golden, run)
+        check(golden, run, torch.float32)
+
+
+def test_the_rg_lru_keeps_the_variance():
+    """Its input is scaled for that, but for the first token of a sequence, which starts with it."""
+    x = torch.randn(4000, 1, 300, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    full, reset = torch.full_like(x, 30.0), torch.zeros(x.shape[:3], dtype=torch.bool)
+    reset[:, :, 0] = True
+    h = rg_lru(x, full, torch.zeros_like(x), torch.tensor([-4.0], dtype=torch.float64), reset)
+    torch.testing.assert_close(h.var(0), torch.ones_like(h[0]), atol=0.15, rtol=0)
 
 
 @pytest.mark.parametrize("value", [-5.0, -100.0, -torch.inf, 0.0])

@@ -133,7 +133,7 @@ def test_bi_wkv_of_a_long_sequence():
 
 def test_scans_of_any_chunk_size():
     k, v, w, u = case("wkv4").make(length=50, without=["initial_state"]).values()
-    state = module._without_terms(torch.zeros(2, 2, 4, 3, dtype=torch.float64))
+    (state,) = module._without_terms(torch.zeros(2, 2, 4, 3, dtype=torch.float64))
     for core, rest in ((module._wkv4_chunked, [state]), (module._bi_wkv_chunked, [])):
         want = core(k, v, w, u, *rest)[0]
         for chunk in (1, 3, 16, 50, 64):

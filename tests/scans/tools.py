@@ -16,11 +16,15 @@ FORMS = ["reference", "chunked"]
 # How functions are called beside their defaults, where something would not be tested otherwise.
 VARIANTS = {
     "causal_conv1d": [{}, dict(activation="silu")],
+    "based": [dict(normalize=True), dict(normalize=False)],
     "example": [{}, dict(without=("reset", "taps"))],
+    "hedgehog": [{}, dict(joint=True, without=("q_bias", "k_bias"))],
+    "hedgehog_window": [dict(window=4)],
     "hgrn2": [dict(lower_bound=0.25)],
     "linear_attention": [{}, dict(normalize=True)],
     "selective_scan": [dict(delta_softplus=True), dict(delta_softplus=True, without=("delta_weight",))],
     "ssd": [dict(dt_softplus=True)],
+    "ttt_linear_fla": [dict(mini_batch=3)],
 }
 
 
@@ -67,7 +71,9 @@ class Case:
     def make(self, batch=2, routes=2, length=7, seed=0, without=(), **options) -> dict[str, Tensor]:
         """All tensor inputs by name, float64 unless a dtype is named."""
         generator = torch.Generator().manual_seed(seed)
-        options = dict(extra=1) | {key: value for key, value in self.options.items() if type(value) is bool} | options
+        options = (
+            dict(extra=1) | {key: value for key, value in self.options.items() if type(value) in (bool, int)} | options
+        )
         without = (*self.without, *without)
         return self.layout.example(batch, routes, length, generator=generator, without=without, **options)
 
@@ -79,7 +85,8 @@ class Case:
             options["return_final_state"] = True
             if len(self.states) > 1:
                 given = tuple([inputs[name] for name in self.states if name in inputs])
-                inputs = {key: x for key, x in inputs.items() if key not in self.states} | {"initial_state": given}
+                inputs = {key: x for key, x in inputs.items() if key not in self.states}
+                inputs |= {"initial_state": given or None}
         results = self.public.function(**inputs, **self.options, **options)
         if not self.states:
             return (results,)

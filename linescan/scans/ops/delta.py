@@ -2,7 +2,8 @@
 
     P_t = diag(exp(g_t)) S_{t-1}      S_t = P_t + beta_t k_t (v_t - P_t^T k_t)^T      o_t = scale * S_t^T q_t
 
-`delta_rule` has no decay, `gated_delta_rule` one per head, `kda` one for every key channel. All three are one operator.
+`delta_rule` has no decay, `gated_delta_rule` one per head, `kda` one for every key channel; `gated_delta_product` takes
+several steps per token. All of them are one operator.
 
 Inside a chunk the corrections of all tokens solve one triangular system (the WY form of Yang et al., arXiv 2406.06484).
 What is left of a chunk is an affine map of the state that enters it.
@@ -12,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..._compat import plain_shape
 from ..chunks import decayed_scores, solve_unit_lower, split, through_chunks
 from ..recurrence import check_arguments, public, recurrence
+from ..visits import Visits, declare, known
 
-__all__ = ["delta_rule", "gated_delta_rule", "kda"]
+__all__ = ["delta_rule", "gated_delta_product", "gated_delta_rule", "kda"]
 
 VALUES = dict(k=lambda x: F.normalize(x, dim=-1), g=F.logsigmoid, beta=lambda x: 2 * x.sigmoid())
 
@@ -167,3 +170,67 @@ def delta_rule(
     check_arguments("delta_rule", q, k, v, beta, scale, initial_state, route=route)
     inputs = q, k, v, None, beta, scale, initial_state
     return _gated_delta_rule(*inputs, route=route, merge=merge, return_final_state=return_final_state)
+
+
+def _in_parts(route: Tensor | None, times: int, routes: int, length: int, device: torch.device) -> Tensor:
+    """The table that visits the `times` parts of each token one after another; part j of token i stands at j L + i."""
+    visits = Visits(length, True, False) if route is None else known(route)
+    route = torch.arange(length, device=device).expand(routes, -1) if route is None else route
+    table, offset = route[..., None], length * torch.arange(times, device=device, dtype=route.dtype)
+    table = torch.where(table == -1, -1, torch.where(table >= 0, table + offset, table - offset)).flatten(-2)
+    if visits is not None:
+        declare(table, length * times, visits.permutation, visits.padding)
+    return table
+
+
+@public(
+    _gated_delta_rule,
+    "q: B K L H dk; k: B K L N H dk; v: B K L N H dv; g: B K L H; beta: B K L N H",
+    state="B R H dk dv",
+    values=VALUES,
+    sizes=dict(N=2),
+)
+def gated_delta_product(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    route: Tensor | None = None,
+    merge: str | None = None,
+    return_final_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Gated DeltaProduct: several steps of the delta rule at every token, after one decay.
+
+        S_{t,0} = exp(g_t) S_{t-1,N}
+        S_{t,j} = S_{t,j-1} + beta_{t,j} k_{t,j} (v_{t,j} - S_{t,j-1}^T k_{t,j})^T    for j = 1..N
+        o_t = scale * S_{t,N}^T q_t
+
+    Siems et al., "DeltaProduct: Improving State-Tracking in Linear RNNs via Householder Products", 2025,
+    arXiv 2502.10297. It is `gated_delta_rule` on N tokens for each; g = 0 gives DeltaProduct. Two steps with beta = 2
+    make a rotation of two reflections.
+
+    Args:
+        q: queries (B, K or 1, L, H, dk).
+        k: keys (B, K or 1, L, N, H, dk).
+        v: values (B, K or 1, L, N, H, dv).
+        g: log decays <= 0 of the heads (B, K or 1, L, H).
+        beta: how much of an error is corrected (B, K or 1, L, N, H).
+
+    All else as of `gated_delta_rule`.
+    """
+    _, routes, length = check_arguments("gated_delta_product", q, k, v, g, beta, scale, initial_state, route=route)
+    steps = plain_shape(k)[3]
+    q = F.pad(q[:, :, None], (0, 0, 0, 0, 0, 0, steps - 1, 0))  # the last step is read
+    g = F.pad(g[:, :, None], (0, 0, 0, 0, 0, steps - 1))  # the first one decays
+    k, v, beta = (x.transpose(2, 3) for x in (k, v, beta))
+    q, k, v, g, beta = (x.flatten(2, 3) for x in (q, k, v, g, beta))
+    table = _in_parts(route, steps, routes, length, q.device)
+    inputs = q, k, v, g[..., None], beta, scale, initial_state
+    result = _gated_delta_rule(*inputs, route=table, merge=merge, return_final_state=return_final_state)
+    o, *state = result if return_final_state else (result,)
+    o = o.narrow(1 if merge else 2, (steps - 1) * length, length)
+    return (o, *state) if return_final_state else o

@@ -1,7 +1,7 @@
 """Diagonal plus low rank: a matrix state per head whose transition is a diagonal and one outer product.
 
-`rwkv7` is the mixer of RWKV-7 as such a recurrence. The chunked form solves one triangular system per chunk, as `delta`
-does.
+`rwkv7`, `comba` and `gated_delta_rule_2` are such recurrences in other terms. The chunked form solves one triangular
+system per chunk, as `delta` does.
 """
 
 import torch
@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..chunks import decayed_scores, solve_unit_lower, split, through_chunks
-from ..recurrence import check_arguments, public, recurrence
+from ..recurrence import check_arguments, precise, public, recurrence
 
-__all__ = ["dplr", "rwkv7"]
+__all__ = ["comba", "dplr", "gated_delta_rule_2", "rwkv7"]
 
 
 @recurrence(
@@ -131,6 +131,94 @@ def rwkv7(
     All else as of `dplr`.
     """
     check_arguments("rwkv7", r, k, v, w, kk, a, scale, initial_state, route=route)
-    added = kk.to(torch.promote_types(kk.dtype, torch.float32)) * a.to(torch.promote_types(a.dtype, torch.float32))
-    inputs = r, k, v, -kk, added, w, 1.0 if scale is None else scale, initial_state
+    inputs = r, k, v, -kk, precise(kk) * precise(a), w, 1.0 if scale is None else scale, initial_state
+    return _dplr(*inputs, route=route, merge=merge, return_final_state=return_final_state)
+
+
+@public(
+    _dplr,
+    "q k: B K L H dk; v: B K L H dv; p: B K L H dk; g beta: B K L H",
+    state="B R H dk dv",
+    values=dict(
+        k=lambda x: F.normalize(x, dim=-1), p=lambda x: F.normalize(x, dim=-1), g=F.logsigmoid, beta=torch.sigmoid
+    ),
+)
+def comba(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    p: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    route: Tensor | None = None,
+    merge: str | None = None,
+    return_final_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Comba: a delta rule whose error is what another key read before the decay.
+
+        S_t = exp(g_t) S_{t-1} + beta_t k_t (v_t - S_{t-1}^T p_t)^T
+        o_t = scale * S_t^T q_t
+
+    Hu et al., "Comba: Improving Bilinear RNNs with Closed-loop Control", 2025, arXiv 2506.02475. It is `dplr` with
+    a = p and b = -beta k. Comba's p is k times a factor of the head, its query q - d p with a factor d of the head.
+
+    Args:
+        q, k: queries and keys (B, K or 1, L, H, dk).
+        v: values (B, K or 1, L, H, dv).
+        p: keys that the error is read with (B, K or 1, L, H, dk).
+        g: log decays <= 0 of the heads (B, K or 1, L, H).
+        beta: how much of an error is corrected (B, K or 1, L, H).
+
+    All else as of `dplr`.
+    """
+    check_arguments("comba", q, k, v, p, g, beta, scale, initial_state, route=route)
+    written = precise(beta)[..., None] * precise(k)
+    inputs = q, written, v, p, -written, g[..., None].expand(*g.shape, k.shape[-1]), scale, initial_state
+    return _dplr(*inputs, route=route, merge=merge, return_final_state=return_final_state)
+
+
+@public(
+    _dplr,
+    "q k: B K L H dk; v: B K L H dv; g b: B K L H dk; w: B K L H dv",
+    state="B R H dk dv",
+    values=dict(k=lambda x: F.normalize(x, dim=-1), g=F.logsigmoid, b=torch.sigmoid, w=torch.sigmoid),
+)
+def gated_delta_rule_2(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    b: Tensor,
+    w: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    route: Tensor | None = None,
+    merge: str | None = None,
+    return_final_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The rule of Gated DeltaNet-2: what is erased and what is written have gates of their own, by channel.
+
+        P_t = diag(exp(g_t)) S_{t-1}
+        S_t = P_t + k_t (w_t * v_t - P_t^T (b_t * k_t))^T
+        o_t = scale * S_t^T q_t
+
+    Hatamizadeh et al., "Gated DeltaNet-2", 2026, arXiv 2605.22791. It is `dplr` with a = exp(g) * b * k and b = -k;
+    with b = w = beta it is `kda`.
+
+    Args:
+        q, k: queries and keys (B, K or 1, L, H, dk); keys of norm 1 keep the state bounded.
+        v: values (B, K or 1, L, H, dv).
+        g: log decays <= 0 of the key channels (B, K or 1, L, H, dk).
+        b: how much of each key channel is erased, in [0, 1], or in [0, 2] (B, K or 1, L, H, dk).
+        w: how much of each value channel is written, in [0, 1] (B, K or 1, L, H, dv).
+
+    All else as of `dplr`.
+    """
+    check_arguments("gated_delta_rule_2", q, k, v, g, b, w, scale, initial_state, route=route)
+    read = precise(g).exp() * precise(b) * precise(k)
+    inputs = q, k, precise(w) * precise(v), read, -k, g, scale, initial_state
     return _dplr(*inputs, route=route, merge=merge, return_final_state=return_final_state)

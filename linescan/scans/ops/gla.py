@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..chunks import gated_outer_products
-from ..recurrence import check_arguments, public, recurrence
+from ..recurrence import check_arguments, precise, public, recurrence
 
 __all__ = ["gla", "simple_gla", "retention", "hgrn2"]
 
@@ -178,7 +178,7 @@ def hgrn2(
     All else as of `gla`.
     """
     check_arguments("hgrn2", q, f, v, None, scale, initial_state, route=route)
-    f = f.to(torch.promote_types(f.dtype, torch.float32))
+    f = precise(f)
     bound = torch.as_tensor(lower_bound, dtype=f.dtype, device=f.device)
     k = (1 - bound) * torch.sigmoid(-f)
     floor = bound.clamp_min(torch.finfo(f.dtype).tiny).log()

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..chunks import running
+from ..chunks import running, segment_sums
 from ..recurrence import public, recurrence
 
 __all__ = ["ssd"]
@@ -48,16 +48,6 @@ def _ssd(x, dt, A, B, C, D, z, dt_bias, dt_softplus: bool, dt_min: float, dt_max
     return _output(torch.stack(outputs, 2), x, D, z), state
 
 
-def _segment_sums(g: Tensor) -> tuple[Tensor, Tensor]:
-    """Log decays (..., T) -> their sums over (j, i], (..., T, T) with -inf above the diagonal; their sums up to i.
-
-    Summed for every j by itself: differences of one long sum would lose what a strong decay before j has swallowed.
-    """
-    above = torch.ones(g.shape[-1], g.shape[-1], dtype=torch.bool, device=g.device).triu()
-    sums = g.unsqueeze(-1).expand(*g.shape, g.shape[-1]).masked_fill(above, 0).cumsum(-2)
-    return sums.masked_fill(above.triu(1), -inf), g.cumsum(-1)
-
-
 @_ssd.chunked
 def _chunked(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, initial_state):
     # (B, K, chunk, G, ...): tokens of a chunk I, J; the M = H/G heads of a group.
@@ -72,7 +62,7 @@ def _chunked(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, initial
     inputs = split(step.unsqueeze(-1) * x, groups, -1)  # (B, K, chunk, G, J, M, P)
     g = split(A[:, None] * step, groups, -1).transpose(-1, -2)  # (B, K, chunk, G, M, J)
     B, C = split(B, groups), split(C, groups)  # (B, K, chunk, G, J, N)
-    within, before = _segment_sums(g)
+    within, before = segment_sums(g)
 
     scores = (C @ B.mT).unsqueeze(4) * within.exp()  # (B, K, chunk, G, M, I, J)
     y = (scores @ inputs.transpose(4, 5)).transpose(4, 5)  # (B, K, chunk, G, I, M, P)

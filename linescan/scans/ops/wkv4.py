@@ -23,8 +23,8 @@ def _empty_sum(k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return zero, zero, torch.full_like(zero, EMPTY)
 
 
-def _without_terms(state: Tensor) -> Tensor:
-    return state + state.new_tensor((0, 0, EMPTY))
+def _without_terms(state: Tensor) -> tuple[Tensor]:
+    return (state + state.new_tensor((0, 0, EMPTY)),)
 
 
 def _add_token(total: tuple[Tensor, Tensor, Tensor], k: Tensor, v: Tensor, w: Tensor):
