@@ -14,11 +14,14 @@ from .ops.gla import gla, hgrn2, retention, simple_gla
 from .ops.hgrn import hgrn, rg_lru
 from .ops.linear_attention import based, global_linear_attention, hedgehog, linear_attention
 from .ops.log_linear import log_linear_attention
+from .ops.mamba3 import mamba3, mamba3_mimo
+from .ops.mesa_net import mesa_net
 from .ops.mlstm import mlstm
 from .ops.mom import mom_gated_delta_rule, mom_gla
 from .ops.selective_scan import selective_scan
 from .ops.ssd import ssd
 from .ops.ttt import ttt_linear, ttt_linear_fla
+from .ops.vittt import vittt_conv, vittt_glu
 from .ops.window_attention import hedgehog_window
 from .ops.wkv4 import bi_wkv, wkv4
 from .ops.wkv6 import bi_wkv6, wkv6
@@ -48,6 +51,9 @@ __all__ = [
     "kernels",
     "linear_attention",
     "log_linear_attention",
+    "mamba3",
+    "mamba3_mimo",
+    "mesa_net",
     "mlstm",
     "mom_gated_delta_rule",
     "mom_gla",
@@ -61,6 +67,8 @@ __all__ = [
     "ssd",
     "ttt_linear",
     "ttt_linear_fla",
+    "vittt_conv",
+    "vittt_glu",
     "wkv4",
     "wkv6",
 ]

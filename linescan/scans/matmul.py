@@ -15,7 +15,7 @@ from torch import Tensor
 from .._compat import linear_pointwise
 from .recurrence import is_plain
 
-__all__ = ["linear", "project_routes", "project_routes_backward"]
+__all__ = ["linear", "matmul", "project_routes", "project_routes_backward"]
 
 # torch keeps a compiled kernel for every shape that oneDNN has multiplied, in two caches of 1,024 each: hundreds of MB
 # after images of changing sizes. 256 have room for several sizes: a training step of our models has 10 to 70 shapes.
@@ -63,6 +63,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     return (_Recorded.apply if recorded else _through_onednn)(x, weight, bias)
+
+
+class _Precise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y):
+        ctx.save_for_backward(x, y)
+        with torch.autocast(x.device.type, enabled=False):
+            return x @ y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, y = ctx.saved_tensors
+        return matmul(grad, y.mT).sum_to_size(x.shape), matmul(x.mT, grad).sum_to_size(y.shape)
+
+
+def matmul(x: Tensor, y: Tensor) -> Tensor:
+    """x @ y of matrices, whose products and their gradients autocast leaves as they are."""
+    return _Precise.apply(x, y) if torch.is_autocast_enabled(x.device.type) else x @ y
 
 
 def project_routes(x: Tensor, weight: Tensor) -> Tensor:

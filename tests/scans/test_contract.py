@@ -39,7 +39,7 @@ def floats(inputs):
 
 
 # A token of zeros decays the state or adds to it, a padding token does not.
-GATES_OF_THEIR_OWN = ("retention", "hgrn2", "rg_lru", "based", "hedgehog", "ttt_linear_fla")
+GATES_OF_THEIR_OWN = ("retention", "hgrn2", "rg_lru", "based", "hedgehog", "hedgehog_window", "ttt_linear_fla")
 
 
 @every
@@ -586,6 +586,9 @@ class Count(TorchDispatchMode):
             self.total += args[0].numel()
         elif name in ("mm", "bmm"):
             self.total += 2 * out.numel() * args[0].shape[-1]
+        elif name == "_linalg_solve_ex":
+            size = args[0].shape[-1]
+            self.total += args[0].numel() * (2 * size // 3 + 2)
         return out
 
 

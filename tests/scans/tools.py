@@ -24,6 +24,7 @@ VARIANTS = {
     "linear_attention": [{}, dict(normalize=True)],
     "selective_scan": [dict(delta_softplus=True), dict(delta_softplus=True, without=("delta_weight",))],
     "ssd": [dict(dt_softplus=True)],
+    "vittt_conv": [dict(grid=(7, 1))],
     "ttt_linear_fla": [dict(mini_batch=3)],
 }
 

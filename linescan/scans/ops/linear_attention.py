@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..._compat import plain_shape
 from ..chunks import join, split
+from ..matmul import matmul
 from ..recurrence import check_arguments, precise, public, recurrence
 
 __all__ = ["based", "global_linear_attention", "hedgehog", "hedgehog_features", "linear_attention"]
@@ -131,7 +132,7 @@ def _taylor(x: Tensor) -> Tensor:
     """(..., d) -> (..., 1 + d + d (d + 1) / 2), whose products are 1 + s + s^2 / 2, s = x . y / sqrt(d)."""
     size = plain_shape(x)[-1]
     x = precise(x) * size**-0.25
-    row, column = torch.triu_indices(size, size, device=x.device)
+    row, column = torch.triu_indices(size, size, device=x.device).unbind()
     weight = torch.where(row == column, 0.5, 1.0).to(x.dtype).sqrt()  # products of two channels stand for both orders
     return torch.cat((torch.ones_like(x[..., :1]), x, x[..., row] * x[..., column] * weight), -1)
 
@@ -191,8 +192,7 @@ def hedgehog_features(x: Tensor, weight: Tensor, bias: Tensor | None = None, joi
     Returns:
         (..., H, 2F), in float32 at least.
     """
-    with torch.autocast(x.device.type, enabled=False):
-        y = torch.einsum("...hk,hkf->...hf", precise(x), precise(weight))
+    y = matmul(precise(x).unsqueeze(-2), precise(weight)).squeeze(-2)
     y = y if bias is None else y + precise(bias)
     if joint:
         return torch.cat((2 * y, -2 * y), -1).softmax(-1)

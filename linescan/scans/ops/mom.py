@@ -40,7 +40,7 @@ def _table(chosen: Tensor, route: Tensor | None, batch: int, routes: int, length
     token = torch.where(route < 0, (-2 - route).clamp_min(0), route)
     there = chosen.expand(-1, routes, -1, -1).gather(2, token[..., None].expand(-1, -1, -1, chosen.shape[-1]))
     table = torch.where(there, route[..., None], -1).movedim(-1, 2).flatten(1, 2)
-    if not is_watched():  # the steps that no memory takes are left out, where their number may be asked for
+    if not is_watched() and table.numel() and not table.is_meta:  # steps that no memory takes are left out
         absent = table == -1
         table = table.gather(-1, absent.int().argsort(dim=-1, stable=True))[..., : int((~absent).sum(-1).amax())]
     return declare(table, length, permutation=False)
