@@ -13,13 +13,14 @@ from .ops.dplr import comba, dplr, gated_delta_rule_2, rwkv7
 from .ops.gla import gla, hgrn2, retention, simple_gla
 from .ops.hgrn import hgrn, rg_lru
 from .ops.linear_attention import based, global_linear_attention, hedgehog, linear_attention
-from .ops.log_linear import log_linear_attention
+from .ops.log_linear import log_linear_attention, log_linear_gated_delta_rule
 from .ops.mamba3 import mamba3, mamba3_mimo
 from .ops.mesa_net import mesa_net
 from .ops.mlstm import mlstm
 from .ops.mom import mom_gated_delta_rule, mom_gla
 from .ops.selective_scan import selective_scan
 from .ops.ssd import ssd
+from .ops.titans import titans_memory
 from .ops.ttt import ttt_linear, ttt_linear_fla
 from .ops.vittt import vittt_conv, vittt_glu
 from .ops.window_attention import hedgehog_window
@@ -51,6 +52,7 @@ __all__ = [
     "kernels",
     "linear_attention",
     "log_linear_attention",
+    "log_linear_gated_delta_rule",
     "mamba3",
     "mamba3_mimo",
     "mesa_net",
@@ -65,6 +67,7 @@ __all__ = [
     "selective_scan",
     "simple_gla",
     "ssd",
+    "titans_memory",
     "ttt_linear",
     "ttt_linear_fla",
     "vittt_conv",

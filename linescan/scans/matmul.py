@@ -80,7 +80,8 @@ class _Precise(torch.autograd.Function):
 
 def matmul(x: Tensor, y: Tensor) -> Tensor:
     """x @ y of matrices, whose products and their gradients autocast leaves as they are."""
-    return _Precise.apply(x, y) if torch.is_autocast_enabled(x.device.type) else x @ y
+    cast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    return _Precise.apply(x, y) if cast else x @ y
 
 
 def project_routes(x: Tensor, weight: Tensor) -> Tensor:

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from linescan.scans import chunks, log_linear_attention
+from linescan.scans import chunks, gated_delta_rule, log_linear_attention, log_linear_gated_delta_rule
 from linescan.scans.recurrence import backend
 
 from .golden import cases, check
 from .tools import FORMS, bits, case, results, same
 
-LOG_LINEAR = case("log_linear_attention")
+LOG_LINEAR, DELTA = case("log_linear_attention"), case("log_linear_gated_delta_rule")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -18,6 +18,24 @@ LOG_LINEAR = case("log_linear_attention")
 def test_golden(golden, form):
     def run(**tokens):
         return log_linear_attention(**{name: x.unsqueeze(1) for name, x in tokens.items()}, scale=1.0).squeeze(1)
+
+    with backend(form):
+        check(golden, run)
+        check(golden, run, torch.float32)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("golden", cases("mixer__log_linear_gated_delta_rule"), ids=str)
+def test_golden_with_the_delta_rule(golden, form):
+    """Final states are by level in the original: after an odd number of tokens no two levels are in one bucket."""
+
+    def run(**tokens):
+        tokens = {name: x.unsqueeze(1) for name, x in tokens.items()}
+        o, state = log_linear_gated_delta_rule(**tokens, return_final_state=True)
+        if golden.dims["T"] % 2 == 0:
+            return o.squeeze(1)
+        state = state[:, 0].movedim(1, -1)
+        return o.squeeze(1), torch.cat((state[..., :1], torch.zeros_like(state[..., :1]), state[..., 1:-1]), -1)
 
     with backend(form):
         check(golden, run)
@@ -47,6 +65,15 @@ def test_equal_weights_are_simple_gla():
     torch.testing.assert_close((output, state.sum(2)), (want, final))
 
 
+def test_equal_weights_are_the_gated_delta_rule():
+    inputs = DELTA.make(length=100, without=["initial_state"])
+    inputs["lam"] = torch.ones_like(inputs["lam"])
+    output, state = DELTA(inputs)
+    del inputs["lam"]
+    want, final = gated_delta_rule(**inputs, scale=1.0, return_final_state=True)
+    torch.testing.assert_close((output, state.sum(2)), (want, final))
+
+
 def test_state_is_the_binary_position():
     """After 100 = 0b1100100 tokens there are buckets of 64, 32 and 4 tokens."""
     _, state = LOG_LINEAR(LOG_LINEAR.make(length=100))
@@ -58,9 +85,10 @@ def test_any_position_and_chunk_size(size, monkeypatch):
     """Continuing anywhere agrees with the definition: inside a block, at its edge, and across a carry of high bits."""
     monkeypatch.setattr(chunks, "CHUNK", size)
     for length, before in ((1, 7), (5, 13), (37, 5), (33, 31), (64, 64), (70, 32), (3, 125), (9, 246)):
-        inputs = LOG_LINEAR.make(routes=1, length=length)
-        got, want = (results(LOG_LINEAR, form, inputs, position=before) for form in ("chunked", "reference"))
-        same(got, want, 1e-9)
+        for op in (LOG_LINEAR, DELTA):
+            inputs = op.make(routes=1, length=length)
+            got, want = (results(op, form, inputs, position=before) for form in ("chunked", "reference"))
+            same(got, want, 1e-9)
 
 
 def test_a_state_may_have_fewer_buckets_than_there_are_levels():

@@ -25,6 +25,7 @@ VARIANTS = {
     "selective_scan": [dict(delta_softplus=True), dict(delta_softplus=True, without=("delta_weight",))],
     "ssd": [dict(dt_softplus=True)],
     "vittt_conv": [dict(grid=(7, 1))],
+    "titans_memory": [dict(chunk=2, per_batch=2), dict(chunk=3, hidden=3)],
     "ttt_linear_fla": [dict(mini_batch=3)],
 }
 
@@ -88,7 +89,7 @@ class Case:
                 given = tuple([inputs[name] for name in self.states if name in inputs])
                 inputs = {key: x for key, x in inputs.items() if key not in self.states}
                 inputs |= {"initial_state": given or None}
-        results = self.public.function(**inputs, **self.options, **options)
+        results = self.public.function(**inputs, **self.options | options)
         if not self.states:
             return (results,)
         output, state = results

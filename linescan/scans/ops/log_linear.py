@@ -3,16 +3,19 @@
 For query t, token j lies in the bucket of level bit_length(t ^ j), positions counted from 0: level 0 is t itself, level
 l the left sibling of the block of 2^(l-1) tokens that t stands in. So the buckets are those of a Fenwick tree, and the
 levels those of halving: a chunk weighs its decayed scores by level, larger blocks pass a state from left to right half.
+
+With the transition of the gated delta rule there is no decay to take out of a state: the chunks pass on, one after
+another, every bucket.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..chunks import decayed_scores, join, split
+from ..chunks import decayed_scores, join, solve_unit_lower, split
 from ..recurrence import public, recurrence
 
-__all__ = ["log_linear_attention"]
+__all__ = ["log_linear_attention", "log_linear_gated_delta_rule"]
 
 
 def _wrong(H, G, levels, S, position, buckets) -> str | None:
@@ -25,6 +28,24 @@ def _wrong(H, G, levels, S, position, buckets) -> str | None:
     if buckets is not None and buckets < position.bit_length():
         return f"{position} tokens fill {position.bit_length()} buckets, initial_state has {buckets}"
     return None
+
+
+def _initial(initial_state: Tensor, levels: int, position: int) -> list[Tensor]:
+    """The buckets: bucket b holds 2^b tokens or, where bit b of the position is 0, nothing."""
+    buckets = [torch.zeros_like(initial_state[:, :, 0])] * levels
+    for bit, _ in _full(position):
+        buckets[bit] = initial_state[:, :, bit]
+    return buckets
+
+
+def _step(buckets: list[Tensor], new: Tensor, lam: Tensor, t: int) -> tuple[Tensor, list[Tensor]]:
+    """What token t reads of its own `new` and of the buckets, by level, and the buckets after it."""
+    read = lam[..., :1, None] * new
+    for level, state in enumerate(buckets[:-1], 1):
+        read = read + lam[..., level, None, None] * state
+    full = (~t & (t + 1)).bit_length() - 1  # as in adding 1 to t, buckets below the lowest 0 bit merge into it
+    merged = sum(buckets[:full], new)
+    return read, [torch.zeros_like(new)] * full + [merged] + buckets[full + 1 :]
 
 
 def _per_head(x: Tensor, heads: int) -> Tensor:
@@ -45,20 +66,11 @@ def _per_head(x: Tensor, heads: int) -> Tensor:
 )
 def _log_linear_attention(q, k, v, g, lam, scale: float, initial_state, position: int):
     q, k = (_per_head(x, v.shape[3]) for x in (q, k))
-    # Bucket b holds 2^b tokens or, where bit b of the position is 0, nothing.
-    buckets, outputs = [torch.zeros_like(initial_state[:, :, 0])] * lam.shape[-1], []
-    for bit, _ in _full(position):
-        buckets[bit] = initial_state[:, :, bit]
+    buckets, outputs = _initial(initial_state, lam.shape[-1], position), []
     for t, (q_t, k_t, v_t, g_t, lam_t) in enumerate(zip(*(x.unbind(2) for x in (q, k, v, g, lam))), position):
         buckets = [g_t.exp()[..., None, None] * state for state in buckets]
-        new = k_t[..., None] * v_t[..., None, :]
-        read = lam_t[..., :1, None] * new
-        for level, state in enumerate(buckets[:-1], 1):
-            read = read + lam_t[..., level, None, None] * state
+        read, buckets = _step(buckets, k_t[..., None] * v_t[..., None, :], lam_t, t)
         outputs.append(scale * (q_t[..., None] * read).sum(-2))
-        full = (~t & (t + 1)).bit_length() - 1  # as in adding 1 to t, buckets below the lowest 0 bit merge into it
-        merged = sum(buckets[:full], new)
-        buckets = [torch.zeros_like(new)] * full + [merged] + buckets[full + 1 :]
     return torch.stack(outputs, 2), torch.stack(buckets, 2)
 
 
@@ -74,9 +86,7 @@ def _log_linear_attention_chunked(q, k, v, g, lam, scale, initial_state, positio
 
     # Inside chunks: scores weighed by level.
     scores, before, after = decayed_scores(q, k, g)
-    place = start + torch.arange(size, device=q.device)
-    level = _bit_length(place[:, None] ^ place).clamp_max(levels - 1)  # only scores of 0 lie beyond the last level
-    o = (scores * lam.gather(-1, level.expand(scores.shape))) @ v
+    o = (scores * _weights_within(lam, start)) @ v
 
     # Between blocks of 1, 2, 4... chunks: chunks in a right half read the state of the left half.
     states, totals = (k * after.exp()).mT @ v, before[..., -1:, :]
@@ -113,6 +123,14 @@ def _log_linear_attention_chunked(q, k, v, g, lam, scale, initial_state, positio
             into = next(b for b, begin in _full(end) if begin <= first < begin + (1 << b))
             buckets[into] = buckets[into] + kept * old
     return join(o, lead + length)[:, :, lead:], torch.stack(buckets, 2)
+
+
+def _weights_within(lam: Tensor, start: int) -> Tensor:
+    """Weights (..., C, C) of the tokens of a chunk that begins at `start` for each other, from lam (..., C, levels)."""
+    place = start + torch.arange(lam.shape[-2], device=lam.device)
+    # Above the diagonal there may be levels beyond the last, where scores are 0.
+    level = _bit_length(place[:, None] ^ place).clamp_max(lam.shape[-1] - 1)
+    return lam.gather(-1, level.expand(*lam.shape[:-1], -1))
 
 
 def _bit_length(x: Tensor) -> Tensor:
@@ -163,3 +181,106 @@ def log_linear_attention(
     """
     inputs = q, k, v, g, lam, scale, initial_state, position
     return _log_linear_attention(*inputs, route=route, merge=merge, return_final_state=return_final_state)
+
+
+@recurrence(
+    "q k: B K L H dk; v: B K L H dv; g beta: B K L H; lam: B K L H levels; initial_state?: B R buckets H dk dv",
+    "B K L H dv",
+    state="B R levels H dk dv",
+    scale=1.0,
+    requires=lambda levels, S, position, buckets: _wrong(1, 1, levels, S, position, buckets),
+    # Half of the buckets hold something: each is decayed, answers a key, is corrected and read.
+    flops="B * R * S * H * (9 * S.bit_length() // 2 + 7) * dk * dv",
+    values=dict(k=lambda x: F.normalize(x, dim=-1), g=F.logsigmoid, beta=lambda x: 2 * x.sigmoid(), lam=F.softplus),
+    sizes=dict(levels=9, buckets=9),
+)
+def _log_linear_gated_delta_rule(q, k, v, g, beta, lam, scale: float, initial_state, position: int):
+    buckets, outputs = _initial(initial_state, lam.shape[-1], position), []
+    tokens = zip(*(x.unbind(2) for x in (q, k, v, g, beta, lam)))
+    for t, (q_t, k_t, v_t, g_t, beta_t, lam_t) in enumerate(tokens, position):
+        key, written = k_t[..., None], (beta_t[..., None] * k_t)[..., None]
+        buckets = [g_t.exp()[..., None, None] * state for state in buckets]
+        buckets = [state - written * (key * state).sum(-2, keepdim=True) for state in buckets]
+        read, buckets = _step(buckets, written * v_t[..., None, :], lam_t, t)
+        outputs.append(scale * (q_t[..., None] * read).sum(-2))
+    return torch.stack(outputs, 2), torch.stack(buckets, 2)
+
+
+@_log_linear_gated_delta_rule.chunked
+def _log_linear_gated_delta_rule_chunked(q, k, v, g, beta, lam, scale, initial_state, position):
+    length, levels, end = q.shape[2], lam.shape[-1], position + q.shape[2]
+    q, k, v, g, beta, lam = split(scale * q, k, v, g[..., None], beta[..., None], lam)
+    size = q.shape[4]
+    decay, before, after = decayed_scores(torch.ones_like(g), torch.ones_like(g), g)
+    scores, overlap = q @ k.mT * decay, k @ k.mT * decay
+    # What all tokens of a chunk write, from their values and, less, from what the state that enters it answers.
+    (written,) = solve_unit_lower(beta * overlap, torch.diag_embed(beta.squeeze(-1)))
+    kept = k * before.exp()
+    keys = (k * after.exp()).mT @ written
+    readout = q * before.exp() - scores @ (written @ kept)
+    transition = torch.diag_embed(before[..., -1, :].exp().expand_as(k[..., -1, :])) - keys @ kept
+
+    outputs, start = [], position
+    buckets = [(first, initial_state[:, :, bit]) for bit, first in _full(position)]  # with their first tokens
+    for n in range(q.shape[3]):
+        lam_n, v_n, stop = lam[:, :, :, n], v[:, :, :, n], min(start + size, end)
+        o = (scores[:, :, :, n] @ written[:, :, :, n] * _weights_within(lam_n, start)) @ v_n
+        place = start + torch.arange(size, device=q.device)
+        for first, state in buckets:
+            level = _bit_length(place ^ first).clamp_max(levels - 1)[:, None]
+            o = o + (readout[:, :, :, n] * lam_n.gather(-1, level.expand(*o.shape[:-1], 1))) @ state
+        outputs.append(o)
+        passed = [(first, transition[:, :, :, n] @ state) for first, state in buckets]
+        buckets = []
+        for bit, first in _full(stop):  # what was passed on and what is new, by the bucket that it is in now
+            last = first + (1 << bit)
+            parts = [state for begin, state in passed if first <= begin < last]
+            inside = (place >= first) & (place < last)
+            if last > start:
+                parts.append(keys[:, :, :, n] @ (v_n * inside[:, None]))
+            if parts:
+                buckets.append((first, sum(parts)))
+        start += size
+    state = [torch.zeros_like(initial_state[:, :, 0])] * levels
+    for bit, first in _full(end):
+        state[bit] = next((x for begin, x in buckets if begin == first), state[bit])
+    return join(torch.stack(outputs, 3), length), torch.stack(state, 2)
+
+
+@public(_log_linear_gated_delta_rule)
+def log_linear_gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    lam: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    position: int = 0,
+    route: Tensor | None = None,
+    merge: str | None = None,
+    return_final_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-linear gated delta rule: a weight for every bucket of the past, all of which take the rule's transition.
+
+        S_{t,l} = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1,l}    for every bucket l,    then    S_{t,0} = beta_t k_t v_t^T
+        o_t = scale * sum_l lam_t[l] S_{t,l}^T q_t
+
+    Guo et al., "Log-Linear Attention", 2025, arXiv 2506.04761, section 3.3. With equal weights it is
+    `gated_delta_rule`. Buckets are those of `log_linear_attention`.
+
+    Args:
+        q, k: queries and keys, the keys of norm 1 (B, K or 1, L, H, dk).
+        v: values (B, K or 1, L, H, dv).
+        g: log decays <= 0 of the heads (B, K or 1, L, H).
+        beta: how much of an error is corrected (B, K or 1, L, H).
+        lam: weights of the levels (B, K or 1, L, H, levels); T tokens have ceil(log2 T) + 1 levels.
+        scale: of the queries; 1 by default, as in the paper.
+        initial_state: (B, K, buckets, H, dk, dv), as of `log_linear_attention`.
+
+    All else as of `log_linear_attention`.
+    """
+    inputs = q, k, v, g, beta, lam, scale, initial_state, position
+    return _log_linear_gated_delta_rule(*inputs, route=route, merge=merge, return_final_state=return_final_state)

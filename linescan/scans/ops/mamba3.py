@@ -47,9 +47,10 @@ def _output(y: Tensor, v: Tensor, z: Tensor | None, D: Tensor | None, mimo_z, mi
     return y.sum(-2) if mimo_o is None else (y * mimo_o).sum(-2)
 
 
-def _values(v: Tensor, mimo_v: Tensor | None) -> Tensor:
+def _values(v: Tensor, mimo_v: Tensor | None, rank: int) -> Tensor:
     """(..., H, P) -> (..., H, rank, P)."""
-    return v.unsqueeze(-2) if mimo_v is None else v.unsqueeze(-2) * mimo_v
+    v = v.unsqueeze(-2)
+    return v.expand(*v.shape[:-2], rank, -1) if mimo_v is None else v * mimo_v
 
 
 @recurrence(
@@ -64,10 +65,10 @@ def _values(v: Tensor, mimo_v: Tensor | None) -> Tensor:
     values=VALUES,
     sizes=dict(G=2, A=1, N=4, rank=2),
 )
-def _mamba3(
+def _mamba3_mimo(
     q, k, v, a, dt, trap, angle, q_bias, k_bias, D, z, mimo_v, mimo_z, mimo_o, memory, turned, last_key, last_value
 ):
-    share, v = trap.sigmoid(), _values(v, mimo_v)
+    share, v = trap.sigmoid(), _values(v, mimo_v, q.shape[3])
     step = pi * torch.tanh(angle) * dt[..., None]
     outputs = []
     for q_t, k_t, v_t, a_t, dt_t, share_t, step_t in zip(*(x.unbind(2) for x in (q, k, v, a, dt, share, step))):
@@ -84,12 +85,12 @@ def _mamba3(
     return output, (memory, turned, last_key, last_value)
 
 
-@_mamba3.chunked
-def _mamba3_chunked(
+@_mamba3_mimo.chunked
+def _mamba3_mimo_chunked(
     q, k, v, a, dt, trap, angle, q_bias, k_bias, D, z, mimo_v, mimo_z, mimo_o, memory, turned, last_key, last_value
 ):
     length, rank = q.shape[2], q.shape[3]
-    share, v = trap.sigmoid(), _values(v, mimo_v)
+    share, v = trap.sigmoid(), _values(v, mimo_v, q.shape[3])
     step = pi * torch.tanh(angle.double()) * dt[..., None].double()  # of long sums only the last turn counts
     angles = torch.remainder(turned[:, :, None] + step.cumsum(2), TURN).to(dt.dtype)
     key, query = _rotated(k, k_bias, angles), _rotated(q, q_bias, angles)  # (B, K, T, H, rank, N)
@@ -119,7 +120,7 @@ def _mamba3_chunked(
 
 
 @public(
-    _mamba3,
+    _mamba3_mimo,
     "q k: B K L G N; v z?: B K L H P; a dt trap: B K L H; angle: B K L H A; q_bias k_bias: H N; D?: H",
     state="memory: B R H N P; turned: B R H A; last_key: B R H N; last_value: B R H P",
     requires=_wrong,
@@ -196,14 +197,14 @@ def mamba3(
         turned,
         *last,
     )
-    result = _mamba3(*inputs, route=route, merge=merge, return_final_state=return_final_state)
+    result = _mamba3_mimo(*inputs, route=route, merge=merge, return_final_state=return_final_state)
     if not return_final_state:
         return result
     o, (memory, turned, *last) = result
     return o, (memory, turned, *(x.squeeze(3) for x in last))
 
 
-@public(_mamba3)
+@public(_mamba3_mimo)
 def mamba3_mimo(
     q: Tensor,
     k: Tensor,
@@ -245,4 +246,4 @@ def mamba3_mimo(
     """
     states = given_states("mamba3_mimo", initial_state)
     inputs = q, k, v, a, dt, trap, angle, q_bias, k_bias, D, z, mimo_v, mimo_z, mimo_o, *states
-    return _mamba3(*inputs, route=route, merge=merge, return_final_state=return_final_state)
+    return _mamba3_mimo(*inputs, route=route, merge=merge, return_final_state=return_final_state)

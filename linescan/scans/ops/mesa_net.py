@@ -10,6 +10,19 @@ from ..recurrence import given_states, public, recurrence
 __all__ = ["mesa_net"]
 
 
+def _solved(matrix: Tensor, side: Tensor) -> Tensor:
+    """matrix (..., n, n), positive definite, ^-1 side (..., n), by elimination."""
+    rest, rows, solution = torch.cat((matrix, side[..., None]), -1), [], []
+    while rest.shape[-2]:
+        first, others = rest[..., :1, :], rest[..., 1:, :]
+        rows.append(first.squeeze(-2))
+        rest = (others - others[..., :1] / first[..., :1] * first)[..., 1:]
+    for row in reversed(rows):
+        known = sum([a * x for a, x in zip(row[..., 1:-1].unbind(-1), solution)])
+        solution.insert(0, (row[..., -1] - known) / row[..., 0])
+    return torch.stack(solution, -1)
+
+
 @recurrence(
     "q k: B K L H dk; v: B K L H dv; g beta: B K L H; lamb: H dk",
     "B K L H dv",
@@ -31,8 +44,7 @@ def _mesa_net(q, k, v, g, beta, lamb, memory, keys):
         decay, written = g_t.exp()[..., None, None], (beta_t[..., None] * k_t)[..., None]
         memory = decay * memory + written * v_t[..., None, :]
         keys = decay * keys + written * k_t[..., None, :]
-        solution = torch.linalg.solve(keys + ridge, q_t[..., None])
-        outputs.append((solution * memory).sum(-2))
+        outputs.append((_solved(keys + ridge, q_t)[..., None] * memory).sum(-2))
     return torch.stack(outputs, 2), (memory, keys)
 
 

@@ -14,7 +14,7 @@ def _weighed(scores: Tensor, values: Tensor, share: Tensor) -> Tensor:
     """The window's part of numerator and denominator: scores (..., W), values (..., W, dv + 1), 0 where no token is."""
     scores = scores.masked_fill(values[..., -1] == 0, -torch.inf)
     weights = (scores - scores.amax(-1, keepdim=True)).exp()
-    return share * (weights[..., None, :] @ values).squeeze(-2)
+    return share * (weights[..., None] * values).sum(-2)
 
 
 def _split(recent: Tensor, *sizes: int) -> tuple[Tensor, ...]:
