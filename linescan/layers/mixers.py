@@ -23,11 +23,13 @@ from .blocks import TokenMixer
 from .linear import linear
 from .neighborhood import neighborhood_attention
 from .norm import RMSNorm
-from .s6 import S6Scan
+from .s6 import S6Scan, init_dt_bias
 from .ss2d import SSDScan
 from .stems import depthwise
 
 __all__ = ["MIXERS", "Core", "Mixer"]
+
+MEMORIES = 4  # of mixtures of memories, of which a token is sent to two
 
 
 class Heads(TokenMixer):
@@ -54,7 +56,7 @@ class Heads(TokenMixer):
             raise InputError(f"windows are odd, got {window}")
         self.n_routes, self.head_dim, self.n_heads, self.window = n_routes, head_dim, dim // head_dim, window
         self.proj = nn.Linear(dim, dim * len(self.shared.split()), bias=False)
-        sizes = {"channel": head_dim, "head": 1}
+        sizes = {"channel": head_dim, "head": 1, "memory": MEMORIES, "channel of each memory": MEMORIES * head_dim}
         self.own = nn.ModuleDict(
             {k: nn.Linear(dim, n_routes * self.n_heads * sizes.get(size, size)) for k, size in self.per_route.items()}
         )
@@ -193,6 +195,95 @@ class LogLinear(Core):
         return super().scan(*inputs, weights[..., level], grid=grid, route=route, **options)
 
 
+class LogLinearDelta(LogLinear):
+    """Log-linear attention with the gated delta rule (`log_linear_gated_delta_rule`)."""
+
+    recurrence = staticmethod(scans.log_linear_gated_delta_rule)
+    per_route = {"forget": "head", "beta": "head", "weights": 12}
+
+    def project(self, u: Tensor) -> Sequence[Tensor]:
+        q, k, v, forget, weights = super().project(u)
+        return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, forget, self.values("beta", u).sigmoid(), weights
+
+
+class RGLRU(Core):
+    """The RG-LRU (`rg_lru`): every channel a gated sum of scaled inputs, without queries and keys."""
+
+    recurrence = staticmethod(scans.rg_lru)
+    joins_heads = False
+    shared = "v"
+    per_route = {"gate_x": "channel", "gate_a": "channel"}
+
+    def __init__(self, dim: int, *args, **kwargs):
+        super().__init__(dim, *args, **kwargs)
+        radius = torch.linspace(0.9**2, 0.999**2, dim).sqrt()  # of exp(-softplus(a_param)): even by area
+        self.a_param = nn.Parameter(torch.log(torch.expm1(-radius.log())))
+
+    def project(self, u: Tensor) -> Sequence[Tensor]:
+        (v,) = self.tokens(u)
+        return *(x.flatten(-2) for x in (v, self.values("gate_x", u), self.values("gate_a", u))), self.a_param
+
+
+class MLSTM(Core):
+    """mLSTM (`mlstm`): exponential input gates and sigmoid forget gates per head, normalised."""
+
+    recurrence = staticmethod(scans.mlstm)
+    per_route = {"gates": 2}
+
+    def project(self, u: Tensor) -> Sequence[Tensor]:
+        i, f = self.values("gates", u).unbind(-1)
+        return *self.tokens(u), i, f + 3  # starts with little forgetting
+
+
+class Mamba3(Core):
+    """Mamba-3 (`mamba3`): 16 states per channel, half of them turned by angles that add up."""
+
+    recurrence = staticmethod(scans.mamba3)
+    shared = "v"
+    per_route = {"steps": 3, "angle": 4}
+    ranks: tuple[int, ...] = ()
+
+    def __init__(self, dim: int, *args, **kwargs):
+        super().__init__(dim, *args, **kwargs)
+        self.split = *self.ranks, 1, 16  # ranks, groups and states of queries and keys
+        self.qk = nn.Linear(dim, 2 * math.prod(self.split), bias=False)
+        self.q_bias, self.k_bias = (nn.Parameter(torch.ones(self.n_heads, *self.ranks, 16)) for _ in "qk")
+        self.D = nn.Parameter(torch.ones(self.n_heads))
+        self.dt_bias = nn.Parameter(init_dt_bias((self.n_heads,)))
+
+    def no_weight_decay(self) -> set[str]:
+        return {"q_bias", "k_bias", "D", "dt_bias"}
+
+    def project(self, u: Tensor) -> Sequence[Tensor]:
+        (v,) = self.tokens(u)
+        q, k = (x.unflatten(-1, self.split) for x in linear(self.qk, u)[:, None].chunk(2, -1))
+        q, k = (F.rms_norm(x, x.shape[-1:], eps=1e-5) for x in (q, k))
+        a, dt, trap = self.values("steps", u).unbind(-1)
+        rates = -F.softplus(a).clamp_min(1e-4), F.softplus(dt + self.dt_bias), trap, self.values("angle", u)
+        return q, k, v, *rates, self.q_bias, self.k_bias, self.D
+
+
+class Mamba3MIMO(Mamba3):
+    """Mamba-3 with two inputs and outputs per channel (`mamba3_mimo`), on the same states."""
+
+    recurrence = staticmethod(scans.mamba3_mimo)
+    ranks = (2,)
+
+    def __init__(self, dim: int, *args, **kwargs):
+        super().__init__(dim, *args, **kwargs)
+        shape = self.n_heads, *self.ranks, self.head_dim
+        self.mimo_v, self.mimo_o = (nn.Parameter(torch.full(shape, 0.5)) for _ in "vo")
+
+    def no_weight_decay(self) -> set[str]:
+        return super().no_weight_decay() | {"mimo_v", "mimo_o"}
+
+    def project(self, u: Tensor) -> Sequence[Tensor]:
+        return *super().project(u), None, self.mimo_v, None, self.mimo_o
+
+
+# -- learned features --------------------------------------------------------------------------------------------------
+
+
 class LinearAttention(Core):
     """Normalised linear attention (`linear_attention`) with features elu + 1: no decay."""
 
@@ -204,6 +295,68 @@ class LinearAttention(Core):
 
     def scan(self, *inputs: Tensor, **options):
         return super().scan(*inputs, normalize=True, **options)
+
+
+class Based(Core):
+    """Based (`based`): linear attention by the Taylor series of the exponential, of at most 16 channels per head."""
+
+    recurrence = staticmethod(scans.based)
+    shared = "v"
+
+    def __init__(self, dim: int, *args, **kwargs):
+        super().__init__(dim, *args, **kwargs)
+        self.qk = nn.Linear(dim, 2 * self.n_heads * min(16, self.head_dim), bias=False)
+
+    def project(self, u: Tensor) -> Sequence[Tensor]:
+        qk = linear(self.qk, u)[:, None].chunk(2, -1)
+        return *(x.unflatten(-1, (self.n_heads, -1)) for x in qk), *self.tokens(u)
+
+
+class Hedgehog(Core):
+    """Hedgehog (`hedgehog`): linear attention of learned features, a softmax over each of their halves."""
+
+    recurrence = staticmethod(scans.hedgehog)
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        start = torch.eye(self.head_dim).expand(self.n_heads, -1, -1)
+        self.q_weight, self.k_weight = (nn.Parameter(start.clone()) for _ in "qk")
+
+    def project(self, u: Tensor) -> Sequence[Tensor]:
+        return *self.tokens(u), self.q_weight, self.k_weight
+
+
+class HedgehogJoint(Hedgehog):
+    """Hedgehog (`hedgehog`) with one softmax over both halves of the features, and biases."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.q_bias, self.k_bias = (nn.Parameter(torch.zeros(self.n_heads, self.head_dim)) for _ in "qk")
+
+    def no_weight_decay(self) -> set[str]:
+        return {"q_bias", "k_bias"}
+
+    def project(self, u: Tensor) -> Sequence[Tensor]:
+        return *super().project(u), self.q_bias, self.k_bias
+
+    def scan(self, *inputs: Tensor, **options):
+        return super().scan(*inputs, joint=True, **options)
+
+
+class HedgehogWindow(Hedgehog):
+    """LoLCATs (`hedgehog_window`): softmax to the last `window` squared tokens of a route, Hedgehog to all older."""
+
+    recurrence = staticmethod(scans.hedgehog_window)
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.factor = nn.Parameter(torch.zeros(self.n_heads))
+
+    def project(self, u: Tensor) -> Sequence[Tensor]:
+        return *super().project(u), self.factor
+
+    def scan(self, *inputs: Tensor, **options):
+        return super().scan(*inputs, window=self.window**2, **options)
 
 
 # -- delta rules -------------------------------------------------------------------------------------------------------
@@ -233,6 +386,104 @@ class KDA(DeltaNet):
 
     recurrence = staticmethod(scans.kda)
     per_route = {"beta": "head", "forget": "channel"}
+
+
+class GatedDeltaNet2(DeltaNet):
+    """Gated DeltaNet-2 (`gated_delta_rule_2`): gates of erasing and of writing per channel."""
+
+    recurrence = staticmethod(scans.gated_delta_rule_2)
+    per_route = {"forget": "channel", "erase": "channel", "write": "channel"}
+
+    def project(self, u: Tensor) -> Sequence[Tensor]:
+        q, k, v = self.tokens(u)
+        decay, erase, write = (self.values(name, u) for name in self.per_route)
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        return q, k, v, F.logsigmoid(decay) / 16, erase.sigmoid(), write.sigmoid()
+
+
+class DeltaProduct(Core):
+    """Gated DeltaProduct (`gated_delta_product`): two steps of the delta rule per token."""
+
+    recurrence = staticmethod(scans.gated_delta_product)
+    shared = "q k1 v1 k2 v2"
+    per_route = {"forget": "head", "beta": 2}
+
+    def project(self, u: Tensor) -> Sequence[Tensor]:
+        q, k1, v1, k2, v2 = self.tokens(u)
+        k, v = F.normalize(torch.stack((k1, k2), 3), dim=-1), torch.stack((v1, v2), 3)
+        beta = 2 * self.values("beta", u).sigmoid().transpose(-1, -2)
+        return F.normalize(q, dim=-1), k, v, F.logsigmoid(self.values("forget", u)) / 16, beta
+
+
+class Comba(Core):
+    """Comba (`comba`): the delta rule with an error that is read before the decay, by a shorter key."""
+
+    recurrence = staticmethod(scans.comba)
+    per_route = {"forget": "head", "beta": "head"}
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.shorter, self.D = nn.Parameter(torch.zeros(self.n_heads)), nn.Parameter(torch.full((self.n_heads,), 0.02))
+
+    def project(self, u: Tensor) -> Sequence[Tensor]:
+        q, k, v = self.tokens(u)
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        p = self.shorter.sigmoid()[:, None] * k
+        forget = F.logsigmoid(self.values("forget", u)) / 16
+        return q - self.D[:, None] * p, k, v, p, forget, self.values("beta", u).sigmoid()
+
+
+class Mesa(Core):
+    """MesaNet (`mesa_net`): queries are solved for the keys so far."""
+
+    recurrence = staticmethod(scans.mesa_net)
+    per_route = {"forget": "head", "beta": "head"}
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.ridge = nn.Parameter(torch.zeros(self.n_heads, self.head_dim))
+
+    def no_weight_decay(self) -> set[str]:
+        return {"ridge"}
+
+    def project(self, u: Tensor) -> Sequence[Tensor]:
+        q, k, v = self.tokens(u)
+        forget, beta = F.logsigmoid(self.values("forget", u)) / 16, self.values("beta", u).sigmoid()
+        return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, forget, beta, F.softplus(self.ridge) + 0.25
+
+
+class MoMDelta(Core):
+    """A mixture of memories (`mom_gated_delta_rule`): a token is sent to two of four, gated delta rules each."""
+
+    recurrence = staticmethod(scans.mom_gated_delta_rule)
+    shared = "q"
+    per_route = {"forget": "memory", "beta": "memory"}
+
+    def __init__(self, dim: int, *args, **kwargs):
+        super().__init__(dim, *args, **kwargs)
+        self.router = nn.Linear(dim, MEMORIES, bias=False)
+        self.kv = nn.Linear(dim, 2 * MEMORIES * dim, bias=False)
+
+    def sent(self, u: Tensor) -> list[Tensor]:
+        """Logits of the router; keys and values of the memories (B, 1, L, memories, heads, head_dim)."""
+        kv = linear(self.kv, u)[:, None].unflatten(-1, (2, MEMORIES, self.n_heads, self.head_dim))
+        return [linear(self.router, u)[:, None], *kv.unbind(3)]
+
+    def project(self, u: Tensor) -> Sequence[Tensor]:
+        (q,), (logits, k, v) = self.tokens(u), self.sent(u)
+        forget, beta = (self.values(name, u).transpose(-1, -2) for name in self.per_route)
+        return F.normalize(q, dim=-1), logits, F.normalize(k, dim=-1), v, F.logsigmoid(forget) / 16, beta.sigmoid()
+
+
+class MoMGLA(MoMDelta):
+    """A mixture of memories (`mom_gla`): a token is sent to two of four, gated linear attentions each."""
+
+    recurrence = staticmethod(scans.mom_gla)
+    per_route = {"forget": "channel of each memory"}
+
+    def project(self, u: Tensor) -> Sequence[Tensor]:
+        forget = self.values("forget", u).unflatten(-1, (MEMORIES, -1)).transpose(3, 4)
+        return *self.tokens(u), *self.sent(u), F.logsigmoid(forget) / 16
 
 
 class DPLR(Core):
@@ -321,6 +572,94 @@ class WKV7(Core):
         return r, k * remove, v, decay, F.normalize(k, dim=-1), remove
 
 
+# -- test-time training ------------------------------------------------------------------------------------------------
+
+
+class Trained(Core):
+    """Base of the cores whose state is a model that learns from the tokens, and starts from learned weights `start`."""
+
+    def begin(self, batch: int) -> tuple[Tensor, ...]:
+        """The states before the first token, for so many samples."""
+        start = self.start.expand(batch, self.n_routes, *self.start.shape)
+        return start, torch.zeros_like(start)
+
+    def scan(self, *inputs: Tensor, initial_state: tuple[Tensor, ...] | None = None, **options):
+        state = self.begin(len(inputs[0])) if initial_state is None else initial_state
+        return super().scan(*inputs, initial_state=state, **options)
+
+
+class TTT(Trained):
+    """TTT-Linear (`ttt_linear`): a linear map under a layer norm, trained on mini-batches of 16 tokens."""
+
+    recurrence = staticmethod(scans.ttt_linear)
+    per_route = {"rate": "head"}
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.start = nn.Parameter(0.02 * torch.randn(self.n_heads, self.head_dim + 1, self.head_dim))
+        self.weight = nn.Parameter(torch.ones(self.n_heads, self.head_dim))
+        self.bias = nn.Parameter(torch.zeros(self.n_heads, self.head_dim))
+        self.place = nn.Parameter(torch.zeros(16))
+
+    def no_weight_decay(self) -> set[str]:
+        return {"start", "weight", "bias"}
+
+    def project(self, u: Tensor) -> Sequence[Tensor]:
+        q, k, v = self.tokens(u)
+        token = self.place + 1 / torch.arange(1, 17, device=u.device)
+        rate = self.values("rate", u).sigmoid() / self.head_dim
+        return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, rate, token, self.weight, self.bias
+
+
+class TTTByReader(TTT):
+    """TTT-Linear in the form of flash-linear-attention (`ttt_linear_fla`): rates belong to the tokens that read."""
+
+    recurrence = staticmethod(scans.ttt_linear_fla)
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        del self.place
+
+    def project(self, u: Tensor) -> Sequence[Tensor]:
+        q, k, v = self.tokens(u)
+        rate = self.values("rate", u).sigmoid() / self.head_dim
+        return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, rate, self.weight, self.bias
+
+
+class Titans(Trained):
+    """Titans' memory (`titans_memory`): a linear map, trained with momentum and weight decay on chunks of 4 tokens."""
+
+    recurrence = staticmethod(scans.titans_memory)
+    per_route = {"gates": 3}
+    hidden = 0
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        numbers = 2 * self.head_dim * self.hidden or self.head_dim**2
+        self.start = nn.Parameter(self.head_dim**-0.5 * torch.randn(self.n_heads, numbers))
+
+    def no_weight_decay(self) -> set[str]:
+        return {"start"}
+
+    def begin(self, batch: int) -> tuple[Tensor, ...]:
+        start, zeros = super().begin(batch)
+        return start, zeros, zeros, zeros, zeros.new_zeros(*zeros.shape[:3], 2)
+
+    def project(self, u: Tensor) -> Sequence[Tensor]:
+        q, k, v = self.tokens(u)
+        lr, mom, dec = self.values("gates", u).unbind(-1)
+        return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, lr, mom, dec - 3  # starts with little decay
+
+    def scan(self, *inputs: Tensor, **options):
+        return super().scan(*inputs, chunk=4, hidden=self.hidden, **options)
+
+
+class TitansMLP(Titans):
+    """Titans' memory (`titans_memory`) as an MLP with 64 hidden channels."""
+
+    hidden = 64
+
+
 # -- attention ---------------------------------------------------------------------------------------------------------
 
 
@@ -395,26 +734,74 @@ class DilatedAttention(NeighborhoodAttention):
     dilation = 2
 
 
+class ViTTTGLU(Attention):
+    """ViT^3's gated linear unit (`vittt_glu`): weights that take one step on all tokens, which then read them."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        shape = self.n_heads, self.head_dim, self.head_dim
+        self.w1, self.w2 = (nn.Parameter(0.02 * torch.randn(shape)) for _ in range(2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        grid = q.shape[1:-2]
+        q, k, v = (x.flatten(1, -3)[:, None] for x in (q, k, v))
+        return scans.vittt_glu(q, k, v, self.w1, self.w2)[:, 0].unflatten(1, grid)
+
+
+class ViTTTConv(Attention):
+    """ViT^3's depthwise convolution (`vittt_conv`), with kernels that take one step on all tokens of the map."""
+
+    def __init__(self, dim: int, *args, **kwargs):
+        super().__init__(dim, *args, **kwargs)
+        self.w = nn.Parameter(0.02 * torch.randn(dim, 3, 3))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        grid = q.shape[1:-2]
+        q, k, v = (x.flatten(1, -3).flatten(2)[:, None] for x in (q, k, v))
+        return scans.vittt_conv(q, k, v, self.w, grid)[:, 0].unflatten(1, grid).unflatten(-1, (self.n_heads, -1))
+
+
 MIXERS: dict[str, type[TokenMixer]] = {
     "s6": S6,
     "ssd": SSD,
+    "mamba3": Mamba3,
+    "mamba3_mimo": Mamba3MIMO,
     "gla": GLA,
     "simple_gla": SimpleGLA,
     "retention": Retention,
     "hgrn": HGRN,
     "hgrn2": HGRN2,
+    "rg_lru": RGLRU,
+    "mlstm": MLSTM,
     "log_linear": LogLinear,
+    "log_linear_delta": LogLinearDelta,
     "linear": LinearAttention,
+    "based": Based,
+    "hedgehog": Hedgehog,
+    "hedgehog_joint": HedgehogJoint,
+    "hedgehog_window": HedgehogWindow,
     "global_linear": GlobalLinearAttention,
     "delta": DeltaNet,
     "gated_delta": GatedDeltaNet,
+    "gated_delta_2": GatedDeltaNet2,
+    "delta_product": DeltaProduct,
     "kda": KDA,
+    "comba": Comba,
+    "mesa": Mesa,
+    "mom_delta": MoMDelta,
+    "mom_gla": MoMGLA,
     "dplr": DPLR,
     "wkv4": WKV4,
     "bi_wkv4": BiWKV4,
     "wkv6": WKV6,
     "bi_wkv6": BiWKV6,
     "wkv7": WKV7,
+    "ttt": TTT,
+    "ttt_fla": TTTByReader,
+    "titans": Titans,
+    "titans_mlp": TitansMLP,
+    "vittt_glu": ViTTTGLU,
+    "vittt_conv": ViTTTConv,
     "softmax": SoftmaxAttention,
     "window": WindowAttention,
     "neighborhood": NeighborhoodAttention,
@@ -432,7 +819,7 @@ class Mixer(TokenMixer):
         routes: of the scans, see `MultiRoute`; attentions that read all tokens at once have none.
         merge: name for `linescan.scans.multi_route.create_merge`: "sum", "mean", "gate", "concat", "channel_attention".
         head_dim: channels per head.
-        window: odd side of the windows of "window", "neighborhood", "dilated" and "sliding".
+        window: odd side of the windows of "window", "neighborhood", "dilated", "sliding" and "hedgehog_window".
 
     Raises:
         ValueError: unknown mixer, route or merge, heads that do not divide the channels, or an even window.

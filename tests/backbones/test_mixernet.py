@@ -11,9 +11,13 @@ BOTH_SIDES = ["bi_wkv4", "bi_wkv6", "sliding"]  # of a token on a route
 SMALL = dict(img_size=32, patch_size=4, embed_dim=32, depth=2, head_dim=8, num_classes=5)
 
 
-@pytest.mark.parametrize("merge", ["sum", "mean", "gate", "concat", "channel_attention"])
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_every_mixer_trains_with_every_merge(mixer, merge):
+MERGES = ["sum", "mean", "gate", "concat", "channel_attention"]
+# Every mixer with a merge that has parameters per route and channel; every merge with heads, without, and blind.
+TRAINED = [(m, "gate") for m in MIXERS] + [(m, merge) for m in ("gla", "s6", "hgrn", "softmax") for merge in MERGES]
+
+
+@pytest.mark.parametrize("mixer, merge", dict.fromkeys(TRAINED))
+def test_mixers_train_with_merges(mixer, merge):
     torch.manual_seed(0)
     model = timm.create_model("scan_tiny", mixer=mixer, routes=("row", "-row", "col", "-col"), merge=merge, **SMALL)
     logits = model(torch.randn(2, 3, 32, 40))

@@ -20,6 +20,7 @@ MAKE = {name: lambda spec, name=name: Mixer(32, name, spec, head_dim=16, window=
     "SS2D": lambda spec: SS2D(32, spec, d_state=4),
     "BiGLA": lambda spec: BiGLA(32, 2, routes=spec),
 }
+BY_POSITION = ["log_linear", "log_linear_delta", "ttt", "ttt_fla", "titans", "titans_mlp"]  # what their states go with
 NO_STATE = [name for name, core in MIXERS.items() if issubclass(core, Attention)] + ["bi_wkv4", "bi_wkv6", "sliding"]
 
 
@@ -57,7 +58,7 @@ def test_maps_tokens_and_tables_give_the_same(name):
     assert torch.equal(mixer(x.flatten(1, 2)), mixer(x.flatten(1, 2)[:, None]).flatten(1, 2)), "tokens in a line"
 
 
-@pytest.mark.parametrize("name", [name for name in MAKE if name not in NO_STATE and name != "log_linear"])
+@pytest.mark.parametrize("name", [name for name in MAKE if name not in NO_STATE + BY_POSITION])
 def test_a_state_is_passed_on(name):
     mixer = make(name, "row, row")
     mixer = getattr(mixer, "core", mixer)
@@ -74,12 +75,13 @@ def test_a_state_is_passed_on(name):
         assert a.shape[1] == 2 and torch.allclose(a, b)
 
 
-def test_the_buckets_of_log_linear_attention_are_passed_on():
-    core, x = make("log_linear", "row").core, tokens(2, 12, 32)
+@pytest.mark.parametrize("name", BY_POSITION)
+def test_a_state_is_passed_on_with_its_position(name):
+    core, x = make(name, "row").core, tokens(2, 22, 32)
     whole = core(x)
-    first, state = core(x[:, :5], return_final_state=True)
-    inputs = core.project(x[:, 5:])
-    second = core.scan(*inputs, grid=(1, 7), initial_state=state, position=5)
+    first, state = core(x[:, :9], return_final_state=True)
+    inputs = core.project(x[:, 9:])
+    second, _ = core.scan(*inputs, grid=(1, 13), initial_state=state, position=9, return_final_state=True)
     assert torch.allclose(torch.cat([first, second], 1), whole)
 
 

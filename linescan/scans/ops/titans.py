@@ -1,7 +1,7 @@
 """Titans' memory: weights that are trained, with momentum and weight decay, one step for each chunk of tokens.
 
-All gradients of a batch of chunks are taken at the weights that began the batch; what is left are elementwise steps, one
-for each of its chunks. Weights are kept flat, so that a model of one matrix and one of two are the same recurrence.
+The gradients of a batch of chunks are taken at the weights that began the batch; what is left is elementwise, a step for
+each chunk. Weights are kept flat, so that a model of one matrix and one of two are the same recurrence.
 """
 
 from math import pi
