@@ -21,6 +21,7 @@ from linescan.scans.recurrence import backend, recurrences
 from .tools import CASES, CAUSAL, FORMS, RECURRENT, ROUTES, bits, case, error, gather, results, same, scatter, table
 
 every = pytest.mark.parametrize("case", RECURRENT, ids=str)
+operators = pytest.mark.parametrize("case", {c.recurrence.name: c for c in RECURRENT[::-1]}.values(), ids=str)
 causal = pytest.mark.parametrize("case", CAUSAL, ids=str)
 forms = pytest.mark.parametrize("name", FORMS)
 kinds = pytest.mark.parametrize("kind", ROUTES)
@@ -329,7 +330,7 @@ def test_padding_alone_takes_steps(case, name):
 # -- graphs -----------------------------------------------------------------------------------------------------------
 
 
-@every
+@operators
 def test_opcheck(case):
     """Schema, fake form, autograd registration and compilation with symbolic sizes."""
     operator, seen = case.recurrence.operator, []

@@ -69,18 +69,22 @@ def _mamba3_mimo(
     q, k, v, a, dt, trap, angle, q_bias, k_bias, D, z, mimo_v, mimo_z, mimo_o, memory, turned, last_key, last_value
 ):
     share, v = trap.sigmoid(), _values(v, mimo_v, q.shape[3])
-    step = pi * torch.tanh(angle) * dt[..., None]
+    angles = []
+    for step in (pi * torch.tanh(angle) * dt[..., None]).unbind(2):
+        turned = torch.remainder(turned + step, TURN)
+        angles.append(turned)
+    angles = torch.stack(angles, 2)
+    keys, queries = _rotated(k, k_bias, angles), _rotated(q, q_bias, angles)
+    decay = (a * dt).exp()[..., None, None]
+    own, carried = (share * dt)[..., None, None] * keys, ((1 - share) * dt)[..., None, None]
     outputs = []
-    for q_t, k_t, v_t, a_t, dt_t, share_t, step_t in zip(*(x.unbind(2) for x in (q, k, v, a, dt, share, step))):
-        turned = torch.remainder(turned + step_t, TURN)
-        key, query = _rotated(k_t, k_bias, turned), _rotated(q_t, q_bias, turned)
-        decay = (a_t * dt_t).exp()
-        before, own = (decay * (1 - share_t) * dt_t)[..., None, None], (share_t * dt_t)[..., None, None]
-        memory = decay[..., None, None] * memory
-        memory = memory + ((before * last_key)[..., None] * last_value[..., None, :]).sum(-3)
-        memory = memory + ((own * key)[..., None] * v_t[..., None, :]).sum(-3)
-        outputs.append((query[..., None] * memory[..., None, :, :]).sum(-2))
-        last_key, last_value = key, v_t
+    for q_t, k_t, v_t, own_t, carried_t, decay_t in zip(
+        *(x.unbind(2) for x in (queries, keys, v, own, carried, decay))
+    ):
+        late = ((carried_t * last_key)[..., None] * last_value[..., None, :]).sum(-3)
+        memory = decay_t * (memory + late) + (own_t[..., None] * v_t[..., None, :]).sum(-3)
+        outputs.append((q_t[..., None] * memory[..., None, :, :]).sum(-2))
+        last_key, last_value = k_t, v_t
     output = _output(torch.stack(outputs, 2), v, z, D, mimo_z, mimo_o)
     return output, (memory, turned, last_key, last_value)
 

@@ -1,10 +1,11 @@
 """Titans' memory: weights that are trained, with momentum and weight decay, one step for each chunk of tokens.
 
-The gradients of a batch of chunks are taken at the weights that began the batch; what is left is elementwise, a step for
-each chunk. Weights are kept flat, so that a model of one matrix and one of two are the same recurrence.
+The gradients of a batch of chunks are taken at the weights that began it; what is left is elementwise, a step for each
+chunk. Weights are kept flat, so that a model of one matrix and one of two are the same recurrence.
 """
 
 from math import pi
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -23,23 +24,33 @@ def _matrices(weights: Tensor, size: int, hidden: int) -> list[Tensor]:
     return [first.unflatten(-1, (size, hidden)), second.unflatten(-1, (hidden, size))]
 
 
-def _answer(x: Tensor, weights: Tensor, hidden: int) -> Tensor:
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """x @ y, of the definition: element by element, which autocast leaves as it is also in the backward pass."""
+    return (x[..., None] * y[..., None, :, :]).sum(-2)
+
+
+def _answer(x: Tensor, weights: Tensor, hidden: int, product: Callable = torch.matmul) -> Tensor:
     """M(x) for x (..., C, D) and flat weights (..., n)."""
     first, *second = _matrices(weights, x.shape[-1], hidden)
-    return F.gelu(x @ first) @ second[0] if second else x @ first
+    z = product(x, first)
+    return product(F.gelu(z), second[0]) if second else z
 
 
-def _gradient(k: Tensor, v: Tensor, lr: Tensor, weights: Tensor, hidden: int) -> Tensor:
+def _gradient(
+    k: Tensor, v: Tensor, lr: Tensor, weights: Tensor, hidden: int, product: Callable = torch.matmul
+) -> Tensor:
     """Gradient (..., n) of sum_i sigmoid(lr_i) mean((M(k_i) - v_i)^2) for k, v (..., C, D) and lr (..., C)."""
     first, *second = _matrices(weights, k.shape[-1], hidden)
     rate = (2 / v.shape[-1]) * lr.sigmoid()[..., None]
-    z = k @ first
+    z = product(k, first)
     if not second:
-        return (k.mT @ (rate * (z - v))).flatten(-2)
+        return product(k.mT, rate * (z - v)).flatten(-2)
+    (second,) = second
     normal = 0.5 * (1 + torch.erf(z * 0.5**0.5))  # gelu is z times this
     slope = normal + z * torch.exp(-0.5 * z.square()) * (2 * pi) ** -0.5
-    error = rate * ((z * normal) @ second[0] - v)
-    return torch.cat(((k.mT @ (error @ second[0].mT * slope)).flatten(-2), ((z * normal).mT @ error).flatten(-2)), -1)
+    error = rate * (product(z * normal, second) - v)
+    steps = product(k.mT, product(error, second.mT) * slope), product((z * normal).mT, error)
+    return torch.cat([step.flatten(-2) for step in steps], -1)
 
 
 @recurrence(
@@ -51,7 +62,13 @@ def _gradient(k: Tensor, v: Tensor, lr: Tensor, weights: Tensor, hidden: int) ->
     """,
     # Per weight: answer of a key, gradient, readout 2 each, and 1 through the second matrix; a step of 4 for a chunk.
     flops="B * R * S * H * (2 * D * hidden or D * D) * (6 + (hidden > 0) + 4 / chunk)",
-    values=dict(weights=lambda x: 0.5 * x, momentum=lambda x: 0.1 * x, k=lambda x: F.normalize(x, dim=-1)),
+    values=dict(
+        weights=lambda x: 0.5 * x,
+        momentum=lambda x: 0.1 * x,
+        k=lambda x: F.normalize(x, dim=-1),
+        v=lambda x: 0.5 * x,
+        lr=lambda x: x - 1,
+    ),
     sizes=dict(chunk=2, per_batch=2),
 )
 def _titans_memory(
@@ -64,14 +81,14 @@ def _titans_memory(
         zip(*(x.unbind(2) for x in (q, k, v, lr, mom, dec))), position
     ):
         base = weights if t % (chunk * per_batch) == 0 else base
-        gradient = gradient + _gradient(k_t[..., None, :], v_t[..., None, :], lr_t[..., None], base, hidden)
+        gradient = gradient + _gradient(k_t[..., None, :], v_t[..., None, :], lr_t[..., None], base, hidden, _product)
         gates = gates + torch.stack((mom_t, dec_t), -1)
         if (t + 1) % chunk == 0:
             keep, forget = (gates / chunk).sigmoid().unsqueeze(-2).unbind(-1)
             momentum = keep * momentum - gradient
             weights = (1 - forget) * weights + momentum
             gradient, gates = torch.zeros_like(gradient), torch.zeros_like(gates)
-        outputs.append(_answer(q_t[..., None, :], weights, hidden).squeeze(-2))
+        outputs.append(_answer(q_t[..., None, :], weights, hidden, _product).squeeze(-2))
     return torch.stack(outputs, 2), (weights, momentum, base, gradient, gates)
 
 
