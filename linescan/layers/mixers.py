@@ -651,7 +651,7 @@ class Titans(Trained):
         return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, lr, mom, dec - 3  # starts with little decay
 
     def scan(self, *inputs: Tensor, **options):
-        return super().scan(*inputs, chunk=4, hidden=self.hidden, **options)
+        return super().scan(*inputs, chunk=4, hidden=self.hidden, clip=1.0, **options)
 
 
 class TitansMLP(Titans):

@@ -71,3 +71,16 @@ def test_cut_anywhere(chunk, batch):
         inputs = op.make(routes=1, length=length)
         got, want = (results(op, form, inputs, position=before, chunk=chunk, per_batch=batch) for form in FORMS)
         same(got, want, 1e-9)
+
+
+def test_clipping_keeps_the_weights_bounded():
+    """Large values and rates, without which the weights grow without end."""
+    inputs = case("titans_memory").make(1, 1, 60, without=case("titans_memory").states, D=4)
+    inputs |= {"v": 1e4 * inputs["v"], "k": 30 * inputs["k"], "lr": inputs["lr"] + 5}
+    for form in FORMS:
+        with backend(form):
+            free, (grown, *_) = titans_memory(**inputs, chunk=2, return_final_state=True)
+            bound, (kept, *_) = titans_memory(**inputs, chunk=2, clip=0.5, return_final_state=True)
+        assert not grown.abs().max() < 1e6
+        # Steps below 0.5 under the momenta and decays at hand.
+        assert kept.norm(dim=-1).max() < 30 and bound.isfinite().all()

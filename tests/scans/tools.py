@@ -25,7 +25,7 @@ VARIANTS = {
     "selective_scan": [dict(delta_softplus=True), dict(delta_softplus=True, without=("delta_weight",))],
     "ssd": [dict(dt_softplus=True)],
     "vittt_conv": [dict(grid=(7, 1))],
-    "titans_memory": [dict(chunk=2, per_batch=2), dict(chunk=3, hidden=3)],
+    "titans_memory": [dict(chunk=2, per_batch=2), dict(chunk=3, hidden=3, clip=0.5)],
     "ttt_linear_fla": [dict(mini_batch=3)],
 }
 

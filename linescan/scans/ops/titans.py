@@ -53,6 +53,13 @@ def _gradient(
     return torch.cat([step.flatten(-2) for step in steps], -1)
 
 
+def _clipped(gradient: Tensor, clip: float) -> Tensor:
+    """G / sqrt(1 + |G|^2 / clip^2), whose norm stays below `clip`; G as it is for 0."""
+    if not clip:
+        return gradient
+    return gradient * torch.rsqrt(1 + gradient.square().sum(-1, keepdim=True) / clip**2)
+
+
 @recurrence(
     "q k v: B K L H D; lr mom dec: B K L H",
     "B K L H D",
@@ -72,7 +79,7 @@ def _gradient(
     sizes=dict(chunk=2, per_batch=2),
 )
 def _titans_memory(
-    q, k, v, lr, mom, dec, chunk: int, per_batch: int, hidden: int,
+    q, k, v, lr, mom, dec, chunk: int, per_batch: int, hidden: int, clip: float,
     weights, momentum, base, gradient, gates, position: int,
 ):  # fmt: skip
     """`base` are the weights that began the batch of chunks, `gradient` and `gates` the sums of the chunk at hand."""
@@ -85,7 +92,7 @@ def _titans_memory(
         gates = gates + torch.stack((mom_t, dec_t), -1)
         if (t + 1) % chunk == 0:
             keep, forget = (gates / chunk).sigmoid().unsqueeze(-2).unbind(-1)
-            momentum = keep * momentum - gradient
+            momentum = keep * momentum - _clipped(gradient, clip)
             weights = (1 - forget) * weights + momentum
             gradient, gates = torch.zeros_like(gradient), torch.zeros_like(gates)
         outputs.append(_answer(q_t[..., None, :], weights, hidden, _product).squeeze(-2))
@@ -94,7 +101,7 @@ def _titans_memory(
 
 @_titans_memory.chunked
 def _titans_memory_chunked(
-    q, k, v, lr, mom, dec, chunk, per_batch, hidden, weights, momentum, base, gradient, gates, position
+    q, k, v, lr, mom, dec, chunk, per_batch, hidden, clip, weights, momentum, base, gradient, gates, position
 ):
     """A batch at a time, of which the chunks' gradients are taken at once. A token reads what the chunks before it, and
     its own if it is the last of it, made of the weights."""
@@ -119,7 +126,7 @@ def _titans_memory_chunked(
         after = [weights]
         for c in range(steps.shape[3] - (padding > 0)):
             keep, forget = (sums[:, :, :, c] / chunk).sigmoid().unsqueeze(-2).unbind(-1)
-            momentum = keep * momentum - steps[:, :, :, c]
+            momentum = keep * momentum - _clipped(steps[:, :, :, c], clip)
             weights = (1 - forget) * weights + momentum
             after.append(weights)
         gradient, gates = (x[:, :, :, -1] if padding else torch.zeros_like(x[:, :, :, -1]) for x in (steps, sums))
@@ -143,6 +150,7 @@ def titans_memory(
     chunk: int = 16,
     per_batch: int = 1,
     hidden: int = 0,
+    clip: float = 0.0,
     *,
     initial_state: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None,
     position: int = 0,
@@ -160,7 +168,7 @@ def titans_memory(
     Behrouz et al., "Titans: Learning to Memorize at Test Time", 2025, arXiv 2501.00663, where a chunk is a token.
     Chunks and batches are those of the public code titans-pytorch (MIT), without the norms around it. The last token of
     a chunk reads what the chunk made; tokens of a chunk that is not complete are in the state only. Nothing bounds the
-    weights but the data: unit keys, small rates.
+    weights but the data (unit keys, small rates) and `clip`, which is linescan's own.
 
     Args:
         q, k, v: queries, keys and values (B, K or 1, L, H, D).
@@ -170,6 +178,7 @@ def titans_memory(
         chunk: tokens of a step.
         per_batch: chunks whose gradients are taken at the same weights.
         hidden: channels between two matrices with an exact gelu; 0 for one matrix.
+        clip: G is divided by sqrt(1 + |G|^2 / clip^2), so that its norm stays below clip; 0 to leave it.
         initial_state: five tensors. weights: (B, K, H, 2*D*hidden or D*D), the matrices as (in, out), flat, one behind
             the other; momentum, base, gradient: S, the weights that began the batch of chunks and the sum of the
             gradients of the chunk at hand, as weights; gates: the sums of mom and dec over it (B, K, H, 2). Two
@@ -183,5 +192,5 @@ def titans_memory(
         (B, K, L, H, D), merged (B, L, H, D).
     """
     states = given_states("titans_memory", initial_state)
-    inputs = q, k, v, lr, mom, dec, chunk, per_batch, hidden, *states, position
+    inputs = q, k, v, lr, mom, dec, chunk, per_batch, hidden, clip, *states, position
     return _titans_memory(*inputs, route=route, merge=merge, return_final_state=return_final_state)
