@@ -141,3 +141,9 @@ def test_global_half_precision():
     ones = torch.ones(1, 1, 4096, 1, 1, dtype=torch.bfloat16)
     output = global_linear_attention(ones, ones, ones, normalize=False, scale=1.0)
     assert output.dtype == torch.bfloat16 and (output == 4096).all()
+
+
+def test_an_empty_window_is_refused():
+    inputs = case("hedgehog_window").make(length=5, without=["memory", "recent"])
+    with pytest.raises(ValueError, match="hedgehog_window: window is at least 1, got 0"):
+        hedgehog_window(**inputs, window=0)

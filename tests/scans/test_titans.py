@@ -84,3 +84,11 @@ def test_clipping_keeps_the_weights_bounded():
         assert not grown.abs().max() < 1e6
         # Steps below 0.5 under the momenta and decays at hand.
         assert kept.norm(dim=-1).max() < 30 and bound.isfinite().all()
+
+
+def test_impossible_chunks_are_refused():
+    inputs = case("titans_memory").make(length=5, without=case("titans_memory").states)
+    with pytest.raises(ValueError, match="titans_memory: chunk and per_batch are at least 1, got 0 and 1"):
+        titans_memory(**inputs, chunk=0)
+    with pytest.raises(ValueError, match="hidden and clip are not negative, got 0 and -1"):
+        titans_memory(**inputs, clip=-1.0)

@@ -67,3 +67,12 @@ def test_steps_are_those_of_autograd(form):
             step = inputs["lr"][0, 0, t, head] * inputs["token"][0].clamp_min(0)
             W = (W - step * torch.autograd.grad(loss, W)[0]).detach().requires_grad_()
             torch.testing.assert_close(output[0, 0, t, head], q[t, head] + inner(q[t, head], W))
+
+
+def test_impossible_mini_batches_are_refused():
+    inputs = case("ttt_linear").make(length=5, without=["start", "pending"])
+    with pytest.raises(ValueError, match="ttt_linear: a mini-batch has at least 1 token, got 0"):
+        ttt_linear(**inputs | {"token": inputs["token"][:0]})
+    inputs = case("ttt_linear_fla").make(length=5, without=["start", "pending"])
+    with pytest.raises(ValueError, match="ttt_linear_fla: a mini-batch has at least 1 token, got -1"):
+        ttt_linear_fla(**inputs, mini_batch=-1)

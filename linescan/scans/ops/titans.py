@@ -60,6 +60,12 @@ def _clipped(gradient: Tensor, clip: float) -> Tensor:
     return gradient * torch.rsqrt(1 + gradient.square().sum(-1, keepdim=True) / clip**2)
 
 
+def _wrong(chunk, per_batch, hidden, clip) -> str | None:
+    if chunk < 1 or per_batch < 1:
+        return f"chunk and per_batch are at least 1, got {chunk} and {per_batch}"
+    return f"hidden and clip are not negative, got {hidden} and {clip}" if hidden < 0 or clip < 0 else None
+
+
 @recurrence(
     "q k v: B K L H D; lr mom dec: B K L H",
     "B K L H D",
@@ -67,6 +73,7 @@ def _clipped(gradient: Tensor, clip: float) -> Tensor:
     weights: B R H (2*D*hidden or D*D); momentum: B R H (2*D*hidden or D*D); base: B R H (2*D*hidden or D*D);
     gradient: B R H (2*D*hidden or D*D); gates: B R H 2
     """,
+    requires=_wrong,
     # Per weight: answer of a key, gradient, readout 2 each, and 1 through the second matrix; a step of 4 for a chunk.
     flops="B * R * S * H * (2 * D * hidden or D * D) * (6 + (hidden > 0) + 4 / chunk)",
     values=dict(

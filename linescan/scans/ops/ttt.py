@@ -36,6 +36,10 @@ def _output(q: Tensor, y: Tensor, weight: Tensor, bias: Tensor, residual: bool) 
     return (y if residual else q) + weight * _normalized(y)[0] + bias
 
 
+def _wrong(mini_batch) -> str | None:
+    return None if mini_batch >= 1 else f"a mini-batch has at least 1 token, got {mini_batch}"
+
+
 def _with_one(x: Tensor) -> Tensor:
     return F.pad(x, (0, 1), value=1.0)
 
@@ -44,6 +48,7 @@ def _with_one(x: Tensor) -> Tensor:
     "q k v: B K L H D; lr: B K L H; eta?: B K L H; token?: mini_batch; weight bias: H D",
     "B K L H D",
     state="start: B R H D+1 D; pending: B R H D+1 D",
+    requires=_wrong,
     flops="8 * B * R * S * H * D * D",  # per element of the weights: two reads, an update and a step of 2 each
     values=VALUES,
     sizes=dict(mini_batch=3),
@@ -147,6 +152,7 @@ def ttt_linear(
     _ttt_linear,
     "q k v: B K L H D; eta: B K L H; weight bias: H D",
     state="start: B R H D+1 D; pending: B R H D+1 D",
+    requires=_wrong,
     values=VALUES,
 )
 def ttt_linear_fla(

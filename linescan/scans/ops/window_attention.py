@@ -17,6 +17,10 @@ def _weighed(scores: Tensor, values: Tensor, share: Tensor) -> Tensor:
     return share * (weights[..., None] * values).sum(-2)
 
 
+def _wrong(window) -> str | None:
+    return None if window >= 1 else f"window is at least 1, got {window}"
+
+
 def _split(recent: Tensor, *sizes: int) -> tuple[Tensor, ...]:
     """Keys, their features, and values with a 1 behind them."""
     return recent.split(sizes, -1)
@@ -27,6 +31,7 @@ def _split(recent: Tensor, *sizes: int) -> tuple[Tensor, ...]:
     "B K L H dv",
     state="memory: B R H F dv+1; recent: B R H window dk+F+dv+1",
     scale=lambda dk: dk**-0.5,
+    requires=_wrong,
     flops="B * R * S * H * (4 * F * (dv + 1) + 2 * window * (dk + dv + 1))",
     values=dict(share=torch.sigmoid, q_features=torch.sigmoid, k_features=torch.sigmoid),
     sizes=dict(F=4, window=4),
@@ -76,7 +81,8 @@ def _window_attention_chunked(q, k, q_features, k_features, v, share, window, sc
     _window_attention,
     "q k: B K L H dk; v: B K L H dv; q_weight k_weight: H dk F; factor: H",
     state="memory: B R H 2*F dv+1; recent: B R H window dk+2*F+dv+1",
-    values=dict(memory=torch.sigmoid, recent=lambda x: x.sigmoid()),
+    requires=_wrong,
+    values=dict(memory=torch.sigmoid, recent=torch.sigmoid),
     sizes=dict(F=3, window=4),
 )
 def hedgehog_window(
