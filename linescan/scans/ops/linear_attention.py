@@ -10,7 +10,7 @@ from torch import Tensor
 from ..._compat import plain_shape
 from ..chunks import join, split
 from ..matmul import matmul
-from ..recurrence import check_arguments, precise, public, recurrence
+from ..recurrence import check_arguments, check_merge, precise, public, recurrence
 
 __all__ = ["based", "global_linear_attention", "hedgehog", "hedgehog_features", "linear_attention"]
 
@@ -32,25 +32,24 @@ def _normalized(o: Tensor, normalize: bool, eps: float = EPS) -> Tensor:
     "B K L H dv",
     state="B R H dk dv+normalize",
     scale=lambda dk: dk**-0.5,
-    eps=EPS,
     flops="4 * B * R * S * H * dk * (dv + normalize)",
     values=dict(q=torch.sigmoid, k=torch.sigmoid, initial_state=torch.sigmoid),
 )
-def _linear_attention(q, k, v, scale: float, normalize: bool, eps: float, initial_state):
+def _linear_attention(q, k, v, scale: float, normalize: bool, initial_state):
     state, outputs = initial_state, []
     for q_t, k_t, v_t in zip(*(x.unbind(2) for x in (q, k, _counted(v, normalize)))):
         state = state + k_t[..., None] * v_t[..., None, :]
         outputs.append(scale * (q_t[..., None] * state).sum(-2))
-    return _normalized(torch.stack(outputs, 2), normalize, eps), state
+    return _normalized(torch.stack(outputs, 2), normalize), state
 
 
 @_linear_attention.chunked
-def _linear_attention_chunked(q, k, v, scale, normalize, eps, initial_state):
+def _linear_attention_chunked(q, k, v, scale, normalize, initial_state):
     length = q.shape[2]
     q, k, v = split(scale * q, k, _counted(v, normalize))
     states = torch.cat((initial_state.unsqueeze(3), k.mT @ v), 3).cumsum(3)
     o = join((q @ k.mT).tril() @ v + q @ states[:, :, :, :-1], length)
-    return _normalized(o, normalize, eps), states[:, :, :, -1]
+    return _normalized(o, normalize), states[:, :, :, -1]
 
 
 @public(_linear_attention)
@@ -61,7 +60,6 @@ def linear_attention(
     *,
     normalize: bool = False,
     scale: float | None = None,
-    eps: float | None = None,
     initial_state: Tensor | None = None,
     route: Tensor | None = None,
     merge: str | None = None,
@@ -70,7 +68,7 @@ def linear_attention(
     """Causal linear attention.
 
         S_t = S_{t-1} + k_t v_t^T
-        o_t = scale * S_t^T q_t            (normalised: / (scale * q_t . (k_1 + ... + k_t) + eps))
+        o_t = scale * S_t^T q_t            (normalised: / (scale * q_t . (k_1 + ... + k_t) + 1e-10))
 
     Katharopoulos et al., "Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention", 2020,
     arXiv 2006.16236, equation 9.
@@ -80,7 +78,6 @@ def linear_attention(
         v: values (B, K or 1, L, H, dv).
         normalize: divide by the sum of the weights, which wants positive features.
         scale: of the queries; dk ** -0.5 by default.
-        eps: added to the sum of the weights; 1e-10 by default.
         initial_state: (B, K, H, dk, dv+normalize): with `normalize`, the last column is the sum of the keys.
         route, merge, return_final_state: as of every recurrence (docs/recurrences.md). A padding token leaves the state
             as it is.
@@ -88,7 +85,7 @@ def linear_attention(
     Returns:
         (B, K, L, H, dv), merged (B, L, H, dv).
     """
-    inputs = q, k, v, scale, normalize, eps, initial_state
+    inputs = q, k, v, scale, normalize, initial_state
     return _linear_attention(*inputs, route=route, merge=merge, return_final_state=return_final_state)
 
 
@@ -122,10 +119,14 @@ def global_linear_attention(
         return _normalized(o, normalize).transpose(2, 3).to(dtype)
 
 
-def _of_features(q: Tensor, k: Tensor, v: Tensor, normalize: bool, eps: float, initial_state, dtype, **options):
-    """Linear attention of features in float32, at least, to an output of the caller's dtype."""
-    result = _linear_attention(q, k, v, 1.0, normalize, eps, initial_state, **options)
-    return (result[0].to(dtype), result[1]) if options["return_final_state"] else result.to(dtype)
+def _of_features(q, k, v, normalize, eps, dtype, initial_state, route, merge, return_final_state):
+    """Linear attention of features, in float32 at least, to an output of the caller's dtype."""
+    check_merge("linear_attention", merge)
+    inputs = q, k, _counted(v, normalize), 1.0, False, initial_state
+    o, state = _linear_attention(*inputs, route=route, return_final_state=True)
+    o = _normalized(o, normalize, eps)
+    o = (o.sum(1) if merge else o).to(dtype)
+    return (o, state) if return_final_state else o
 
 
 def _taylor(x: Tensor) -> Tensor:
@@ -177,8 +178,8 @@ def based(
         (B, K, L, H, dv), merged (B, L, H, dv).
     """
     check_arguments("based", q, k, v, normalize, eps, initial_state, route=route)
-    options = dict(route=route, merge=merge, return_final_state=return_final_state)
-    return _of_features(_taylor(q), _taylor(k), v, normalize, eps, initial_state, q.dtype, **options)
+    call = _taylor(q), _taylor(k), v, normalize, eps, q.dtype, initial_state
+    return _of_features(*call, route, merge, return_final_state)
 
 
 def hedgehog_features(x: Tensor, weight: Tensor, bias: Tensor | None = None, joint: bool = False) -> Tensor:
@@ -248,6 +249,5 @@ def hedgehog(
     """
     inputs = q, k, v, q_weight, k_weight, q_bias, k_bias, joint, eps, initial_state
     check_arguments("hedgehog", *inputs, route=route)
-    options = dict(route=route, merge=merge, return_final_state=return_final_state)
-    q, k, dtype = hedgehog_features(q, q_weight, q_bias, joint), hedgehog_features(k, k_weight, k_bias, joint), q.dtype
-    return _of_features(q, k, v, True, eps, initial_state, dtype, **options)
+    features = hedgehog_features(q, q_weight, q_bias, joint), hedgehog_features(k, k_weight, k_bias, joint)
+    return _of_features(*features, v, True, eps, q.dtype, initial_state, route, merge, return_final_state)

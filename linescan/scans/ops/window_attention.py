@@ -71,7 +71,7 @@ def _window_attention_chunked(q, k, q_features, k_features, v, share, window, sc
     near = ((scores - largest.clamp_min(torch.finfo(q.dtype).min)).exp() @ values).flatten(3, 4)[:, :, :, :length]
 
     _, late, values = _split(tokens[:, :, :length], *sizes)
-    far, memory = _linear_attention_chunked(q_features, late, values, 1.0, False, 0.0, memory)
+    far, memory = _linear_attention_chunked(q_features, late, values, 1.0, False, memory)
     share = share[:, None]
     o = share * near.transpose(2, 3) + (1 - share) * far
     return o[..., :-1] / o[..., -1:], (memory, tokens[:, :, length:].transpose(2, 3))
