@@ -39,6 +39,7 @@ from .notices import notice
 __all__ = [
     "LICENCES",
     "Entry",
+    "connect",
     "create_model",
     "entries",
     "fetch",
@@ -351,7 +352,7 @@ def fetch_address(url: str, cache_dir: str | Path | None = None) -> Path:
 def _fetch(source, announce: Callable[[], None]) -> Path:
     try:
         if source.path is None:
-            _connect(source.url)
+            connect(source.url)
         announce()
         return source.path or source.download()
     except Exception as error:  # network libraries raise errors of many kinds
@@ -416,7 +417,7 @@ class _Address:
         return self.target
 
 
-def _connect(url: str) -> None:
+def connect(url: str) -> None:
     """Asks the server once. Downloaders try again for half a minute where there is no network.
 
     Raises:

@@ -33,8 +33,8 @@ from linescan.engine.atomic import atomic  # noqa: E402
 from linescan.engine.progress import say  # noqa: E402
 from linescan.errors import InputError  # noqa: E402
 
-# The transformers of 224 pixels, small: patches of 8 pixels, half the depth.
-SMALL = ("patch_size=8", "depth=6")
+# The models of 224 pixels, small: patches of 10 pixels, and 6 blocks.
+SMALL = ("patch_size=10", "depth=6")
 MODELS = {
     "scan_tiny": ("scan_tiny", ()),
     "vim_tiny": ("vim_tiny_patch16_224", SMALL),

@@ -61,6 +61,8 @@ def build(name: str, **args) -> nn.Module:
     if own:
         zoo.find(name)
     try:
+        if args.get("pretrained") and not own:
+            _reach(name)
         size = _sides(args["img_size"]) if args.get("img_size") is not None else None
         model = _create(zoo.create_model if own else timm.create_model, name, args)
     except Exception as error:  # a constructor may raise anything at all
@@ -71,6 +73,27 @@ def build(name: str, **args) -> nn.Module:
     if min(height, width) < smallest:
         raise InputError(f"{name} reads images of at least {smallest}x{smallest} pixels, not {height}x{width}")
     return model
+
+
+def _reach(name: str) -> None:
+    """Asks the server once for the weights of a model of timm, which would try for a minute, unless they are here.
+
+    Raises:
+        InputError: there is no connection.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None or not cfg.hf_hub_id:
+        return
+    files = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+    if any(isinstance(try_to_load_from_cache(cfg.hf_hub_id, file), str) for file in files):
+        return
+    url = f"https://huggingface.co/{cfg.hf_hub_id}"
+    try:
+        zoo.connect(url)
+    except OSError as error:
+        raise InputError(f"cannot fetch {url}: {error}; a file that you have loads with {zoo.BY_HAND}") from None
 
 
 def _create(create: Callable[..., nn.Module], name: str, args: dict) -> nn.Module:
