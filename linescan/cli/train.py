@@ -118,14 +118,20 @@ def evaluation_of(task: str):
         parameter("batch", Batch, 64),
         parameter("workers", Workers),
         parameter("model_arg", ModelArgs),
+        parameter("to", _option(Optional[Path], PAGE, "--out", "-o")),
         parameter("as_json", Json, False),
     ]
     about = "Score a finished model. A broken sample is named and left out; the exit status is then 1."
     return made_command("evaluate", evaluate, own + parameters_of(recipe, scoring=True), about, EVALUATIONS)
 
 
+PAGE = (
+    "A folder for report.html (confusion matrix, scores of each class, calibration, worst mistakes), "
+    "and the same as JSON and CSV."
+)
 EVALUATIONS = (
     "linescan evaluate --data digits --checkpoint runs/demo/model.safetensors",
+    "linescan evaluate --data flowers/val --checkpoint runs/flowers/best.safetensors --out runs/flowers/report",
     "linescan evaluate --data imagenet/val --model vim_tiny_patch16_224 --batch 128 --precision bf16",
     "linescan evaluate --data kinetics/val --model videomamba_video_tiny_patch16_224.k400_f8 --views 4x3",
 )
@@ -141,6 +147,7 @@ def evaluate(
     batch: int,
     workers: int | None,
     model_arg: list[str] | None,
+    to: Path | None,
     as_json: bool,
     **options,
 ) -> None:
@@ -160,10 +167,17 @@ def evaluate(
         result = run(judge, restored.to(alone.device), alone, progress=advance, **settings)
     for message in result.broken:
         say(("left out", "yellow"), f" {message}")
-    if as_json:
-        show_json({**result.scores, "samples": result.samples, "broken": result.broken})
-    else:
-        show((judge.describe(result.scores), "bold green"), f" on {result.samples} samples")
+    found, files = {}, []
+    try:
+        if to:
+            found, files = judge.report(result.totals, to, f"{card.model} on {data}")
+    finally:  # what has been scored is not lost with what cannot be written
+        if as_json:
+            show_json({**result.scores, "samples": result.samples, "broken": result.broken, **found})
+        else:
+            show((judge.describe(result.scores), "bold green"), f" on {result.samples} samples")
+    for path in files:
+        say(str(path))
     raise typer.Exit(1 if result.broken else 0)
 
 

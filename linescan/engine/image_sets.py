@@ -14,6 +14,7 @@ from ..media.arrays import read_array
 from ..media.find import find_images, find_videos
 from ..media.images import read_image
 from ..media.pixels import to_mode
+from ..media.video import is_video, open_video
 
 __all__ = ["Digits", "Files", "Folder", "ImageSet", "classes_of", "open_data", "roots", "split"]
 
@@ -45,6 +46,15 @@ class ImageSet(ABC):
         Raises:
             BrokenImage: it cannot be read.
         """
+
+    def preview(self, index: int, side: int = 336) -> Image.Image:
+        """Sample `index` for people, RGB: the image, reduced as it is read; of a video the frame in the middle."""
+        path = Path(self.names[index])
+        if not (path.is_dir() or is_video(path)):
+            return self.image(index, 3, (side, side))
+        video = open_video(path)
+        [frame] = video.images([len(video) // 2], 3)
+        return frame
 
     def bands(self, index: int, channels: int) -> np.ndarray:
         """Image `index` of any number of channels, (H, W, channels), in its own type.

@@ -20,7 +20,7 @@ Reader = Callable[[ImageSet, int], Tensor]
 
 
 class Samples(Dataset):
-    """Items {"input": what `read` makes of a sample, "label": its class}.
+    """Items {"input": what `read` makes of a sample, "label": its class, "index": its number in the set}.
 
     Args:
         images: the set.
@@ -37,7 +37,7 @@ class Samples(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict:
-        return {"input": self.read(self.images, index), "label": self.images.labels[index]}
+        return {"input": self.read(self.images, index), "label": self.images.labels[index], "index": index}
 
     def order(self, generator: np.random.Generator) -> Sequence[int]:
         return np.repeat(generator.permutation(len(self)), self.repeats)[: len(self)]

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, Callable, ClassVar, NamedTuple
 
 import torch
@@ -89,6 +90,22 @@ class Evaluator(ABC):
         """The scores as a reader wants them."""
         return ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
 
+    def report(self, totals: Totals, folder: Path, title: str) -> tuple[dict, list[Path]]:
+        """Writes more than scores: a page for people, tables for programs.
+
+        Args:
+            totals: over all data.
+            folder: made if it is missing.
+            title: of the page.
+
+        Returns:
+            What was found, in JSON's types, and the files.
+
+        Raises:
+            InputError: there is no such page for this task.
+        """
+        raise InputError("there is a page (--out) for classification only")
+
     def better(self, scores: dict[str, float], best: float | None) -> bool:
         """Whether these scores are better than the best `primary` so far."""
         value = scores[self.primary]
@@ -96,11 +113,19 @@ class Evaluator(ABC):
 
 
 class Evaluation(NamedTuple):
-    """The scores of a model, from how many samples, and a message for each sample that this process could not read."""
+    """The scores of a model.
+
+    Attributes:
+        scores: by name.
+        samples: from how many.
+        broken: a message for each sample that this process could not read.
+        totals: what the scores are computed from.
+    """
 
     scores: dict[str, float]
     samples: int
     broken: list[str]
+    totals: Totals
 
 
 def precision(device: torch.device, dtype: torch.dtype):
@@ -161,7 +186,7 @@ def evaluate(
     read = sum(processes.share(read))
     if not read:
         raise InputError(f"none of the {len(evaluator.data)} held-out samples can be read" + _first(broken))
-    return Evaluation(evaluator.scores(totals), read, broken)
+    return Evaluation(evaluator.scores(totals), read, broken, totals)
 
 
 def _first(messages: list[str]) -> str:

@@ -27,6 +27,7 @@ from ..media.pixels import image_mode
 from ..media.video import Clips, Views, open_video, segments
 from .base import Task, build_model
 from .recipes import ClassificationRecipe
+from .report import Report
 from .tool import Progress, Tool, Writer, silent
 
 __all__ = [
@@ -284,13 +285,20 @@ class Accuracy(Evaluator):
         data: items {"input": an image (C, H, W), or views of a video (V, C, T, H, W); "label": its class}.
         answer: (model, inputs) -> logits.
         batch: samples in one forward pass.
+        classes: their names; given, all probabilities are kept for `report`.
     """
 
     names = ("loss", "top1", "top5")
     primary = "top1"
 
-    def __init__(self, data: Dataset, answer: Callable = lambda model, inputs: model(inputs), batch: int | None = None):
-        self.data, self.answer, self.batch = data, answer, batch
+    def __init__(
+        self,
+        data: Dataset,
+        answer: Callable = lambda model, inputs: model(inputs),
+        batch: int | None = None,
+        classes: Sequence[str] | None = None,
+    ):
+        self.data, self.answer, self.batch, self.classes = data, answer, batch, classes
 
     def measure(self, model: nn.Module, batch: Any, totals: Totals) -> None:
         inputs, labels = batch["input"], batch["label"]
@@ -302,6 +310,8 @@ class Accuracy(Evaluator):
         hits = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
         loss = F.cross_entropy(scores, labels, reduction="sum")
         totals.add(loss=loss, top1=hits[:, 0].sum(), top5=hits.sum(), samples=len(labels))
+        if self.classes:
+            totals.keep(index=batch["index"], label=labels, probability=scores.softmax(-1))
 
     def scores(self, totals: Totals) -> dict[str, float]:
         count = totals["samples"].item()
@@ -310,6 +320,17 @@ class Accuracy(Evaluator):
 
     def describe(self, scores: dict[str, float]) -> str:
         return f"loss {scores['loss']:.3f}, top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %"
+
+    def report(self, totals: Totals, folder: Path, title: str) -> tuple[dict, list[Path]]:
+        """See `linescan.tasks.report.Report`."""
+        order = totals["index"].argsort()
+        index = totals["index"][order].tolist()
+        images = self.data.images
+        found = Report(
+            self.classes, [images.names[i] for i in index], totals["label"][order].numpy(),
+            totals["probability"][order].double().numpy(),
+        )  # fmt: skip
+        return found.as_dict(), found.write(folder, title, lambda sample: images.preview(index[sample]))
 
 
 def default_augment(data: str, channels: int, frames: int) -> str:
@@ -382,7 +403,8 @@ class ClassificationTask(Task):
         frames, views = getattr(model, "num_frames", 0), Views.parse(recipe.views)
         if views.count > 1 and not frames:
             raise InputError(f"--views are of videos; {card.model} reads images")
-        return Accuracy(labelled(recipe.data, card, frames, views), batch=max(recipe.batch // views.count, 1))
+        data, batch = labelled(recipe.data, card, frames, views), max(recipe.batch // views.count, 1)
+        return Accuracy(data, batch=batch, classes=card.classes)
 
     @staticmethod
     def answer(model: nn.Module, inputs: Tensor) -> Tensor:
