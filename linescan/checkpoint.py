@@ -242,9 +242,9 @@ def load_checkpoint(
 ) -> nn.Module:
     """Loads a published or own checkpoint into `model`, strictly.
 
-    The model's `checkpoint_filter(state)` maps the original file's keys and layouts to ours, and resamples position
-    tables to the model's grid. Its `checkpoint_nesting` names the entries that its authors take the weights from, where
-    that is not the usual one. A `features_only` model takes what it has of the file.
+    The model's `checkpoint_filter(state)` maps the original file's keys and layouts to linescan's, and resamples
+    position tables to the model's grid. Its `checkpoint_nesting` names the entries that its authors take the weights
+    from, where that is not the usual one. A `features_only` model takes what it has of the file.
 
     Args:
         model: any linescan model (or any module; without a filter the keys must agree as they are).

@@ -63,7 +63,7 @@ def linescan_here(monkeypatch, capsys):
     return run
 
 
-def write_pictures(root: Path, classes=("circle", "square", "stripe"), each=8, size=20, seed=0) -> Path:
+def write_images(root: Path, classes=("circle", "square", "stripe"), each=8, size=20, seed=0) -> Path:
     """ROOT/CLASS/N.png: noise around a colour of the class's own."""
     random = np.random.default_rng(seed)
     for label, name in enumerate(classes):
@@ -76,9 +76,9 @@ def write_pictures(root: Path, classes=("circle", "square", "stripe"), each=8, s
 
 
 @pytest.fixture
-def pictures(tmp_path) -> Path:
-    """A folder of three classes with eight pictures each."""
-    return write_pictures(tmp_path / "pictures")
+def images(tmp_path) -> Path:
+    """A folder of three classes with eight images each."""
+    return write_images(tmp_path / "images")
 
 
 @pytest.fixture(scope="session")

@@ -228,7 +228,7 @@ def scan(
     results = {
         "machine": machine(),
         "shape": {"batch": 1, "channels": channels, "states": states},
-        "unit": "ns a token and channel",
+        "unit": "ns per token and channel",
     }
     rows: dict[str, dict[str, float]] = {name: {} for name in forms}
     for length in sizes:
@@ -259,7 +259,7 @@ def scan(
     results["ratios"] = ratios
 
     columns = [f"{kind} {length}" for kind in ("forward", "forward + backward") for length in sizes]
-    table = Table("ns a token and channel", title=f"Selective scan, 1 thread, D = {channels}, N = {states}")
+    table = Table("ns per token and channel", title=f"Selective scan, 1 thread, D = {channels}, N = {states}")
     for column in columns:
         table.add_column(column, justify="right", min_width=8)
     for name, row in rows.items():
@@ -276,7 +276,7 @@ def scan(
                 axes.loglog(*zip(*points), style, marker="o", color=colour, label=name if style == "-" else None)
         axes.set_xticks(sizes, sizes)
         axes.set_xticks([], minor=True)
-        axes.set(xlabel="tokens", ylabel="ns a token and channel (dashed: with backward)")
+        axes.set(xlabel="tokens", ylabel="ns per token and channel (dashed: with backward)")
         axes.legend()
 
     save(out, "scan", results, draw)

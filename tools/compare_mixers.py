@@ -4,7 +4,7 @@
     python tools/compare_mixers.py
     python tools/compare_mixers.py --mixers s6,ssd,wkv7,kda --routes row,-row,hilbert,-hilbert --merge gate --epochs 30
 
-Everything but the mixer is the same: data, order of the pictures, width, depth, routes, merge, schedule. Each run is a
+Everything but the mixer is the same: data, order of the images, width, depth, routes, merge, schedule. Each run is a
 folder of its own (as `linescan train` writes them); the same command again goes on where it was stopped.
 """
 
@@ -72,7 +72,7 @@ def compare(
     page = draw(results, to, routes, f"{dim} channels, depth {depth}, 64 tokens, routes {routes} merged by {merge}")
     page.savefig(to / "compare.png")
     console.print(table(results))
-    say((str(to / "compare.png"), "bold"), "  look at this; the numbers are in compare.csv and compare.json beside it")
+    say((str(to / "compare.png"), "bold"), "  the plots; the numbers are in compare.csv and compare.json beside it")
 
 
 def cost(recipe: Recipe) -> tuple[int, float]:
@@ -81,11 +81,11 @@ def cost(recipe: Recipe) -> tuple[int, float]:
     The CPU's time and not the clock's, which would measure what else the machine does.
     """
     model = build(recipe.model, in_chans=1, num_classes=10, **recipe.model_args)
-    pictures, times = torch.randn(recipe.batch, 1, 16, 16), []
+    images, times = torch.randn(recipe.batch, 1, 16, 16), []
     with progress_bar("measuring a step", 5) as advance:
         for _ in range(5):
             start = time.process_time()
-            model(pictures).logsumexp(1).sum().backward()
+            model(images).logsumexp(1).sum().backward()
             times.append(time.process_time() - start)
             advance()
     return sum(p.numel() for p in model.parameters()), 1000 * min(times)
@@ -113,7 +113,7 @@ def write(to: Path, results: list[dict]) -> None:
 def table(results: list[dict]) -> Table:
     """The best first."""
     rows = Table("mixer", box=box.SIMPLE_HEAD)
-    for column in ("parameters", "CPU ms a step", "CPU s in all", "top-1 %"):
+    for column in ("parameters", "CPU ms per step", "CPU s in all", "top-1 %"):
         rows.add_column(column, justify="right")
     for r in sorted(results, key=lambda r: -r["top1"]):
         numbers = f"{r['parameters']:,}", f"{r['step_ms']:.0f}", f"{r['seconds']:.1f}", f"{r['top1']:.2f}"
@@ -121,7 +121,7 @@ def table(results: list[dict]) -> Table:
     return rows
 
 
-# -- the picture ------------------------------------------------------------------------------------------------------
+# -- the plots --------------------------------------------------------------------------------------------------------
 
 
 def draw(results: list[dict], to: Path, routes: str, setting: str) -> Figure:
@@ -197,14 +197,14 @@ def draw_orders(figure: Figure, routes: str) -> None:
 def draw_disputes(figure: Figure, checkpoints: dict[str, Path], colours: dict[str, str], count: int = 6) -> None:
     """The held-out digits over which the mixers disagree most, and what each takes them for."""
     held_out = Digits(held_out=True)
-    pictures = [held_out.image(i, channels=1) for i in range(len(held_out))]
-    sure = {n: Classifier(checkpoint=path, device="cpu").probabilities(pictures) for n, path in checkpoints.items()}
+    images = [held_out.image(i, channels=1) for i in range(len(held_out))]
+    sure = {n: Classifier(checkpoint=path, device="cpu").probabilities(images) for n, path in checkpoints.items()}
     together = torch.stack(list(sure.values()))  # (mixers, digits, classes)
     split = together.var(0).sum(1) if len(sure) > 1 else -together[0].amax(1)
     figure.text(0.52, 0.255, "what they disagree about most", color=INK, weight="bold", fontsize=12)
     for at, i in enumerate(split.argsort(descending=True)[:count].tolist()):
         axis = figure.add_axes((0.52 + at * 0.073, 0.02, 0.066, 0.2), anchor="NW")
-        axis.imshow(np.asarray(pictures[i]), cmap="gray_r", interpolation="nearest")
+        axis.imshow(np.asarray(images[i]), cmap="gray_r", interpolation="nearest")
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_color("#d5dae1")
         axis.set_title(f"a {held_out.labels[i]}", fontsize=9, color=GREY, pad=3)
@@ -216,7 +216,7 @@ def draw_disputes(figure: Figure, checkpoints: dict[str, Path], colours: dict[st
 
 
 def main() -> None:
-    """Runs it; what the user can mend is told in one line."""
+    """Runs it; what the user can fix is told in one line."""
     try:
         typer.run(compare)
     except (InputError, CheckpointError) as error:

@@ -185,7 +185,7 @@ def operators_with(kernel: str) -> list[Operator]:
 
 
 def random_table(generator: torch.Generator, batch: int, routes: int, length: int) -> Tensor | None:
-    """None, permutations, or tables with padding, repeated reads and dropped outputs; sometimes one a sample."""
+    """None, permutations, or tables with padding, repeated reads and dropped outputs; sometimes one per sample."""
 
     def one(plain):
         order = torch.randperm(length, generator=generator)

@@ -492,7 +492,7 @@ class Backbone(nn.Module):
         return key.startswith("norm.")
 
     def translate(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Official keys and layouts to ours; what is ours or unknown stays."""
+        """Official keys and layouts to linescan's; what is ours or unknown stays."""
         return state
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:

@@ -277,7 +277,7 @@ class LocalVim(PlainBackbone):
         return x, grid, (grid, rope)
 
     def translate(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Official keys to ours: the directions' parameters stacked, rotary tables dropped (they are computed)."""
+        """Official keys to linescan's: the directions' parameters stacked, computed tables dropped."""
         if not any(key.startswith("layers.") for key in state):
             return state
         state, out = _merge_weights(state), {}

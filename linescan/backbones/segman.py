@@ -312,7 +312,7 @@ class SegMANEncoder(HierarchicalBackbone):
     # -- weights ----------------------------------------------------------------------------------------------------
 
     def translate(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The official code's keys to ours, for files of the encoder and of the segmentation models."""
+        """The official code's keys to linescan's, for files of the encoder and of the segmentation models."""
         if not any(key.startswith("layers.") for key in state):
             return state
         return from_official({k: v for k, v in state.items() if not k.endswith(".rope.angle")}, self)  # computed
@@ -363,7 +363,7 @@ OFFICIAL_NAMES = (
 
 
 def from_official(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The official keys to ours; scans' tensors get an axis of routes, 1x1 convolutions become matrices."""
+    """The official keys to linescan's; scans' tensors get an axis of routes, 1x1 convolutions become matrices."""
     own = model.state_dict()
     state = rename(state, OFFICIAL_NAMES)
     for key in state.keys() & own.keys():

@@ -148,7 +148,7 @@ class VideoMamba(PlainBackbone):
     # -- weights ----------------------------------------------------------------------------------------------------
 
     def translate(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Official keys to ours; what only other forms of the model have is left out."""
+        """Official keys to linescan's; what only other forms of the model have is left out."""
         state = {k: v for k, v in state.items() if not k.startswith(("distill_head.", "clip_decoder."))}
         if not any(key.startswith("layers.") for key in state):
             return state

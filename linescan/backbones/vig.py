@@ -140,7 +140,7 @@ class ViG(PlainBackbone):
         return turn_rows(x) if self.scan == "zigzag" else x
 
     def translate(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Official keys to ours."""
+        """Official keys to linescan's."""
         return rename(state, PLAIN_KEYS)
 
 
@@ -219,7 +219,7 @@ class HierViG(HierarchicalBackbone):
         self.apply(init_linear)
 
     def translate(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Official keys to ours: a stage's downsampling stands at the end of the stage before in the file."""
+        """Official keys to linescan's: a stage's downsampling stands at the end of the stage before in the file."""
         return rename(state, HIERARCHICAL_KEYS)
 
 

@@ -142,7 +142,7 @@ class Vim(PlainBackbone):
         return x if rope is None or unit == len(self.feature_info) - 1 else rotate_pairs(x, *rope)
 
     def translate(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Official keys to ours: the two directions' parameters stacked, rotary tables dropped (they are computed)."""
+        """Official keys to linescan's: the two directions' parameters stacked, computed tables dropped."""
         if not any(key.startswith("layers.") for key in state):
             return state
         state, out = dict(state), {}

@@ -144,7 +144,7 @@ class VisionRWKV(PlainBackbone):
         return super().checkpoint_filter(rename(state, ((r"^backbone\.", ""),)), img_size)
 
     def translate(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Official keys to ours, of any of the three trainers."""
+        """Official keys to linescan's, of any of the three trainers."""
         out = rename(state, OFFICIAL_KEYS)
         for key, value in out.items():
             if key.endswith((".decay", ".first")) and value.ndim == 1:

@@ -212,7 +212,7 @@ class VMamba(HierarchicalBackbone):
     # -- weights ----------------------------------------------------------------------------------------------------
 
     def translate(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The official code's keys, of any of its generations, to ours; the scans' parameters get an axis of routes."""
+        """Official keys of any generation to linescan's; the scans' parameters get an axis of routes."""
         if not any(key.startswith("layers.") for key in state):
             return state
         own, out = self.state_dict(), {}

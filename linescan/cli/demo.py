@@ -19,7 +19,7 @@ def demo(
         bool, typer.Option("--dense", help="Segment and detect digits in scenes instead; needs OpenMMLab.")
     ] = False,
 ):
-    """Train a small Vim on handwritten digits, try it on some it has not seen, and draw a picture of it all.
+    """Train a small Vim on handwritten digits, try it on some it has not seen, and draw all of it.
 
     With --dense, a UPerNet (mmseg) and a Mask R-CNN (mmdet) instead, on digits in scenes.
     """

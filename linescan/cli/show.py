@@ -166,7 +166,7 @@ def doctor(as_json: Json = False):
 def routes(
     spec: Annotated[str, typer.Argument(help="One or more orders, by name; a wrong name lists those there are.")],
     size: Annotated[str, typer.Option(help="Height x width of the grid (or depth x height x width).")] = "14x14",
-    picture: Annotated[Path, typer.Option("--out", "-o", help="The picture to write.")] = Path("routes.png"),
+    picture: Annotated[Path, typer.Option("--out", "-o", help="The image to write.")] = Path("routes.png"),
 ):
     """Draw the orders in which a model visits a grid of tokens."""
     try:

@@ -70,7 +70,7 @@ def demo(out: str | Path = "runs/demo", recipe: Recipe = RECIPE) -> float:
     tell_files(
         out,
         {
-            "demo.png": "look at this first",
+            "demo.png": "start with this one",
             "model.safetensors": "the model: weights, classes, and how it wants its images",
             "metrics.csv": "losses and accuracies, step by step",
             "images/": "a dozen held-out digits",

@@ -33,7 +33,7 @@ SPLITS = ("train", "val")
 
 @dataclass
 class Scene:
-    """A picture and what is in it.
+    """An image and what is in it.
 
     Attributes:
         image: (H, W, 3) RGB of 8 bits.
@@ -162,6 +162,6 @@ def write_scenes(root: str | Path, split: str, count: int, size: int = 96, seed:
 
 
 def read_pixels(path: str | Path) -> np.ndarray:
-    """A picture file's values as they are: (H, W, 3) RGB, or (H, W) classes of a mask."""
+    """An image file's values as they are: (H, W, 3) RGB, or (H, W) classes of a mask."""
     with Image.open(path) as image:
         return np.asarray(image)

@@ -43,7 +43,7 @@ def demo_dense(
     Args:
         out: where everything goes.
         iterations: of each training; by default as the configs say.
-        scenes: how many to learn from, and how many to judge by.
+        scenes: how many to train on, and how many to score by.
         seed: another seed, other networks; the scenes stay.
         threads: of each of the two trainings.
 
@@ -59,7 +59,7 @@ def demo_dense(
     cfgs = {task: configure(name, data, iterations, seed) for task, name in TASKS.items()}
     for task in TASKS:
         shutil.rmtree(out / task, ignore_errors=True)
-    say(f"{scenes[0]} scenes to learn from and {scenes[1]} to judge by are being written to {data}")
+    say(f"{scenes[0]} scenes to train on and {scenes[1]} to score by are being written to {data}")
     for split, count in zip(("train", "val"), scenes):
         write_scenes(data, split, count)
 
@@ -181,7 +181,7 @@ def tell(out: Path, metrics: dict, trainings: dict[str, Training]) -> None:
     tell_files(
         out,
         {
-            "segmentation.png": "look at this first",
+            "segmentation.png": "start with this one",
             "detection.png": "and at this",
             "metrics.json": "all numbers",
             "data/": "the scenes: images, mask PNGs, COCO json",

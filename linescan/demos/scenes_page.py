@@ -1,4 +1,4 @@
-"""The two pages of `make demo-dense`: scenes, truth and prediction side by side, and how it was learned."""
+"""The two pages of `make demo-dense`: scenes, truth and prediction side by side, and how they were trained."""
 
 import json
 from pathlib import Path
@@ -43,7 +43,7 @@ def draw(task: str, path: Path, data: Path, training: Training, metrics: dict, p
     count = len(predictions)
     figure.text(0.02, 0.968, title, fontsize=17, weight="bold", color=_INK)
     figure.text(
-        0.02, 0.946, f"{said}, in {count} scenes of handwriting that it has not learned from; on the left of each pair "
+        0.02, 0.946, f"{said}, in {count} scenes of handwriting that it was not trained on; on the left of each pair "
         "the truth, on the right what it says; the worst come last", color=_GREY,
     )  # fmt: skip
     _, top, bottom = figure.subfigures(3, 1, height_ratios=(0.2, 2.1, 1))
@@ -144,7 +144,7 @@ class DetectedScenes:
 
 
 def show(axis, image: np.ndarray, masks: list[tuple[np.ndarray, int]]) -> None:
-    """The picture, with masks in the colours of their classes over it."""
+    """The image, with masks in the colours of their classes over it."""
     shown = 0.75 * image / 255
     for mask, c in masks:
         shown[mask] = 0.25 * shown[mask] + 0.75 * COLOURS[c]

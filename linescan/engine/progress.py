@@ -1,4 +1,4 @@
-"""What a person sees while waiting: lines and progress bars.
+"""What is shown during long work: lines and progress bars.
 
 A line is made of parts: plain strings, and (text, style) pairs such as `("skipped", "yellow")`. No text is ever read as
 markup, and control characters are shown as escapes, so that file names and messages from anywhere can be parts.

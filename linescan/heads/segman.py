@@ -91,7 +91,7 @@ class MMSCopE:
         return self.cat(torch.cat([self.short_path(x), pooled, m, c2 + p, c3 + p, c4 + p], 1))
 
     def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The official code's keys to ours."""
+        """The official code's keys to linescan's."""
         return from_official(state, self)
 
 
@@ -160,7 +160,7 @@ class SegMAN(nn.Module):
         return resize(self.decode_head(self.forward_features(x)), x.shape[-2:])
 
     def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Official keys, `backbone.` and `decode_head.`, to ours."""
+        """Official keys, `backbone.` and `decode_head.`, to linescan's."""
         out = dict(state)
         for name, part in self.named_children():
             inner = {key: out.pop(key) for key in list(out) if key.startswith(f"{name}.")}

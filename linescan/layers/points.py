@@ -7,7 +7,7 @@ A batch of clouds comes in one of two forms, and every operator takes both and g
 
 `pad` and `pack` go from one to the other. Row numbers in results count as the input does: within the cloud where it is
 padded, within all rows where it is packed. -1 stands where there is no row to name. A row with a NaN or infinite
-coordinate is no point: it is never sampled, is nobody's neighbour, and has no neighbours.
+coordinate is no point: it is never sampled, is no neighbour of any, and has no neighbours.
 
 Distances are sums of squared differences, computed in float64 for float64 points and in float32 otherwise: the expanded
 form |a|^2 - 2ab + |b|^2 loses so many digits in float32 that neighbours change. Every operator is plain torch and runs

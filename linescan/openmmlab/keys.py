@@ -6,7 +6,7 @@ __all__ = ["translate_keys"]
 
 
 def translate_keys(module: nn.Module, state: dict, prefix: str, *_) -> None:
-    """A hook before `load_state_dict`: what a file calls a part's parameters becomes what we call them, in place.
+    """A hook before `load_state_dict`: a file's names of a part's parameters become linescan's, in place.
 
     Args:
         module: the part, with a `checkpoint_filter`.

@@ -18,7 +18,7 @@ from .recurrence import is_plain
 __all__ = ["linear", "matmul", "project_routes", "project_routes_backward"]
 
 # torch keeps a compiled kernel for every shape that oneDNN has multiplied, in two caches of 1,024 each: hundreds of MB
-# after images of changing sizes. 256 have room for several sizes: a training step of our models has 10 to 70 shapes.
+# after images of changing sizes. 256 have room for several sizes: a training step of these models has 10 to 70 shapes.
 # torch reads these variables at its first product; a value that is set already stands.
 for _cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
     os.environ.setdefault(_cache, "256")

@@ -56,7 +56,7 @@ class _Setting(NamedTuple):
 
 
 _setting: ContextVar[_Setting] = ContextVar("linescan_backend", default=_Setting())
-_traced_setting = _Setting()  # the same for torch.compile, which reads no context variable but watches this
+_traced_setting = _Setting()  # the same for torch.compile, which reads no context variable, but has a guard on this
 _recurrences: dict[str, "Recurrence"] = {}
 _functions: dict[str, "Public"] = {}
 
@@ -244,7 +244,7 @@ class Recurrence:
         if name:
             implementation = self.implementations[name]
             implementation.check(*call)
-        self.layout.check_devices(call[:-2], route)  # kernels look at devices themselves
+        self.layout.check_devices(call[:-2], route)  # kernels check devices themselves
         return implementation
 
     def _in_time_order(self, inputs, route: Tensor | None) -> list:

@@ -1,4 +1,4 @@
-"""One file per task: how a model is trained for it and scored, and the tool that people use it by.
+"""One file per task: how a model is trained for it and scored, and the tool that applies it to files.
 
 Training: `base.Task` is what a task is, `recipes` holds the options of every task that `linescan train` knows.
 classify.py      images and videos (with the tool)

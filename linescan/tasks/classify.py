@@ -71,7 +71,7 @@ class Predictions(list):
 
 
 class _Seen(NamedTuple):
-    """An image as the model wants it, (C, H, W), and a small copy for people."""
+    """An image as the model wants it, (C, H, W), and a small copy to draw on."""
 
     tensor: Tensor
     image: Image.Image
@@ -141,7 +141,7 @@ class Classifier(Tool):
         return self.module
 
     def facts(self) -> dict[str, str]:
-        """What a person wants to know of this tool, by name."""
+        """What there is to know of this tool, by name."""
         size = " x ".join(map(str, self.card.preprocess.size))
         seen = f"{self.clips.frames} frames of {size}" if self.clips else size
         return super().facts() | {"classes": f"{len(self.classes)} classes", "input": seen}

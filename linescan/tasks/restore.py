@@ -291,7 +291,7 @@ class Restorer(Tool):
         self.network = ensemble(self._run) if self_ensemble else self._run
 
     def facts(self) -> dict[str, str]:
-        """What a person wants to know of this tool, by name."""
+        """What there is to know of this tool, by name."""
         scale = f"x{self.scale}" if self.scale > 1 else "same size"
         return super().facts() | {"scale": scale + ", self-ensemble" * self.self_ensemble}
 

@@ -38,7 +38,7 @@ Progress = Callable[[float], None]
 
 
 def silent(share: float) -> None:
-    """A `Progress` that nobody sees."""
+    """A `Progress` that is not shown."""
 
 
 class Tool:
@@ -93,7 +93,7 @@ class Tool:
         raise NotImplementedError
 
     def facts(self) -> dict[str, str]:
-        """What a person wants to know of this tool, by name."""
+        """What there is to know of this tool, by name."""
         count = sum(p.numel() for p in self.module.parameters())
         dtype = str(self.dtype).removeprefix("torch.")
         return {

@@ -60,7 +60,7 @@ class WindowTool(Tool):
         return self.model.palette
 
     def facts(self) -> dict[str, str]:
-        """What a person wants to know of this tool, by name."""
+        """What there is to know of this tool, by name."""
         windows = {"windows": f"windows of {self.window[0]} x {self.window[1]}"} if self.window else {}
         return super().facts() | {"classes": f"{len(self.classes)} classes"} | windows
 
@@ -139,7 +139,7 @@ def _cuts(length: int, largest: int, scale: int) -> list[tuple[np.ndarray, slice
 
 
 class Block(NamedTuple):
-    """A part of a picture and its logits (C, bottom - top, right - left)."""
+    """A part of an image and its logits (C, bottom - top, right - left)."""
 
     top: int
     bottom: int
@@ -164,13 +164,13 @@ def slide(
 
     The logits of a block are good until the next one is asked for.
 
-    The sums are kept for a strip as high as a window. Where a strip as wide as the picture would take more than
-    `memory` bytes, the picture is done in several columns, and windows across their borders once in each.
+    The sums are kept for a strip as high as a window. Where a strip as wide as the image would take more than
+    `memory` bytes, the image is done in several columns, and windows across their borders once in each.
 
     Args:
-        pixels: the picture.
+        pixels: the image.
         forward: windows (B, h, w, 3) -> logits (B, channels, h, w).
-        window, stride: (height, width); a window is never larger than the picture.
+        window, stride: (height, width); a window is never larger than the image.
         batch: windows in one call of `forward`.
         memory: bytes for the sums of logits; never less than what one window takes.
         device: where `forward` answers.

@@ -10,7 +10,7 @@ from PIL import Image
 from linescan.engine.image_sets import Digits
 from linescan.engine.metrics import read_metrics
 
-from ..conftest import ENVIRONMENT, SMALL, write_pictures
+from ..conftest import ENVIRONMENT, SMALL, write_images
 from ..tasks.test_classify import Bomb
 
 OFFLINE = {**ENVIRONMENT, "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
@@ -36,7 +36,7 @@ def test_classify(linescan_command, trained, digits):
     assert lines[0].count("%") == 2 and done.stderr == ""
 
 
-def test_classify_skips_broken_pictures_and_says_so(linescan_command, trained, digits):
+def test_classify_skips_broken_images_and_says_so(linescan_command, trained, digits):
     (digits / "1.png").write_bytes((digits / "1.png").read_bytes()[:60])
     Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(digits / "nan.tiff")
     done = linescan_command("classify", digits, "--checkpoint", trained / "model.safetensors", "--json")
@@ -70,12 +70,12 @@ def test_evaluate_a_folder(linescan_here, trained, tmp_path):
     args = ("evaluate", "-d", tmp_path / "val", "-c", trained / "model.safetensors", "--workers", 0)
     status, stdout, stderr = linescan_here(*args)
     assert status == 1 and "on 40 samples" in stdout and "broken.png" in stderr
-    status, _, stderr = linescan_here("evaluate", "-d", write_pictures(tmp_path / "other"), *args[3:])
+    status, _, stderr = linescan_here("evaluate", "-d", write_images(tmp_path / "other"), *args[3:])
     assert status == 2 and "3 classes, the model 10" in stderr
 
 
-def test_train_on_a_folder(linescan_command, pictures, tmp_path):
-    args = ("train", "-d", pictures, "-o", "run", "-e", 2, "-b", 8, *SMALL, "--warmup", 0, "--lr", 3e-3, "--workers", 1)
+def test_train_on_a_folder(linescan_command, images, tmp_path):
+    args = ("train", "-d", images, "-o", "run", "-e", 2, "-b", 8, *SMALL, "--warmup", 0, "--lr", 3e-3, "--workers", 1)
     done = linescan_command(*args, "--mixup", 0.2, "--cutmix", 1, "--erasing", 0.2, "--ema", 0.9, "--holdout", 0.25)
     assert done.returncode == 0, done.stderr
     assert "epoch   2/2" in done.stderr and "Warning" not in done.stderr
@@ -84,7 +84,7 @@ def test_train_on_a_folder(linescan_command, pictures, tmp_path):
         "recipe.json", "state.pt", "model.safetensors", "best.safetensors", "metrics.csv", "tensorboard",
     }  # fmt: skip
     assert list((run / "tensorboard").iterdir())
-    guesses = linescan_command("classify", pictures / "circle", "-c", run / "model.safetensors", "--json")
+    guesses = linescan_command("classify", images / "circle", "-c", run / "model.safetensors", "--json")
     assert {g["label"] for r in json.loads(guesses.stdout) for g in r["answer"]} == {"circle", "square", "stripe"}
     again = linescan_command(*args)
     assert again.returncode == 2 and again.stderr.startswith("linescan: run already holds a run; --resume")
@@ -184,7 +184,7 @@ def bad(tmp_path_factory, trained):
     checkpoint = trained / "model.safetensors"
     files = {name: root / name.lower() for name in ("EMPTY", "ONE", "CUT", "BOMB", "PICTURE", "FIVE", "VIM")}
     files["EMPTY"].mkdir()
-    write_pictures(files["ONE"], classes=("only",))
+    write_images(files["ONE"], classes=("only",))
     Image.new("L", (8, 8)).save(files["PICTURE"], format="png")
     files["CUT"].write_bytes(checkpoint.read_bytes()[:5000])
     torch.save({"model": {"x": torch.zeros(1)}, "extra": Bomb(root / "it_ran")}, files["BOMB"])

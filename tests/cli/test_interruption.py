@@ -11,12 +11,12 @@ import torch
 
 from linescan.engine.metrics import read_metrics
 
-from ..conftest import ENVIRONMENT, SMALL, command, write_pictures
+from ..conftest import ENVIRONMENT, SMALL, command, write_images
 from ..runs import contents, finish, kill_and_resume, rows_of, same
 
 # Everything random is on, and every kind of state is kept.
 RECIPE = (
-    "train", "-d", "pictures", "--holdout", 0.25, "-e", 12, "-b", 4, "--accumulate", 2, "--augment", "standard",
+    "train", "-d", "images", "--holdout", 0.25, "-e", 12, "-b", 4, "--accumulate", 2, "--augment", "standard",
     "--erasing", 0.5, "--mixup", 0.8, "--cutmix", 1, "--ema", 0.9, "--drop-path", 0.2, "--save-every", 1,
     "--log-every", 1, "--workers", 0, "--device", "cpu", *SMALL,
 )  # fmt: skip
@@ -54,7 +54,7 @@ main()
 def whole(tmp_path_factory):
     """The folder with the images and a run that nothing has disturbed."""
     folder = tmp_path_factory.mktemp("interruption")
-    write_pictures(folder / "pictures")
+    write_images(folder / "images")
     finish(folder, RECIPE, "whole")
     assert contents(folder / "whole")[0]["step"] == 36
     return folder
@@ -86,7 +86,7 @@ def test_killed_while_writing(whole):
 
 
 def test_stopped_from_the_keyboard(tmp_path):
-    write_pictures(tmp_path / "pictures")
+    write_images(tmp_path / "images")
     process = subprocess.Popen(
         command(*RECIPE, "-o", "run", "--epochs", 1000),
         cwd=tmp_path,

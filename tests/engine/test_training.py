@@ -272,10 +272,10 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_good_state(tmp_pat
         assert all(v.isfinite().all() for v in state["trained"].values())
 
 
-def test_broken_images_are_left_out_and_named(pictures, tmp_path, capsys):
-    (pictures / "circle" / "3.png").write_bytes(b"broken")
-    (pictures / "square" / "[5].png").write_bytes(b"")
-    recipe = Recipe(str(pictures), **VIT, epochs=1, batch=8, augment="standard", holdout=0.5)
+def test_broken_images_are_left_out_and_named(images, tmp_path, capsys):
+    (images / "circle" / "3.png").write_bytes(b"broken")
+    (images / "square" / "[5].png").write_bytes(b"")
+    recipe = Recipe(str(images), **VIT, epochs=1, batch=8, augment="standard", holdout=0.5)
     training = Training(recipe, tmp_path / "run", ALONE)
     training.run()
     said = capsys.readouterr().err
@@ -283,22 +283,22 @@ def test_broken_images_are_left_out_and_named(pictures, tmp_path, capsys):
     assert training.broken == {line.removeprefix("left out ") for line in said.splitlines() if "left out" in line}
 
 
-def test_one_broken_image_does_not_stop_batches_of_one(pictures, tmp_path, capsys):
+def test_one_broken_image_does_not_stop_batches_of_one(images, tmp_path, capsys):
     for i in range(3):
-        (pictures / "circle" / f"{i}.png").write_bytes(b"broken")
-    Training(Recipe(str(pictures), **VIT, epochs=1, batch=1), tmp_path / "run", ALONE).run()
+        (images / "circle" / f"{i}.png").write_bytes(b"broken")
+    Training(Recipe(str(images), **VIT, epochs=1, batch=1), tmp_path / "run", ALONE).run()
     assert "circle/1.png" in capsys.readouterr().err
-    for path in pictures.rglob("*.png"):
+    for path in images.rglob("*.png"):
         path.write_bytes(b"broken")
     with pytest.raises(InputError, match="none of the 21 training samples can be read"):
-        Training(Recipe(str(pictures), **VIT, epochs=1, batch=4), tmp_path / "other", ALONE).run()
+        Training(Recipe(str(images), **VIT, epochs=1, batch=4), tmp_path / "other", ALONE).run()
 
 
-def test_fine_tuning_keeps_the_features_and_not_the_classifier(tmp_path, trained, pictures):
+def test_fine_tuning_keeps_the_features_and_not_the_classifier(tmp_path, trained, images):
     """From a card: neither the model nor its arguments are named again; a resumed run needs the file no more."""
     checkpoint = tmp_path / "from.safetensors"
     checkpoint.write_bytes((trained / "model.safetensors").read_bytes())
-    recipe = Recipe(str(pictures), epochs=1, checkpoint=str(checkpoint), model_args={"in_chans": 1})
+    recipe = Recipe(str(images), epochs=1, checkpoint=str(checkpoint), model_args={"in_chans": 1})
     training = Training(recipe, tmp_path / "run", ALONE)
     before, _ = restore(checkpoint=checkpoint)
     assert torch.equal(training.bare.patch_embed.proj.weight, before.patch_embed.proj.weight)
@@ -308,7 +308,7 @@ def test_fine_tuning_keeps_the_features_and_not_the_classifier(tmp_path, trained
     again = Training(recipe, tmp_path / "run", ALONE, RESUME)
     assert again.step == training.step and same(again.bare.state_dict(), training.bare.state_dict())
     with pytest.raises(CheckpointError, match="of vit_tiny_patch16_224, not of vim_tiny"):
-        Training(Recipe(str(pictures), checkpoint=str(trained / "model.safetensors"), **VIM), tmp_path / "x", ALONE)
+        Training(Recipe(str(images), checkpoint=str(trained / "model.safetensors"), **VIM), tmp_path / "x", ALONE)
 
 
 def test_the_weights_in_a_state_are_those_for_use(tmp_path):
@@ -346,9 +346,9 @@ def test_the_number_of_classes_must_be_that_of_the_data(tmp_path):
         start(tmp_path, model_args={**VIT["model_args"], "num_classes": 7})
 
 
-def test_defaults_follow_the_channels(pictures, tmp_path):
+def test_defaults_follow_the_channels(images, tmp_path):
     """One channel asked for, no augmentation named: trained without one that needs colours."""
-    recipe = Recipe(str(pictures), model=VIT["model"], model_args={**VIT["model_args"], "in_chans": 1}, epochs=1)
+    recipe = Recipe(str(images), model=VIT["model"], model_args={**VIT["model_args"], "in_chans": 1}, epochs=1)
     assert Training(recipe, tmp_path / "run", ALONE).run()["loss"] > 0
     with pytest.raises(InputError, match="--augment rand-m9 is for RGB"):
         Training(replace(recipe, augment="rand-m9"), tmp_path / "other", ALONE)

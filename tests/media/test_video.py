@@ -466,13 +466,13 @@ def test_broken_videos_are_named_and_skipped(linescan_here, model, tmp_path):
 
 def test_what_cannot_be(linescan_here, model, trained, tmp_path):
     video = write_video(tmp_path / "x.mp4", GREYS[:4])
-    pictures = trained / "model.safetensors"
+    of_images = trained / "model.safetensors"
     (tmp_path / "nothing").mkdir()
     Image.new("RGB", (40, 40)).save(tmp_path / "lone.png")
     for args, line in (
         ((video, "-c", model, "--views", "4"), "--views is CLIPSxCROPS, as in 4x3, not '4'"),
         ((video, "-c", model, "--views", "0x1"), "not '0x1'"),
-        ((video, "-c", pictures, "--views", "4x3"), "views are taken of videos; vit_tiny_patch16_224 reads images"),
+        ((video, "-c", of_images, "--views", "4x3"), "views are taken of videos; vit_tiny_patch16_224 reads images"),
         ((tmp_path / "nothing", "-c", model), "nothing holds no images or videos"),
         ((tmp_path / "lone.png", "-c", model), "lone.png is an image; only videos or folders of frames are read here"),
     ):

@@ -1,4 +1,4 @@
-"""Every config that comes with linescan builds, trains one step and tests one picture."""
+"""Every config that comes with linescan builds, trains one step and tests one image."""
 
 from functools import lru_cache
 
@@ -43,7 +43,7 @@ def cfg(request):
 
 
 def shrink(cfg):
-    """Fewer blocks, narrow heads, small pictures, on the CPU; the backbone's widths stay."""
+    """Fewer blocks, narrow heads, small images, on the CPU; the backbone's widths stay."""
     backbone, model = cfg.model.backbone, cfg.model
     cls = architecture(backbone.model)[0]
     backbone.init_cfg = None

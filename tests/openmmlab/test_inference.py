@@ -142,7 +142,7 @@ def test_names_and_colours(segmentor, folder):
     assert Segmenter(*strange, device="cpu").classes == [f"class {i}" for i in range(4)]
 
 
-def test_windows_larger_pictures_and_half_precision(segmentor):
+def test_windows_larger_images_and_half_precision(segmentor):
     image = photo(200, 330)
     full = Segmenter(*segmentor, device="cpu", window=96, batch=3)
     once = Segmenter(*segmentor, device="cpu", window=96, memory=1)
@@ -153,7 +153,7 @@ def test_windows_larger_pictures_and_half_precision(segmentor):
 
 def test_segment_command(linescan_here, segmentor, picture, tmp_path):
     config, weights = segmentor
-    (tmp_path / "broken.jpg").write_bytes(b"not a picture")
+    (tmp_path / "broken.jpg").write_bytes(b"not an image")
     out = tmp_path / "out"
     status, stdout, stderr = linescan_here("segment", tmp_path, "-m", config, "-c", weights, "-o", out)
     assert status == 1 and "broken.jpg" in stderr and "Traceback" not in stderr
@@ -193,15 +193,15 @@ def test_instances_are_mmdets_own(detector, picture):
     assert drawn.width == 170 * 3 and drawn.height > 110 * 3
 
 
-def test_batches_of_equal_pictures(detector):
-    pictures = [photo(100, 150, seed) for seed in range(3)]
+def test_batches_of_equal_images(detector):
+    images = [photo(100, 150, seed) for seed in range(3)]
     alone, together = Detector(*detector, device="cpu"), Detector(*detector, device="cpu", batch=3)
-    for one, other in zip(alone(pictures), together(pictures)):
+    for one, other in zip(alone(images), together(images)):
         np.testing.assert_allclose(one.boxes, other.boxes, rtol=1e-2, atol=0.1)
         np.testing.assert_allclose(one.scores, other.scores, rtol=1e-3, atol=1e-4)
 
 
-def test_windows_of_a_large_picture(detector):
+def test_windows_of_a_large_image(detector):
     image = photo(200, 300)
     found = Detector(*detector, device="cpu", window=(128, 128), batch=2)(image)
     left = Detector(*detector, device="cpu")(image[:128, :128])

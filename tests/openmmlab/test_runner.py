@@ -1,4 +1,4 @@
-"""A config written by hand in mmseg's usual way trains with MMEngine's Runner, on pictures on disk."""
+"""A config written by hand in mmseg's usual way trains with MMEngine's Runner, on images on disk."""
 
 import sys
 from pathlib import Path

@@ -154,7 +154,7 @@ def test_selective_scan(case, instructions):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind, rank, own, weights", [("none", 1, 2, 1), ("permuted", 12, 2, 2), ("padded", 17, 1, 2)])
 def test_selective_scan_of_low_rank(kind, rank, own, weights, dtype, instructions):
-    """Step sizes that the kernel makes: from numbers that routes share or not, by one weight or one a route."""
+    """Step sizes that the kernel makes: from numbers that routes share or not, by one weight or one per route."""
     inputs = scan_inputs(2, 2, 37, 70, 1, 16)
     generator = torch.Generator().manual_seed(rank)
     low = torch.randn(2, own, 37, 2 * rank, generator=generator, dtype=torch.float64)[..., rank:]

@@ -1,4 +1,4 @@
-"""Linear maps, one for all tokens or one a route, against torch's own."""
+"""Linear maps, one for all tokens or one per route, against torch's own."""
 
 import pytest
 import torch

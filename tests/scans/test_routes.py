@@ -625,7 +625,7 @@ def test_other_errors(call, message):
         call()
 
 
-# -- pictures -----------------------------------------------------------------------------------------------------
+# -- drawings -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -637,7 +637,7 @@ def test_other_errors(call, message):
         ("zorder", (4, 6), np.zeros((32, 48, 3), np.uint8)),
     ],
 )
-def test_pictures(spec, grid, image, tmp_path):
+def test_drawings(spec, grid, image, tmp_path):
     pytest.importorskip("matplotlib")
     from linescan.scans.routes.draw import draw_routes
 

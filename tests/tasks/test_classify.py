@@ -1,4 +1,4 @@
-"""Classifier: whatever a picture comes as, the same answer; whatever is wrong, one line."""
+"""Classifier: whatever an image comes as, the same answer; whatever is wrong, one line."""
 
 import json
 import pickle
@@ -33,7 +33,7 @@ def test_the_file_knows_its_model_and_classes(classify, trained):
     assert all(torch.equal(v, trained_weights[k]) for k, v in classify.model.state_dict().items())
 
 
-def test_a_picture_is_a_picture(classify, digit, tmp_path):
+def test_an_image_is_an_image(classify, digit, tmp_path):
     digit.save(tmp_path / "x.png")
     pixels = np.asarray(digit)
     same = [
@@ -59,9 +59,9 @@ def test_guesses_come_best_first(classify, digit):
 
 
 def test_batches_do_not_matter(classify, trained):
-    pictures = [Digits(True).image(i, channels=1) for i in range(7)]
+    images = [Digits(True).image(i, channels=1) for i in range(7)]
     by_three = Classifier(checkpoint=trained / "model.safetensors", device="cpu", batch=3)
-    torch.testing.assert_close(by_three.probabilities(pictures), classify.probabilities(pictures))
+    torch.testing.assert_close(by_three.probabilities(images), classify.probabilities(images))
 
 
 def test_half_precision_is_close(classify, trained, digit):
@@ -72,7 +72,7 @@ def test_half_precision_is_close(classify, trained, digit):
 
 
 @pytest.mark.parametrize(
-    "picture, said",
+    "given, said",
     [
         (np.zeros((8, 8, 5), np.uint8), "shape (8, 8, 5) is not an image"),
         (np.zeros((0, 8), np.uint8), "shape (0, 8) is not an image"),
@@ -83,9 +83,9 @@ def test_half_precision_is_close(classify, trained, digit):
         (7, "not int"),
     ],
 )
-def test_what_is_no_picture(classify, picture, said):
+def test_what_is_no_image(classify, given, said):
     with pytest.raises(InputError) as error:
-        classify(picture)
+        classify(given)
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
@@ -178,6 +178,6 @@ def test_the_card_is_plain_json(trained):
     assert card["classes"] == list("0123456789") and card["preprocess"]["size"] == [1, 16, 16]
 
 
-def test_pictures_of_any_shape(classify):
+def test_images_of_any_shape(classify):
     for size in ((1, 1), (1, 300), (300, 1), (5, 7)):
         assert classify.tensor(Image.new("RGB", size)).shape == (1, 16, 16)

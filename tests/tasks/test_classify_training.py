@@ -175,7 +175,7 @@ def test_thirteen_bands_of_any_type():
             assert tensor.shape == (13, 16, 16) and tensor.dtype == torch.float32 and tensor.abs().max() < 1e-4
 
 
-def test_models_and_data_that_do_not_fit(clips, pictures, tmp_path):
+def test_models_and_data_that_do_not_fit(clips, images, tmp_path):
     for name in ("a", "b"):
         (tmp_path / "files" / name).mkdir(parents=True)
         (tmp_path / "files" / name / "x.avi").write_bytes(b"")
@@ -187,7 +187,7 @@ def test_models_and_data_that_do_not_fit(clips, pictures, tmp_path):
     with pytest.raises(InputError, match="the digits are images"):
         task("digits")
     with pytest.raises(InputError, match="--views are of videos; vit_tiny_patch16_224 reads images"):
-        task(pictures, model="vit_tiny_patch16_224", model_args=dict(img_size=16, patch_size=8, depth=1), views="2x2")
+        task(images, model="vit_tiny_patch16_224", model_args=dict(img_size=16, patch_size=8, depth=1), views="2x2")
     with pytest.raises(InputError, match="--views is CLIPSxCROPS"):
         task(clips, views="many")
 
@@ -210,19 +210,19 @@ def test_a_small_video_model_learns(tmp_path):
     assert evaluate(Accuracy(views, batch=4), model, ALONE).samples == 96
 
 
-def test_the_data_of_an_evaluation_follow_the_card(tmp_path, pictures):
+def test_the_data_of_an_evaluation_follow_the_card(tmp_path, images):
     preprocess = Preprocess((3, 16, 16), (0.5,) * 3, (0.5,) * 3)
     card = ModelCard("vit_tiny_patch16_224", {}, ["stripe", "square", "circle"], preprocess)
-    data = labelled(str(pictures), card)
+    data = labelled(str(images), card)
     assert data.images.classes == card.classes and data[0]["input"].shape == (3, 16, 16)
     by_place = ModelCard("vit_tiny_patch16_224", {}, ["x", "y", "z"], preprocess)
-    assert labelled(str(pictures), by_place).images.classes == ["circle", "square", "stripe"]
+    assert labelled(str(images), by_place).images.classes == ["circle", "square", "stripe"]
     with pytest.raises(InputError, match="--views are of videos; vit_tiny_patch16_224 reads images"):
-        ClassificationTask.judge(ClassificationRecipe(str(pictures), views="2x2"), torch.nn.Module(), card)
-    judge = ClassificationTask.judge(ClassificationRecipe(str(pictures), batch=8), torch.nn.Module(), card)
+        ClassificationTask.judge(ClassificationRecipe(str(images), views="2x2"), torch.nn.Module(), card)
+    judge = ClassificationTask.judge(ClassificationRecipe(str(images), batch=8), torch.nn.Module(), card)
     assert judge.batch == 8 and len(judge.data) == 24
     with pytest.raises(InputError, match="3 classes, the model 2"):
-        labelled(str(pictures), ModelCard("vit_tiny_patch16_224", {}, ["x", "y"], preprocess))
+        labelled(str(images), ModelCard("vit_tiny_patch16_224", {}, ["x", "y"], preprocess))
 
 
 @pytest.mark.slow

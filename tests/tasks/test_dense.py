@@ -66,7 +66,7 @@ def network():
 
 
 def all_at_once(net, image, window, stride):
-    """What `slide` is to give, with sums as large as the picture."""
+    """What `slide` is to give, with sums as large as the image."""
     height, width = image.shape[:2]
     high, wide = min(window[0], height), min(window[1], width)
     total, count = torch.zeros(5, height, width), torch.zeros(height, width)
@@ -150,8 +150,8 @@ print(mask.shape)
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_picture(tmp_path):
-    """34 megapixels and 16 classes: all logits would take 2.2 GB, and the picture alone 100 MB."""
+def test_memory_does_not_grow_with_the_image(tmp_path):
+    """34 megapixels and 16 classes: all logits would take 2.2 GB, and the image alone 100 MB."""
     height, width, channels = 4200, 8200, 16
     rows = np.random.default_rng(0).integers(0, 255, (1, width, 3), np.uint8)
     Image.fromarray(np.broadcast_to(rows, (height, width, 3)).copy()).save(tmp_path / "large.png", compress_level=1)
@@ -163,7 +163,7 @@ def test_memory_does_not_grow_with_the_picture(tmp_path):
     grown, shape = done.stdout.splitlines()
     assert shape == f"({height}, {width})"
     # A strip of sums and its half that is moved up (64 + 32 MB), a window and its logits (20 MB), the argmax (16 MB),
-    # the mapped mask (34 MB), rows of the picture (13 MB), and what the allocator keeps.
+    # the mapped mask (34 MB), rows of the image (13 MB), and what the allocator keeps.
     assert float(grown) < 300, grown
 
 
@@ -186,7 +186,7 @@ def test_a_mask_is_what_the_model_says(seg, weights):
     assert seg.classes == CLASSES and [list(c) for c in seg.palette] == PALETTE
 
 
-def test_a_picture_is_a_picture_and_batches_do_not_matter(seg, weights, tmp_path):
+def test_an_image_is_an_image_and_batches_do_not_matter(seg, weights, tmp_path):
     image = photo(100, 100)
     Image.fromarray(image).save(tmp_path / "x.png")
     path, tensor = tmp_path / "x.png", torch.from_numpy(image).movedim(-1, 0)
@@ -206,7 +206,7 @@ def test_half_precision(seg, weights, dtype):
     assert (half(image) == full(image)).mean() > 0.95
 
 
-def test_windows_over_the_picture_as_it_is(weights):
+def test_windows_over_the_image_as_it_is(weights):
     tool = Segmenter("segman_seg_tiny", weights, device="cpu", window=(224, 256), **SMALL)
     assert tool.stride == (149, 170)
     image = photo(300, 300)

@@ -184,7 +184,7 @@ class RestorationFrame(nn.Module):
             group.grad_checkpointing = enable
 
     def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The official code's keys to ours."""
+        """The official code's keys to linescan's."""
         convs = [i for i, layer in enumerate(self.head) if isinstance(layer, nn.Conv2d)]
         names = _HEAD_NAMES[self.upsampler]
         if self.upsampler == "pixelshuffle":  # of which there are as many as steps

@@ -224,7 +224,7 @@ class MambaIRUNet(nn.Module):
             stage.grad_checkpointing = enable
 
     def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The official code's keys to ours."""
+        """The official code's keys to linescan's."""
         return fit_shapes(rename(state, [*UNET_NAMES, *BLOCK_NAMES]), self)
 
 

@@ -245,7 +245,7 @@ class MambaIRv2(RestorationFrame):
                 module.in_proj.reset_parameters()  # published as a convolution, and initialised as one
 
     def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The official code's keys to ours, without the table of offsets, which is computed."""
+        """The official code's keys to linescan's, without the table of offsets, which is computed."""
         return super().checkpoint_filter({k: v for k, v in state.items() if k != "relative_position_index_SA"})
 
 

@@ -57,7 +57,7 @@ def insert_tokens(
     back); one inserted after does not (LocalVim: the middle of every route, index (S + n - 1) // 2).
 
     Args:
-        table: any table, also one a sample (B, K, S).
+        table: any table, also one per sample (B, K, S).
         at: where each token is visited: "head", "middle" (before step S // 2) or "tail", or its step among all S + n.
             One entry a token, or one name for all.
         stored: where each token is stored, in the same words: index among all length + n stored tokens.

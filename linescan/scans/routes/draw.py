@@ -1,4 +1,4 @@
-"""Pictures of routes. Needs matplotlib, which nothing else in `linescan.scans` does."""
+"""Drawings of routes. Needs matplotlib, which nothing else in `linescan.scans` does."""
 
 import math
 from os import PathLike
@@ -34,7 +34,7 @@ def draw_routes(
     Args:
         spec: routes, as `linescan.scans.routes.parse` takes them.
         grid: (H, W) or (T, H, W).
-        path: where to save the picture; the ending decides the format (png, pdf, svg).
+        path: where to save the drawing; the ending decides the format (png, pdf, svg).
         image: shown under the routes: (h, w, 3) or (h, w), or with one more axis in front for a frame each; uint8, or
             floats in [0, 1].
 

@@ -125,7 +125,7 @@ class Arguments {
     Value* inner = reinterpret_cast<Value*>(*next_++);
     if (!inner) return Tensor();
     Handle handle = reinterpret_cast<Handle>(*inner);
-    delete inner;  // libtorch made it for us with `new`
+    delete inner;  // libtorch made it with `new`
     return Tensor(handle);
   }
   // Tokens, whose channels stand next to each other.

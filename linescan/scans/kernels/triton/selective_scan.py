@@ -559,8 +559,8 @@ def _width(tile: dict[str, int]) -> int:
 def forward_tile(states: int, width: int) -> dict[str, int]:
     """Up to 16 states of a channel in one thread, so that their sum y is additions alone.
 
-    Two channels a thread, where there are enough, share the loads of B and C and the arithmetic of addresses. T so that
-    loads fill the wait for memory.
+    Two channels per thread, where there are enough, share the loads of B and C and the arithmetic of addresses. T so
+    that loads fill the wait for memory.
     """
     n = _power(states)
     lanes = max(1, n // 16)
@@ -570,7 +570,8 @@ def forward_tile(states: int, width: int) -> dict[str, int]:
 def backward_tile(states: int, width: int) -> dict[str, int]:
     """Sums run over channels (for B and C) as well as over states, so both are spread over lanes.
 
-    T + 1 tiles must fit in the 255 registers of a thread. `saved` takes 4 N / T bytes a token and channel for a while.
+    T + 1 tiles must fit in the 255 registers of a thread. `saved` takes 4 N / T bytes per token and channel for a
+    while.
     """
     n = _power(states)
     lanes = 1 if n < 8 else max(2, n // 8)
