@@ -151,6 +151,8 @@ def options_of(words: list[str]) -> set[str]:
     from linescan.cli.train import evaluation_of, training_of
 
     command = typer.main.get_command(app).commands[words[0]]
+    if hasattr(command, "commands"):  # a group
+        command = command.commands[words[1]]
     if words[0] in ("train", "evaluate"):
         task = words[words.index("--task") + 1] if "--task" in words else "classify"
         command = {"train": training_of, "evaluate": evaluation_of}[words[0]](task)

@@ -3,6 +3,7 @@
 
     python tools/benchmark.py scan          the selective scan on the CPU
     python tools/benchmark.py recurrences   the other recurrences: chunked torch against their sequential loops
+    python tools/benchmark.py clouds        models of point clouds against the number of points
     python tools/benchmark.py models        whole models against timm's (`linescan benchmark` with its defaults)
     python tools/benchmark.py memory        what stays in memory after images of changing sizes
 
@@ -497,6 +498,49 @@ def points(
         axes.set(xscale="log", xlabel="ms, one thread")
 
     save(out, "points", {"machine": machine(), "unit": "ms", "rows": rows}, draw)
+
+
+@app.command()
+def clouds(
+    out: Out = Path("runs/benchmark"),
+    names: Annotated[str, typer.Option(help="Models, with commas.")] = "pointmamba_modelnet40,mamba3d_modelnet40",
+    sizes: Annotated[str, typer.Option(help="Numbers of points, with commas.")] = "1024,2048,4096,8192,16384,32768",
+    batch: Annotated[int, typer.Option(help="Clouds in one forward pass.")] = 4,
+    budget: Annotated[float, typer.Option(help="Seconds for each number.")] = 5.0,
+):
+    """Clouds per second of classifiers against the number of points, one thread; groups are 1 of 16 points, 64 to 512.
+
+    Beside each model the time of sampling and grouping alone, which is a part of it.
+    """
+    import linescan
+
+    torch.set_num_threads(1)
+    keep_memory()
+    counts = [int(size) for size in sizes.split(",")]
+    rows: dict[str, dict[int, float]] = {}
+    for name in names.split(","):
+        for count in counts:
+            model = linescan.create_model(name, groups=min(max(count // 16, 64), 512), together=False).eval()
+            points = torch.nn.functional.normalize(torch.randn(batch, count, 3), dim=-1)
+            with torch.inference_mode(), console.status(f"{name}, {count:,} points"):
+                taken = side_by_side(
+                    {name: lambda: model(points), f"{name}, groups": lambda: model.group(points)}, budget
+                )
+            for what, several in taken.items():
+                rows.setdefault(what, {})[count] = batch / several
+    table = Table("clouds per second", *(f"{count:,} points" for count in counts))
+    for name, row in rows.items():
+        table.add_row(name, *(f"{value:.2f}" for value in row.values()))
+    console.print(table)
+
+    def draw(axes):
+        for i, (name, row) in enumerate(rows.items()):
+            axes.loglog(*zip(*row.items()), "--" if name.endswith("groups") else "-", marker="o", color=f"C{i // 2}",
+                        label=name)  # fmt: skip
+        axes.set(xlabel="points of a cloud", ylabel="clouds per second, one thread")
+        axes.legend()
+
+    save(out, "clouds", {"machine": machine(), "unit": "clouds per second", "rows": rows}, draw)
 
 
 # -- whole models -----------------------------------------------------------------------------------------------------

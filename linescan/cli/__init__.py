@@ -4,6 +4,7 @@ options.py     the application, and the options that several commands share
 names.py       names for shell completion
 show.py        list, info, doctor, routes
 predict.py     classify, segment, detect, restore
+points.py      points classify, points segment
 train.py       train, evaluate
 measure.py     benchmark, directions
 demo.py        demo
@@ -26,7 +27,7 @@ from .options import app
 
 __all__ = ["app", "main"]
 
-for module in ("show", "predict", "train", "measure", "demo"):  # the order of --help
+for module in ("show", "predict", "points", "train", "measure", "demo"):  # the order of --help
     import_module(f".{module}", __name__)
 
 

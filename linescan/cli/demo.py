@@ -8,20 +8,26 @@ import typer
 from .options import command
 
 
-@command("linescan demo", "linescan demo --out /tmp/demo", "linescan demo --dense")
+@command("linescan demo", "linescan demo --out /tmp/demo", "linescan demo --dense", "linescan demo --points")
 def demo(
     to: Annotated[
         Optional[Path],
-        typer.Option("--out", "-o", help="Where everything goes; default: runs/demo, or runs/demo-dense."),
+        typer.Option(
+            "--out", "-o", help="Where everything goes; default: runs/demo, runs/demo-dense, runs/demo-points."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Another seed, another network.")] = 0,
     dense: Annotated[
         bool, typer.Option("--dense", help="Segment and detect digits in scenes instead; needs OpenMMLab.")
     ] = False,
+    points: Annotated[
+        bool, typer.Option("--points", help="Name digits as clouds of points instead, and find their strokes.")
+    ] = False,
 ):
     """Train a small Vim on handwritten digits, try it on some it has not seen, and draw all of it.
 
-    With --dense, a UPerNet (mmseg) and a Mask R-CNN (mmdet) instead, on digits in scenes.
+    With --dense, a UPerNet (mmseg) and a Mask R-CNN (mmdet) instead, on digits in scenes. With --points, a PointMamba
+    and a Mamba3D on digits as clouds of points.
     """
     from linescan.extras import require
 
@@ -34,6 +40,12 @@ def demo(
         return
     from dataclasses import replace
 
+    if points:
+        from linescan.demos.points import TRAININGS, demo_points
+
+        trainings = {name: replace(recipe, seed=seed) for name, recipe in TRAININGS.items()}
+        demo_points(to or "runs/demo-points", trainings)
+        return
     from linescan.demos.digits import RECIPE
     from linescan.demos.digits import demo as run
 

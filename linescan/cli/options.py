@@ -63,14 +63,22 @@ def guarded(function: Callable) -> Callable:
     return run
 
 
-def command(*examples: str, name: str | None = None) -> Callable:
-    """Makes a function a command of `linescan`, with `examples` below its help."""
+def command(*examples: str, name: str | None = None, of: typer.Typer = app) -> Callable:
+    """Makes a function a command of `linescan`, or of one of its groups, with `examples` below its help."""
 
     def register(function: Callable) -> Callable:
-        app.command(name, epilog=epilog_of(examples))(guarded(function))
+        of.command(name, epilog=epilog_of(examples))(guarded(function))
         return function
 
     return register
+
+
+def group(name: str, about: str) -> typer.Typer:
+    """A group of commands: `linescan NAME COMMAND`."""
+    made = typer.Typer(help=about, rich_markup_mode="rich", no_args_is_help=True,
+                       context_settings=app.info.context_settings)  # fmt: skip
+    app.add_typer(made, name=name)
+    return made
 
 
 def command_by_task(name: str, tasks: Sequence[str], make: Callable[[str], TyperCommand], about: str) -> None:

@@ -89,7 +89,7 @@ def classify(
         args |= {"device": device, "dtype": precision.dtype, "batch": batch, "topk": topk, "strict": strict}
         return Classifier(model, checkpoint, **args), Labels()
 
-    _answer(open_tool, paths, to, to is not None, as_json, "classifying")
+    answer_files(open_tool, paths, to, to is not None, as_json, "classifying")
 
 
 @command(
@@ -131,7 +131,7 @@ def segment(
         tool = Segmenter(model, checkpoint, **args, **sizes, **model_args(model_arg))
         return tool, Masks(to, tool.classes, tool.palette)
 
-    _answer(open_tool, paths, to, overlays, as_json, "segmenting")
+    answer_files(open_tool, paths, to, overlays, as_json, "segmenting")
 
 
 @command(
@@ -173,7 +173,7 @@ def detect(
         tool = Detector(model, checkpoint, strict=strict, **args, **sizes)
         return tool, Instances(to, tool.classes, score, annotations)
 
-    _answer(open_tool, paths, to, overlays, as_json, "detecting")
+    answer_files(open_tool, paths, to, overlays, as_json, "detecting")
 
 
 @command(
@@ -227,7 +227,7 @@ def restore(
         args = {"device": device, "dtype": precision.dtype, "batch": batch, "window": window}
         return Restorer(model, checkpoint, self_ensemble=self_ensemble, **args, **model_args(model_arg)), writer
 
-    _answer(open_tool, paths, to, compare, as_json, "restoring", drawings="compare")
+    answer_files(open_tool, paths, to, compare, as_json, "restoring", "compare")
 
 
 def _size(text: str | None, option: str) -> tuple[int, int] | None:
@@ -243,7 +243,7 @@ def _size(text: str | None, option: str) -> tuple[int, int] | None:
 # -- what all of them do ----------------------------------------------------------------------------------------------
 
 
-def _answer(
+def answer_files(
     open_tool: Callable[[], tuple["Tool", "Writer"]],
     paths: list[str],
     to: Path | None,
@@ -251,6 +251,7 @@ def _answer(
     as_json: bool,
     doing: str,
     drawings: str = "overlays",
+    kinds: tuple[str, ...] = ("image", "video"),
 ) -> None:
     """Applies a tool to the files that `paths` mean, and ends the command: with status 1 if any has no answer.
 
@@ -261,13 +262,13 @@ def _answer(
 
     listed = sys.stdin.read() if "-" in paths else ""
 
-    def sources(kinds=("image", "video")):
+    def sources(kinds):
         found = find(paths, kinds, exclude=[to] if to else [], stdin=io.StringIO(listed))
         if all(source.error for source in found):
             raise InputError("; ".join(dict.fromkeys(str(source.error) for source in found)))
         return found
 
-    sources()  # or a model would be opened in vain
+    sources(kinds)  # or a model would be opened in vain
     if to and to.exists() and not to.is_dir():
         raise InputError(f"{to} is a file; --out is a folder")
     tool, writer = open_tool()

@@ -91,7 +91,7 @@ def info(
     built = build(model, **args)
     entry = zoo.find(model) if zoo.is_model(model) else None
     with console.status("measuring"):
-        if entry and entry.task != "classification":
+        if special := entry and entry.task != "classification":
             sizes, how = entry.inputs, entry.preprocess
             params, macs = measure_inputs(built, sizes)
         else:
@@ -100,8 +100,8 @@ def info(
             params, macs = measure(built, preprocess.size)
     fact = entry.facts() if entry else {"model": model, "family": "timm"}
     try:
-        maps = dense_maps(model, **args)
-    except ValueError:  # a model of clips, not linescan's, of another task, or too shallow for four maps
+        maps = [] if special else dense_maps(model, **args)
+    except ValueError:  # a model of clips, not linescan's, or too shallow for four maps
         maps = []
     if as_json:
         measured = {"params": params, "macs": macs, "input_sizes": sizes, "maps": maps}

@@ -21,6 +21,7 @@ from .. import checkpoint as checkpoints
 from .. import zoo
 from ..checkpoint import CARD, CheckpointError, load_state, read_state_dict
 from ..errors import InputError, one_line
+from ..media.clouds import PointPreprocess
 from ..media.labels import class_names as names_of_data
 from ..media.preprocess import Preprocess
 from .atomic import atomic
@@ -30,7 +31,9 @@ __all__ = [
     "build",
     "class_names",
     "measure",
+    "measure_inputs",
     "plain_preprocess",
+    "points_of",
     "preprocess_of",
     "read_card",
     "restore",
@@ -132,10 +135,20 @@ def plain_preprocess(channels: int) -> Preprocess:
     return Preprocess((channels, 1, 1), (0.0,) * channels, (1.0,) * channels)
 
 
-def class_names(model: nn.Module) -> list[str]:
-    """The names of a published classifier's outputs, by the data set of its weights; numbers where they are unknown."""
+def points_of(entry: zoo.Entry) -> PointPreprocess:
+    """How a published model of clouds wants them; of coordinates alone."""
+    return PointPreprocess(entry.inputs[0][0], **entry.preprocess)
+
+
+def class_names(model: nn.Module, name: str | None = None) -> list[str]:
+    """The names of a published classifier's outputs, by the data set of its weights; numbers where they are unknown.
+
+    Args:
+        model: the classifier.
+        name: of its entry in the zoo; by default what timm's configuration says.
+    """
     cfg = getattr(model, "pretrained_cfg", None) or {}
-    full = ".".join(filter(None, (cfg.get("architecture"), cfg.get("tag"))))
+    full = name or ".".join(filter(None, (cfg.get("architecture"), cfg.get("tag"))))
     count = model.num_classes
     known = {1000: "ImageNet-1K", 21841: "ImageNet-21K", 21843: "ImageNet-21K-Google"}
     data = zoo.find(full).data if full and zoo.is_model(full) else known.get(count)
@@ -174,14 +187,14 @@ class ModelCard:
     Attributes:
         model, args: `linescan.create_model(model, **args)` builds it.
         classes: their names.
-        preprocess: how images are made into its inputs.
+        preprocess: how images, or clouds, are made into its inputs.
         trained: what is known of the training (epoch, step, scores).
     """
 
     model: str
     args: dict
     classes: list[str]
-    preprocess: Preprocess
+    preprocess: Preprocess | PointPreprocess
     trained: dict = field(default_factory=dict)
 
     def as_dict(self) -> dict:
@@ -286,7 +299,13 @@ def _numbers(value: Any, what: str, count: int) -> tuple[float, ...]:
     return tuple(value)
 
 
-def _preprocess(values: object) -> Preprocess:
+def _preprocess(values: object) -> Preprocess | PointPreprocess:
+    if isinstance(values, dict) and "up" in values:
+        values = _table(values, "preprocess", ("points", "up"), ("features", "normalise"))
+        try:
+            return PointPreprocess(**values)
+        except InputError as error:
+            raise ValueError(f"preprocess: {one_line(error)}") from None
     values = _table(values, "preprocess", ("size", "mean", "std"), ("interpolation", "crop_pct"))
     size = values["size"]
     if not isinstance(size, (list, tuple)) or len(size) != 3 or not all(type(n) is int for n in size):
@@ -354,10 +373,14 @@ def restore(name: str | None = None, checkpoint: str | Path | None = None, **arg
     model = build(name, **args, **({} if checkpoint else {"pretrained": True}))
     if checkpoint:
         checkpoints.load_checkpoint(model, checkpoint)
-    if zoo.is_model(name) and zoo.find(name).task == "restoration":
+    entry = zoo.find(name) if zoo.is_model(name) else None
+    if entry and entry.task == "restoration":
         return model, ModelCard(name, args, [], plain_preprocess(model.in_chans))
-    preprocess = preprocess_of(model, args.get("in_chans"), args.get("img_size"))
-    return model, ModelCard(name, args, class_names(model), preprocess)
+    if entry and "up" in entry.preprocess:
+        preprocess = points_of(entry)
+    else:
+        preprocess = preprocess_of(model, args.get("in_chans"), args.get("img_size"))
+    return model, ModelCard(name, args, class_names(model, name), preprocess)
 
 
 def _from_card(card: ModelCard, path: str | Path, args: dict) -> tuple[nn.Module, ModelCard]:

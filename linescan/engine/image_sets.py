@@ -16,7 +16,7 @@ from ..media.images import read_image
 from ..media.pixels import to_mode
 from ..media.video import is_video, open_video
 
-__all__ = ["Digits", "Files", "Folder", "ImageSet", "classes_of", "open_data", "roots", "split"]
+__all__ = ["Digits", "Files", "Folder", "ImageSet", "class_folders", "classes_of", "open_data", "roots", "split"]
 
 
 class ImageSet(ABC):
@@ -133,7 +133,7 @@ class Folder(ImageSet):
 
     def __init__(self, root, classes=None, held_out: bool | None = None, fraction: float = 0.1, videos: bool = False):
         root = Path(root)
-        found = _class_folders(root, alone=classes is not None)
+        found = class_folders(root, alone=classes is not None)
         self.classes = list(classes or found)
         if strange := sorted(set(found) - set(self.classes)):
             raise InputError(f"{root} holds the class {strange[0]!r}, which is none of the {len(self.classes)} known")
@@ -164,7 +164,7 @@ def _find(folder: Path, videos: bool) -> list[Path]:
     return files
 
 
-def _class_folders(root: Path, alone: bool = False) -> list[str]:
+def class_folders(root: Path, alone: bool = False) -> list[str]:
     if not root.is_dir():
         raise InputError(f"{root} is not a folder")
     found = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
@@ -205,7 +205,7 @@ def classes_of(data: str, val: str | None = None) -> tuple[Sequence[str], int]:
     """
     if data == "digits":
         return Digits.classes, Digits.channels
-    return _class_folders(roots(data, val)[0]), ImageSet.channels
+    return class_folders(roots(data, val)[0]), ImageSet.channels
 
 
 def open_data(

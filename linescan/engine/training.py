@@ -66,9 +66,9 @@ class Training:
         state = self._read_state()
 
         task_class = recipe.load()
-        if state:  # with the model that the run was started with; its weights are in the state
-            started = recipe.from_dict(state["started"])
-            self.started = replace(recipe, model=started.model, model_args=started.model_args)
+        if state:  # as the run was started, whatever has become of its checkpoint; the weights are in the state
+            lengths = {name: getattr(recipe, name) for name in LENGTHS}
+            self.started = replace(recipe.from_dict(state["started"]), **lengths)
             ready = replace(self.started, pretrained=False, checkpoint=None)
         else:
             self.started = ready = task_class.resolve(recipe)

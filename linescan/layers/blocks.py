@@ -117,17 +117,18 @@ class Block(nn.Module):
         self.scale2 = part(scale_layer, mlp is not None)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, *context, with_mixed: bool = False):
+    def forward(self, x: Tensor, *context, with_mixed: bool = False, **options):
         """The stream after the block.
 
         Args:
             x: the stream.
             context: further inputs of the mixer, such as the grid of tokens.
             with_mixed: also return the mixer's branch as it is, before stochastic depth.
+            options: of the mixer, such as `route`.
         """
         if self.cpe1 is not None:
             x = x + self.cpe1(x)
-        mixed = self.branch(x, self.norm1, self.mixer, self.scale1, *context)
+        mixed = self.branch(x, self.norm1, self.mixer, self.scale1, *context, **options)
         x = x + self.drop_path(mixed)
         if self.mlp is not None:
             if self.cpe2 is not None:
@@ -136,9 +137,11 @@ class Block(nn.Module):
             x = x + self.drop_path(self.branch(x, self.norm2, self.mlp, self.scale2, *context))
         return (x, mixed) if with_mixed else x
 
-    def branch(self, x: Tensor, norm: nn.Module, layer: nn.Module, scale: nn.Module | None, *context) -> Tensor:
+    def branch(
+        self, x: Tensor, norm: nn.Module, layer: nn.Module, scale: nn.Module | None, *context, **options
+    ) -> Tensor:
         """What a branch adds to the stream."""
-        y = norm(layer(x, *context)) if self.post_norm else layer(norm(x), *context)
+        y = norm(layer(x, *context, **options)) if self.post_norm else layer(norm(x), *context, **options)
         return y if scale is None else scale(y)
 
     def without_mlp(self) -> None:

@@ -68,6 +68,10 @@ class MambaMixer(S6Scan):
         """Biases and D: one value per channel, stacked over routes, so that their rank does not tell."""
         return {"conv_bias", "dt_bias", "D"}
 
+    def branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What in_proj gave, (B, L, 2 D) -> what is scanned and what gates it, (B, K or 1, L, D) each."""
+        return x[:, None].chunk(2, -1)
+
     def mix_tokens(
         self,
         x: Tensor,
@@ -83,7 +87,7 @@ class MambaMixer(S6Scan):
         if route.shape[-1] > length:  # padding is no longer zero after the convolution, so it needs tokens of its own
             route, slots = pad_slots(route, length)
             x = F.pad(x, (0, 0, 0, slots))
-        u, z = x[:, None].chunk(2, -1)
+        u, z = self.branches(x)
         u, after_conv = causal_conv1d(
             u,
             self.conv_weight,

@@ -11,8 +11,9 @@ coordinate is no point: it is never sampled, is no neighbour of any, and has no 
 
 Distances are sums of squared differences, computed in float64 for float64 points and in float32 otherwise: the expanded
 form |a|^2 - 2ab + |b|^2 loses so many digits in float32 that neighbours change. Every operator is plain torch and runs
-on any device. Farthest point sampling has a C++ kernel on a CPU and a Triton kernel on a GPU, and on a CPU neighbours
-in large clouds are found by SciPy's k-d tree where SciPy is installed. The answers are the same.
+on any device; on "meta" only shapes count. Farthest point sampling has a C++ kernel on a CPU and a Triton kernel on a
+GPU, and on a CPU neighbours in large clouds are found by SciPy's k-d tree where SciPy is installed. The answers are the
+same.
 """
 
 from functools import lru_cache
@@ -162,7 +163,7 @@ def farthest_points(points: Tensor, count: int, lengths: Lengths = None, rule: s
     clouds = Clouds("farthest_points", points.detach(), lengths)
     xyz, present = clouds.points, clouds.present
     batch, longest = present.shape
-    if not (batch and longest and count):
+    if not (batch and longest and count) or xyz.is_meta:
         return torch.full((batch, count), -1, device=xyz.device)
     limit, order, live = float("inf"), None, present
     first = present.int().argmax(1)  # the first that is one
@@ -265,6 +266,8 @@ def _neighbours(what: str, clouds: Clouds, asked: Clouds, k: int) -> Tensor:
         )
     if k < 1:
         raise ValueError(f"{what}: k is at least 1, got {k}")
+    if points.is_meta:
+        return torch.full((*queries.shape[:2], k), -1, device=points.device)
     dtype = torch.promote_types(points.dtype, queries.dtype)
     points, queries = points.to(dtype), queries.to(dtype)
     size = points.shape[1] * queries.shape[1]
@@ -511,7 +514,8 @@ def patches(points: Tensor, groups: int, size: int, lengths: Lengths = None, rul
         ValueError: a shape is wrong, or a cloud has fewer than `size` points.
     """
     clouds = Clouds("patches", points.detach(), lengths)
-    fewest = int(clouds.present.sum(1).min()) if len(clouds.lengths) else size
+    counts = clouds.present.sum(1)
+    fewest = size if counts.is_meta or not len(counts) else int(counts.min())
     if fewest < size:
         raise ValueError(f"a cloud has {fewest} points, fewer than a group of {size}")
     number = farthest_points(points, groups, lengths, rule)
@@ -526,27 +530,29 @@ def patches(points: Tensor, groups: int, size: int, lengths: Lengths = None, rul
 class PointPatchEmbed(nn.Module):
     """A token for each patch: the small PointNet of Point-BERT (arXiv 2111.14819).
 
-    Each point goes through 3-128-256; each joins the maximum over its patch, and they go through 512-512-dim; the
-    maximum over the patch is the token.
+    Each point goes through in_chans-128-256; each joins the maximum over its patch, and they go through 512-512-dim;
+    the maximum over the patch is the token.
 
     Args:
         dim: channels of a token.
         in_chans: channels of a point.
+        widths: of the hidden layers, 128, 256 and 512 as published.
     """
 
-    def __init__(self, dim: int, in_chans: int = 3):
+    def __init__(self, dim: int, in_chans: int = 3, widths: Sequence[int] = (128, 256, 512)):
         super().__init__()
+        first, middle, last = widths
         self.first_conv = nn.Sequential(
-            nn.Linear(in_chans, 128), nn.BatchNorm1d(128), nn.ReLU(inplace=True), nn.Linear(128, 256)
+            nn.Linear(in_chans, first), nn.BatchNorm1d(first), nn.ReLU(inplace=True), nn.Linear(first, middle)
         )
         self.second_conv = nn.Sequential(
-            nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(inplace=True), nn.Linear(512, dim)
+            nn.Linear(2 * middle, last), nn.BatchNorm1d(last), nn.ReLU(inplace=True), nn.Linear(last, dim)
         )
 
     def forward(self, points: Tensor) -> Tensor:
         """(B, G, K, in_chans) -> (B, G, dim)."""
         batch, groups, size, _ = points.shape
-        x = self.first_conv(points.flatten(0, 2)).unflatten(0, (-1, size))  # (B G, K, 256)
+        x = self.first_conv(points.flatten(0, 2)).unflatten(0, (-1, size))  # (B G, K, middle)
         # The maximum meets its half of the weights once a patch, not once a point.
         for_all, for_each = self.second_conv[0].weight.chunk(2, 1)
         x = F.linear(x, for_each) + F.linear(x.amax(1), for_all, self.second_conv[0].bias)[:, None]

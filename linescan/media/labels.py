@@ -6,6 +6,21 @@ __all__ = ["class_names"]
 
 BREAKFAST = ("cereals", "coffee", "tea", "pancake", "fried egg", "scrambled egg", "sandwich", "juice", "milk", "salad")
 
+MODELNET40 = (
+    "airplane", "bathtub", "bed", "bench", "bookshelf", "bottle", "bowl", "car", "chair", "cone", "cup", "curtain",
+    "desk", "door", "dresser", "flower_pot", "glass_box", "guitar", "keyboard", "lamp", "laptop", "mantel", "monitor",
+    "night_stand", "person", "piano", "plant", "radio", "range_hood", "sink", "sofa", "stairs", "stool", "table",
+    "tent", "toilet", "tv_stand", "vase", "wardrobe", "xbox",
+)  # fmt: skip
+SCANOBJECTNN = (
+    "bag", "bin", "box", "cabinet", "chair", "desk", "display", "door", "shelf", "table", "bed", "pillow", "sink",
+    "sofa", "toilet",
+)  # fmt: skip
+SHAPENET_PARTS = {  # how many parts each category has, numbered through
+    "Airplane": 4, "Bag": 2, "Cap": 2, "Car": 4, "Chair": 4, "Earphone": 3, "Guitar": 3, "Knife": 2, "Lamp": 4,
+    "Laptop": 2, "Motorbike": 6, "Mug": 2, "Pistol": 3, "Rocket": 3, "Skateboard": 3, "Table": 3,
+}  # fmt: skip
+
 
 def class_names(data: str) -> list[str] | None:
     """The names of a data set's classes; None where the order that classifiers have them in is not known.
@@ -41,4 +56,7 @@ _KNOWN = {
     "Kinetics-400": _kinetics,
     "Something-Something V2": lambda: _lines("something_something_v2.txt"),
     "Breakfast": lambda: list(BREAKFAST),
+    "ModelNet40": lambda: list(MODELNET40),
+    "ScanObjectNN": lambda: list(SCANOBJECTNN),
+    "ShapeNetPart": lambda: [f"{name}/{i}" for name, parts in SHAPENET_PARTS.items() for i in range(parts)],
 }

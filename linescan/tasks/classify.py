@@ -24,6 +24,7 @@ from ..media.draw import draw_labels
 from ..media.find import Source
 from ..media.images import ImageLike, load_image
 from ..media.pixels import image_mode
+from ..media.preprocess import Preprocess
 from ..media.video import Clips, Views, open_video, segments
 from .base import Task, build_model
 from .recipes import ClassificationRecipe
@@ -118,6 +119,8 @@ class Classifier(Tool):
     ):
         network, card = restore(model, checkpoint, **args)
         frames = getattr(network, "num_frames", 0)
+        if not isinstance(card.preprocess, Preprocess):
+            raise InputError(f"{card.model} reads point clouds: `linescan points classify` opens it")
         if views and not frames:
             raise InputError(f"views are taken of videos; {card.model} reads images")
         image_mode(card.preprocess.channels)  # refuses a model that no image can be given to

@@ -28,7 +28,11 @@ from ..errors import InputError
 __all__ = [
     "RECIPES",
     "ClassificationRecipe",
+    "CloudRecipe",
     "DistillationRecipe",
+    "PartsRecipe",
+    "PointClassificationRecipe",
+    "PointPretrainingRecipe",
     "PretrainingRecipe",
     "RestorationRecipe",
     "read_recipe",
@@ -221,8 +225,148 @@ class RestorationRecipe(Recipe):
     warmup: float = option(0.0, "Epochs in which the learning rate rises from 0.", OPTIMISER, NATURAL)
 
 
+# -- point clouds -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CloudRecipe(Recipe):
+    """What all tasks on point clouds can be told; defaults as PointMamba was trained (arXiv 2402.10739)."""
+
+    data: str = option(..., "`digits`; a folder of classes; one with train/ and val/ in it; or ModelNet40 or "
+                       "ShapeNetPart as they come.", DATA, short="-d")  # fmt: skip
+    points: int | None = option(None, "Points of a cloud that the model reads; default: as the checkpoint or the "
+                                "published model does, as for the next three.", DATA, COUNT)  # fmt: skip
+    features: str | None = option(None, "What it reads beside coordinates: normals, colours, intensity.", DATA)
+    fit: str | None = option(
+        None, "sphere (each cloud is moved and scaled into the unit sphere) or none.", DATA, choices=("sphere", "none")
+    )  # fmt: skip
+    up: str | None = option(None, "The axis that points upwards: y or z.", DATA, choices=("y", "z"))
+    columns: str | None = option(None, "Names for columns of files without, as in 'x y z nx ny nz label'.", DATA,
+                                 scoring=True)  # fmt: skip
+    augment: str | None = option(
+        None, "Words joined by +: rotate (about the upward axis), turn (about any), scale, shift, jitter, drop; or "
+        "none. Default: scale+shift, and rotate with --fit none.", AUGMENT,
+    )  # fmt: skip
+
+    epochs: int = option(300, "Times that each sample is seen.", OPTIMISER, COUNT, short="-e")
+    batch: int = option(32, "Samples in one forward pass of a process.", OPTIMISER, COUNT, short="-b")
+    lr: float = option(3e-4, "Highest learning rate.", OPTIMISER, POSITIVE)
+    warmup: float = option(10.0, "Epochs in which the learning rate rises from 0.", OPTIMISER, NATURAL)
+    min_lr: float | None = option(1e-6, "Learning rate at the end of cosine, poly, tanh and wsd.", OPTIMISER, NATURAL)
+    clip_grad: float | None = option(10.0, "Largest norm of the gradient.", OPTIMISER, POSITIVE)
+
+
+@dataclass(frozen=True)
+class PointClassificationRecipe(CloudRecipe):
+    """Train a classifier of point clouds: PointMamba or Mamba3D."""
+
+    task: ClassVar[str] = "points"
+    implementation: ClassVar[str] = "linescan.tasks.points:PointClassificationTask"
+    default_model: ClassVar[str] = "pointmamba_modelnet40"
+    judges: ClassVar[bool] = True
+    scored: ClassVar[str] = "A folder of classes (of ModelNet40, its test set), or `digits` (those held out)."
+    examples: ClassVar[tuple[str, ...]] = (
+        "linescan train --task points --data scans --out runs/scans --pretrained --drop-path 0.1",
+        "linescan train --task points --data ModelNet40 --out runs/mamba3d --model mamba3d_modelnet40 --lr 5e-4 "
+        "--drop-path 0.2",
+        "linescan train --task points --data scans --out runs/tuned --checkpoint runs/masked/model.safetensors",
+        "linescan train --task points --data ModelNet40 --out runs/few --few-shot 5x10 --fold 3 --epochs 150",
+        "linescan evaluate --task points --data ModelNet40 --model pointmamba_modelnet40 --votes 10",
+    )
+
+    augment: str | None = option(
+        None, "Words joined by +: rotate (about the upward axis), turn (about any), scale, shift, jitter, drop; or "
+        "none. Default: scale+shift, and rotate with --fit none.", AUGMENT, scoring=True,
+    )  # fmt: skip
+    votes: int = option(0, "Draws of each held-out cloud, augmented, whose mean is scored; 0: the cloud as it is.",
+                        DATA, NATURAL, scoring=True)  # fmt: skip
+    smoothing: float = option(0.0, "Label smoothing.", LOSS, SHARE)
+    few_shot: str | None = option(
+        None, "Train on so many clouds of so many classes, drawn by --fold, and score on 20 others of each class.",
+        DATA, metavar="WAYSxSHOTS",
+    )  # fmt: skip
+    fold: int = option(0, "Another draw of --few-shot; papers average ten.", DATA, NATURAL)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.shots  # noqa: B018 - refuses what is none
+
+    @property
+    def shots(self) -> tuple[int, int] | None:
+        """`few_shot` as numbers."""
+        if self.few_shot is None:
+            return None
+        parts = self.few_shot.lower().split("x")
+        if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
+            raise InputError(f"--few-shot must be as in 5x10, 5 classes and 10 clouds of each, not {self.few_shot!r}")
+        return int(parts[0]), int(parts[1])
+
+
+@dataclass(frozen=True)
+class PartsRecipe(CloudRecipe):
+    """Train a model that names the part that each point of a cloud belongs to, given the kind of object."""
+
+    task: ClassVar[str] = "point-parts"
+    implementation: ClassVar[str] = "linescan.tasks.point_parts:PartsTask"
+    default_model: ClassVar[str] = "pointmamba_old_shapenetpart"
+    judges: ClassVar[bool] = True
+    scored: ClassVar[str] = "A folder of kinds of objects whose points have labels, or `digits` (those held out)."
+    examples: ClassVar[tuple[str, ...]] = (
+        "linescan train --task point-parts --data shapenetcore_partanno_segmentation_benchmark_v0_normal "
+        "--out runs/parts --pretrained --drop-path 0.2",
+        "linescan train --task point-parts --data scans --out runs/parts --checkpoint runs/masked/model.safetensors",
+        "linescan evaluate --task point-parts --data scans --checkpoint runs/parts/best.safetensors",
+    )
+
+    data: str = option(..., "`digits`; a folder of kinds of objects, whose points have labels; one with train/ and "
+                       "val/ in it; or ShapeNetPart as it comes. parts.txt in it may name the parts.", DATA,
+                       short="-d")  # fmt: skip
+    batch: int = option(16, "Samples in one forward pass of a process.", OPTIMISER, COUNT, short="-b")
+    lr: float = option(2e-4, "Highest learning rate.", OPTIMISER, POSITIVE)
+
+
+@dataclass(frozen=True)
+class PointPretrainingRecipe(CloudRecipe):
+    """Train a PointMamba without labels: hidden patches of clouds are restored from the visible ones.
+
+    What comes out is the encoder; `--task points --checkpoint` or `--task point-parts --checkpoint` fine-tunes it.
+    """
+
+    task: ClassVar[str] = "point-pretrain"
+    implementation: ClassVar[str] = "linescan.tasks.point_pretrain:PointPretrainingTask"
+    default_model: ClassVar[str] = "pointmamba_mae"
+    examples: ClassVar[tuple[str, ...]] = (
+        "linescan train --task point-pretrain --data shapes --out runs/masked --drop-path 0.1",
+        "linescan train --task point-pretrain --data shapes --out runs/masked "
+        "--model-arg backbone=pointmamba_scanobjectnn",
+        "linescan train --task points --data scans --out runs/tuned --checkpoint runs/masked/model.safetensors",
+    )
+
+    data: str = option(..., "`digits`; a folder of files, in folders or not; or one with train/ and val/ in it.", DATA,
+                       short="-d")  # fmt: skip
+    mask_ratio: float = option(0.6, "The share of patches that is hidden.", LOSS, Range(above=0, below=1))
+    mask: str = option("random", "Which are hidden: random, or block (those nearest to a random one).", LOSS,
+                       choices=("random", "block"))  # fmt: skip
+    decoder_depth: int = option(4, "Blocks of the decoder.", MODEL, COUNT)
+    augment: str | None = option(
+        None, "Words joined by +: rotate (about the upward axis), turn (about any), scale, shift, jitter, drop; or "
+        "none. Default: rotate.", AUGMENT,
+    )  # fmt: skip
+    batch: int = option(128, "Samples in one forward pass of a process.", OPTIMISER, COUNT, short="-b")
+    lr: float = option(1e-3, "Highest learning rate.", OPTIMISER, POSITIVE)
+
+
 RECIPES: dict[str, type[Recipe]] = {
-    recipe.task: recipe for recipe in (ClassificationRecipe, DistillationRecipe, PretrainingRecipe, RestorationRecipe)
+    recipe.task: recipe
+    for recipe in (
+        ClassificationRecipe,
+        DistillationRecipe,
+        PretrainingRecipe,
+        RestorationRecipe,
+        PointClassificationRecipe,
+        PartsRecipe,
+        PointPretrainingRecipe,
+    )
 }
 """By the name of the task."""
 

@@ -1,0 +1,3 @@
+"""Backbones of point clouds, one file a system; importing this package registers them all."""
+
+from . import mamba3d, pointmamba  # noqa: F401

@@ -1,0 +1,287 @@
+"""`make demo-points`: digits as clouds of points, named by a PointMamba and a Mamba3D, and taken off their boards.
+
+The three trainings are `linescan train`'s own, each in a process and on a core of its own, two at a time.
+"""
+
+import json
+import multiprocessing
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Mapping
+
+import numpy as np
+import torch
+
+from ..engine.atomic import atomic
+from ..engine.cloud_sets import PARTS_OF_DIGITS, DigitClouds
+from ..engine.metrics import read_metrics
+from ..engine.progress import progress_bar, say
+from ..engine.recipe import Recipe
+from ..engine.training import train
+from ..media.draw import default_palette
+from ..media.draw_points import draw_points, points_page
+from ..media.points import write_ply
+from ..tasks.point_parts import PartSegmenter
+from ..tasks.points import PointClassifier
+from ..tasks.recipes import PartsRecipe, PointClassificationRecipe
+from .telling import tell_commands, tell_files
+
+__all__ = ["TRAININGS", "demo_points"]
+
+_SMALL = dict(embed_dim=64, depth=2, groups=32, group_size=16, patch_widths=[32, 64, 128])
+_ALONE = {**_SMALL, "together": False, "drop_rate": 0.2}
+_COMMON = dict(data="digits", points=512, epochs=16, batch=32, lr=3e-3, warmup=1.0, ema=0.99)
+
+TRAININGS: Mapping[str, Recipe] = {
+    "pointmamba": PointClassificationRecipe(model="pointmamba_modelnet40", model_args=_ALONE, **_COMMON),
+    "mamba3d": PointClassificationRecipe(model="mamba3d_modelnet40", model_args=_ALONE, **_COMMON),
+    "parts": PartsRecipe(
+        model_args=dict(backbone_args=_SMALL, taps=[0, 1], widths=[128, 64, 64, 32]), **{**_COMMON, "epochs": 2}
+    ),
+}
+"""What is trained, by the folder that it goes to."""
+
+SHOWN = 12  # scans that are written to be tried
+_PAPER, _INK, _GREY, _GOOD, _BAD = "#fdfdfb", "#2b2d42", "#8d99ae", "#2a9d8f", "#e76f51"
+_LINES = {"pointmamba": "#2a9d8f", "mamba3d": "#7b5ea7"}
+
+
+def demo_points(
+    out: str | Path = "runs/demo-points", trainings: Mapping[str, Recipe] = TRAININGS, together: int = 2
+) -> dict:
+    """Trains, tries and draws, all in the folder `out`.
+
+    A demo that was there before is replaced.
+
+    Args:
+        out: where everything goes.
+        trainings: as `TRAININGS`.
+        together: how many of them at a time.
+
+    Returns:
+        What metrics.json holds: accuracies and mIoU on held-out digits in per cent, seconds, the machine's load.
+
+    Raises:
+        RuntimeError: a training failed; its log is named.
+    """
+    out, started, load = Path(out), time.monotonic(), os.getloadavg()[0]
+    train_all(out, trainings, together)
+    seconds = time.monotonic() - started
+
+    # From here on, what any user does: open a model, give it clouds.
+    held_out = DigitClouds(held_out=True)
+    clouds, truth = [held_out.cloud(i) for i in range(len(held_out))], np.array(held_out.labels)
+    write_scans(out / "scans", held_out)
+    metrics: dict = {"load_before": load, "seconds": seconds}
+    answers = {}
+    for name in _LINES:
+        answers[name] = PointClassifier(checkpoint=out / name / "model.safetensors", device="cpu", topk=2)(clouds)
+        right = np.array([answer[0].index for answer in answers[name]]) == truth
+        metrics[name] = {"top1": 100 * right.mean(), **_spent(out / name)}
+    segmenter = PartSegmenter(checkpoint=out / "parts" / "model.safetensors", device="cpu")
+    metrics["parts"] = {**_last(out / "parts"), **_spent(out / "parts")}
+    with atomic(out / "metrics.json") as file:
+        file.write(json.dumps(metrics, indent=2).encode())
+
+    chosen = _chosen(answers, truth)
+    parts = segmenter([clouds[i] for i in chosen])
+    _draw(out, held_out, chosen, answers, parts, metrics)
+    view = parts[0].view
+    with atomic(out / "parts.png") as file:
+        draw_points(view).save(file, "PNG")
+    with atomic(out / "parts.html") as file:
+        file.write(points_page(view).encode())
+    _tell(out, metrics)
+    return metrics
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def train_all(out: Path, trainings: Mapping[str, Recipe], together: int) -> None:
+    """Runs the trainings in processes, some at a time, into OUT/NAME with OUT/NAME/training.log."""
+    spawn, waiting, running = multiprocessing.get_context("spawn"), dict(trainings), {}
+    say(f"{len(trainings)} trainings, {together} at a time; their logs are {out}/*/training.log")
+    for name in trainings:
+        (out / name).mkdir(parents=True, exist_ok=True)
+        for old in ("state.pt", "metrics.csv"):
+            (out / name / old).unlink(missing_ok=True)
+    done = dict.fromkeys(trainings, 0)
+    try:
+        with progress_bar("training", sum(recipe.epochs for recipe in trainings.values())) as advance:
+            while waiting or running:
+                while waiting and len(running) < together:
+                    name = next(iter(waiting))
+                    running[name] = spawn.Process(target=_train, args=(waiting.pop(name), out / name), daemon=True)
+                    running[name].start()
+                time.sleep(0.2)
+                for name, process in list(running.items()):
+                    epochs = int(max((row["epoch"] for row in _rows(out / name) if "val_loss" in row), default=0))
+                    advance(epochs - done[name])
+                    done[name] = epochs
+                    if not process.is_alive():
+                        del running[name]
+                        if process.exitcode:
+                            raise RuntimeError(f"a training failed: see {out / name / 'training.log'}")
+    finally:
+        for process in running.values():
+            process.kill()
+            process.join()
+
+
+def _train(recipe: Recipe, out: Path) -> None:
+    """One training, in a process of its own, whose words go to a file."""
+    with open(out / "training.log", "w", buffering=1) as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        torch.set_num_threads(1)
+        train(recipe, out, device="cpu")
+        sys.stdout.flush()
+
+
+def _rows(run: Path) -> list[dict]:
+    path = run / "metrics.csv"
+    return read_metrics(path) if path.exists() else []
+
+
+def _last(run: Path) -> dict[str, float]:
+    """The scores of the last evaluation, by name."""
+    row = [row for row in _rows(run) if "val_loss" in row][-1]
+    return {key.removeprefix("val_"): value for key, value in row.items() if key.startswith("val_")}
+
+
+def _spent(run: Path) -> dict[str, float]:
+    return {"training_seconds": _rows(run)[-1]["seconds"]}
+
+
+# -- what is written --------------------------------------------------------------------------------------------------
+
+
+def write_scans(folder: Path, digits: DigitClouds) -> None:
+    """The first held-out digits as .ply files, to be tried."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(SHOWN):
+        cloud = digits.cloud(i)
+        with atomic(folder / f"{i:02}_is_{digits.labels[i]}.ply") as file:
+            write_ply(file, cloud, cloud.labels, np.full((len(cloud), 3), 120, np.uint8))
+
+
+def _chosen(answers: Mapping[str, list], truth: np.ndarray) -> list[int]:
+    """One held-out digit of each class, and the surest mistakes of each model."""
+    first = [int(np.flatnonzero(truth == digit)[0]) for digit in range(10)]
+    worst = []
+    for named in answers.values():
+        wrong = [i for i, answer in enumerate(named) if answer[0].index != truth[i] and i not in first + worst]
+        worst += sorted(wrong, key=lambda i: -named[i][0].probability)[:3]
+    return first + worst
+
+
+def _draw(out: Path, digits: DigitClouds, chosen: list[int], answers: Mapping, parts: list, metrics: dict) -> None:
+    """One page: digits, what they are taken for, which points are strokes; the curves; the patches' order."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 9), dpi=130, facecolor=_PAPER)
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.25, 1))
+    for part in (top, bottom):
+        part.set_facecolor(_PAPER)
+    figure.text(0.03, 0.955, "Handwritten digits as clouds of points", fontsize=17, weight="bold", color=_INK)
+    scores = ", ".join(f"{name} {metrics[name]['top1']:.1f} %" for name in answers)
+    said = f"held-out digits named right: {scores}; points on the right part: {metrics['parts']['accuracy']:.1f} %"
+    figure.text(0.03, 0.925, said + "; mistakes come last", color=_GREY)
+    top.subplots_adjust(0.02, 0.01, 0.98, 0.82, hspace=0.3, wspace=0.05)
+    palette = np.array(default_palette(len(PARTS_OF_DIGITS))) / 255
+    axes = top.subplots(2, 8).flat
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, i, found in zip(axes, chosen, parts):
+        x, y, depth = _seen(digits.cloud(i).points, digits.turns[i])
+        order = np.argsort(depth)
+        axis.scatter(x[order], y[order], s=2.5, c=palette[found.labels[order]], linewidths=0)
+        axis.set_aspect("equal")
+        truth = digits.labels[i]
+        for line, named in enumerate(answers.values()):
+            best, good = named[i][0], named[i][0].index == truth
+            words = f"{best.label}  {100 * best.probability:.0f} %" + ("" if good else f"  (is {truth})")
+            axis.text(0.5, 1.13 - 0.1 * line, words, ha="center", transform=axis.transAxes, fontsize=9, weight="bold",
+                      color=_GOOD if good else _BAD)  # fmt: skip
+    left, right = bottom.subfigures(1, 2)
+    _draw_curves(left, out, answers)
+    _draw_order(right, out, digits, chosen[8])
+    figure.savefig(out / "demo.png")
+
+
+def _seen(points: np.ndarray, turn: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Points (N, 3) obliquely from the front of their board: across, up, and towards the eye."""
+    angle = turn - 0.45
+    cos, sin = np.cos(angle), np.sin(angle)
+    x, y, z = points[:, 0] * cos + points[:, 1] * sin, points[:, 1] * cos - points[:, 0] * sin, points[:, 2]
+    tilt = 0.3
+    return x, z * np.cos(tilt) + y * np.sin(tilt), z * np.sin(tilt) - y * np.cos(tilt)
+
+
+def _draw_curves(figure, out: Path, names: Mapping) -> None:
+    """Held-out accuracy against time."""
+    axis = figure.subplots()
+    figure.subplots_adjust(0.08, 0.13, 0.95, 0.88)
+    for name in names:
+        judged = [(row["seconds"], row["val_top1"]) for row in _rows(out / name) if "val_top1" in row]
+        axis.plot(*zip(*judged), color=_LINES[name], linewidth=2, marker="o", markersize=3, label=name)
+    axis.axhline(95, color=_GREY, linewidth=0.8, linestyle=":")
+    axis.set_title("held-out accuracy (%) against seconds of training", loc="left", color=_INK, weight="bold")
+    axis.set_ylim(top=100)
+    axis.legend(frameon=False, labelcolor=_INK, loc="lower right")
+    axis.tick_params(colors=_GREY, labelsize=8)
+    axis.grid(axis="y", color="#edf0f4")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color("#d5dae1")
+
+
+def _draw_order(figure, out: Path, digits: DigitClouds, index: int) -> None:
+    """The patches of a digit in the order in which PointMamba reads them, along its two curves."""
+    tool = PointClassifier(checkpoint=out / "pointmamba" / "model.safetensors", device="cpu")
+    rows = tool.open(digits.cloud(index)).rows
+    chosen = rows[tool.card.preprocess.choose(rows)]
+    with torch.no_grad():
+        found = tool.module.group(chosen[None])
+        orders = tool.module.routes(found.centres)[0].numpy()
+    figure.text(0.04, 0.93, "how PointMamba reads: patch by patch, along two curves", color=_INK, weight="bold")
+    figure.subplots_adjust(0.02, 0.02, 0.98, 0.86, wspace=0.02)
+    for axis, order, name in zip(figure.subplots(1, 2), orders, ("hilbert", "hilbert-trans")):
+        x, y, _ = _seen(chosen.numpy(), digits.turns[index])
+        axis.scatter(x, y, s=3, color="#d5dae1", linewidths=0)
+        x, y, _ = _seen(found.centres[0].numpy()[order], digits.turns[index])
+        axis.plot(x, y, color=_GREY, linewidth=0.9)
+        axis.scatter(x, y, c=np.arange(len(order)), cmap="viridis", s=26, zorder=3)
+        axis.set_title(name, fontsize=9, color=_GREY)
+        axis.set_aspect("equal")
+        axis.set_axis_off()
+
+
+def _tell(out: Path, metrics: dict) -> None:
+    """The last lines on the terminal."""
+    say()
+    for name in _LINES:
+        say((f"{metrics[name]['top1']:.2f} %", "bold green"), f" of the held-out digits are named right by {name}.")
+    say(
+        (f"{metrics['parts']['instance_miou']:.2f} %", "bold green"),
+        f" mIoU of stroke and board. All of it took {metrics['seconds']:.0f} s of training.",
+    )
+    tell_files(
+        out,
+        {
+            "demo.png": "look at this first",
+            "parts.html": "a digit that turns under the mouse; parts.png shows it from four sides",
+            "metrics.json": "all numbers",
+            "scans/": f"{SHOWN} held-out digits, as .ply files",
+            "pointmamba/, mamba3d/, parts/": "the models, their metrics.csv and logs",
+        },
+    )
+    tell_commands(
+        (
+            f"points classify {out}/scans --checkpoint {out}/mamba3d/model.safetensors --topk 2",
+            f"points segment {out}/scans --checkpoint {out}/parts/model.safetensors --out {out}/segmented",
+            "train --task points --help",
+        )
+    )

@@ -1,0 +1,3 @@
+"""Whole networks over point clouds; importing this package registers its models."""
+
+from . import mae, parts  # noqa: F401
