@@ -37,7 +37,7 @@ def registered() -> Iterator[tuple[str, str]]:
 def _names(statement: ast.stmt) -> Iterator[tuple[str, str]]:
     """The names in a call of `register`."""
     call = getattr(statement, "value", None)
-    if not (isinstance(call, ast.Call) and getattr(call.func, "id", None) == "register"):
+    if not (isinstance(call, ast.Call) and ast.unparse(call.func) in ("register", "zoo.register")):
         return
     given = {keyword.arg: keyword.value for keyword in call.keywords}
     models = given.get("models", call.args[1] if len(call.args) > 1 else None)

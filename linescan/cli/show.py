@@ -111,9 +111,9 @@ def info(
     table.add_row("parameters (M)", number(fact.get("params"), ".2f"), f"{params / 1e6:.2f}")
     size = " and ".join(" x ".join(map(str, size)) for size in sizes)
     table.add_row("GMACs", number(fact.get("gmacs"), ".2f"), f"{macs / 1e9:.2f} at {size}")
-    by_evaluating = "`linescan evaluate` measures it" if fact.get("task") == "classification" else "-"
+    by_evaluating = "`linescan evaluate` measures it" if fact.get("task") in ("classification", "restoration") else "-"
     for name, value in fact.get("metrics", {}).items():
-        table.add_row(name, number(value, ".1f"), by_evaluating)
+        table.add_row(name, number(value, ".4g"), by_evaluating)
     show_table(table)
     for name, value in (
         ("task", fact.get("task")),

@@ -2,6 +2,7 @@
 
 import io
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -125,3 +126,26 @@ def test_broken_files(tmp_path):
     (tmp_path / "x.png").write_bytes(b"not an image")
     with pytest.raises(BrokenImage, match="x.png: not an image"):
         read_array(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("channels, dtype", [(1, "u1"), (3, "u1"), (4, "u1"), (3, "u2"), (1, "u2")])
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_large_images_lie_in_a_file(channels, dtype, format, tmp_path, monkeypatch):
+    pytest.importorskip("pyvips")
+    from linescan.media import arrays, large
+
+    array = values((700, 31, channels), np.dtype(dtype))  # more rows than are decoded at a time
+    kept = ImageFacts(PROFILE if channels > 2 else None)
+    path = written(tmp_path / "x", array, kept, format)
+    monkeypatch.setattr(arrays, "LARGE", 1000)
+    monkeypatch.setattr(large, "LARGE", 1000)
+    again, facts = read_array(path)
+    assert isinstance(again, np.memmap) and facts.icc == kept.icc
+    np.testing.assert_array_equal(again, array)
+    copy = written(tmp_path / "copy", again, facts, format)
+    np.testing.assert_array_equal(read_array(copy)[0], array)
+    assert read_array(copy)[1].icc == kept.icc
+    if format == "PNG":
+        monkeypatch.setattr(large.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
+        with pytest.raises(BrokenImage, match="takes 0.0 GB in .*, where 0.0 GB are free; TMPDIR names another folder"):
+            read_array(path)

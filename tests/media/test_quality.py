@@ -40,10 +40,10 @@ def defined_ssim(x, y):
 
 
 @pytest.mark.parametrize("crop", [0, 4])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_scores_are_as_published(channels, crop):
-    a = photo(channels)
-    b = to_8_bits(a + 0.05 * torch.from_numpy(np.random.default_rng(5).standard_normal(a.shape)))
+@pytest.mark.parametrize("channels, contrast", [(1, 1), (3, 1), (3, 0.1)])
+def test_scores_are_as_published(channels, contrast, crop):
+    a = to_8_bits(0.5 + contrast * (photo(channels) - 0.5))
+    b = to_8_bits(a + 0.05 * contrast * torch.from_numpy(np.random.default_rng(5).standard_normal(a.shape)))
     x, y = (255 * z.numpy()[:, crop : 48 - crop, crop : 60 - crop] for z in (a, b))
     assert psnr(a, b, crop) == pytest.approx(20 * math.log10(255 / math.sqrt(((x - y) ** 2).mean())), abs=1e-4)
     assert ssim(a, b, crop) == pytest.approx(np.mean([defined_ssim(i, j) for i, j in zip(x, y)]), abs=1e-4)

@@ -13,6 +13,7 @@ from linescan.engine.pairs import Pairs, find_pairs, open_pairs, symmetry
 from linescan.errors import CheckpointError, InputError
 from linescan.heads.restoration.mambair_v2 import MambaIRv2
 from linescan.media.arrays import read_array
+from linescan.media.degrade import Degradation
 from linescan.media.quality import luma, psnr, ssim, to_8_bits
 from linescan.media.resize import enlarge_bicubic
 from linescan.tasks.recipes import RestorationRecipe
@@ -84,6 +85,14 @@ def test_pairs_are_found_by_name_and_size(tmp_path):
         Pairs(high, None, 3, 1, lambda x: x, patch=26)[0]
 
 
+def test_noise_of_a_held_out_image_is_always_the_same_and_of_a_patch_never(photos):
+    files = sorted(photos.iterdir())
+    held_out, patches = (Pairs(files, None, 3, 1, Degradation("noise 25"), patch=patch) for patch in (None, 16))
+    assert torch.equal(held_out[0]["low"], held_out[0]["low"])
+    noise = [item["low"] - item["high"] for item in (patches[0], patches[0])]
+    assert not torch.equal(*noise) and 15 < 255 * noise[0].std() < 35
+
+
 def test_patches_of_a_pair_are_of_one_place():
     """Of images whose pixels are their own places, degraded by leaving out every second one."""
     data = Pairs(["high"], ["low"], 1, 2, patch=5, repeats=3)
@@ -125,8 +134,6 @@ def test_scores_are_those_of_the_field(photos, x2):
     assert [scores["psnr"], scores["ssim"]] == pytest.approx(np.mean(want, 0).tolist(), abs=1e-4)
 
     def of(degrade, scale, **options):
-        from linescan.media.degrade import Degradation
-
         data = Pairs([], None, 3, scale, degrade and Degradation(degrade, scale))
         quality = Quality.of(RestorationRecipe("x", **options), data)
         return quality.on, quality.crop
