@@ -13,7 +13,6 @@ from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset
 
 from ..engine.cards import ModelCard, preprocess_of, restore
 from ..engine.image_sets import Digits, Folder, classes_of, open_data
@@ -291,12 +290,13 @@ class Accuracy(Evaluator):
         classes: their names; given, all probabilities are kept for `report`.
     """
 
+    data: Samples
     names = ("loss", "top1", "top5")
     primary = "top1"
 
     def __init__(
         self,
-        data: Dataset,
+        data: Samples,
         answer: Callable = lambda model, inputs: model(inputs),
         batch: int | None = None,
         classes: Sequence[str] | None = None,
