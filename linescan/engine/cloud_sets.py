@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import Any, Callable, Sequence
 
 import numpy as np
 import torch
@@ -437,7 +437,7 @@ class CloudSamples(Dataset):
             raise InputError(f"{name}: {error}") from None
         draws = [self._draw(rows) for _ in range(max(self.votes, 1))]
         points = torch.stack([points for points, _ in draws]) if self.votes else draws[0][0]
-        item = {"input": points, "label": self.clouds.labels[index]}
+        item: dict[str, Any] = {"input": points, "label": self.clouds.labels[index]}
         if self.parts:
             category = self.clouds.classes[item["label"]] if self.parts.categories else ""
             if cloud.labels is None:

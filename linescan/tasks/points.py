@@ -111,6 +111,7 @@ class PointClassificationTask(CloudTask):
     """
 
     listed = "point-classification"
+    recipe: PointClassificationRecipe
 
     def __init__(self, recipe: PointClassificationRecipe):
         super().__init__(recipe)
