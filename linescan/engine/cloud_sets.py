@@ -6,15 +6,17 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Callable, Sequence
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import InputError
 from ..media.clouds import PointAugment, PointPreprocess
+from ..media.draw_points import PointView, draw_points
 from ..media.find import find_clouds
 from ..media.labels import class_names
 from ..media.points import PointCloud, read_points
@@ -82,8 +84,9 @@ PARTS_OF_DIGITS = ("board", "stroke")
 class DigitClouds(CloudSet):
     """Scikit-learn's digits as clouds of 1,024 points: strokes as thick as they are dark, standing on a board.
 
-    The board is upright, turned about the vertical axis z by any angle and tilted by up to 10 degrees; points have
-    noise of 2 % of the board's side. Labels of points: `PARTS_OF_DIGITS`. Which digits are held out is as for images.
+    The board is upright, turned about the vertical axis z by up to 60 degrees either way and tilted by up to 10; points
+    have noise of 1 % of the board's side. Labels of points are `PARTS_OF_DIGITS`. The same digits are held out as for
+    images.
 
     Args:
         held_out: the held-out digits rather than those to train on.
@@ -110,7 +113,7 @@ class DigitClouds(CloudSet):
     def _make(self, index: int) -> PointCloud:
         dice = np.random.default_rng(int(self.names[index].rpartition(" ")[2]))
         points, labels = self.extrude(self.pixels[index], self.points, dice)
-        turn, tilt = dice.uniform(0, 2 * np.pi), np.radians(dice.uniform(-10, 10))
+        turn, tilt = np.radians((dice.uniform(-60, 60), dice.uniform(-10, 10)))
         self.turns[index] = turn
         return PointCloud((points @ _about("x", tilt) @ _about("z", turn)).astype(np.float32), labels=labels,
                           total=len(points))  # fmt: skip
@@ -404,7 +407,7 @@ class Parts:
 
 
 class CloudSamples(Dataset):
-    """Items {"input": (N, channels) as the model wants them, "label": the class}, with parts also "points" (N,).
+    """Items {"input": (N, channels), "label": the class, "index": its number}, with parts also "points" (N,).
 
     Args:
         clouds: the set.
@@ -426,6 +429,16 @@ class CloudSamples(Dataset):
         self.augment = None if augment is None else PointAugment(augment, preprocess)
         self.in_memory = clouds.in_memory
 
+    @property
+    def names(self) -> Sequence[str]:
+        """What to call each sample."""
+        return self.clouds.names
+
+    def preview(self, index: int) -> Image.Image:
+        """A sample for people."""
+        cloud = self.clouds.cloud(index)
+        return draw_points(PointView(cloud.points, colours=cloud.colours, up=self.preprocess.up), 336)
+
     def __len__(self) -> int:
         return len(self.clouds)
 
@@ -437,20 +450,20 @@ class CloudSamples(Dataset):
             raise InputError(f"{name}: {error}") from None
         draws = [self._draw(rows) for _ in range(max(self.votes, 1))]
         points = torch.stack([points for points, _ in draws]) if self.votes else draws[0][0]
-        item: dict[str, Any] = {"input": points, "label": self.clouds.labels[index]}
-        if self.parts:
-            category = self.clouds.classes[item["label"]] if self.parts.categories else ""
-            if cloud.labels is None:
-                raise InputError(f"{name}: its points have no labels")
-            if category and category not in self.parts.categories:
-                raise InputError(f"{name}: no parts of {category} are known")
-            try:
-                numbers = self.parts.number(cloud.labels, category)
-            except InputError as error:
-                raise InputError(f"{name}: {error}") from None
-            item["label"] = self.parts.categories.index(category) if category else 0
-            item["points"] = torch.from_numpy(numbers)[draws[0][1]]
-        return item
+        label = self.clouds.labels[index]
+        if not self.parts:
+            return {"input": points, "label": label, "index": index}
+        category = self.clouds.classes[label] if self.parts.categories else ""
+        if cloud.labels is None:
+            raise InputError(f"{name}: its points have no labels")
+        if category and category not in self.parts.categories:
+            raise InputError(f"{name}: no parts of {category} are known")
+        try:
+            numbers = self.parts.number(cloud.labels, category)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
+        label = self.parts.categories.index(category) if category else 0
+        return {"input": points, "label": label, "index": index, "points": torch.from_numpy(numbers)[draws[0][1]]}
 
     def _draw(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The model's points, and which they are."""

@@ -4,6 +4,7 @@ from typing import Callable, Sequence
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -32,6 +33,15 @@ class Samples(Dataset):
     def __init__(self, images: ImageSet, read: Reader, repeats: int = 1):
         self.images, self.read, self.repeats = images, read, repeats
         self.in_memory = images.in_memory
+
+    @property
+    def names(self) -> Sequence[str]:
+        """What to call each sample."""
+        return self.images.names
+
+    def preview(self, index: int) -> Image.Image:
+        """A sample for people."""
+        return self.images.preview(index)
 
     def __len__(self) -> int:
         return len(self.images)

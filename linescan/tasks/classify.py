@@ -290,13 +290,13 @@ class Accuracy(Evaluator):
         classes: their names; given, all probabilities are kept for `report`.
     """
 
-    data: Samples
+    data: Any  # with `names` and `preview` for `report`
     names = ("loss", "top1", "top5")
     primary = "top1"
 
     def __init__(
         self,
-        data: Samples,
+        data: Any,
         answer: Callable = lambda model, inputs: model(inputs),
         batch: int | None = None,
         classes: Sequence[str] | None = None,
@@ -328,12 +328,11 @@ class Accuracy(Evaluator):
         """See `linescan.tasks.report.Report`."""
         order = totals["index"].argsort()
         index = totals["index"][order].tolist()
-        images = self.data.images
         found = Report(
-            self.classes, [images.names[i] for i in index], totals["label"][order].numpy(),
+            self.classes, [self.data.names[i] for i in index], totals["label"][order].numpy(),
             totals["probability"][order].double().numpy(),
         )  # fmt: skip
-        return found.as_dict(), found.write(folder, title, lambda sample: images.preview(index[sample]))
+        return found.as_dict(), found.write(folder, title, lambda sample: self.data.preview(index[sample]))
 
 
 def default_augment(data: str, channels: int, frames: int) -> str:

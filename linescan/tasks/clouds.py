@@ -76,7 +76,7 @@ class CloudTask(Task):
     def usual_augment(self) -> str:
         """What clouds like these are usually changed by: scans turned, models of objects scaled and shifted."""
         if self.recipe.data == "digits":
-            return "rotate+scale+jitter"
+            return "scale+jitter"
         return "scale+shift" if self.preprocess.normalise else "rotate"
 
 

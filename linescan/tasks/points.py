@@ -130,7 +130,7 @@ class PointClassificationTask(CloudTask):
     def judge(cls, recipe: PointClassificationRecipe, model: nn.Module, card: ModelCard) -> Accuracy:
         clouds = every_cloud(recipe.data, card.classes, recipe.columns)
         augment = recipe.augment or ("scale+shift" if card.preprocess.normalise else "rotate")
-        return judge(clouds, card.preprocess, recipe, augment)
+        return judge(clouds, card.preprocess, recipe, augment, card.classes)
 
     def forward(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
         logits = model(batch["input"])
@@ -144,8 +144,14 @@ class PointClassificationTask(CloudTask):
         return f"{len(self.classes)} classes, {super().describe()}"
 
 
-def judge(clouds: CloudSet, preprocess: PointPreprocess, recipe: PointClassificationRecipe, augment: str) -> Accuracy:
+def judge(
+    clouds: CloudSet,
+    preprocess: PointPreprocess,
+    recipe: PointClassificationRecipe,
+    augment: str,
+    classes: Sequence[str] | None = None,
+) -> Accuracy:
     """Accuracy on held-out clouds, each as it is, or by votes."""
     votes = recipe.votes
     samples = CloudSamples(clouds, preprocess, augment if votes else None, votes)
-    return Accuracy(samples, vote, max(recipe.batch // max(votes, 1), 1))
+    return Accuracy(samples, vote, max(recipe.batch // max(votes, 1), 1), classes)
