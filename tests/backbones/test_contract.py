@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import linescan
+from linescan.backbones.contract import architecture
 from linescan.zoo import list_models
 
 MODELS = list_models(task="classification")
@@ -76,6 +77,10 @@ def image(model, *size, channels=3, batch=1):
 
 def blocks_of(model):
     return [b for stage in model.stages for b in stage.blocks] if hasattr(model, "stages") else list(model.blocks)
+
+
+def five_blocks(name):
+    return {"depth": 5} if architecture(name)[0].unit_name == "blocks" else {"depths": (1, 2, 1, 1)}
 
 
 def tokens_of(model, stream):
@@ -294,8 +299,7 @@ def test_checkpointed_training_step_in_bfloat16(name):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_stochastic_depth_grows_from_block_to_block(name):
-    depths = {"depth": 5} if hasattr(small(name, device="meta"), "blocks") else {"depths": (1, 2, 1, 1)}
-    model = small(name, drop_path_rate=0.4, num_classes=5, device="meta", **depths)
+    model = small(name, drop_path_rate=0.4, num_classes=5, device="meta", **five_blocks(name))
     rates = [block.drop_path.drop_prob for block in blocks_of(model)]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
     model = shaken(small(name, drop_path_rate=0.9, num_classes=5)).train()
@@ -313,7 +317,7 @@ def test_stochastic_depth_grows_from_block_to_block(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_parameter_groups(name):
-    model = small(name, device="meta")
+    model = small(name, device="meta", **five_blocks(name))
     names = dict(model.named_parameters())
     assert model.no_weight_decay() <= set(names)
     groups = timm.optim.param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.5)
