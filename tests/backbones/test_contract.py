@@ -451,7 +451,33 @@ def test_own_weights_pass_the_filter_as_they_are(name, tmp_path):
         assert torch.equal(model(x), other(x))
 
 
-@pytest.mark.parametrize("name", [n for n in KINDS if small(n, device="meta").pos_embed is not None])
+POSITIONED = [name for name in KINDS if small(name, device="meta").pos_embed is not None]
+
+
+@pytest.mark.parametrize("name", POSITIONED)
+def test_positions_stand_where_the_tokens_do(name):
+    model = small(name, img_size=(64, 96), num_classes=0).eval()
+
+    def moved(x, table):
+        maps = []
+        for factor in (0, 1):
+            nn.init.zeros_(model.pos_embed)[:] += factor * table
+            stream, grid, _ = model.embed(x)
+            maps.append(model.to_map(stream, grid))
+        difference = (maps[1] - maps[0])[0, ..., 0]
+        return difference if difference.ndim == 2 else difference[0]  # of the first frame
+
+    with torch.no_grad():
+        one = torch.zeros_like(model.pos_embed)
+        one[:, 1, 2] = 1
+        assert torch.allclose(moved(image(model, 64, 96), one), one[0, ..., 0], atol=1e-5)
+        rows = torch.arange(one.shape[1])[:, None, None].expand_as(one[0])
+        down = moved(image(model, 128, 64), rows[None])
+        assert down.shape == model.grid_of(128, 64) and torch.allclose(down, down[:, :1].expand_as(down), atol=1e-5)
+        assert down[-1, 0] > down[0, 0] + 1
+
+
+@pytest.mark.parametrize("name", POSITIONED)
 def test_positions_are_resampled_from_any_grid(name):
     wide = small(name, img_size=(64, 128), num_classes=0)
     nn.init.normal_(wide.pos_embed)

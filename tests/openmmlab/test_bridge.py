@@ -1,6 +1,7 @@
 """LinescanBackbone, its weights, and the learning rates, as a user of mmseg and mmdet meets them."""
 
 import re
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from torch import nn
 
 pytest.importorskip("mmengine")
 
+from mmengine.config import Config  # noqa: E402
 from mmengine.optim import build_optim_wrapper  # noqa: E402
-from mmengine.registry import MODELS  # noqa: E402
+from mmengine.registry import MODELS, DefaultScope  # noqa: E402
 from mmengine.runner.checkpoint import load_checkpoint  # noqa: E402
 
 from linescan import CheckpointError, list_models  # noqa: E402
@@ -315,3 +317,22 @@ def test_configs_are_found_by_name(tmp_path):
         assert find_config(other).samefile(path)
     with pytest.raises(ValueError, match="near it: .*vmamba_tiny_upernet_ade20k"):
         find_config("segmentation/vmamba_tinny_upernet_ade20k")
+
+
+def test_a_config_over_a_base_of_mmseg_reads_images_of_any_sides(tmp_path):
+    (tmp_path / "own.py").write_text("""
+_base_ = 'mmseg::upernet/upernet_r50_4xb4-80k_ade20k-512x512.py'
+custom_imports = dict(imports=['linescan.openmmlab'])
+model = dict(
+    backbone=dict(_delete_=True, type='LinescanBackbone', model='vrwkv_tiny', embed_dim=32, depth=4,
+                  neck=dict(type='adapter', num_heads=4, width=8)),
+    decode_head=dict(in_channels=[32] * 4, channels=8), auxiliary_head=dict(in_channels=32, channels=8))
+""")
+    model = Config.fromfile(tmp_path / "own.py").model
+    with DefaultScope.overwrite_default_scope("mmseg"):
+        with pytest.raises(ValueError, match="from a _base_ of this config: unset it with model=dict.pretrained=None"):
+            MODELS.build(deepcopy(model))
+        segmentor = MODELS.build({**model, "pretrained": None}).eval()
+    with torch.no_grad():
+        logits = segmentor.encode_decode(torch.randn(1, 3, 65, 97), [{"img_shape": (65, 97)}])
+    assert logits.shape == (1, 150, 65, 97)
