@@ -312,6 +312,11 @@ class Based(Core):
         return *(x.unflatten(-1, (self.n_heads, -1)) for x in qk), *self.tokens(u)
 
 
+def identities(core: Heads) -> Tensor:
+    """An identity for every head, from which Hedgehog's features start."""
+    return torch.eye(core.head_dim).repeat(core.n_heads, 1, 1)
+
+
 class Hedgehog(Core):
     """Hedgehog (`hedgehog`): linear attention of learned features, a softmax over each of their halves."""
 
@@ -319,8 +324,7 @@ class Hedgehog(Core):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        start = torch.eye(self.head_dim).expand(self.n_heads, -1, -1)
-        self.q_weight, self.k_weight = (nn.Parameter(start.clone()) for _ in "qk")
+        self.q_weight, self.k_weight = (nn.Parameter(identities(self)) for _ in "qk")
 
     def project(self, u: Tensor) -> Sequence[Tensor]:
         return *self.tokens(u), self.q_weight, self.k_weight
@@ -700,13 +704,34 @@ class SoftmaxAttention(Attention):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).unflatten(1, grid)
 
 
-class GlobalLinearAttention(Attention):
-    """Linear attention to all tokens (`global_linear_attention`) with features elu + 1: no order, no decay."""
+class GlobalAttention(Attention):
+    """Base of the attentions that need no grid: subclasses define `attend_tokens` over (B, 1, L, heads, head_dim)."""
+
+    def attend_tokens(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        raise NotImplementedError
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        grid = q.shape[1:-2]
-        q, k, v = (x.flatten(1, -3)[:, None] for x in (F.elu(q) + 1, F.elu(k) + 1, v))
-        return scans.global_linear_attention(q, k, v)[:, 0].unflatten(1, grid)
+        y = self.attend_tokens(*(x.flatten(1, -3)[:, None] for x in (q, k, v)))
+        return y[:, 0].unflatten(1, q.shape[1:-2])
+
+
+class GlobalLinearAttention(GlobalAttention):
+    """Linear attention to all tokens (`global_linear_attention`) with features elu + 1: no order, no decay."""
+
+    def attend_tokens(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scans.global_linear_attention(F.elu(q) + 1, F.elu(k) + 1, v)
+
+
+class GlobalHedgehog(GlobalAttention):
+    """Linear attention to all tokens with Hedgehog's learned features, as its authors convert vision transformers."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.q_weight, self.k_weight = (nn.Parameter(identities(self)) for _ in "qk")
+
+    def attend_tokens(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = scans.hedgehog_features(q, self.q_weight), scans.hedgehog_features(k, self.k_weight)
+        return scans.global_linear_attention(q, k, v, scale=1.0)
 
 
 class WindowAttention(Attention):
@@ -734,7 +759,7 @@ class DilatedAttention(NeighborhoodAttention):
     dilation = 2
 
 
-class ViTTTGLU(Attention):
+class ViTTTGLU(GlobalAttention):
     """ViT^3's gated linear unit (`vittt_glu`): weights that take one step on all tokens, which then read them."""
 
     def __init__(self, *args, **kwargs):
@@ -742,10 +767,8 @@ class ViTTTGLU(Attention):
         shape = self.n_heads, self.head_dim, self.head_dim
         self.w1, self.w2 = (nn.Parameter(0.02 * torch.randn(shape)) for _ in range(2))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        grid = q.shape[1:-2]
-        q, k, v = (x.flatten(1, -3)[:, None] for x in (q, k, v))
-        return scans.vittt_glu(q, k, v, self.w1, self.w2)[:, 0].unflatten(1, grid)
+    def attend_tokens(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scans.vittt_glu(q, k, v, self.w1, self.w2)
 
 
 class ViTTTConv(Attention):
@@ -781,6 +804,7 @@ MIXERS: dict[str, type[TokenMixer]] = {
     "hedgehog_joint": HedgehogJoint,
     "hedgehog_window": HedgehogWindow,
     "global_linear": GlobalLinearAttention,
+    "global_hedgehog": GlobalHedgehog,
     "delta": DeltaNet,
     "gated_delta": GatedDeltaNet,
     "gated_delta_2": GatedDeltaNet2,

@@ -12,7 +12,7 @@ from .ops.delta import delta_rule, gated_delta_product, gated_delta_rule, kda
 from .ops.dplr import comba, dplr, gated_delta_rule_2, rwkv7
 from .ops.gla import gla, hgrn2, retention, simple_gla
 from .ops.hgrn import hgrn, rg_lru
-from .ops.linear_attention import based, global_linear_attention, hedgehog, linear_attention
+from .ops.linear_attention import based, global_linear_attention, hedgehog, hedgehog_features, linear_attention
 from .ops.log_linear import log_linear_attention, log_linear_gated_delta_rule
 from .ops.mamba3 import mamba3, mamba3_mimo
 from .ops.mesa_net import mesa_net
@@ -45,6 +45,7 @@ __all__ = [
     "gla",
     "global_linear_attention",
     "hedgehog",
+    "hedgehog_features",
     "hedgehog_window",
     "hgrn",
     "hgrn2",

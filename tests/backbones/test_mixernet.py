@@ -39,7 +39,7 @@ def test_routes_decide_what_a_token_sees(mixer):
         changed = (one_way(x) != one_way(y)).any(-1)[0]
     # The convolution reaches one token; anything farther before the change must come through the mixer.
     assert bool(changed[:4].any()) is (mixer in BLIND + BOTH_SIDES)
-    if mixer in ("softmax", "global_linear", *BOTH_SIDES[:2]):
+    if mixer in ("softmax", "global_linear", "global_hedgehog", "vittt_glu", *BOTH_SIDES[:2]):
         assert changed.all()
 
 

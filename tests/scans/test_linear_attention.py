@@ -108,6 +108,10 @@ def test_features_have_the_products_of_their_kernels():
     for joint in (False, True):
         features = hedgehog_features(9 * x[:, None], weight, joint=joint)
         torch.testing.assert_close(features.sum(-1), torch.full_like(features[..., 0], 2 - joint), rtol=1e-9, atol=0)
+    far = torch.tensor([[[40.0, 0.0, 0.0, 0.0, 0.0]]], dtype=torch.float64, requires_grad=True)
+    features = hedgehog_features(far, weight)
+    assert features.min() == 1e-12  # e^-40 is less, and has no gradient
+    assert torch.autograd.grad(features[..., 1].sum(), far)[0].eq(0).all()
 
 
 def test_a_state_that_fits_without_normalization_is_refused_with_it():
