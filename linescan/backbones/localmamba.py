@@ -147,7 +147,9 @@ class LocalRoutes(MultiRoute):
         if not self.class_token:
             return super().table(grid, device)
         middle = grid[0] * grid[1] // 2  # by the number of tokens, whatever padding a route has
-        return routes.table([route.with_tokens([middle], [middle]) for route in self.routes], grid, device)
+        # As text, which torch.compile reads as a constant.
+        specs = [f"cls({route.spec}, at={middle}, stored={middle})" for route in self.routes]
+        return routes.table(", ".join(specs), grid, device)
 
     def merge_routes(self, y: Tensor, grid: tuple[int, int] | None) -> Tensor:
         """Outputs (B, K, L, D) of the routes -> (B, L, D)."""

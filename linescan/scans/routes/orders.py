@@ -1,10 +1,10 @@
 """Routes as objects: orders over the cells of a grid (H, W) or (T, H, W), made from curves and from each other."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import permutations
 from math import prod
 from operator import index
-from typing import Sequence, Union
+from typing import ClassVar, Sequence, Union
 
 import numpy as np
 
@@ -56,7 +56,7 @@ class Route:
         spec: the text.
     """
 
-    spec: str = field(init=False)
+    spec: ClassVar[str]
 
     def __post_init__(self):
         # Kept as a plain attribute, which torch.compile can read as a constant.
