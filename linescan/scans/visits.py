@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .._compat import unwatched
 
-__all__ = ["Visits", "check_table", "declare", "is_permutation", "known", "read", "visited", "write"]
+__all__ = ["Visits", "check_table", "declare", "is_permutation", "is_recording", "known", "read", "visited", "write"]
 
 
 class Visits(NamedTuple):
@@ -85,12 +85,12 @@ def check_table(name: str, table: Tensor, length: int) -> None:
         return
     if visits is not None and visits.made:
         raise ValueError(f"{name}: the route table was made for {visits.length} tokens, the inputs have {length}")
-    if table.is_meta or _is_recording(table):
+    if table.is_meta or is_recording(table):
         return
     _remember(table, _inspect(name, table, length))
 
 
-def _is_recording(table: Tensor) -> bool:
+def is_recording(table: Tensor) -> bool:
     """True while a CUDA graph is recorded."""
     return table.is_cuda and torch.cuda.is_current_stream_capturing()
 
@@ -123,7 +123,7 @@ def is_permutation(table: Tensor, length: int) -> bool:
     from the device, and of a table that was not seen before the answer is no."""
     check_table("a kernel", table, length)
     visits = known(table)
-    if visits is not None and visits.permutation is None and not _is_recording(table):
+    if visits is not None and visits.permutation is None and not is_recording(table):
         visits = _inspect("a kernel", table, length)._replace(made=visits.made)
         _remember(table, visits)
     return visits is not None and bool(visits.permutation)

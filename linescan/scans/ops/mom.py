@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..._compat import is_watched, plain_shape
 from ..recurrence import Recurrence, check_arguments, check_merge, precise, public
-from ..visits import declare
+from ..visits import declare, is_recording
 from .delta import VALUES, _gated_delta_rule
 from .gla import _gla
 
@@ -40,7 +40,8 @@ def _table(chosen: Tensor, route: Tensor | None, batch: int, routes: int, length
     token = torch.where(route < 0, (-2 - route).clamp_min(0), route)
     there = chosen.expand(-1, routes, -1, -1).gather(2, token[..., None].expand(-1, -1, -1, chosen.shape[-1]))
     table = torch.where(there, route[..., None], -1).movedim(-1, 2).flatten(1, 2)
-    if not is_watched() and table.numel() and not table.is_meta:  # steps that no memory takes are left out
+    # Steps that no memory takes are left out, where their number may be asked for.
+    if table.numel() and not (is_watched() or table.is_meta or is_recording(table)):
         absent = table == -1
         table = table.gather(-1, absent.int().argsort(dim=-1, stable=True))[..., : int((~absent).sum(-1).amax())]
     return declare(table, length, permutation=False)

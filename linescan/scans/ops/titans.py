@@ -16,12 +16,12 @@ from ..recurrence import given_states, public, recurrence
 __all__ = ["titans_memory"]
 
 
-def _matrices(weights: Tensor, size: int, hidden: int) -> list[Tensor]:
-    """Flat weights (..., n) as matrices: (size, size), or (size, hidden) and (hidden, size)."""
+def _matrices(weights: Tensor, size: int, hidden: int) -> tuple[Tensor, Tensor | None]:
+    """Flat weights (..., n) as matrices: (size, size) and none, or (size, hidden) and (hidden, size)."""
     if not hidden:
-        return [weights.unflatten(-1, (size, size))]
+        return weights.unflatten(-1, (size, size)), None
     first, second = weights.split(size * hidden, -1)
-    return [first.unflatten(-1, (size, hidden)), second.unflatten(-1, (hidden, size))]
+    return first.unflatten(-1, (size, hidden)), second.unflatten(-1, (hidden, size))
 
 
 def _product(x: Tensor, y: Tensor) -> Tensor:
@@ -31,21 +31,20 @@ def _product(x: Tensor, y: Tensor) -> Tensor:
 
 def _answer(x: Tensor, weights: Tensor, hidden: int, product: Callable = torch.matmul) -> Tensor:
     """M(x) for x (..., C, D) and flat weights (..., n)."""
-    first, *second = _matrices(weights, x.shape[-1], hidden)
+    first, second = _matrices(weights, x.shape[-1], hidden)
     z = product(x, first)
-    return product(F.gelu(z), second[0]) if second else z
+    return z if second is None else product(F.gelu(z), second)
 
 
 def _gradient(
     k: Tensor, v: Tensor, lr: Tensor, weights: Tensor, hidden: int, product: Callable = torch.matmul
 ) -> Tensor:
     """Gradient (..., n) of sum_i sigmoid(lr_i) mean((M(k_i) - v_i)^2) for k, v (..., C, D) and lr (..., C)."""
-    first, *second = _matrices(weights, k.shape[-1], hidden)
+    first, second = _matrices(weights, k.shape[-1], hidden)
     rate = (2 / v.shape[-1]) * lr.sigmoid()[..., None]
     z = product(k, first)
-    if not second:
+    if second is None:
         return product(k.mT, rate * (z - v)).flatten(-2)
-    (second,) = second
     normal = 0.5 * (1 + torch.erf(z * 0.5**0.5))  # gelu is z times this
     slope = normal + z * torch.exp(-0.5 * z.square()) * (2 * pi) ** -0.5
     error = rate * (product(z * normal, second) - v)

@@ -36,9 +36,7 @@ def _split(recent: Tensor, *sizes: int) -> tuple[Tensor, ...]:
     values=dict(share=torch.sigmoid, q_features=torch.sigmoid, k_features=torch.sigmoid),
     sizes=dict(F=4, window=4),
 )
-def _window_attention(
-    q, k, q_features, k_features, v, share, window: int, scale: float, memory, recent
-):  # fmt: skip
+def _window_attention(q, k, q_features, k_features, v, share, window: int, scale: float, memory, recent):
     sizes, outputs = (k.shape[-1], k_features.shape[-1], v.shape[-1] + 1), []
     share = share[:, None]
     tokens = torch.cat((k, k_features, F.pad(v, (0, 1), value=1.0)), -1)
@@ -66,7 +64,7 @@ def _window_attention_chunked(q, k, q_features, k_features, v, share, window, sc
     place = torch.arange(2 * window, device=q.device) - torch.arange(window, device=q.device)[:, None]
     outside = (place < 1) | (place > window) | (values[..., None, :, -1] == 0)
     scores = (queries @ keys.mT).masked_fill(outside, -torch.inf)
-    # A row of padding may have no key: its scores are all the same then.
+    # A row behind the last token may have no key, and so no largest score.
     largest = scores.amax(-1, keepdim=True)
     near = ((scores - largest.clamp_min(torch.finfo(q.dtype).min)).exp() @ values).flatten(3, 4)[:, :, :, :length]
 
