@@ -6,6 +6,8 @@ import torch
 
 from linescan.layers.mixers import MIXERS, Attention, Mixer
 
+from ..conftest import REPOSITORY
+
 BLIND = [name for name, core in MIXERS.items() if issubclass(core, Attention)]  # to the order of tokens
 BOTH_SIDES = ["bi_wkv4", "bi_wkv6", "sliding"]  # of a token on a route
 SMALL = dict(img_size=32, patch_size=4, embed_dim=32, depth=2, head_dim=8, num_classes=5)
@@ -98,3 +100,8 @@ def test_impossible_hybrids_are_refused(kwargs, message):
         timm.create_model("scan_tiny", **SMALL | kwargs)
     with pytest.raises(ValueError, match="mixer gives 2 names for stage 3, which has 1 blocks"):
         timm.create_model("scanh_tiny", depths=(1, 1, 2, 1), mixer=("s6", "s6", "s6", ("s6", "gla")))
+
+
+def test_the_page_lists_every_mixer():
+    text = (REPOSITORY / "docs" / "mixers.md").read_text()
+    assert not [name for name in MIXERS if f"`{name}`" not in text]
