@@ -41,7 +41,7 @@ def _table(chosen: Tensor, route: Tensor | None, batch: int, routes: int, length
     there = chosen.expand(-1, routes, -1, -1).gather(2, token[..., None].expand(-1, -1, -1, chosen.shape[-1]))
     table = torch.where(there, route[..., None], -1).movedim(-1, 2).flatten(1, 2)
     # Steps that no memory takes are left out, where their number may be asked for.
-    if table.numel() and not (is_watched() or table.is_meta or is_recording(table)):
+    if not (is_watched() or table.is_meta or is_recording(table)) and table.numel():
         absent = table == -1
         table = table.gather(-1, absent.int().argsort(dim=-1, stable=True))[..., : int((~absent).sum(-1).amax())]
     return declare(table, length, permutation=False)
