@@ -31,7 +31,7 @@ Columns = Annotated[
     typer.Option(help="Names for the columns of files without, as in 'x y z intensity - label' (-: not used).")
 ]  # fmt: skip
 Pages = Annotated[bool, typer.Option("--pages/--no-pages", help="Write a page that turns under the mouse for each.")]
-Pictures = Annotated[bool, typer.Option("--overlays/--no-overlays", help="Draw each cloud from four sides.")]
+Overlays = Annotated[bool, typer.Option("--overlays/--no-overlays", help="Draw each cloud from four sides.")]
 
 
 @command(
@@ -54,7 +54,7 @@ def classify(
     limit: Limit = 2_000_000,
     columns: Columns = None,
     pages: Pages = True,
-    overlays: Pictures = True,
+    overlays: Overlays = True,
     device: Device = None,
     precision: Precision = Floats.fp32,
     batch: Clouds = 16,
@@ -96,7 +96,7 @@ def segment(
     limit: Limit = 2_000_000,
     columns: Columns = None,
     pages: Pages = True,
-    overlays: Pictures = True,
+    overlays: Overlays = True,
     device: Device = None,
     precision: Precision = Floats.fp32,
     batch: Clouds = 16,

@@ -271,7 +271,7 @@ def _tell(out: Path, metrics: dict) -> None:
     tell_files(
         out,
         {
-            "demo.png": "look at this first",
+            "demo.png": "start with this one",
             "parts.html": "a digit that turns under the mouse; parts.png shows it from four sides",
             "metrics.json": "all numbers",
             "scans/": f"{SHOWN} held-out digits, as .ply files",

@@ -435,7 +435,7 @@ class CloudSamples(Dataset):
         return self.clouds.names
 
     def preview(self, index: int) -> Image.Image:
-        """A sample for people."""
+        """A sample as it is shown."""
         cloud = self.clouds.cloud(index)
         return draw_points(PointView(cloud.points, colours=cloud.colours, up=self.preprocess.up), 336)
 

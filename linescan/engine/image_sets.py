@@ -48,7 +48,7 @@ class ImageSet(ABC):
         """
 
     def preview(self, index: int, side: int = 336) -> Image.Image:
-        """Sample `index` for people, RGB: the image, reduced as it is read; of a video the frame in the middle."""
+        """Sample `index` to be shown, RGB: the image, reduced as it is read; of a video the frame in the middle."""
         path = Path(self.names[index])
         if not (path.is_dir() or is_video(path)):
             return self.image(index, 3, (side, side))

@@ -40,7 +40,7 @@ class Samples(Dataset):
         return self.images.names
 
     def preview(self, index: int) -> Image.Image:
-        """A sample for people."""
+        """A sample as it is shown."""
         return self.images.preview(index)
 
     def __len__(self) -> int:

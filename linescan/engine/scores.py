@@ -91,7 +91,7 @@ class Evaluator(ABC):
         return ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
 
     def report(self, totals: Totals, folder: Path, title: str) -> tuple[dict, list[Path]]:
-        """Writes more than scores: a page for people, tables for programs.
+        """Writes more than scores: a page to read, tables for programs.
 
         Args:
             totals: over all data.

@@ -153,7 +153,7 @@ class CloudTool(Tool):
         return self.card.classes
 
     def facts(self) -> dict[str, str]:
-        """What a person wants to know of this tool, by name."""
+        """What there is to know of this tool, by name."""
         how = self.card.preprocess
         seen = f"{how.points:,} points of {', '.join(('x y z', *how.features))}"
         return super().facts() | {"classes": f"{len(self.classes)} classes", "input": seen}

@@ -165,7 +165,7 @@ class Report:
         return [folder / name for name in contents]
 
     def page(self, title: str, image: Callable[[int], Image.Image]) -> bytes:
-        """All of it for people."""
+        """All of it, to be read in a browser."""
         scores = self.scores
         note = (
             f"{len(self.labels)} samples of {len(self.classes)} classes. Accuracy {scores['accuracy']:.2%}, mean over "

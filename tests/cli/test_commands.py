@@ -169,7 +169,7 @@ BAD = {
     "augmentation": (["train", "-d", "digits", "-o", "run", *SMALL, "--augment", "rand-m9"], "RGB"),
     "no route": (["routes", "sideways"], "there are: row"),
     "no grid": (["routes", "row", "--size", "14"], "HEIGHTxWIDTH"),
-    "no picture format": (["routes", "row", "-o", "routes.doc"], ".png"),
+    "no image format": (["routes", "row", "-o", "routes.doc"], ".png"),
     "evaluate nothing": (["evaluate", "-d", "nowhere", "-c", "CHECKPOINT"], "is not a folder"),
 }  # fmt: skip
 

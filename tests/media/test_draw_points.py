@@ -1,4 +1,4 @@
-"""Pictures of clouds: what is where, in which colour; and pages that hold every point and load nothing."""
+"""Drawings of clouds: what is where, in which colour; and pages that hold every point and load nothing."""
 
 import base64
 import json

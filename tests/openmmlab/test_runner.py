@@ -52,7 +52,7 @@ default_hooks = dict(
 
 @pytest.fixture
 def config(tmp_path):
-    """Pictures of a light half and a dark half, and a config for them."""
+    """Images of a light half and a dark half, and a config for them."""
     rng = np.random.default_rng(0)
     for folder in ("images", "masks"):
         (tmp_path / "data" / folder).mkdir(parents=True)
