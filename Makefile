@@ -1,6 +1,7 @@
 # make demo   trains and tries a small Vim on handwritten digits, into runs/demo/
 # make demo-dense   the same for segmentation and detection, with OpenMMLab: digits in scenes, into runs/demo-dense/
 # make demo-points   the same for point clouds: digits as clouds, into runs/demo-points/
+# make demo-pixels   trains small networks that denoise and enlarge photographs, into runs/demo-pixels/
 # make test   runs the whole test suite, OpenMMLab included (its first time on a machine compiles mmcv: ten minutes)
 # All make the virtual environment .venv first, where it is not there. Nothing but Python 3.10+ is needed.
 
@@ -8,7 +9,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST ?= $(BIN)/python -m pytest -n auto --maxprocesses=8 --maxschedchunk=1
 
-.PHONY: demo demo-dense demo-points test test-core lint docs cases models pictures clean
+.PHONY: demo demo-dense demo-points demo-pixels test test-core lint docs cases models pictures clean
 
 demo: .venv/installed
 	$(BIN)/linescan demo
@@ -18,6 +19,9 @@ demo-dense: .venv/openmmlab
 
 demo-points: .venv/installed
 	$(BIN)/linescan demo --points
+
+demo-pixels: .venv/installed
+	$(BIN)/linescan demo --pixels
 
 test: .venv/openmmlab
 	OMP_NUM_THREADS=1 $(PYTEST)

@@ -5,16 +5,19 @@ from typing import Annotated, Optional
 
 import typer
 
+from linescan.errors import InputError
+
 from .options import command
 
 
-@command("linescan demo", "linescan demo --out /tmp/demo", "linescan demo --dense", "linescan demo --points")
+@command(
+    "linescan demo", "linescan demo --out /tmp/demo", "linescan demo --dense", "linescan demo --points",
+    "linescan demo --pixels",
+)  # fmt: skip
 def demo(
     to: Annotated[
         Optional[Path],
-        typer.Option(
-            "--out", "-o", help="Where everything goes; default: runs/demo, runs/demo-dense, runs/demo-points."
-        ),
+        typer.Option("--out", "-o", help="Where everything goes; default: runs/demo, runs/demo-dense, ..."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Another seed, another network.")] = 0,
     dense: Annotated[
@@ -23,20 +26,32 @@ def demo(
     points: Annotated[
         bool, typer.Option("--points", help="Name digits as clouds of points instead, and find their strokes.")
     ] = False,
+    pixels: Annotated[
+        bool, typer.Option("--pixels", help="Restore photographs instead: networks whose answers are images.")
+    ] = False,
 ):
     """Train a small Vim on handwritten digits, try it on some it has not seen, and draw all of it.
 
     With --dense, a UPerNet (mmseg) and a Mask R-CNN (mmdet) instead, on digits in scenes. With --points, a PointMamba
-    and a Mamba3D on digits as clouds of points.
+    and a Mamba3D on digits as clouds of points. With --pixels, two small MambaIRv2, which denoise and enlarge
+    photographs, against plain filters.
     """
     from linescan.extras import require
 
+    if dense + points + pixels > 1:
+        raise InputError("--dense, --points and --pixels are demos of their own: one at a time")
     for package in ("matplotlib", "sklearn"):
         require(package, "demo")
     if dense:
         from linescan.demos.scenes import demo_dense
 
         demo_dense(to or "runs/demo-dense", seed=seed)
+        return
+    if pixels:
+        from linescan.demos.pixels import demo_pixels
+
+        require("skimage", "demo")
+        demo_pixels(to or "runs/demo-pixels", seed=seed)
         return
     from dataclasses import replace
 

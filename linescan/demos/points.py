@@ -4,9 +4,7 @@ The three trainings are `linescan train`'s own, each in a process and on a core 
 """
 
 import json
-import multiprocessing
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Mapping
@@ -16,10 +14,8 @@ import torch
 
 from ..engine.atomic import atomic
 from ..engine.cloud_sets import PARTS_OF_DIGITS, DigitClouds
-from ..engine.metrics import read_metrics
-from ..engine.progress import progress_bar, say
+from ..engine.progress import say
 from ..engine.recipe import Recipe
-from ..engine.training import train
 from ..media.draw import default_palette
 from ..media.draw_points import draw_points, points_page
 from ..media.points import write_ply
@@ -27,6 +23,7 @@ from ..tasks.point_parts import PartSegmenter
 from ..tasks.points import PointClassifier
 from ..tasks.recipes import PartsRecipe, PointClassificationRecipe
 from .telling import tell_commands, tell_files
+from .trainings import rows_of, train_all
 
 __all__ = ["TRAININGS", "demo_points"]
 
@@ -67,7 +64,7 @@ def demo_points(
         RuntimeError: a training failed; its log is named.
     """
     out, started, load = Path(out), time.monotonic(), os.getloadavg()[0]
-    train_all(out, trainings, together)
+    train_all({out / name: recipe for name, recipe in trainings.items()}, together)
     seconds = time.monotonic() - started
 
     # From here on, what any user does: open a model, give it clouds.
@@ -100,60 +97,14 @@ def demo_points(
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def train_all(out: Path, trainings: Mapping[str, Recipe], together: int) -> None:
-    """Runs the trainings in processes, some at a time, into OUT/NAME with OUT/NAME/training.log."""
-    spawn, waiting, running = multiprocessing.get_context("spawn"), dict(trainings), {}
-    say(f"{len(trainings)} trainings, {together} at a time; their logs are {out}/*/training.log")
-    for name in trainings:
-        (out / name).mkdir(parents=True, exist_ok=True)
-        for old in ("state.pt", "metrics.csv"):
-            (out / name / old).unlink(missing_ok=True)
-    done = dict.fromkeys(trainings, 0)
-    try:
-        with progress_bar("training", sum(recipe.epochs for recipe in trainings.values())) as advance:
-            while waiting or running:
-                while waiting and len(running) < together:
-                    name = next(iter(waiting))
-                    running[name] = spawn.Process(target=_train, args=(waiting.pop(name), out / name), daemon=True)
-                    running[name].start()
-                time.sleep(0.2)
-                for name, process in list(running.items()):
-                    epochs = int(max((row["epoch"] for row in _rows(out / name) if "val_loss" in row), default=0))
-                    advance(epochs - done[name])
-                    done[name] = epochs
-                    if not process.is_alive():
-                        del running[name]
-                        if process.exitcode:
-                            raise RuntimeError(f"a training failed: see {out / name / 'training.log'}")
-    finally:
-        for process in running.values():
-            process.kill()
-            process.join()
-
-
-def _train(recipe: Recipe, out: Path) -> None:
-    """One training, in a process of its own, whose words go to a file."""
-    with open(out / "training.log", "w", buffering=1) as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-        torch.set_num_threads(1)
-        train(recipe, out, device="cpu")
-        sys.stdout.flush()
-
-
-def _rows(run: Path) -> list[dict]:
-    path = run / "metrics.csv"
-    return read_metrics(path) if path.exists() else []
-
-
 def _last(run: Path) -> dict[str, float]:
     """The scores of the last evaluation, by name."""
-    row = [row for row in _rows(run) if "val_loss" in row][-1]
+    row = [row for row in rows_of(run) if "val_loss" in row][-1]
     return {key.removeprefix("val_"): value for key, value in row.items() if key.startswith("val_")}
 
 
 def _spent(run: Path) -> dict[str, float]:
-    return {"training_seconds": _rows(run)[-1]["seconds"]}
+    return {"training_seconds": rows_of(run)[-1]["seconds"]}
 
 
 # -- what is written --------------------------------------------------------------------------------------------------
@@ -226,7 +177,7 @@ def _draw_curves(figure, out: Path, names: Mapping) -> None:
     axis = figure.subplots()
     figure.subplots_adjust(0.08, 0.13, 0.95, 0.88)
     for name in names:
-        judged = [(row["seconds"], row["val_top1"]) for row in _rows(out / name) if "val_top1" in row]
+        judged = [(row["seconds"], row["val_top1"]) for row in rows_of(out / name) if "val_top1" in row]
         axis.plot(*zip(*judged), color=_LINES[name], linewidth=2, marker="o", markersize=3, label=name)
     axis.axhline(95, color=_GREY, linewidth=0.8, linestyle=":")
     axis.set_title("held-out accuracy (%) against seconds of training", loc="left", color=_INK, weight="bold")
