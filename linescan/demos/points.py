@@ -7,7 +7,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Mapping
+from typing import Any, Mapping
 
 import numpy as np
 import torch
@@ -27,9 +27,11 @@ from .trainings import rows_of, train_all
 
 __all__ = ["TRAININGS", "demo_points"]
 
-_SMALL = dict(embed_dim=64, depth=2, groups=32, group_size=16, patch_widths=[32, 64, 128])
+_SMALL = dict(embed_dim=64, depth=2, groups=48, group_size=12, patch_widths=[16, 32, 64])
 _ALONE = {**_SMALL, "together": False, "drop_rate": 0.2}
-_COMMON = dict(data="digits", points=512, epochs=16, batch=32, lr=3e-3, warmup=1.0, ema=0.99)
+_COMMON: dict[str, Any] = dict(
+    data="digits", points=512, augment="jitter", epochs=14, batch=16, lr=2e-3, warmup=1.0, ema=0.99
+)
 
 TRAININGS: Mapping[str, Recipe] = {
     "pointmamba": PointClassificationRecipe(model="pointmamba_modelnet40", model_args=_ALONE, **_COMMON),

@@ -84,7 +84,7 @@ PARTS_OF_DIGITS = ("board", "stroke")
 class DigitClouds(CloudSet):
     """Scikit-learn's digits as clouds of 1,024 points: strokes as thick as they are dark, standing on a board.
 
-    The board is upright, turned about the vertical axis z by up to 60 degrees either way and tilted by up to 10; points
+    The board is upright, turned about the vertical axis z by up to 45 degrees either way and tilted by up to 10; points
     have noise of 1 % of the board's side. Labels of points are `PARTS_OF_DIGITS`. The same digits are held out as for
     images.
 
@@ -113,7 +113,7 @@ class DigitClouds(CloudSet):
     def _make(self, index: int) -> PointCloud:
         dice = np.random.default_rng(int(self.names[index].rpartition(" ")[2]))
         points, labels = self.extrude(self.pixels[index], self.points, dice)
-        turn, tilt = np.radians((dice.uniform(-60, 60), dice.uniform(-10, 10)))
+        turn, tilt = np.radians((dice.uniform(-45, 45), dice.uniform(-10, 10)))
         self.turns[index] = turn
         return PointCloud((points @ _about("x", tilt) @ _about("z", turn)).astype(np.float32), labels=labels,
                           total=len(points))  # fmt: skip

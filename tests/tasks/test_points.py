@@ -119,6 +119,10 @@ def test_clouds_are_fitted_chosen_and_changed():
     near = torch.cdist(rows[drawn, :3], rows[drawn, :3]) + 9 * torch.eye(64)
     assert len(set(drawn.tolist())) == 64 and not torch.equal(drawn, how.choose(rows, random=True))
     assert apart.min() > 0.1 and near.min() > 0.08  # far from each other, too
+    outlier = torch.cat([rows, 9 * torch.ones(1, 6)])
+    assert 300 in how.choose(outlier)
+    draws = [300 in how.choose(outlier, random=True) for _ in range(60)]
+    assert 30 < sum(draws) < 60  # any of 1.17 times as many: the farthest, too, can be left out
     few = how.choose(rows[:10])
     assert len(few) == 64 and set(few.tolist()) == set(range(10))
     turned = PointAugment("rotate", how)(rows)
