@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .errors import BrokenImage, BrokenVideo, CheckpointError, InputError
     from .tasks.classify import Classifier
     from .tasks.detect import Detector
+    from .tasks.point_parts import PartSegmenter
+    from .tasks.points import PointClassifier
     from .tasks.restore import Restorer
     from .tasks.segment import Segmenter
     from .zoo import create_model, list_models
@@ -30,6 +32,8 @@ __all__ = [
     "Classifier",
     "Detector",
     "InputError",
+    "PartSegmenter",
+    "PointClassifier",
     "Restorer",
     "Segmenter",
     "create_model",
@@ -45,6 +49,8 @@ _HOMES = {
     "Classifier": "tasks.classify",
     "Detector": "tasks.detect",
     "InputError": "errors",
+    "PartSegmenter": "tasks.point_parts",
+    "PointClassifier": "tasks.points",
     "Restorer": "tasks.restore",
     "Segmenter": "tasks.segment",
     "create_model": "zoo",

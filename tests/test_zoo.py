@@ -286,6 +286,8 @@ def test_public_api():
         "Classifier",
         "Detector",
         "InputError",
+        "PartSegmenter",
+        "PointClassifier",
         "Restorer",
         "Segmenter",
         "create_model",
