@@ -84,7 +84,7 @@ PARTS_OF_DIGITS = ("board", "stroke")
 class DigitClouds(CloudSet):
     """Scikit-learn's digits as clouds of 1,024 points: strokes as thick as they are dark, standing on a board.
 
-    The board is upright, turned about the vertical axis z by up to 45 degrees either way and tilted by up to 10; points
+    The board is upright, turned about the vertical axis z by up to 30 degrees either way and tilted by up to 10; points
     have noise of 1 % of the board's side. Labels of points are `PARTS_OF_DIGITS`. The same digits are held out as for
     images.
 
@@ -113,7 +113,7 @@ class DigitClouds(CloudSet):
     def _make(self, index: int) -> PointCloud:
         dice = np.random.default_rng(int(self.names[index].rpartition(" ")[2]))
         points, labels = self.extrude(self.pixels[index], self.points, dice)
-        turn, tilt = np.radians((dice.uniform(-45, 45), dice.uniform(-10, 10)))
+        turn, tilt = np.radians((dice.uniform(-30, 30), dice.uniform(-10, 10)))
         self.turns[index] = turn
         return PointCloud((points @ _about("x", tilt) @ _about("z", turn)).astype(np.float32), labels=labels,
                           total=len(points))  # fmt: skip
@@ -122,13 +122,13 @@ class DigitClouds(CloudSet):
     def extrude(pixels: np.ndarray, count: int, dice: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """A digit (8, 8) of bytes, in front of its board, which covers -1..1 in x and z: (count, 3), labels (count,).
 
-        Three of four points are the stroke's: drawn in the plane by how dark it is there, and up to 0.5 in front of it.
+        Three of four points are the stroke's: drawn in the plane by how dark it is there, and up to 0.4 in front of it.
         """
         strokes = 3 * count // 4
-        dark = pixels.astype(np.float64) ** 2
+        dark = pixels.astype(np.float64) ** 3
         cell = dice.choice(64, strokes, p=dark.flatten() / dark.sum())
         row, column = (np.divmod(cell, 8) + dice.uniform(0, 1, (2, strokes))) / 4 - 1
-        stroke = np.stack([column, dice.uniform(-0.5, 0, strokes), -row], 1)
+        stroke = np.stack([column, dice.uniform(-0.4, 0, strokes), -row], 1)
         board = dice.uniform(-1, 1, (count - strokes, 3)) * (1, 0, 1)
         points = np.concatenate([board, stroke]) + dice.normal(0, 0.02, (count, 3))
         labels = (np.arange(count) >= count - strokes).astype(np.int64)
