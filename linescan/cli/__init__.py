@@ -5,6 +5,7 @@ names.py       names for shell completion
 show.py        list, info, doctor, routes
 predict.py     classify, segment, detect, restore
 points.py      points classify, points segment
+export.py      convert, embed
 train.py       train, evaluate
 measure.py     benchmark, directions
 demo.py        demo
@@ -27,7 +28,7 @@ from .options import app
 
 __all__ = ["app", "main"]
 
-for module in ("show", "predict", "points", "train", "measure", "demo"):  # the order of --help
+for module in ("show", "predict", "points", "export", "train", "measure", "demo"):  # the order of --help
     import_module(f".{module}", __name__)
 
 

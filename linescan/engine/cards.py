@@ -143,10 +143,14 @@ def points_of(entry: zoo.Entry) -> PointPreprocess:
 def class_names(model: nn.Module, name: str | None = None) -> list[str]:
     """The names of a published classifier's outputs, by the data set of its weights; numbers where they are unknown.
 
+    A model for another task has none.
+
     Args:
         model: the classifier.
         name: of its entry in the zoo; by default what timm's configuration says.
     """
+    if not hasattr(model, "num_classes"):
+        return []
     cfg = getattr(model, "pretrained_cfg", None) or {}
     full = name or ".".join(filter(None, (cfg.get("architecture"), cfg.get("tag"))))
     count = model.num_classes

@@ -117,6 +117,7 @@ class Classifier(Tool):
         **args,
     ):
         network, card = restore(model, checkpoint, **args)
+        check_classifier(network, card.model)
         frames = getattr(network, "num_frames", 0)
         if not isinstance(card.preprocess, Preprocess):
             raise InputError(f"{card.model} reads point clouds: `linescan points classify` opens it")
@@ -245,6 +246,12 @@ class Classifier(Tool):
         for image in frames:
             image.thumbnail((LARGEST_DRAWING // 4, LARGEST_DRAWING // 4))
         return Image.fromarray(np.concatenate([np.asarray(image) for image in frames], 1))
+
+
+def check_classifier(network: nn.Module, name: str) -> None:
+    """Raises InputError for a model of another task."""
+    if not hasattr(network, "num_classes"):
+        raise InputError(f"{name} is no classifier: `linescan info {name.partition('.')[0]}` says what it is for")
 
 
 class Labels(Writer):
@@ -380,6 +387,7 @@ class ClassificationTask(Task):
         self.classes, channels = classes_of(recipe.data, recipe.val)
         self.args = {"num_classes": len(self.classes), "in_chans": channels, **recipe.model_args}
         self.model = build_model(recipe, **self.args)
+        check_classifier(self.model, recipe.model)
         if self.model.num_classes != len(self.classes):
             raise InputError(f"num_classes={self.model.num_classes}, but the data have {len(self.classes)} classes")
         frames, views = getattr(self.model, "num_frames", 0), Views.parse(recipe.views)
@@ -402,6 +410,7 @@ class ClassificationTask(Task):
 
     @classmethod
     def judge(cls, recipe: ClassificationRecipe, model: nn.Module, card: ModelCard) -> Accuracy:
+        check_classifier(model, card.model)
         frames, views = getattr(model, "num_frames", 0), Views.parse(recipe.views)
         if views.count > 1 and not frames:
             raise InputError(f"--views are of videos; {card.model} reads images")
