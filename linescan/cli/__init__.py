@@ -5,6 +5,8 @@ names.py       names for shell completion
 show.py        list, info, doctor, routes
 predict.py     classify, segment, detect, restore
 points.py      points classify, points segment
+explain.py     explain
+export.py      convert, embed
 export.py      convert, embed
 train.py       train, evaluate
 measure.py     benchmark, directions
@@ -28,7 +30,8 @@ from .options import app
 
 __all__ = ["app", "main"]
 
-for module in ("show", "predict", "points", "export", "train", "measure", "demo"):  # the order of --help
+# in the order of --help
+for module in ("show", "predict", "points", "explain", "export", "train", "measure", "demo"):
     import_module(f".{module}", __name__)
 
 
