@@ -6,8 +6,10 @@ import timm
 import torch
 from PIL import Image
 
+from linescan.engine.cards import ModelCard, save_model
 from linescan.errors import InputError
 from linescan.media.heat import draw_heat
+from linescan.media.preprocess import Preprocess
 from linescan.scans.recurrence import recurrences
 from linescan.tasks.explain import Explainer, _positions, _Record, activation_map, attention_of, receptive_field
 
@@ -110,10 +112,15 @@ def test_heat_is_dark_and_light_where_it_should_be():
     assert marked.shape == (200, 400, 3) and (marked[0, -1] == 255).all() and not (marked[100, 200] == 255).all()
 
 
-def test_the_command(linescan_here, trained, tmp_path):
+def test_the_command(linescan_here, tmp_path):
+    torch.manual_seed(0)
+    args = dict(img_size=16, patch_size=4, depth=2, in_chans=1, num_classes=3)
+    network = timm.create_model("vim_tiny_patch16_224", **args)
+    card = ModelCard("vim_tiny_patch16_224", args, ["5", "6", "7"], Preprocess((1, 16, 16), (0.5,), (0.5,)))
+    save_model(tmp_path / "model.safetensors", network, card)
     Image.new("L", (12, 12), 90).save(tmp_path / "a [b].png")
     (tmp_path / "broken.png").write_bytes(b"no image, but of some length")
-    args = ("explain", tmp_path, "--checkpoint", trained / "model.safetensors", "--out", tmp_path / "why")
+    args = ("explain", tmp_path, "--checkpoint", tmp_path / "model.safetensors", "--out", tmp_path / "why")
     status, stdout, stderr = linescan_here(*args, "--class", "7", "--at", "0.2,0.8", "--layer", 0, "--json")
     assert status == 1 and "broken.png" in stderr and '"label": "7"' in stdout
     names = {path.name for path in (tmp_path / "why").rglob("*.png")}
@@ -129,6 +136,6 @@ def test_the_command(linescan_here, trained, tmp_path):
 def test_in_three_lines(trained):
     explain = Explainer(checkpoint=trained / "model.safetensors", device="cpu")
     [one, other] = explain([Image.new("L", (12, 12)), Image.new("L", (12, 12), 200)])
-    assert set(one.pictures()) == {"activation", "field", "attention"} and one.label in explain.classes
+    assert set(one.pictures()) == {"activation", "field"} and one.label in explain.classes, "a ViT has no recurrence"
     with pytest.raises(InputError, match="has no class 10"):
         Explainer(checkpoint=trained / "model.safetensors", label=10)
