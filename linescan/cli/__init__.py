@@ -7,7 +7,6 @@ predict.py     classify, segment, detect, restore
 points.py      points classify, points segment
 explain.py     explain
 export.py      convert, embed
-export.py      convert, embed
 train.py       train, evaluate
 measure.py     benchmark, directions
 demo.py        demo
@@ -30,7 +29,7 @@ from .options import app
 
 __all__ = ["app", "main"]
 
-# in the order of --help
+# In the order of --help.
 for module in ("show", "predict", "points", "explain", "export", "train", "measure", "demo"):
     import_module(f".{module}", __name__)
 
