@@ -284,14 +284,14 @@ def dense_parts(
         out_indices, tap, norms: of `DenseBackbone`; by default what the family's authors take, or else a LayerNorm
             behind the stream after all stages, or after four blocks at equal distances. These are taken, too, where
             the authors' blocks are more than the model has.
-        neck: "rescaled" brings four maps of one scale to strides 4, 8, 16 and 32 (`RescaledFeatures`), "simple" makes
-            p2 to p6 of the last map (`SimpleFeaturePyramid`), "adapter" exchanges features with a pyramid
-            (`ViTAdapter`); with options as a dict, {"type": "simple", "out_channels": 128}. None is none. By default
-            what the authors take, or "rescaled" for other plain backbones.
+        neck: of plain backbones. "rescaled" brings four maps of one scale to strides 4, 8, 16 and 32
+            (`RescaledFeatures`), "simple" makes p2 to p6 of the last map (`SimpleFeaturePyramid`), "adapter" exchanges
+            features with a pyramid (`ViTAdapter`); with options as a dict, {"type": "simple", "out_channels": 128}.
+            None is none. By default what the authors take, or "rescaled" for other plain backbones.
         kwargs: of the model, over what the name stands for.
 
     Raises:
-        InputError: unknown model, options or indices.
+        InputError: unknown model, options or indices, or a neck that the model does not fit.
     """
     cls, kwargs = architecture(model, **kwargs)
     form = cls.dense
