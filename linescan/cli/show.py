@@ -133,16 +133,17 @@ def info(
 def doctor(as_json: Json = False):
     """Show versions, devices and scan kernels: what to paste into a bug report."""
     import platform
-    from importlib.metadata import PackageNotFoundError, version
+    from importlib.metadata import PackageNotFoundError, packages_distributions, version
 
     import torch
 
     from linescan.scans.kernels import backend_info
 
     facts = {"python": platform.python_version(), "system": platform.platform()}
+    distributions = packages_distributions()  # the maintained fork of mmengine has another name
     for package in ("linescan", "torch", "torchvision", "timm", "triton", "numpy", "pillow", "av", "mmengine"):
         try:
-            facts[package] = version(package)
+            facts[package] = version(distributions.get(package, [package])[0])
         except PackageNotFoundError:
             facts[package] = "not installed"
     facts["cpu"] = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
