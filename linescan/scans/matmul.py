@@ -66,16 +66,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _Precise(torch.autograd.Function):
+    generate_vmap_rule = True  # and the other transforms of torch.func
+
     @staticmethod
-    def forward(ctx, x, y):
-        ctx.save_for_backward(x, y)
+    def forward(x, y):
         with torch.autocast(x.device.type, enabled=False):
             return x @ y
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx, grad):
         x, y = ctx.saved_tensors
         return matmul(grad, y.mT).sum_to_size(x.shape), matmul(x.mT, grad).sum_to_size(y.shape)
+
+    @staticmethod
+    def jvp(ctx, of_x, of_y):
+        x, y = ctx.saved_tensors
+        return matmul(of_x, y) + matmul(x, of_y)
 
 
 def matmul(x: Tensor, y: Tensor) -> Tensor:

@@ -264,6 +264,20 @@ def test_autocast_changes_nothing(case, name):
         got = results(case, name, inputs, route)
     assert got["output"].dtype == torch.float32
     same(got, want, 0)
+    if name == "reference":  # which also serves the transforms of torch.func
+        key = case.tokens[0]
+        x = inputs[key]
+
+        def value(x):
+            return case(inputs | {key: x}, route)[0]
+
+        def transformed():
+            tangents = torch.func.jvp(value, (x,), (x,))[1]
+            return torch.vmap(value)(x[None])[0], tangents, torch.func.grad(lambda x: value(x).sum())(x)
+
+        want = transformed()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert all(map(torch.equal, transformed(), want))
 
 
 @every
