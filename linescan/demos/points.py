@@ -30,7 +30,7 @@ __all__ = ["TRAININGS", "demo_points"]
 _SMALL = dict(embed_dim=64, depth=2, groups=48, group_size=12, patch_widths=[16, 32, 64])
 _ALONE = {**_SMALL, "together": False, "drop_rate": 0.2}
 _COMMON: dict[str, Any] = dict(
-    data="digits", points=512, augment="jitter", epochs=16, batch=16, lr=3e-3, warmup=1.0, ema=0.99
+    data="digits", points=512, augment="jitter", epochs=22, batch=16, lr=3e-3, warmup=1.0, ema=0.99
 )
 
 TRAININGS: Mapping[str, Recipe] = {
