@@ -10,6 +10,7 @@ import sys
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from inspect import signature
 
 import pytest
 import timm
@@ -291,7 +292,10 @@ def test_stems_adapt_to_channels_as_timms(tmp_path, notices, before, after):
     path = saved(old, tmp_path / "file.pth")
     new = load_checkpoint(create(in_chans=after), path, adapt=True)
     weight = old.patch_embed.weight
-    assert torch.allclose(new.patch_embed.weight, adapt_input_conv(after, weight.detach().clone(), base_chans=before))
+    base = {"base_chans": before} if "base_chans" in signature(adapt_input_conv).parameters else {}
+    if not base and before != 3:
+        pytest.skip("this timm adapts stems of three channels alone")
+    assert torch.allclose(new.patch_embed.weight, adapt_input_conv(after, weight.detach().clone(), **base))
     assert torch.equal(new.blocks[1].mixer.A_log, old.blocks[1].mixer.A_log)
     x = torch.randn(1, 1, 32, 32)
     with torch.no_grad():  # a grey image
