@@ -84,10 +84,14 @@ class Operator:
     def inputs(self, batch: int, side: int, dtype: torch.dtype, device: torch.device) -> Inputs:
         """Inputs by name, with parameters in float32."""
         layout, routes = self.public.layout, len(parse(self.routes))
-        made = layout.example(
-            batch, routes, side * side, shared=self.shared, without=self.without, device=device, **self.sizes
+        made = layout.example(  # from states of zero
+            batch, routes, side * side, shared=self.shared, without=(*self.without, *layout.states), device=device,
+            **self.sizes,
         )
-        return {name: x.to(dtype if name in layout.tokens else torch.float32) for name, x in made.items()}
+        return {
+            name: x.to(dtype if name in layout.tokens else torch.float32) if x.is_floating_point() else x
+            for name, x in made.items()
+        }
 
     def call(self, inputs: Inputs, route: Tensor | None, merge: str | None) -> Tensor:
         return self.public.function(**inputs, **self.options, route=route, merge=merge)
@@ -205,13 +209,14 @@ def random_table(generator: torch.Generator, batch: int, routes: int, length: in
 
 def gradients(name, operator: Operator, inputs: Inputs, route, dtype) -> dict[str, Tensor]:
     """Output and gradients under one implementation."""
-    inputs = {key: x.detach().to(dtype).requires_grad_() for key, x in inputs.items()}
+    floats = {key: x.detach().to(dtype).requires_grad_() for key, x in inputs.items() if x.is_floating_point()}
+    inputs = inputs | floats
     with backend(name):
         output = operator.call(inputs, route, "sum")
         torch.manual_seed(0)
         weight = torch.randn(output.shape, dtype=torch.float64).to(output)  # the same on any device and in any dtype
-        grads = torch.autograd.grad((output * weight).sum(), list(inputs.values()))
-    return {"output": output.detach()} | dict(zip(inputs, grads))
+        grads = torch.autograd.grad((output * weight).sum(), list(floats.values()))
+    return {"output": output.detach()} | dict(zip(floats, grads))
 
 
 def correctness(device: torch.device, trials: int, kernel: str = "triton") -> list[dict]:
@@ -234,7 +239,8 @@ def correctness(device: torch.device, trials: int, kernel: str = "triton") -> li
                 }
             got = gradients(kernel, operator, inputs, route, dtype)
             again = gradients(kernel, operator, inputs, route, dtype)
-            want = gradients("chunked", operator, {k: x.to(dtype) for k, x in inputs.items()}, route, torch.float64)
+            rounded = {k: x.to(dtype) if x.is_floating_point() else x for k, x in inputs.items()}
+            want = gradients("chunked", operator, rounded, route, torch.float64)
             errors = {k: ((got[k].double() - x).abs().max() / x.abs().max().clamp_min(1e-3)).item()
                       for k, x in want.items()}  # fmt: skip
             worst = max(errors, key=errors.get)

@@ -173,7 +173,7 @@ def _draw_routes(figure, classifier: Classifier, image) -> None:
     seen = (seen + torch.tensor(preprocess.mean)[:, None, None]).clamp(0, 1)[0]
     model = classifier.model
     page = BytesIO()
-    specs = [f"cls({route}, at=middle)" for route in model.directions.split(",")]
+    specs = [f"cls({route}, at=middle)" for route in model.blocks[0].mixer.along.routes]
     drawing = draw_routes(specs, model.native_grid, image=1 - seen.numpy())
     drawing.savefig(page, format="png", dpi=250, bbox_inches="tight")
     page.seek(0)

@@ -153,10 +153,10 @@ def test_two_processes_agree_with_each_other_and_with_one(tmp_path):
 @pytest.mark.slow
 def test_torchrun_runs_the_command(tmp_path):
     torchrun = "torch.distributed.run --standalone --nproc_per_node=2 -m linescan"
-    args = ("train", "-d", "digits", "-o", "run", "-e", 1, "-b", 360, *SMALL)
-    for resume in ((), ("--resume",)):
+    args = ("train", "-d", "digits", "-o", "run", "-b", 360, *SMALL)
+    for more in (("-e", 1), ("-e", 2, "--resume")):
         done = subprocess.run(
-            command(*args, *resume, module=torchrun), cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True,
+            command(*args, *more, module=torchrun), cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True,
             timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

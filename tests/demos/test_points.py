@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from linescan.demos.points import TRAININGS, demo_points, train_all
+from linescan.demos.points import TRAININGS, demo_points
+from linescan.demos.trainings import train_all
 from linescan.media.points import read_points
 from linescan.tasks.points import PointClassifier
 
@@ -32,5 +33,5 @@ def test_everything_is_written(tmp_path):
 def test_a_training_that_fails_names_its_log(tmp_path):
     broken = replace(SHORT["pointmamba"], model_args={"groups": 0})
     with pytest.raises(RuntimeError, match="see .*bad/training.log"):
-        train_all(tmp_path, {"bad": broken}, 1)
+        train_all({tmp_path / "bad": broken}, 1)
     assert "at least 1 group" in (tmp_path / "bad" / "training.log").read_text()

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -217,9 +218,10 @@ def test_the_data_of_an_evaluation_follow_the_card(tmp_path, images):
     assert data.images.classes == card.classes and data[0]["input"].shape == (3, 16, 16)
     by_place = ModelCard("vit_tiny_patch16_224", {}, ["x", "y", "z"], preprocess)
     assert labelled(str(images), by_place).images.classes == ["circle", "square", "stripe"]
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=3)
     with pytest.raises(InputError, match="--views are of videos; vit_tiny_patch16_224 reads images"):
-        ClassificationTask.judge(ClassificationRecipe(str(images), views="2x2"), torch.nn.Module(), card)
-    judge = ClassificationTask.judge(ClassificationRecipe(str(images), batch=8), torch.nn.Module(), card)
+        ClassificationTask.judge(ClassificationRecipe(str(images), views="2x2"), network, card)
+    judge = ClassificationTask.judge(ClassificationRecipe(str(images), batch=8), network, card)
     assert judge.batch == 8 and len(judge.data) == 24
     with pytest.raises(InputError, match="3 classes, the model 2"):
         labelled(str(images), ModelCard("vit_tiny_patch16_224", {}, ["x", "y"], preprocess))

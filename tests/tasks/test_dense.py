@@ -130,6 +130,7 @@ class Net:
     window = stride = None; channels = {channels}; classes = ["c"] * {channels}; palette = [(0, 0, 0)] * {channels}
     resizes, align_corners = False, False
     module = torch.nn.Conv2d(3, {channels}, 1)
+    def encode(self, windows): return windows
     def logits(self, x): return self.module(x.float() / 255)
     def decide(self, logits): return logits.argmax(0)
 segment.open_model = lambda task, model, checkpoint: Net()
