@@ -100,7 +100,7 @@ def test_published_models_have_the_published_size(name, params):
 
 def test_mmseg_builds_the_model_and_loads_the_official_file(file):
     pytest.importorskip("mmseg.models.segmentors")
-    from mmengine.registry import MODELS
+    from mmengine.registry import MODELS, DefaultScope
 
     import linescan.openmmlab  # noqa: F401
     import linescan.openmmlab.segman  # noqa: F401
@@ -108,7 +108,8 @@ def test_mmseg_builds_the_model_and_loads_the_official_file(file):
     head = dict(type="SegMANDecoder", in_channels=[16, 32, 48, 64], norm_cfg=dict(type="SyncBN"), **HEAD)
     backbone = dict(type="LinescanBackbone", model="segman_tiny", **ENCODER)
     config = dict(type="mmseg.EncoderDecoder", backbone=backbone, decode_head=head, test_cfg=dict(mode="whole"))
-    segmentor = MODELS.build(config).eval()
+    with DefaultScope.overwrite_default_scope("mmseg"):  # as a runner's, whatever was built before in this process
+        segmentor = MODELS.build(config).eval()
     assert isinstance(segmentor.decode_head.cat.bn, torch.nn.SyncBatchNorm)
     segmentor.load_state_dict(torch.load(file)["state_dict"])
     model = linescan.load_checkpoint(SegMAN(ENCODER, **HEAD), file).eval()
