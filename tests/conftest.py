@@ -63,6 +63,17 @@ def linescan_here(monkeypatch, capsys):
     return run
 
 
+@pytest.fixture
+def one_thread():
+    """Torch computes in one thread, as every process of a training does."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def write_images(root: Path, classes=("circle", "square", "stripe"), each=8, size=20, seed=0) -> Path:
     """ROOT/CLASS/N.png: noise around a colour of the class's own."""
     random = np.random.default_rng(seed)

@@ -19,18 +19,12 @@ from linescan.tasks.recipes import read_recipe
 
 from ..runs import same, state_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ALONE = Processes(0, 1, torch.device("cpu"))
 VIT = dict(model="vit_tiny_patch16_224", model_args=dict(img_size=16, patch_size=8, depth=1, embed_dim=24, num_heads=2))
 VIM = dict(model="vim_tiny_patch16_224", model_args=dict(img_size=16, patch_size=8, depth=2, embed_dim=16, d_state=4))
 RESUME = Run(resume=True)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def start(out, **recipe) -> tuple[Training, object]:

@@ -23,17 +23,11 @@ from linescan.tasks.teacher import Teacher
 from ..conftest import ENVIRONMENT
 from ..runs import contents, finish, kill_and_resume, same, state_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ALONE = Processes(0, 1, torch.device("cpu"))
 VIM = dict(model="vim_tiny_patch16_224", model_args=dict(img_size=16, patch_size=8, depth=1, embed_dim=32, d_state=4))
 VIT = dict(model="vit_tiny_patch16_224", model_args=dict(img_size=16, patch_size=8, depth=1, embed_dim=24, num_heads=2))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def start(out, teacher, **recipe) -> tuple[Training, object]:

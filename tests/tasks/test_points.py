@@ -36,6 +36,8 @@ from linescan.tasks.recipes import PartsRecipe, PointClassificationRecipe, Point
 
 from ..runs import contents, finish, kill_and_resume, same
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ALONE = Processes(0, 1, torch.device("cpu"))
 TINY = dict(embed_dim=24, depth=1, groups=12, group_size=8, patch_widths=[8, 16, 24])
 POINTS = dict(model="pointmamba_modelnet40", model_args={**TINY, "drop_rate": 0}, points=128)
@@ -77,14 +79,6 @@ def write_shapes(root, each=9, kinds=SHAPES, seed=0):
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
     return write_shapes(tmp_path_factory.mktemp("shapes") / "shapes")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def start(out, recipe, data, **options) -> tuple[Training, object]:

@@ -24,6 +24,8 @@ from linescan.tasks.recipes import ClassificationRecipe, PretrainingRecipe
 
 from ..runs import contents, finish, kill_and_resume, same, write_clips
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ALONE = Processes(0, 1, torch.device("cpu"))
 RWKV = dict(model="vrwkv_tiny", model_args=dict(img_size=16, patch_size=4, depth=2, embed_dim=32),
             decoder_dim=16, decoder_depth=1)  # fmt: skip
@@ -32,14 +34,6 @@ VIDEO = dict(
     model_args=dict(img_size=32, patch_size=8, depth=3, embed_dim=32, num_frames=4, d_state=4),
 )
 TEACHER = dict(img_size=32, patch_size=8, depth=2, embed_dim=24, num_heads=2, num_classes=16)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

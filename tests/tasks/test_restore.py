@@ -22,16 +22,10 @@ from linescan.tasks.restore import Photo, Quality, RestorationTask, Restorer, en
 from ..media.test_quality import photo
 from ..runs import contents, finish, kill_and_resume, same
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = dict(depths=[1], embed_dim=12, num_heads=2, window_size=4, d_state=2, num_tokens=4, inner_rank=4)
 ARGS = [f"--model-arg={key}={json.dumps(value).replace(' ', '')}" for key, value in SMALL.items()]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def save(path, image):
