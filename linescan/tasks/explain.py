@@ -141,19 +141,11 @@ def activation_map(model: nn.Module, x: Tensor, label: int) -> np.ndarray:
     """
     *later, first = reversed(_features(model))
     for info, before in [*((info, False) for info in (*later, first)), (first, True)]:
-        kept: list[Tensor] = []
-        handle = model.get_submodule(info["module"]).register_forward_hook(
-            lambda module, inputs, output: kept.append(_stream(inputs if before else output))
-        )
-        try:
-            with torch.enable_grad():
-                logit = model(x)[0, label]
-        finally:
-            handle.remove()
-        [gradient] = torch.autograd.grad(logit, kept[-1], allow_unused=True)
+        logits, stream = _run_with_features(model, x, info["module"], before)
+        [gradient] = torch.autograd.grad(logits[0, label], stream, allow_unused=True)
         if gradient is None:
             continue
-        slopes, features = (_as_map(model, v.float(), info["num_chs"], x) for v in (gradient, kept[-1].detach()))
+        slopes, features = (_as_map(model, v.float(), info["num_chs"], x) for v in (gradient, stream.detach()))
         if slopes.abs().max() > 0:
             weights = slopes.mean((0, 1))
             return (features * weights).sum(-1).relu().cpu().numpy()
@@ -164,16 +156,9 @@ def receptive_field(model: nn.Module, x: Tensor, place: tuple[float, float]) -> 
     """How much each pixel of one image (1, C, H, W) changes the last features at `place`, (H, W)."""
     pixels = x.detach().requires_grad_()
     info = _features(model)[-1]
-    kept: list[Tensor] = []
-    handle = model.get_submodule(info["module"]).register_forward_hook(
-        lambda module, inputs, output: kept.append(_stream(output))
-    )
-    try:
-        with torch.enable_grad():
-            model(pixels)
-            features = _as_map(model, kept[-1], info["num_chs"], x)
-    finally:
-        handle.remove()
+    _, stream = _run_with_features(model, pixels, info["module"])
+    with torch.enable_grad():
+        features = _as_map(model, stream, info["num_chs"], x)
     row, column = _at(features.shape[:2], place)
     [gradient] = torch.autograd.grad(features[row, column].float().sum(), pixels)
     return gradient[0].abs().sum(0).cpu().numpy()
@@ -236,8 +221,18 @@ def _features(model: nn.Module) -> list[dict]:
     return list(info)
 
 
-def _stream(output: Any) -> Tensor:
-    return output[0] if isinstance(output, (tuple, list)) else output
+def _run_with_features(model: nn.Module, x: Tensor, module: str, before: bool = False) -> tuple[Tensor, Tensor]:
+    """The model's output for x, and with gradients what comes out of one of its modules, or `before` goes into it."""
+    kept: list[Any] = []
+    handle = model.get_submodule(module).register_forward_hook(
+        lambda module, inputs, output: kept.append(inputs if before else output)
+    )
+    try:
+        with torch.enable_grad():
+            output = model(x)
+    finally:
+        handle.remove()
+    return output, kept[-1][0] if isinstance(kept[-1], (tuple, list)) else kept[-1]
 
 
 def _as_map(model: nn.Module, features: Tensor, channels: int, x: Tensor) -> Tensor:
