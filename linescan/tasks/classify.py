@@ -28,7 +28,7 @@ from ..media.video import Clips, Views, open_video, segments
 from .base import Task, build_model
 from .recipes import ClassificationRecipe
 from .report import Report
-from .tool import Progress, Tool, Writer, silent
+from .tool import Progress, Tool, Writer, expect_finite, silent
 
 __all__ = [
     "Accuracy", "ClassificationTask", "Classifier", "Labels", "Prediction", "Predictions", "default_augment",
@@ -182,9 +182,7 @@ class Classifier(Tool):
         """
         with self.precision():
             logits = self.module(torch.stack(list(tensors)).to(self.device)).float().cpu()
-        if not logits.isfinite().all():
-            raise InputError("the model answers NaN or infinity; its weights are damaged, or the precision too low")
-        return logits.softmax(-1)
+        return expect_finite(logits).softmax(-1)
 
     def answer(self, opened: Sequence[_Seen | Path], progress: Progress = silent) -> list[Predictions]:
         if self.clips:

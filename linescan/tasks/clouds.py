@@ -171,17 +171,6 @@ class CloudTool(Tool):
         path = Path(given) if isinstance(given, (str, Path)) else None
         return OpenedCloud(cloud, self.card.preprocess.rows(cloud), path)
 
-    def finite(self, answer: Tensor) -> Tensor:
-        """The network's answer in float32 on the CPU.
-
-        Raises:
-            InputError: it is not finite.
-        """
-        answer = answer.float().cpu()
-        if not answer.isfinite().all():
-            raise InputError("the model answers NaN or infinity; its weights are damaged, or the precision too low")
-        return answer
-
     def view(self, opened: OpenedCloud, answer: Any) -> PointView:
         """What is to be seen of an answer."""
         raise NotImplementedError

@@ -30,7 +30,7 @@ from ..media.points import write_ply
 from .base import build_model
 from .clouds import CloudLike, CloudTask, CloudTool, CloudWriter, OpenedCloud, noted
 from .recipes import PartsRecipe
-from .tool import Progress, silent
+from .tool import Progress, expect_finite, silent
 
 __all__ = ["PartIoU", "PartLabels", "PartSegmenter", "PartsTask", "SegmentedCloud"]
 
@@ -108,7 +108,7 @@ class PartSegmenter(CloudTool):
         inputs = torch.stack([cloud.rows[how.choose(cloud.rows)] for cloud in opened])
         categories = [self.category_of(cloud.path) for cloud in opened]
         told = torch.tensor(categories, device=self.device) if self.parts.categories else None
-        scores = self.finite(self.module(inputs.to(self.device), told))
+        scores = expect_finite(self.module(inputs.to(self.device), told).float().cpu())
         progress(len(opened) / 2)
         answers = []
         for cloud, read, own, category in zip(opened, inputs, scores, categories):

@@ -20,7 +20,7 @@ from .base import build_model
 from .classify import Accuracy, Labels, Predictions
 from .clouds import CloudTask, CloudTool, CloudWriter, OpenedCloud, noted
 from .recipes import PointClassificationRecipe
-from .tool import Progress, silent
+from .tool import Progress, expect_finite, silent
 
 __all__ = ["CloudLabels", "NamedCloud", "PointClassificationTask", "PointClassifier"]
 
@@ -72,7 +72,7 @@ class PointClassifier(CloudTool):
             if self.votes:
                 seed_all(0, "vote", vote)
             inputs = [self.augment(cloud.rows[how.choose(cloud.rows, random=bool(self.votes))]) for cloud in opened]
-            logits.append(self.finite(self.module(torch.stack(inputs).to(self.device))))
+            logits.append(expect_finite(self.module(torch.stack(inputs).to(self.device)).float().cpu()))
             progress(len(opened) / max(self.votes, 1))
         mean = torch.stack(logits).mean(0).softmax(-1)
         return [NamedCloud(p, self.classes, self.topk, cloud, how.up) for p, cloud in zip(mean, opened)]

@@ -28,7 +28,7 @@ from ..media.quality import luma, psnr, ssim, to_8_bits
 from ..media.resize import enlarge_bicubic
 from .base import Task, build_model
 from .recipes import RestorationRecipe
-from .tool import Progress, Tool, Writer, silent
+from .tool import Progress, Tool, Writer, expect_finite, silent
 from .windows import Part, parts
 
 __all__ = ["FORMATS", "Photo", "Photos", "Quality", "RestorationTask", "Restorer", "ensemble", "in_parts", "whole"]
@@ -353,10 +353,7 @@ class Restorer(Tool):
         return images if self.scale == 1 else enlarge_bicubic(images, self.scale)
 
     def _run(self, images: Tensor) -> Tensor:
-        answer = self.module(images).float()
-        if not answer.sum().isfinite():
-            raise InputError("the model answers NaN or infinity; its weights are damaged, or the precision too low")
-        return answer
+        return expect_finite(self.module(images).float(), large=True)
 
     def draw(self, opened: Photo, answer: Photo, frame: bool = False) -> Image.Image:
         """Before and after (`linescan.media.draw.draw_comparison`), without alpha."""

@@ -17,7 +17,7 @@ from ..media.find import Source
 from ..media.images import ImageLike
 from ..media.large import Pixels, blank, open_pixels, write_mask
 from .open import open_model
-from .tool import Progress, Writer, silent
+from .tool import Progress, Writer, expect_finite, silent
 from .windows import Block, Size, WindowTool, bounded, enlarge, reduced_for_drawing, slide, thin
 
 __all__ = ["Masks", "Segmenter"]
@@ -108,9 +108,7 @@ class Segmenter(WindowTool):
             logits = self.model.logits(tensor).float()
         except ValueError as error:  # the backbone says which sizes it takes
             raise InputError(f"windows of {'x'.join(map(str, images.shape[1:3]))} pixels: {error}") from error
-        if not logits.sum().isfinite():  # of the sum: a mask of them all would take memory
-            raise InputError("the model answers NaN or infinity; its weights are damaged, or the precision too low")
-        return logits
+        return expect_finite(logits, large=True)
 
     def _slide(self, pixels: Pixels, progress: Progress) -> Iterator[Block]:
         """Windows over an image as it is, or over one that the model has prepared."""

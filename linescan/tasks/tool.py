@@ -20,7 +20,7 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from ..engine.atomic import atomic
 from ..engine.processes import pick_device
@@ -31,7 +31,7 @@ from ..media.formats import is_video
 from ..media.video import open_video
 from ..media.write import write_video
 
-__all__ = ["Outcome", "Progress", "Tool", "Writer", "run"]
+__all__ = ["Outcome", "Progress", "Tool", "Writer", "expect_finite", "run"]
 
 Progress = Callable[[float], None]
 """Called with the share of the work on one input that has been done since the last call; 1 in all."""
@@ -39,6 +39,20 @@ Progress = Callable[[float], None]
 
 def silent(share: float) -> None:
     """A `Progress` that is not shown."""
+
+
+def expect_finite(answer: Tensor, large: bool = False) -> Tensor:
+    """The network's answer.
+
+    Args:
+        large: look at the sum: a mask of all values would take memory.
+
+    Raises:
+        InputError: it is not finite.
+    """
+    if not (answer.sum().isfinite() if large else answer.isfinite().all()):
+        raise InputError("the model answers NaN or infinity; its weights are damaged, or the precision too low")
+    return answer
 
 
 class Tool:
