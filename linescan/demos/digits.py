@@ -169,8 +169,7 @@ def _draw_routes(figure, classifier: Classifier, image) -> None:
     from linescan.scans.routes.draw import draw_routes
 
     preprocess: Preprocess = classifier.card.preprocess
-    seen = classifier.tensor(image) * torch.tensor(preprocess.std)[:, None, None]
-    seen = (seen + torch.tensor(preprocess.mean)[:, None, None]).clamp(0, 1)[0]
+    seen = preprocess.seen(classifier.tensor(image))[0]
     model = classifier.model
     page = BytesIO()
     specs = [f"cls({route}, at=middle)" for route in model.blocks[0].mixer.along.routes]

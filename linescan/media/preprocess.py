@@ -57,6 +57,11 @@ class Preprocess:
         """(height, width) that an image covers before its centre is cropped: `read_image` takes it as `size`."""
         return tuple(math.floor(side / self.crop_pct) for side in self.size[1:])
 
+    def seen(self, image: Tensor) -> Tensor:
+        """What the model is given, (C, H, W) -> the pixels that it stands for, in 0..1."""
+        mean, std = (torch.tensor(v)[:, None, None] for v in (self.mean, self.std))
+        return (image * std + mean).clamp(0, 1)
+
     def transform(self, augment: str | None = None, erasing: float = 0.0, flip: float | None = None) -> "Transform":
         """PIL image -> normalised tensor (C, H, W), by timm's `create_transform`.
 

@@ -119,8 +119,7 @@ class Explainer(Classifier):
 
     def _seen(self, x: Tensor) -> Image.Image:
         """The image that the model reads, as a person would see it."""
-        mean, std = (torch.tensor(v)[:, None, None] for v in (self.card.preprocess.mean, self.card.preprocess.std))
-        pixels = ((x.detach().cpu() * std + mean).clamp(0, 1) * 255).round().byte().movedim(0, -1).numpy()
+        pixels = (self.card.preprocess.seen(x.detach().cpu()) * 255).round().byte().movedim(0, -1).numpy()
         return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).convert("RGB")
 
     def __call__(self, images: Any) -> Any:
