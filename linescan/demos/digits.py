@@ -15,6 +15,7 @@ from ..engine.training import train
 from ..media.preprocess import Preprocess
 from ..tasks.classify import Classifier
 from ..tasks.recipes import ClassificationRecipe
+from .page import BAD, GOOD, GREY, INK, PAPER, plain
 from .telling import tell_commands, tell_files
 
 __all__ = ["RECIPE", "demo"]
@@ -29,8 +30,6 @@ RECIPE = ClassificationRecipe(
     warmup=1,
     ema=0.995,
 )
-
-_PAPER, _INK, _GREY, _GOOD, _BAD = "#fdfdfb", "#2b2d42", "#8d99ae", "#2a9d8f", "#e76f51"
 
 
 def demo(out: str | Path = "runs/demo", recipe: Recipe = RECIPE) -> float:
@@ -91,14 +90,14 @@ def _draw(out: Path, classifier: Classifier, images: list, probabilities, truth,
     """One page: digits and guesses, the curves, the routes."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 8.4), dpi=140, facecolor=_PAPER)
+    figure = Figure(figsize=(13, 8.4), dpi=140, facecolor=PAPER)
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.05))
     for part in (top, bottom):
-        part.set_facecolor(_PAPER)
-    figure.text(0.03, 0.955, "A Vim reads handwritten digits", fontsize=17, weight="bold", color=_INK)
+        part.set_facecolor(PAPER)
+    figure.text(0.03, 0.955, "A Vim reads handwritten digits", fontsize=17, weight="bold", color=INK)
     count = sum(p.numel() for p in classifier.model.parameters())
     said = f"{count:,} parameters; {accuracy:.1f} % of {len(images)} held-out digits are right"
-    figure.text(0.03, 0.925, said + "; its worst mistakes come last", color=_GREY)
+    figure.text(0.03, 0.925, said + "; its worst mistakes come last", color=GREY)
     _draw_digits(top, classifier, images, probabilities, truth)
     left, right = bottom.subfigures(1, 2, width_ratios=(1, 1))
     _draw_curves(left, read_metrics(out / "metrics.csv"))
@@ -119,7 +118,7 @@ def _draw_digits(figure, classifier: Classifier, images: list, probabilities, tr
     for axis, i in zip(figure.subplots(2, 10).flat, chosen):
         best, second = classifier.name(probabilities[i : i + 1], topk=2)[0]
         good = best.index == truth[i]
-        colour = _GOOD if good else _BAD
+        colour = GOOD if good else BAD
         axis.imshow(np.asarray(images[i]), cmap="gray_r", interpolation="nearest")
         axis.set_xticks([])
         axis.set_yticks([])
@@ -129,7 +128,7 @@ def _draw_digits(figure, classifier: Classifier, images: list, probabilities, tr
             "" if good else f"  (is {classifier.classes[truth[i]]})"
         )
         axis.set_title(said, fontsize=9.5, color=colour, weight="bold", pad=4)
-        axis.set_xlabel(f"or {second.label}, {100 * second.probability:.1f} %", fontsize=7.5, color=_GREY, labelpad=2)
+        axis.set_xlabel(f"or {second.label}, {100 * second.probability:.1f} %", fontsize=7.5, color=GREY, labelpad=2)
 
 
 def _draw_curves(figure, metrics: list[dict]) -> None:
@@ -139,25 +138,22 @@ def _draw_curves(figure, metrics: list[dict]) -> None:
     per_epoch = max(row["step"] for row in metrics) / max(row["epoch"] for row in metrics)
     trained = [(row["step"] / per_epoch, row["loss"]) for row in metrics if "loss" in row]
     judged = [(row["step"] / per_epoch, row["val_loss"], row["val_top1"]) for row in metrics if "val_top1" in row]
-    loss.plot(*zip(*trained), color=_GREY, linewidth=1, label="training (smoothed labels)")
-    loss.plot(*list(zip(*judged))[:2], color=_GOOD, linewidth=2, marker="o", markersize=3, label="held out")
-    loss.set_title("loss", loc="left", color=_INK, weight="bold")
+    loss.plot(*zip(*trained), color=GREY, linewidth=1, label="training (smoothed labels)")
+    loss.plot(*list(zip(*judged))[:2], color=GOOD, linewidth=2, marker="o", markersize=3, label="held out")
+    loss.set_title("loss", loc="left", color=INK, weight="bold")
     loss.set_ylim(bottom=0)
-    loss.legend(frameon=False, fontsize=8, labelcolor=_INK)
+    loss.legend(frameon=False, fontsize=8, labelcolor=INK)
     epochs, _, top1 = zip(*judged)
-    accuracy.plot(epochs, top1, color=_GOOD, linewidth=2, marker="o", markersize=3)
+    accuracy.plot(epochs, top1, color=GOOD, linewidth=2, marker="o", markersize=3)
     accuracy.annotate(
-        f"{top1[-1]:.1f} %", (epochs[-1], top1[-1]), (-4, -18), textcoords="offset points", ha="right", color=_GOOD,
+        f"{top1[-1]:.1f} %", (epochs[-1], top1[-1]), (-4, -18), textcoords="offset points", ha="right", color=GOOD,
         weight="bold",
     )  # fmt: skip
-    accuracy.set_title("held-out accuracy (%)", loc="left", color=_INK, weight="bold")
+    accuracy.set_title("held-out accuracy (%)", loc="left", color=INK, weight="bold")
     accuracy.set_ylim(min(80, min(top1)), 100)
     for axis in (loss, accuracy):
-        axis.set_xlabel("epoch", color=_GREY)
-        axis.tick_params(colors=_GREY, labelsize=8)
-        axis.grid(axis="y", color="#edf0f4")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.spines[["left", "bottom"]].set_color("#d5dae1")
+        axis.set_xlabel("epoch", color=GREY)
+        plain(axis)
 
 
 def _draw_routes(figure, classifier: Classifier, image) -> None:
@@ -179,4 +175,4 @@ def _draw_routes(figure, classifier: Classifier, image) -> None:
     axis = figure.add_axes((0.06, 0.04, 0.92, 0.82))
     axis.imshow(imread(page))
     axis.set_axis_off()
-    figure.text(0.06, 0.885, "how it reads: patch by patch, there and back", color=_INK, weight="bold", fontsize=12)
+    figure.text(0.06, 0.885, "how it reads: patch by patch, there and back", color=INK, weight="bold", fontsize=12)

@@ -22,6 +22,7 @@ from ..media.points import write_ply
 from ..tasks.point_parts import PartSegmenter
 from ..tasks.points import PointClassifier
 from ..tasks.recipes import PartsRecipe, PointClassificationRecipe
+from .page import BAD, GOOD, GREY, INK, PAPER, plain
 from .telling import tell_commands, tell_files
 from .trainings import rows_of, train_all
 
@@ -43,7 +44,6 @@ TRAININGS: Mapping[str, Recipe] = {
 """What is trained, by the folder that it goes to."""
 
 SHOWN = 12  # scans that are written to be tried
-_PAPER, _INK, _GREY, _GOOD, _BAD = "#fdfdfb", "#2b2d42", "#8d99ae", "#2a9d8f", "#e76f51"
 _LINES = {"pointmamba": "#2a9d8f", "mamba3d": "#7b5ea7"}
 
 
@@ -135,14 +135,14 @@ def _draw(out: Path, digits: DigitClouds, chosen: list[int], answers: Mapping, p
     """One page: digits, what they are taken for, which points are strokes; the curves; the patches' order."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 9), dpi=130, facecolor=_PAPER)
+    figure = Figure(figsize=(14, 9), dpi=130, facecolor=PAPER)
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.25, 1))
     for part in (top, bottom):
-        part.set_facecolor(_PAPER)
-    figure.text(0.03, 0.955, "Handwritten digits as clouds of points", fontsize=17, weight="bold", color=_INK)
+        part.set_facecolor(PAPER)
+    figure.text(0.03, 0.955, "Handwritten digits as clouds of points", fontsize=17, weight="bold", color=INK)
     scores = ", ".join(f"{name} {metrics[name]['top1']:.1f} %" for name in answers)
     said = f"held-out digits named right: {scores}; points on the right part: {metrics['parts']['accuracy']:.1f} %"
-    figure.text(0.03, 0.925, f"{said}; above each, what {' and '.join(answers)} say", color=_GREY)
+    figure.text(0.03, 0.925, f"{said}; above each, what {' and '.join(answers)} say", color=GREY)
     top.subplots_adjust(0.02, 0.01, 0.98, 0.75, hspace=0.3, wspace=0.05)
     palette = np.array(default_palette(len(PARTS_OF_DIGITS))) / 255
     axes = list(top.subplots(2, 8).flat)
@@ -158,7 +158,7 @@ def _draw(out: Path, digits: DigitClouds, chosen: list[int], answers: Mapping, p
             best, good = named[i][0], named[i][0].index == truth
             words = f"{best.label}  {100 * best.probability:.0f} %" + ("" if good else f"  (is {truth})")
             axis.text(0.5, 1.13 - 0.1 * line, words, ha="center", transform=axis.transAxes, fontsize=9, weight="bold",
-                      color=_GOOD if good else _BAD)  # fmt: skip
+                      color=GOOD if good else BAD)  # fmt: skip
     left, right = bottom.subfigures(1, 2)
     _draw_curves(left, out, answers)
     _draw_order(right, out, digits, chosen[8])
@@ -181,14 +181,11 @@ def _draw_curves(figure, out: Path, names: Mapping) -> None:
     for name in names:
         judged = [(row["seconds"], row["val_top1"]) for row in rows_of(out / name) if "val_top1" in row]
         axis.plot(*zip(*judged), color=_LINES[name], linewidth=2, marker="o", markersize=3, label=name)
-    axis.axhline(95, color=_GREY, linewidth=0.8, linestyle=":")
-    axis.set_title("held-out accuracy (%) against seconds of training", loc="left", color=_INK, weight="bold")
+    axis.axhline(95, color=GREY, linewidth=0.8, linestyle=":")
+    axis.set_title("held-out accuracy (%) against seconds of training", loc="left", color=INK, weight="bold")
     axis.set_ylim(top=100)
-    axis.legend(frameon=False, labelcolor=_INK, loc="lower right")
-    axis.tick_params(colors=_GREY, labelsize=8)
-    axis.grid(axis="y", color="#edf0f4")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.spines[["left", "bottom"]].set_color("#d5dae1")
+    axis.legend(frameon=False, labelcolor=INK, loc="lower right")
+    plain(axis)
 
 
 def _draw_order(figure, out: Path, digits: DigitClouds, index: int) -> None:
@@ -199,15 +196,15 @@ def _draw_order(figure, out: Path, digits: DigitClouds, index: int) -> None:
     with torch.no_grad():
         found = tool.module.group(chosen[None])
         orders = tool.module.routes(found.centres)[0].numpy()
-    figure.text(0.04, 0.93, "how PointMamba reads: patch by patch, along two curves", color=_INK, weight="bold")
+    figure.text(0.04, 0.93, "how PointMamba reads: patch by patch, along two curves", color=INK, weight="bold")
     figure.subplots_adjust(0.02, 0.02, 0.98, 0.86, wspace=0.02)
     for axis, order, name in zip(figure.subplots(1, 2), orders, ("hilbert", "hilbert-trans")):
         x, y, _ = _seen(chosen.numpy(), digits.turns[index])
         axis.scatter(x, y, s=3, color="#d5dae1", linewidths=0)
         x, y, _ = _seen(found.centres[0].numpy()[order], digits.turns[index])
-        axis.plot(x, y, color=_GREY, linewidth=0.9)
+        axis.plot(x, y, color=GREY, linewidth=0.9)
         axis.scatter(x, y, c=np.arange(len(order)), cmap="viridis", s=26, zorder=3)
-        axis.set_title(name, fontsize=9, color=_GREY)
+        axis.set_title(name, fontsize=9, color=GREY)
         axis.set_aspect("equal")
         axis.set_axis_off()
 

@@ -8,11 +8,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from .killable import Training, read_log
+from .page import BAD, GOOD, GREY, INK, PAPER, plain
 from .render import CLASSES, PALETTE, read_pixels
 
 __all__ = ["draw"]
 
-_PAPER, _INK, _GREY, _GOOD, _BAD = "#fdfdfb", "#2b2d42", "#8d99ae", "#2a9d8f", "#e76f51"
 COLOURS = np.array(PALETTE) / 255
 SURE = 0.5
 """Detections that are drawn have at least this score."""
@@ -27,7 +27,7 @@ def draw(task: str, path: Path, data: Path, training: Training, metrics: dict, p
         metrics, predictions: of `evaluate`.
     """
     scenes = (SegmentedScenes if task == "segmentation" else DetectedScenes)(data / "val", predictions)
-    figure = Figure(figsize=(13, 10.6), dpi=130, facecolor=_PAPER)
+    figure = Figure(figsize=(13, 10.6), dpi=130, facecolor=PAPER)
     title, said, curve = {
         "segmentation": (
             "A UPerNet on VMamba finds the pixels of digits",
@@ -41,10 +41,10 @@ def draw(task: str, path: Path, data: Path, training: Training, metrics: dict, p
         ),
     }[task]
     count = len(predictions)
-    figure.text(0.02, 0.968, title, fontsize=17, weight="bold", color=_INK)
+    figure.text(0.02, 0.968, title, fontsize=17, weight="bold", color=INK)
     figure.text(
         0.02, 0.946, f"{said}, in {count} scenes of handwriting that it was not trained on; on the left of each pair "
-        "the truth, on the right what it says; the worst come last", color=_GREY,
+        "the truth, on the right what it says; the worst come last", color=GREY,
     )  # fmt: skip
     _, top, bottom = figure.subfigures(3, 1, height_ratios=(0.2, 2.1, 1))
     for part in (top, bottom):
@@ -55,11 +55,8 @@ def draw(task: str, path: Path, data: Path, training: Training, metrics: dict, p
     _draw_curves(loss, metric, training, *curve)
     scenes.draw_bars(bars, metrics)
     for axis in (loss, metric, bars):
-        axis.tick_params(colors=_GREY, labelsize=8)
-        axis.grid(axis="y", color="#edf0f4")
+        plain(axis)
         axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.spines[["left", "bottom"]].set_color("#d5dae1")
     figure.savefig(path)
 
 
@@ -92,7 +89,7 @@ class SegmentedScenes:
         iou = [value or 0 for value in metrics["IoU"].values()]
         axis.bar(CLASSES, iou, color=COLOURS)
         axis.set_ylim(min(60, min(iou) // 10 * 10), 100)
-        axis.set_title("IoU of each class (%)", loc="left", color=_INK, weight="bold")
+        axis.set_title("IoU of each class (%)", loc="left", color=INK, weight="bold")
 
 
 class DetectedScenes:
@@ -131,16 +128,16 @@ class DetectedScenes:
     def draw_bars(self, axis, metrics: dict) -> None:
         """COCO's average precisions."""
         kinds = ("mAP", "mAP_50", "mAP_75")
-        for offset, (what, name, colour) in enumerate((("bbox", "boxes", _GOOD), ("segm", "masks", _INK))):
+        for offset, (what, name, colour) in enumerate((("bbox", "boxes", GOOD), ("segm", "masks", INK))):
             heights = [metrics.get(f"coco/{what}_{kind}", 0) for kind in kinds]
             places = np.arange(3) + 0.4 * offset - 0.2
             axis.bar(places, heights, 0.36, color=colour, label=name)
             for x, y in zip(places, heights):
-                axis.text(x, y + 0.01, f"{y:.2f}", ha="center", fontsize=8, color=_INK)
+                axis.text(x, y + 0.01, f"{y:.2f}", ha="center", fontsize=8, color=INK)
         axis.set_xticks(range(3), ("AP", "AP at IoU 0.5", "AP at IoU 0.75"))
         axis.set_ylim(0, 1.2)
-        axis.legend(frameon=False, fontsize=8, labelcolor=_INK, ncols=2, loc="upper right")
-        axis.set_title("average precision (COCO)", loc="left", color=_INK, weight="bold")
+        axis.legend(frameon=False, fontsize=8, labelcolor=INK, ncols=2, loc="upper right")
+        axis.set_title("average precision (COCO)", loc="left", color=INK, weight="bold")
 
 
 def show(axis, image: np.ndarray, masks: list[tuple[np.ndarray, int]]) -> None:
@@ -156,7 +153,7 @@ def write(axis, x: float, y: float, text: str, colour, place: str = "left") -> N
     """Small text that can be read on any ground."""
     from matplotlib.patheffects import withStroke
 
-    outline = withStroke(linewidth=2, foreground=_INK)
+    outline = withStroke(linewidth=2, foreground=INK)
     va = "center" if place == "center" else "bottom"
     axis.text(x, y, text, color=colour, fontsize=8, weight="bold", ha=place, va=va, path_effects=[outline])
 
@@ -182,22 +179,22 @@ def _draw_curves(loss, metric, training: Training, key: str, name: str) -> None:
     for number, run in enumerate(runs):
         learned = [(row["step"], row["loss"]) for row in run if "loss" in row]
         last = number == len(runs) - 1
-        loss.plot(*zip(*learned), color=_GOOD if last else _GREY, linewidth=1.2 if last else 2.4)
+        loss.plot(*zip(*learned), color=GOOD if last else GREY, linewidth=1.2 if last else 2.4)
     if training.killed_at:
-        loss.axvline(training.killed_at, color=_BAD, linewidth=1, linestyle=":")
+        loss.axvline(training.killed_at, color=BAD, linewidth=1, linestyle=":")
         said = f"kill -9 at {training.killed_at},\nresumed from {training.resumed_from}"
         loss.annotate(
             said, (training.killed_at, 0.95), (5, 0), xycoords=("data", "axes fraction"), textcoords="offset points",
-            color=_BAD, fontsize=8.5, va="top",
+            color=BAD, fontsize=8.5, va="top",
         )  # fmt: skip
-    loss.set_title("loss", loc="left", color=_INK, weight="bold")
+    loss.set_title("loss", loc="left", color=INK, weight="bold")
     loss.set_ylim(bottom=0)
     judged = {row["step"]: row[key] for run in runs for row in run if key in row}
-    metric.plot(*zip(*sorted(judged.items())), color=_GOOD, linewidth=2, marker="o", markersize=4)
+    metric.plot(*zip(*sorted(judged.items())), color=GOOD, linewidth=2, marker="o", markersize=4)
     for step, value in judged.items():
         metric.annotate(f"{value:.3g}", (step, value), (0, -14), textcoords="offset points", ha="center", fontsize=8)
     metric.set_ylim(0, 1.05 * max(1, 100 if "%" in name else 1))
-    metric.set_title(f"held-out {name}", loc="left", color=_INK, weight="bold")
+    metric.set_title(f"held-out {name}", loc="left", color=INK, weight="bold")
     for axis in (loss, metric):
         axis.set_xlim(0, training.iterations * 1.02)
-        axis.set_xlabel("iteration", color=_GREY)
+        axis.set_xlabel("iteration", color=GREY)

@@ -23,6 +23,7 @@ from ...media.quality import luma, psnr, to_8_bits
 from ...media.resize import enlarge_bicubic
 from ...tasks.recipes import RestorationRecipe
 from ...tasks.restore import whole
+from ..page import PAPER
 from ..trainings import train_all
 
 __all__ = ["Job", "commands", "run"]
@@ -200,7 +201,7 @@ def _draw(path: Path, scores: dict, details: dict) -> None:
     from matplotlib.figure import Figure
 
     rows = [(name, i) for name in details for i in range(len(details[name]))]
-    figure = Figure(figsize=(8.8, 2.3 * len(rows)), dpi=110, facecolor="#fdfdfb")
+    figure = Figure(figsize=(8.8, 2.3 * len(rows)), dpi=110, facecolor=PAPER)
     axes = figure.subplots(len(rows), 4)
     figure.subplots_adjust(0.01, 0.005, 0.99, 0.975, hspace=0.12, wspace=0.03)
     words = sorted(PLACES)
