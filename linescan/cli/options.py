@@ -7,7 +7,6 @@ import inspect
 import json
 from dataclasses import MISSING, fields
 from enum import Enum
-from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Callable, Optional, Sequence, get_args, get_type_hints
 
@@ -50,27 +49,9 @@ def epilog_of(examples: Sequence[str]) -> str:
     return "\n\n".join(["Examples:", *(f"  [cyan]{line}[/]" for line in examples)])
 
 
-def guarded(function: Callable) -> Callable:
-    """The function, with one line for an output that is closed too early."""
-
-    @wraps(function)
-    def run(*args, **kwargs):
-        try:
-            return function(*args, **kwargs)
-        except BrokenPipeError:  # the parser would end the process without a word
-            raise InputError("standard output was closed before all was written") from None
-
-    return run
-
-
 def command(*examples: str, name: str | None = None, of: typer.Typer = app) -> Callable:
     """Makes a function a command of `linescan`, or of one of its groups, with `examples` below its help."""
-
-    def register(function: Callable) -> Callable:
-        of.command(name, epilog=epilog_of(examples))(guarded(function))
-        return function
-
-    return register
+    return of.command(name, epilog=epilog_of(examples))
 
 
 def group(name: str, about: str) -> typer.Typer:
@@ -109,7 +90,6 @@ def command_by_task(name: str, tasks: Sequence[str], make: Callable[[str], Typer
 def made_command(name: str, function: Callable, parameters: Sequence[inspect.Parameter], about: str, examples):
     """The command of a function whose parameters are made; `about` is its help, in paragraphs."""
 
-    @guarded
     def run(**options):
         return function(**options)
 
