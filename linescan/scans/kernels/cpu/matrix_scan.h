@@ -107,7 +107,8 @@ struct Block {
 
 // Decays of a block. That of the whole block meets a state again and again, so that its rounding errors must not pile up:
 // where it is near 1, e^x - 1 is known to more digits, and what rounding takes from a block is given to the next.
-static void make_decays(const Walk& s, const Block& block, int64_t n) {
+static void make_decays(const Walk& s, const Block& block) {
+  const int64_t n = s.stride;
   float* whole = s.decay_of_block(block.at[0], n);
   for (int64_t i = 0; i < (s.single ? W : n); i += W) {
     V product = splat(1.0f), sum = load(s.carry + i);
@@ -301,18 +302,18 @@ __attribute__((noinline)) static void add_up(const Walk& s, const Block& block, 
   });
 }
 
-// Tokens [first, last), whole blocks of them.
+// The first `count` tokens, whole blocks of them.
 template <class F, bool DECAY>
-static void walk(const Walk& s, int64_t first, int64_t last) {
+static void walk(const Walk& s, int64_t count) {
   constexpr int VECTORS = W == 16 ? 2 : F::READS == 1 && F::WRITES == 1 ? 2 : 1;  // as many as registers hold
   alignas(64) float scores[SCORES<F> * F::WRITES];
-  for (int64_t start = first; start < last; start += BLOCK) {
+  for (int64_t start = 0; start < count; start += BLOCK) {
     Block block;
     for (int t = 0; t < BLOCK; ++t) {
-      const int64_t at = start + t, later = at + AHEAD < last ? at + AHEAD : last - 1;
-      block.at[t] = at, block.later[t] = later;
+      const int64_t at = start + t;
+      block.at[t] = at, block.later[t] = at + AHEAD < count ? at + AHEAD : count - 1;
     }
-    if (DECAY) make_decays(s, block, s.stride);
+    if (DECAY) make_decays(s, block);
     if constexpr (ADDS_UP<F, DECAY>) {
       int64_t column = 0;
       for (; column + VECTORS * W <= s.columns; column += VECTORS * W) add_up<VECTORS>(s, block, column);
@@ -347,48 +348,49 @@ static T* take(Arena& arena, int64_t count) {
   return reinterpret_cast<T*>(arena.take(count * int64_t(sizeof(T) / 4)));
 }
 
-// out[t] = x_t . y_t, or with RUNNING x_t . (sum + y_0 + ... + y_t), which also adds up the sum; for whole vectors of t.
-template <bool RUNNING>
-__attribute__((noinline)) static void dots(int64_t count, int64_t n, const Rows& x, const Rows& y,
-                                           float* __restrict sum, float* __restrict out) {
+// out[t] = x_t . (sum + y_0 + ... + y_t), which also adds up the sum; for whole vectors of t.
+__attribute__((noinline)) static void running_dots(int64_t count, int64_t n, const Rows& x, const Rows& y,
+                                                   float* __restrict sum, float* __restrict out) {
   for (int64_t first = 0; first < count; first += W) {
     const int64_t some = count - first < W ? count - first : W;
     alignas(64) float lanes[W * W];
     for (int64_t t = some; t < W; ++t) store(lanes + t * W, V{});
     for (int64_t i = 0; i < n; i += W) {
-      V other = RUNNING ? load(sum + i) : V{};
+      V other = load(sum + i);
       for (int64_t t = 0; t < some; ++t) {
-        other = RUNNING ? other + load(y[first + t] + i) : load(y[first + t] + i);
+        other += load(y[first + t] + i);
         const V product = load(x[first + t] + i) * other;
         store(lanes + t * W, i ? load(lanes + t * W) + product : product);
       }
-      if (RUNNING) store(sum + i, other);
+      store(sum + i, other);
     }
     store(out + first, lane_sums<W>(lanes));
   }
 }
 
+constexpr int64_t ROOM = 128;  // tokens whose rows are looked up at a time, whole blocks
+
 // What a unit of work reads of its tokens, filled up to whole blocks with tokens that do nothing.
 struct Tokens {
-  int64_t n, m, room;
+  int64_t n, m;
   float *of_q, *of_k, *of_written, *of_v, *of_a, *of_b, *of_gate;  // rows that cannot be read where they stand
   float *gamma, *numbers, *blank, *dropped, *bonus, *carry;
   int64_t *reads, *writes, *order;  // `order` counts up: rows one after the other
   Rows q, k, written, v, a, b;      // `written`: the keys times beta, where a rule writes them so
 
-  Tokens(Arena& arena, const Matrix& s, int64_t room, int64_t columns)
-      : n(whole_vectors(s.N)), m(whole_vectors(columns)), room(whole_blocks(room)), of_q(rows(arena, n)),
+  Tokens(Arena& arena, const Matrix& s, int64_t columns)
+      : n(whole_vectors(s.N)), m(whole_vectors(columns)), of_q(rows(arena, n)),
         of_k(rows(arena, n)), of_written(rows(arena, n)), of_v(rows(arena, m)), of_a(rows(arena, n)),
-        of_b(rows(arena, n)), of_gate(rows(arena, n)), gamma(arena.take(this->room + W)),
-        numbers(arena.take(this->room + W)), blank(arena.take(n > m ? n : m)), dropped(arena.take(n > m ? n : m)),
-        bonus(arena.take(n)), carry(arena.take(n)), reads(take<int64_t>(arena, this->room)),
-        writes(take<int64_t>(arena, this->room)), order(take<int64_t>(arena, this->room)) {
+        of_b(rows(arena, n)), of_gate(rows(arena, n)), gamma(arena.take(ROOM + W)),
+        numbers(arena.take(ROOM + W)), blank(arena.take(n > m ? n : m)), dropped(arena.take(n > m ? n : m)),
+        bonus(arena.take(n)), carry(arena.take(n)), reads(take<int64_t>(arena, ROOM)),
+        writes(take<int64_t>(arena, ROOM)), order(take<int64_t>(arena, ROOM)) {
     if (arena.counts()) return;
     zero(blank, n > m ? n : m);
-    for (int64_t t = 0; t < this->room; ++t) order[t] = t, gamma[t] = 1.0f;
+    for (int64_t t = 0; t < ROOM; ++t) order[t] = t, gamma[t] = 1.0f;
   }
 
-  float* rows(Arena& arena, int64_t width) const { return arena.take(room * width); }
+  float* rows(Arena& arena, int64_t width) const { return arena.take(ROOM * width); }
   Rows in_place(float* data, int64_t width) const { return {data, width, order, dropped}; }
 
   // Rows of an input, where they stand if they are whole vectors of float32, else in a buffer.
@@ -467,7 +469,6 @@ static void column(const float* state, int64_t rows, int64_t pitch, float* out) 
   for (int64_t i = 0; i < whole_vectors(rows); ++i) out[i] = state && i < rows ? state[i * pitch] : 0.0f;
 }
 
-constexpr int64_t ROOM = 128;  // tokens whose rows are looked up at a time
 constexpr float SMALLEST = 1e-10f;  // added to what outputs are divided by
 
 static int64_t coefficients(int64_t rows) { return (rows + PITCH - 1) / PITCH * PITCH * LINES<LowRank>; }
@@ -480,7 +481,7 @@ struct ForwardRoom {
   float *decay, *of_y, *state, *lines, *sum, *divisor;
 
   ForwardRoom(Arena& arena, const Matrix& s)
-      : tokens(arena, s, ROOM, s.width), decay(arena.take(Tokens::decays(ROOM) * tokens.n)),
+      : tokens(arena, s, s.width), decay(arena.take(Tokens::decays(ROOM) * tokens.n)),
         of_y(tokens.rows(arena, tokens.m)), state(arena.take(s.N * tokens.m)),
         lines(arena.take(coefficients(s.N))), sum(arena.take(tokens.n)), divisor(arena.take(ROOM + W)) {}
 };
@@ -515,9 +516,9 @@ static void matrix_forward_as(const Matrix& s, int64_t begin, int64_t end) {
                                      tokens.writes, tokens.dropped}
                               : tokens.in_place(room.of_y, forth.columns);
         forth.out[F::READS - 1] = y;
-        walk<F, DECAY>(forth, 0, whole_blocks(count));
+        walk<F, DECAY>(forth, whole_blocks(count));
         if (s.normalize) {
-          dots<true>(count, tokens.n, tokens.q, tokens.k, room.sum, room.divisor);
+          running_dots(count, tokens.n, tokens.q, tokens.k, room.sum, room.divisor);
           for (int64_t t = 0; t < count; t += W)
             store(room.divisor + t, 1.0f / (s.scale * load(room.divisor + t) + SMALLEST));
           for (int64_t t = 0; t < count; ++t)
