@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..scans import causal_conv1d
 from ..scans.routes import RouteLike, pad_slots
+from ..scans.visits import first_routes
 from .blocks import Block
 from .linear import linear
 from .pos_embed import rotate_pairs
@@ -93,7 +94,7 @@ class MambaMixer(S6Scan):
             self.conv_weight,
             self.conv_bias,
             activation="silu",
-            route=route[..., : len(self.conv_weight), :],
+            route=first_routes(route, len(self.conv_weight)),
             initial_state=before_conv,
             **options,
         )

@@ -22,7 +22,18 @@ from torch import Tensor
 
 from .._compat import unwatched
 
-__all__ = ["Visits", "check_table", "declare", "is_permutation", "is_recording", "known", "read", "visited", "write"]
+__all__ = [
+    "Visits",
+    "check_table",
+    "declare",
+    "first_routes",
+    "is_permutation",
+    "is_recording",
+    "known",
+    "read",
+    "visited",
+    "write",
+]
 
 
 class Visits(NamedTuple):
@@ -69,6 +80,16 @@ def declare(table: Tensor, length: int, permutation: bool | None = None, padding
     if not torch.compiler.is_compiling():
         _remember(table, Visits(length, permutation, padding, made=True))
     return table
+
+
+def first_routes(table: Tensor, n: int) -> Tensor:
+    """The first n routes of a table, (n, S) or (B, n, S), with what is known of all of them."""
+    if table.shape[-2] <= n:
+        return table
+    part, visits = table[..., :n, :], known(table)
+    if visits is not None:
+        _remember(part, visits)
+    return part
 
 
 def check_table(name: str, table: Tensor, length: int) -> None:

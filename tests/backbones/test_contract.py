@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import linescan
 from linescan.backbones.contract import architecture
+from linescan.scans import visits
 from linescan.zoo import list_models
 
 MODELS = list_models(task="classification")
@@ -95,6 +96,15 @@ def shaken(model, seed=3):
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_second_forward_inspects_no_table(name, monkeypatch):
+    """Route tables and views of them are checked once: looking through them costs a block of Vim a tenth of its time."""
+    model = small(name).eval()
+    model(image(model, 64, 64))
+    monkeypatch.setattr(visits, "_inspect", lambda op, table, length: pytest.fail(f"{op} inspects {tuple(table.shape)}"))
+    model(image(model, 64, 64))
 
 
 # -- classifier -------------------------------------------------------------------------------------------------------
