@@ -129,3 +129,26 @@ def tiled_restoration(module, inputs):
     from linescan.tasks.restore import whole
 
     return {"tiled": whole(module, inputs["input"], module.upscale)}
+
+
+def as_output(module, inputs):
+    return {"output": module(inputs["input"])}
+
+
+def hybrid_stage(curve, directions, **kwargs):
+    from linescan.heads.anomaly.mambaad import HybridStage, routes_of
+
+    return HybridStage(routes=routes_of(curve, directions), **kwargs)
+
+
+def mambaad_decoder(module, inputs):
+    return {f"student{i}": y for i, y in enumerate(module(inputs["input"]))}
+
+
+def mambaad(module, inputs):
+    x = inputs["input"]
+    targets, rebuilt = module(x)
+    results = {f"teacher{i}": y for i, y in enumerate(targets)} | {f"student{i}": y for i, y in enumerate(rebuilt)}
+    maps = module.anomaly_maps(x)
+    results |= {"bottleneck": module.bottleneck(targets), "anomaly_map_sigma4": maps}
+    return results | {"image_score_max": maps.flatten(1).amax(1)}
