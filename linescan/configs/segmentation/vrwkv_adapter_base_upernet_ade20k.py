@@ -1,20 +1,17 @@
 # VRWKV-B with ViT-Adapter: 49.2 mIoU (published; arXiv 2403.02308).
-_base_ = ["../_base_/upernet.py", "../_base_/ade20k_160k.py"]
+_base_ = ['../_base_/upernet.py', '../_base_/ade20k_160k.py']
 model = dict(
     backbone=dict(
-        model="vrwkv_base",
-        neck=dict(type="adapter", num_heads=12, ratio=0.5),
+        model='vrwkv_base',
+        neck=dict(type='adapter', num_heads=12, ratio=0.5),
         drop_path_rate=0.3,
-        init_cfg=dict(type="Pretrained", checkpoint="linescan://vrwkv_base"),
-    ),
+        init_cfg=dict(type='Pretrained', checkpoint='linescan://vrwkv_base')),
     decode_head=dict(in_channels=[768] * 4),
     auxiliary_head=dict(in_channels=768),
-    test_cfg=dict(mode="slide", crop_size=(512, 512), stride=(341, 341)),
-)
+    test_cfg=dict(mode='slide', crop_size=(512, 512), stride=(341, 341)))
 optim_wrapper = dict(
     _delete_=True,
-    type="AmpOptimWrapper",
-    optimizer=dict(type="AdamW", lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),
-    constructor="LayerDecayOptimWrapperConstructor",
-    paramwise_cfg=dict(decay_rate=0.8),
-)
+    type='AmpOptimWrapper',
+    optimizer=dict(type='AdamW', lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),
+    constructor='LayerDecayOptimWrapperConstructor',
+    paramwise_cfg=dict(decay_rate=0.8))

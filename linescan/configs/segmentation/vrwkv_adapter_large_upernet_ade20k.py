@@ -1,20 +1,17 @@
 # VRWKV-L with ViT-Adapter: 53.5 mIoU (published; arXiv 2403.02308).
-_base_ = ["../_base_/upernet.py", "../_base_/ade20k_160k.py"]
+_base_ = ['../_base_/upernet.py', '../_base_/ade20k_160k.py']
 model = dict(
     backbone=dict(
-        model="vrwkv_large",
-        neck=dict(type="adapter", num_heads=16, ratio=0.5),
+        model='vrwkv_large',
+        neck=dict(type='adapter', num_heads=16, ratio=0.5),
         drop_path_rate=0.4,
-        init_cfg=dict(type="Pretrained", checkpoint="linescan://vrwkv_large"),
-    ),
+        init_cfg=dict(type='Pretrained', checkpoint='linescan://vrwkv_large')),
     decode_head=dict(in_channels=[1024] * 4),
     auxiliary_head=dict(in_channels=1024),
-    test_cfg=dict(mode="slide", crop_size=(512, 512), stride=(341, 341)),
-)
+    test_cfg=dict(mode='slide', crop_size=(512, 512), stride=(341, 341)))
 optim_wrapper = dict(
     _delete_=True,
-    type="AmpOptimWrapper",
-    optimizer=dict(type="AdamW", lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),
-    constructor="LayerDecayOptimWrapperConstructor",
-    paramwise_cfg=dict(decay_rate=0.9),
-)
+    type='AmpOptimWrapper',
+    optimizer=dict(type='AdamW', lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),
+    constructor='LayerDecayOptimWrapperConstructor',
+    paramwise_cfg=dict(decay_rate=0.9))
