@@ -12,14 +12,13 @@ some distances one too long). For segmentation and detection it works with a `Vi
 
 from functools import partial
 
-import torch
 from timm.layers import LayerScale, calculate_drop_path_rates, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
 from ..checkpoint import rename
 from ..errors import InputError, known
 from ..layers.linear import init_linear
-from ..layers.rwkv import HEAD_DIM, ChannelMix, QuadShift, RWKVBlock, SpatialMix, SpatialMix6
+from ..layers.rwkv import HEAD_DIM, ChannelMix, QuadShift, RWKVBlock, SpatialMix, SpatialMix6, from_official
 from ..layers.stems import pad_to_multiple
 from .contract import DenseForm, PlainBackbone, check_images, register
 
@@ -145,15 +144,7 @@ class VisionRWKV(PlainBackbone):
 
     def translate(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Official keys to linescan's, of any of the three trainers."""
-        out = rename(state, OFFICIAL_KEYS)
-        for key, value in out.items():
-            if key.endswith((".decay", ".first")) and value.ndim == 1:
-                out[key] = value[None]
-        for i in range(len(self.blocks)):
-            mix = f"blocks.{i}.mixer"
-            if f"{mix}.time_maa_w" in out:
-                out[f"{mix}.mix"] = torch.cat([out.pop(f"{mix}.time_maa_{name}") for name in "wkvrg"])
-        return out
+        return from_official(rename(state, OFFICIAL_KEYS))
 
 
 OFFICIAL_KEYS = (
@@ -162,16 +153,6 @@ OFFICIAL_KEYS = (
     (r"^head\.0\.", "head_inner.0."),
     (r"^head\.(fc|2)\.", "head."),
     (r"^layers\.", "blocks."),
-    (r"\.ln0\.", ".pre_norm."),
-    (r"\.ln([12])\.", r".norm\1."),
-    (r"\.gamma([12])$", r".scale\1.gamma"),
-    (r"\.att\.", ".mixer."),
-    (r"\.ffn\.", ".mlp."),
-    (r"\.spatial_(decay|first|mix_[kvr])$", r".\1"),
-    (r"\.time_maa_(x|w1|w2)$", r".mix_\1"),
-    (r"\.time_(decay|decay_w1|decay_w2)$", r".\1"),
-    (r"\.time_faaaa$", ".bonus"),
-    (r"\.ln_x\.", ".head_norm."),
 )
 
 

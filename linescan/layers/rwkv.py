@@ -1,16 +1,19 @@
 """The blocks of Vision-RWKV: shifts, spatial mixes of versions 4 and 6, channel mix (arXiv 2403.02308)."""
 
+from typing import Mapping
+
 import torch
 import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from ..checkpoint import rename
 from ..scans import bi_wkv, bi_wkv6
 from ..scans.multi_route import MultiRoute
 from .blocks import Block, TokenMixer
 from .linear import linear
 
-__all__ = ["ChannelMix", "QuadShift", "RWKVBlock", "SpatialMix", "SpatialMix6"]
+__all__ = ["ChannelMix", "QuadShift", "RWKVBlock", "SpatialMix", "SpatialMix6", "TokenShift", "from_official"]
 
 HEAD_DIM = 64  # channels per head of VRWKV6
 
@@ -49,6 +52,14 @@ class QuadShift(nn.Module):
         )
         y = y.flatten(3).flatten(1, 2)
         return y if x.shape[1] == patches else torch.cat([y, x[:, patches:]], 1)
+
+
+class TokenShift(nn.Module):
+    """The token before, of all channels; zeros before the first: the shift of RWKV's language models."""
+
+    def forward(self, x: Tensor, grid: tuple[int, int] | None) -> Tensor:
+        """x (B, L, C) -> the same shape; the grid does not matter."""
+        return F.pad(x[:, :-1], (0, 0, 1, 0))
 
 
 def ramp(dim: int, power: float) -> Tensor:
@@ -115,27 +126,29 @@ class SpatialMix6(TokenMixer):
     """Token mixer of VRWKV6: matrix states forward and backward, with decays and blends that depend on the token.
 
     Args:
-        dim: channels, a multiple of 64.
-        shift: the neighbours.
+        dim: channels, a multiple of `head_dim`.
+        shift: the neighbours, a `QuadShift` or a `TokenShift`.
         depth: place of the block from 0 to 1, for the initialisation.
         key_norm: LayerNorm of the states' readout, before the norm of the heads.
         mix_rank: rank of the blends' dependence on the token.
         decay_rank: rank of the decays' dependence.
+        head_dim: channels of a head.
     """
 
     def __init__(
         self,
         dim: int,
-        shift: QuadShift,
+        shift: nn.Module,
         depth: float,
         key_norm: bool = False,
         mix_rank: int = 32,
         decay_rank: int = 64,
+        head_dim: int = HEAD_DIM,
     ):
         super().__init__()
         self.shift = shift
         self.along = MultiRoute(bi_wkv6, None)
-        self.num_heads = dim // HEAD_DIM
+        self.num_heads = dim // head_dim
         near = 1 - ramp(dim, 1 - depth)
         gates = 1 - ramp(dim, 0.5 * (1 - depth))
         self.mix_x = nn.Parameter(near[None, None].clone())
@@ -146,7 +159,7 @@ class SpatialMix6(TokenMixer):
         self.decay_w1 = nn.Parameter(torch.empty(dim, decay_rank).uniform_(-1e-4, 1e-4))
         self.decay_w2 = nn.Parameter(torch.empty(decay_rank, dim).uniform_(-1e-4, 1e-4))
         bonus = depth * (1 - torch.arange(dim) / max(dim - 1, 1)) + 0.1 * ripple(dim)
-        self.bonus = nn.Parameter(bonus.unflatten(0, (self.num_heads, HEAD_DIM)))
+        self.bonus = nn.Parameter(bonus.unflatten(0, (self.num_heads, head_dim)))
         self.receptance = nn.Linear(dim, dim, bias=False)
         self.key = nn.Linear(dim, dim, bias=False)
         self.value = nn.Linear(dim, dim, bias=False)
@@ -156,7 +169,7 @@ class SpatialMix6(TokenMixer):
         self.output = nn.Linear(dim, dim, bias=False)
 
     def project(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Tokens (B, L, dim) on a grid -> r, k, v, log decays (B, 1, L, heads, 64), and the gate (B, L, dim)."""
+        """Tokens (B, L, dim) on a grid -> r, k, v, log decays (B, 1, L, heads, head_dim), and the gate (B, L, dim)."""
         step = self.shift(x, grid) - x
         mix = torch.tanh((x + step * self.mix_x) @ self.mix_w1).unflatten(-1, (5, -1))
         mix = self.mix[:, None] + torch.einsum("blgr,grc->gblc", mix, self.mix_w2)
@@ -164,11 +177,11 @@ class SpatialMix6(TokenMixer):
         w = self.decay + torch.tanh(w @ self.decay_w1) @ self.decay_w2
         w = -torch.exp(w.to(torch.promote_types(w.dtype, torch.float32)))
         tokens = linear(self.receptance, r), linear(self.key, k), linear(self.value, v), w
-        heads = (t.unflatten(-1, (self.num_heads, HEAD_DIM))[:, None] for t in tokens)
+        heads = (t.unflatten(-1, (self.num_heads, -1))[:, None] for t in tokens)
         return *heads, linear(self.gate, g)
 
     def scan(self, r: Tensor, k: Tensor, v: Tensor, w: Tensor, **options):
-        """Both-sided WKV-6 of what `project` made -> (B, L, heads, 64); options of `MultiRoute`."""
+        """Both-sided WKV-6 of what `project` made -> (B, L, heads, head_dim); options of `MultiRoute`."""
         return self.along(r, k, v, w, self.bonus, **options)
 
     def mix_tokens(self, x: Tensor, grid: tuple[int, int], **options) -> tuple[Tensor, None]:
@@ -190,7 +203,7 @@ class ChannelMix(nn.Module):
         key_norm: LayerNorm of the hidden channels.
     """
 
-    def __init__(self, dim: int, shift: QuadShift, depth: float, key_norm: bool = False):
+    def __init__(self, dim: int, shift: nn.Module, depth: float, key_norm: bool = False):
         super().__init__()
         self.shift = shift
         self.mix_k = nn.Parameter(ramp(dim, 1 - depth)[None, None])
@@ -222,6 +235,35 @@ class RWKVBlock(Block):
         super().__init__(dim, *args, **kwargs)
         self.pre_norm = nn.LayerNorm(dim) if pre_norm else nn.Identity()
 
-    def forward(self, x: Tensor, grid: tuple[int, int], **options):
-        """x (B, H * W + classes, dim), grid (H, W) -> the stream after the block."""
+    def forward(self, x: Tensor, grid: tuple[int, int] | None = None, **options):
+        """x (B, H * W + classes, dim), grid (H, W) -> the stream after the block; a `TokenShift` needs no grid."""
         return super().forward(self.pre_norm(x), grid, **options)
+
+
+# -- files of the authors ----------------------------------------------------------------------------------------------
+
+OFFICIAL_KEYS = (
+    (r"\.ln0\.", ".pre_norm."),
+    (r"\.ln([12])\.", r".norm\1."),
+    (r"\.gamma([12])$", r".scale\1.gamma"),
+    (r"\.att\.", ".mixer."),
+    (r"\.ffn\.", ".mlp."),
+    (r"\.spatial_(decay|first|mix_[kvr])$", r".\1"),
+    (r"\.time_maa_(x|w1|w2)$", r".mix_\1"),
+    (r"\.time_(decay|decay_w1|decay_w2)$", r".\1"),
+    (r"\.time_faaaa$", ".bonus"),
+    (r"\.ln_x\.", ".head_norm."),
+)
+"""What RWKV's blocks are called in published files, and here."""
+
+
+def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors with the blocks of RWKV named and shaped as here; own ones pass as they are."""
+    out = rename(state, OFFICIAL_KEYS)
+    for key in list(out):
+        if key.endswith((".decay", ".first")) and out[key].ndim == 1:
+            out[key] = out[key][None]
+        elif key.endswith(".time_maa_w"):
+            mix = key.removesuffix(".time_maa_w")
+            out[f"{mix}.mix"] = torch.cat([out.pop(f"{mix}.time_maa_{name}") for name in "wkvrg"])
+    return out

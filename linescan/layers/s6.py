@@ -107,11 +107,11 @@ class S6Scan(TokenMixer):
         Returns:
             (B, L, D), or a pair of that and the state (B, K, D, N).
         """
-        A_log, D, dt_bias = (self._per_route(x) for x in (self.A_log, self.D, self.dt_bias))
+        D, dt_bias = self._per_route(self.D), self._per_route(self.dt_bias)
         return self.along(
             u,
             dt,
-            -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32))),
+            self._per_route(self.decays()),
             B,
             C,
             D,
@@ -121,6 +121,10 @@ class S6Scan(TokenMixer):
             delta_weight=self.dt_proj,
             **options,
         )
+
+    def decays(self) -> Tensor:
+        """A, (K or 1, D, N), in float32 at least."""
+        return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
 
     def _per_route(self, x: Tensor) -> Tensor:
         n_routes = self.along.n_routes

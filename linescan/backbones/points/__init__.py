@@ -1,3 +1,3 @@
 """Backbones of point clouds, one file a system; importing this package registers them all."""
 
-from . import mamba3d, pointmamba  # noqa: F401
+from . import lion, mamba3d, pointmamba  # noqa: F401
