@@ -25,11 +25,9 @@ __all__ = ["DenseBackbone", "dense_backbone", "dense_maps", "dense_parts"]
 # What a classifier has and a dense backbone may have no use for.
 CLASSIFIER = re.compile(r"^trunk\.(norm|head|head_inner|cls_token|cls_pos_embed)(\.|$)")
 
-# What published files call the parts behind the trunk.
-OFFICIAL_NAMES = (
-    (r"^outnorm_?(\d+)\.", r"norms.\1."),
-    (r"^(fpn\d|simfp_\d|level_embed$|spm|interactions|up|norm[1-4])(?=\.|$)", r"neck.\1"),
-)
+# What published files call the parts behind the trunk: norms, and a neck.
+NORM_NAMES = ((r"^outnorm_?(\d+)\.", r"norms.\1."),)
+NECK_NAMES = ((r"^(fpn\d|simfp_\d|level_embed$|spm|interactions|up|norm[1-4])(?=\.|$)", r"neck.\1"),)
 
 
 class DenseBackbone(nn.Module):
@@ -214,7 +212,8 @@ class DenseBackbone(nn.Module):
         """
         own, form = self.state_dict(), self.trunk.dense
         state = strip_prefix(state, "backbone.")
-        state = rename({key.removeprefix("net."): value for key, value in state.items()}, OFFICIAL_NAMES)
+        names = (*NORM_NAMES, *(NECK_NAMES if self.neck is not None else ()))  # a trunk may have a norm1 of its own
+        state = rename({key.removeprefix("net."): value for key, value in state.items()}, names)
         if form.norms_by_place:  # the file numbers the norms, not the blocks
             places = {f"norms.{k}.": f"norms.{i}." for k, i in enumerate(self.out_indices)}
             ours = any(key.startswith("trunk.") for key in state)

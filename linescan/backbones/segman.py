@@ -29,7 +29,7 @@ from ..layers.neighborhood import neighborhood_attention
 from ..layers.pos_embed import axial_rope, rotate_pairs
 from ..layers.s6 import CROSS
 from ..layers.ss2d import MapScan
-from ..layers.stems import ChannelsFirst, channels_first, depthwise
+from ..layers.stems import ChannelsFirst, ImageStem, channels_first, depthwise
 from ..layers.tracing import opaque
 from .contract import DenseForm, HierarchicalBackbone, register
 
@@ -178,7 +178,7 @@ def init_weights(module: nn.Module) -> None:
 # -- model -----------------------------------------------------------------------------------------------------------
 
 
-class ConvStem(nn.Sequential):
+class ConvStem(ImageStem):
     """Images (B, in_chans, H, W) -> (B, H / 4, W / 4, dim), sizes rounded up: four 3x3 convolutions, GELU between."""
 
     def __init__(self, in_chans: int, dim: int):
@@ -186,9 +186,6 @@ class ConvStem(nn.Sequential):
         for source, target, stride in zip(widths, widths[1:], (2, 1, 2, 1)):
             layers += [nn.Conv2d(source, target, 3, stride, 1, bias=False), nn.BatchNorm2d(target), nn.GELU()]
         super().__init__(*layers[:-1])  # linear at the end
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).permute(0, 2, 3, 1)
 
 
 class SegMANStage(Stage):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .linear import linear
 from .stems import depthwise
 
-__all__ = ["ConvGatedMlp", "ConvMlp", "GatedMlp", "Mlp"]
+__all__ = ["ConvGatedMlp", "ConvMlp", "DepthwiseMlp", "GatedMlp", "Mlp"]
 
 
 @register_notrace_module
@@ -78,6 +78,24 @@ class ConvMlp(Mlp):
     def activate(self, x: Tensor) -> Tensor:
         x = self.act(x)
         return x + self.conv_act(self.dwconv(x))
+
+
+class DepthwiseMlp(Mlp):
+    """Maps (B, H, W, dim) -> the same: fc2(act(conv(fc1(x)))), or with `act_first` fc2(conv(act(fc1(x)))).
+
+    Args:
+        dim, hidden, act_layer, bias, drop: of `Mlp`.
+        kernel_size: side of the depthwise convolution.
+        act_first: the activation stands before the convolution.
+    """
+
+    def __init__(self, dim: int, hidden: int, *args, kernel_size: int = 3, act_first: bool = False, **kwargs):
+        super().__init__(dim, hidden, *args, **kwargs)
+        self.act_first = act_first
+        self.dwconv = depthwise(hidden, kernel_size)
+
+    def activate(self, x: Tensor) -> Tensor:
+        return self.dwconv(self.act(x)) if self.act_first else self.act(self.dwconv(x))
 
 
 class ConvGatedMlp(Mlp):

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from timm.layers import to_2tuple
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
@@ -12,9 +13,11 @@ __all__ = [
     "ChannelsFirst",
     "ConvDownsample",
     "ConvStem",
+    "ImageStem",
     "MapConv2d",
     "PatchMerging",
     "PatchStem",
+    "batch_norm",
     "channels_first",
     "depthwise",
     "mirror",
@@ -30,9 +33,10 @@ class MapConv2d(nn.Conv2d):
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-def depthwise(dim: int, kernel_size: int, bias: bool = True) -> MapConv2d:
-    """A depthwise convolution over a map (B, H, W, dim), which keeps its size."""
-    return MapConv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=bias)
+def depthwise(dim: int, kernel_size: int | tuple[int, int], bias: bool = True, dilation: int = 1) -> MapConv2d:
+    """A depthwise convolution over a map (B, H, W, dim), which keeps its size; the kernel's sides are odd."""
+    padding = tuple(dilation * (side // 2) for side in to_2tuple(kernel_size))
+    return MapConv2d(dim, dim, kernel_size, padding=padding, dilation=dilation, groups=dim, bias=bias)
 
 
 def channels_first(layer: nn.Module, x: Tensor) -> Tensor:
@@ -48,6 +52,18 @@ class ChannelsFirst(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         return channels_first(super().forward, x)
+
+
+def batch_norm(dim: int, eps: float = 1e-5) -> ChannelsFirst:
+    """A BatchNorm over the channels of a map (B, H, W, dim)."""
+    return ChannelsFirst(nn.BatchNorm2d(dim, eps))
+
+
+class ImageStem(nn.Sequential):
+    """Layers over images (B, in_chans, H, W), one after the other, whose last output becomes a map (B, H', W', C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).permute(0, 2, 3, 1)
 
 
 @opaque

@@ -17,6 +17,7 @@ PLAIN, STAGES = dict(embed_dim=48, depth=2, img_size=32), dict(depths=(1, 1), di
 OPTIONS = {  # what a family needs besides, and hybrids
     "segman": dict(dims=(16, 32), num_heads=(1, 2), windows=(3, 3), mlp_ratios=(2, 2), img_size=32),
     "vig_h": dict(num_heads=(1, 2)),
+    "van": dict(mlp_ratios=(2, 2)),
     "scan": dict(head_dim=16, mixer=("gla", "window")),
     "scanh": dict(mixer=("s6", "delta")),
 }
@@ -37,7 +38,8 @@ def options(name, dense=False):
 def build(name):
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=5, **options(name)).double()
-    return model.eval() if "segman" in name else model.train()  # BatchNorms of half a batch are others
+    has_batch_norms = any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
+    return model.eval() if has_batch_norms else model.train()  # those of half a batch are others
 
 
 def loss_of(model, x):
