@@ -274,6 +274,7 @@ class Backbone(nn.Module):
     min_size = 1  # smallest height and width that the model can read
     checkpoint_nesting: Sequence[str] = ()  # entries of a published file that come before those of `read_state_dict`
     classifiers = ("head", "head_inner.0")  # layers whose shapes follow the classes
+    pooled_norm: Callable | None = None  # of an object: width -> a norm of pooled tokens (`fc_norm`, as timm has it)
     unit_name: str  # "blocks" or "stages"
     dense = DenseForm()
 
@@ -339,7 +340,11 @@ class Backbone(nn.Module):
                 f"not {global_pool!r}"
             )
         self.global_pool = global_pool
-        self.head_hidden_size = self.num_features * POOLS.get(_base_pool(global_pool), 1)
+        self.head_hidden_size = width = self.num_features * POOLS.get(_base_pool(global_pool), 1)
+        if self.pooled_norm is None or global_pool in ("", "token"):
+            self.fc_norm: nn.Module = nn.Identity()
+        elif getattr(getattr(self, "fc_norm", None), "normalized_shape", None) != (width,):
+            self.fc_norm = self.pooled_norm(width)
 
     @property
     def has_class_token(self) -> bool:
@@ -361,9 +366,10 @@ class Backbone(nn.Module):
         Raises:
             InputError: there is no such pooling.
         """
+        old = next(self.parameters())
         if global_pool is not None:
             self.set_pool(global_pool)
-        old = next(self.parameters())
+            self.fc_norm.to(device=old.device, dtype=old.dtype)
         self.set_classifier(num_classes, device=old.device, dtype=old.dtype)
 
     def pool(self, x: Tensor) -> Tensor:
@@ -372,7 +378,7 @@ class Backbone(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features of `forward_features` -> pooled (B, head_hidden_size) if `pre_logits`, else logits."""
-        x = self.head_drop(self.pool(x))
+        x = self.head_drop(self.fc_norm(self.pool(x)))
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -437,7 +443,8 @@ class Backbone(nn.Module):
         return True
 
     def prune_intermediate_layers(self, indices=1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
-        """Drops the units after the last wanted one, the norm if it was of one of them or if asked, and the classifier.
+        """Drops the units after the last wanted one, the norm if it was of one of them or if asked, and the classifier
+        with the norm before it.
 
         Returns:
             The numbers of the wanted units.
@@ -447,6 +454,7 @@ class Backbone(nn.Module):
             self.norm = nn.Identity()
         setattr(self, self.unit_name, self.units[: take[-1] + 1])
         if prune_head:
+            self.fc_norm = nn.Identity()
             self.reset_classifier(0)
         return take
 
@@ -474,7 +482,8 @@ class Backbone(nn.Module):
         """Keys and layouts of an official file, or of ours, to this model's; position tables are resampled.
 
         Args:
-            state: tensors of the file, of a whole segmentor or detector too (below "backbone.").
+            state: tensors of the file; of a segmentor or detector those below "backbone.", of OpenMMLab's classifiers
+                `head.` or `cls_head.`, too.
             img_size: at which the file was trained, where its position table is for a grid that is not square and that
                 neither the file nor `pretrained_cfg` tells.
 
@@ -482,14 +491,17 @@ class Backbone(nn.Module):
             InputError: the grid of the position table is not known.
             KeyError: a tensor is missing that others are stacked with.
         """
-        return self.fit_positions(self.translate(strip_prefix(state, "backbone.")), img_size)
+        if any(key.startswith("backbone.") for key in state):
+            head = {key: value for key, value in state.items() if key.startswith(("head.", "cls_head."))}
+            state = strip_prefix(state, "backbone.") | head
+        return self.fit_positions(self.translate(state), img_size)
 
     def is_useless(self, key: str) -> bool:
         """Whether a parameter of the whole model has no place in this one, of which timm's feature module kept part."""
         unit = re.match(rf"{self.unit_name}\.(\d+)\.", key)
         if unit:
             return len(self.units) <= int(unit[1]) < len(self.feature_info)
-        return key.startswith("norm.")
+        return key.startswith(("norm.", "fc_norm."))
 
     def translate(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Official keys and layouts to linescan's; what is ours or unknown stays."""
@@ -646,7 +658,7 @@ class PlainBackbone(Backbone):
         """Layer groups for layer-wise learning-rate decay."""
         return {
             "stem": r"^cls_token|^\w*pos_embed|^patch_embed",
-            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^(?:fc_)?norm", (99999,))],
         }
 
     def fit_positions(self, state: dict[str, Tensor], img_size: int | Sequence[int] | None) -> dict[str, Tensor]:
@@ -710,6 +722,6 @@ class HierarchicalBackbone(Backbone):
                 (r"^stages\.(\d+)\.downsample", (0,)),
                 (r"^stages\.(\d+)\.blocks\.(\d+)", None),
                 (r"^stages\.(\d+)\.norm", (99999,)),
-                (r"^norm", (99999,)),
+                (r"^(?:fc_)?norm", (99999,)),
             ],
         }

@@ -138,10 +138,6 @@ class VisionRWKV(PlainBackbone):
 
     # -- weights ----------------------------------------------------------------------------------------------------
 
-    def checkpoint_filter(self, state: dict[str, Tensor], img_size=None) -> dict[str, Tensor]:
-        """As `Backbone`; mmpretrain's files have the classifier beside the backbone."""
-        return super().checkpoint_filter(rename(state, ((r"^backbone\.", ""),)), img_size)
-
     def translate(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Official keys to linescan's, of any of the three trainers."""
         return from_official(rename(state, OFFICIAL_KEYS))

@@ -35,8 +35,8 @@ class MambaMixer(S6Scan):
         d_conv: taps of the causal convolution.
         expand: inner channels D as a multiple of `dim`.
         dt_rank: R, rank of the step-size projection; None for ceil(dim / 16).
-        shared: what the routes have in common, see `S6Scan`; "inputs" ("v1" of Vim) and "all" include the convolution,
-            which then runs along the first route.
+        shared: what the routes have in common, see `S6Scan`. With "inputs" ("v1" of Vim) there is one convolution,
+            along the first route; with "all" every route has its own, of the same parameters (RSMamba).
         scale: factor on the merged output, before out_proj.
         init_layer_scale: initial value of a learned factor per output channel; None for none.
         merge: how the routes' outputs become one, see `MultiRoute`.
@@ -58,6 +58,7 @@ class MambaMixer(S6Scan):
         inner = int(expand * dim)
         super().__init__(inner, routes, d_state, dt_rank or math.ceil(dim / 16), shared=shared, merge=merge)
         self.scale = scale
+        self.convolutions = 1 if shared == "inputs" else self.along.n_routes
         sets, bound = len(self.D), d_conv**-0.5
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
         self.conv_weight = nn.Parameter(torch.empty(sets, inner, d_conv).uniform_(-bound, bound))
@@ -89,12 +90,13 @@ class MambaMixer(S6Scan):
             route, slots = pad_slots(route, length)
             x = F.pad(x, (0, 0, 0, slots))
         u, z = self.branches(x)
+        n_convs = self.convolutions
         u, after_conv = causal_conv1d(
             u,
-            self.conv_weight,
-            self.conv_bias,
+            self.conv_weight.expand(n_convs, -1, -1),
+            self.conv_bias.expand(n_convs, -1),
             activation="silu",
-            route=first_routes(route, len(self.conv_weight)),
+            route=first_routes(route, n_convs),
             initial_state=before_conv,
             **options,
         )

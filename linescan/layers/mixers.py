@@ -841,7 +841,7 @@ class Mixer(TokenMixer):
         dim: channels.
         mixer: a name of `MIXERS`.
         routes: of the scans, see `MultiRoute`; attentions that read all tokens at once have none.
-        merge: name for `linescan.scans.multi_route.create_merge`: "sum", "mean", "gate", "concat", "channel_attention".
+        merge: name for `linescan.scans.multi_route.create_merge`: "sum", "mean", "gate", ...
         head_dim: channels per head.
         window: odd side of the windows of "window", "neighborhood", "dilated", "sliding" and "hedgehog_window".
 

@@ -22,6 +22,7 @@ __all__ = [
     "depthwise",
     "mirror",
     "mirror_to_multiple",
+    "pad_for_patches",
     "pad_to_multiple",
 ]
 
@@ -70,6 +71,16 @@ class ImageStem(nn.Sequential):
 def pad_to_multiple(x: Tensor, size: int) -> Tensor:
     """Images (B, C, H, W) with zeros at the bottom and the right, so that `size` divides both sides."""
     return F.pad(x, (0, -x.shape[-1] % size, 0, -x.shape[-2] % size))
+
+
+@opaque
+def pad_for_patches(x: Tensor, patch_size: int, stride: int) -> Tensor:
+    """Images (B, C, H, W) with zeros at the bottom and the right, for H / stride by W / stride patches, rounded up.
+
+    mmcv's "corner" padding of patches that overlap; where they do not, that of `pad_to_multiple`.
+    """
+    bottom, right = (max((-(-n // stride) - 1) * stride + patch_size - n, 0) for n in x.shape[-2:])
+    return F.pad(x, (0, right, 0, bottom))
 
 
 @opaque

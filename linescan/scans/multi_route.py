@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from . import routes as _routes
 
-__all__ = ["MultiRoute", "Sum", "Mean", "Gate", "Concat", "ChannelAttention", "create_merge"]
+__all__ = ["MultiRoute", "Sum", "Mean", "Gate", "Concat", "ChannelAttention", "PathActivation", "create_merge"]
 
 
 class Sum(nn.Module):
@@ -83,14 +83,40 @@ class ChannelAttention(nn.Module):
         return (y * weight.unsqueeze(2)).sum(1)
 
 
-_MERGES = {"sum": Sum, "mean": Mean, "gate": Gate, "concat": Concat, "channel_attention": ChannelAttention}
+class PathActivation(nn.Module):
+    """(B, K, L, D) -> (B, L, D): a weighted mean over routes, with weights for every sample.
+
+        a = softmax(W [mean_l(y_1), ..., mean_l(y_K)])        y = sum_k a_k y_k
+
+    W is (K, K * D). The multi-path activation of RSMamba: Chen et al., "RSMamba: Remote Sensing Image Classification
+    with State Space Model", IEEE GRSL 2024, arXiv 2403.19654, section II-C.
+    """
+
+    def __init__(self, dim: int, n_routes: int):
+        super().__init__()
+        self.out_dim = dim
+        self.gate = nn.Linear(n_routes * dim, n_routes, bias=False)
+
+    def mix(self, y: Tensor, means: Tensor) -> Tensor:
+        """The outputs y (B, K, L, ...), weighted by what W makes of means (B, K, D), which may be of other outputs."""
+        weights = self.gate(means.flatten(1)).softmax(-1)
+        return torch.einsum("bkld,bk->bld", y, weights.to(y.dtype))
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.mix(y, y.mean(2))
+
+
+_MERGES = {
+    "sum": Sum, "mean": Mean, "gate": Gate, "concat": Concat, "channel_attention": ChannelAttention,
+    "path_activation": PathActivation,
+}  # fmt: skip
 
 
 def create_merge(name: str, dim: int, n_routes: int) -> nn.Module:
     """A module that merges the outputs of K = `n_routes` routes, (B, K, L, dim) -> (B, L, merge.out_dim).
 
     Args:
-        name: "sum", "mean", "gate", "concat" or "channel_attention".
+        name: "sum", "mean", "gate", "concat", "channel_attention" or "path_activation".
         dim: channels of one route's output.
         n_routes: K.
 
@@ -113,7 +139,7 @@ class MultiRoute(nn.Module):
         routes: what `routes.table` takes; K, the number of routes of tables given with each call (point clouds); or
             None for one route, the stored order.
         merge: a name for `create_merge`, a module (B, K, L, ...) -> (B, L, ...), or a function (dim, K) -> module.
-        dim: channels of one route's output; needed by "gate", "concat" and "channel_attention".
+        dim: channels of one route's output; not needed by "sum" and "mean".
         join_heads: outputs (B, K, L, H, P) are merged as (B, K, L, H * P).
 
     Raises:

@@ -155,7 +155,7 @@ def test_every_pooling_of_timm_is_right_or_an_error(name):
     tokens = model.forward_features(x).detach()
     for kind, pool in POOLS.items():
         model.reset_classifier(5, kind)
-        want = pool(tokens.flatten(1, -2))
+        want = model.fc_norm(pool(tokens.flatten(1, -2)))
         with torch.no_grad():
             assert torch.allclose(model.forward_head(tokens, pre_logits=True), want, atol=1e-5), kind
             assert model.head_hidden_size == want.shape[1] and model(x).shape == (2, 5)
@@ -179,6 +179,8 @@ def test_every_pooling_of_timm_is_right_or_an_error(name):
 def test_dropout_before_the_classifier(name):
     model = small(name, num_classes=5, drop_rate=0.5).train()
     tokens = torch.ones_like(model.eval().forward_features(image(model, 64, 64)))
+    if not isinstance(model.fc_norm, nn.Identity):
+        nn.init.zeros_(model.fc_norm.weight), nn.init.ones_(model.fc_norm.bias)
     pooled = model.forward_head(tokens, pre_logits=True)
     assert torch.all(pooled == 1)
     dropped = model.train().forward_head(tokens, pre_logits=True)

@@ -39,7 +39,8 @@ def build(name):
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=5, **options(name)).double()
     has_batch_norms = any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
-    return model.eval() if has_batch_norms else model.train()  # those of half a batch are others
+    # Those of half a batch are others; so are shuffles that each process draws.
+    return model.eval() if has_batch_norms or name.startswith("rsmamba") else model.train()
 
 
 def loss_of(model, x):

@@ -152,8 +152,11 @@ def test_one_set_of_parameters_for_all_routes():
     table = torch.stack([torch.arange(6), torch.arange(6).flip(0), torch.tensor([3, 1, 0, 5, 2, 4])]).int()
     alone = shaken(MambaMixer(8, 1, d_state=4))
     alone.load_state_dict(mixer.state_dict())
-    order = table[:1].expand(3, -1)  # the convolution runs along the first route
-    assert torch.allclose(mixer(x, route=order), 3 * alone(x, route=table[:1]))
-    assert not torch.allclose(mixer(x, route=table), mixer(x, route=order))
+    want = sum(alone(x, route=row[None]) for row in table)
+    assert torch.allclose(mixer(x, route=table), want)
+    _, (conv, scan) = mixer(x, route=table, return_final_state=True)
+    for k, row in enumerate(table):
+        _, (own_conv, own_scan) = alone(x, route=row[None], return_final_state=True)
+        assert torch.allclose(conv[:, k : k + 1], own_conv) and torch.allclose(scan[:, k : k + 1], own_scan)
     with pytest.raises(ValueError, match="shared is one of '', 'inputs', 'all'"):
         MambaMixer(8, shared="some")

@@ -152,3 +152,24 @@ def mambaad(module, inputs):
     maps = module.anomaly_maps(x)
     results |= {"bottleneck": module.bottleneck(targets), "anomaly_map_sigma4": maps}
     return results | {"image_score_max": maps.flatten(1).amax(1)}
+
+
+def rsmamba(module, inputs, manifest):
+    """With the manifests' shuffles, block by block."""
+    from tests.parity import recipe
+
+    x, _, context = module.embed(inputs["input"])
+    steps = torch.arange(x.shape[1], dtype=torch.int32)
+    for i, block in enumerate(module.blocks):
+        noise = recipe.noise(manifest["perm"]["key"].format(layer=i), (len(steps),), manifest["perm"]["salt"])
+        shuffle = torch.from_numpy(noise.argsort(kind="stable")).int()
+        x = block(x, *context, route=torch.stack([steps, steps.flip(0), shuffle]))
+    pooled = module.forward_head(module.finish(x), pre_logits=True)
+    return {"pooled": pooled, "logits": module.head(pooled)}
+
+
+def rsmamba_drawn(module, inputs):
+    torch.manual_seed(0)
+    logits = module(inputs["input"])
+    torch.manual_seed(0)
+    return {"logits": logits, "pooled": module.forward_head(module.forward_features(inputs["input"]), pre_logits=True)}

@@ -11,7 +11,7 @@ from linescan.scans.multi_route import ChannelAttention, MultiRoute, create_merg
 
 from .tools import noise
 
-MERGES = ["sum", "mean", "gate", "concat", "channel_attention"]
+MERGES = ["sum", "mean", "gate", "concat", "channel_attention", "path_activation"]
 CROSS = "row, -row, col, -col"
 
 
@@ -66,6 +66,9 @@ def test_merges(name):
             want = sum(p * w for p, w in zip(parts, weights)) / sum(weights)
         elif name == "concat":
             want = torch.cat(parts, -1)
+        elif name == "path_activation":
+            weights = (merge.gate.weight @ torch.cat([p.mean(0) for p in parts])).exp()
+            want = sum(p * w for p, w in zip(parts, weights)) / sum(weights)
         else:
             want = 0
             for part in parts:

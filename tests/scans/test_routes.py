@@ -156,10 +156,10 @@ def compose(inner):
     )
 
 
-FLAT = st.recursive(st.sampled_from(list(CURVES)).map(lambda name: parse(name)[0]), compose, max_leaves=3)
+FLAT = st.recursive(st.sampled_from([*CURVES, "shuffle(3)"]).map(lambda name: parse(name)[0]), compose, max_leaves=3)
 SOLID = st.recursive(
     st.one_of(
-        st.sampled_from([n for n in CURVES if n != "spiral"]).map(lambda name: parse(name)[0]),
+        st.sampled_from(["shuffle", *(n for n in CURVES if n != "spiral")]).map(lambda name: parse(name)[0]),
         FLAT.map(routes.spatial_first),
         FLAT.map(routes.temporal_first),
     ),
@@ -247,6 +247,31 @@ def test_keys_agree_with_the_grid_curves(dims, bits):
     for name, keys in (("hilbert", hilbert_keys(cells.flip(-1), bits)), ("zorder", zorder_keys(cells, bits))):
         assert keys.sort().values.tolist() == list(range(prod(grid)))
         assert keys.argsort().tolist() == order(name, *grid)
+
+
+def test_shuffles_go_by_their_seed():
+    assert order("shuffle", 2, 4) == order("shuffle(0)", 2, 4) == order("shuffle", 1, 2, 4) == [6, 2, 1, 7, 3, 0, 5, 4]
+    assert order("shuffle(1)", 2, 4) == [7, 2, 1, 6, 0, 4, 3, 5] != order("shuffle(2)", 2, 4)
+    for wrong in ("shuffle(-1)", "shuffle(x)", "shuffle(4294967296)", "shuffle(9" + 4000 * "9" + ")"):
+        with pytest.raises(ValueError, match="seed of a shuffle is a number|at most 2000 characters"):
+            parse(wrong)
+    with pytest.raises(ValueError, match="does not fit shuffle or shuffle.SEED."):
+        parse("shuffle(1, 2)")
+
+
+def test_shuffles_are_redrawn_and_nothing_else():
+    mixed = parse("w3, shuffle(1), -shuffle, shuffle(2)")
+    fixed = table(mixed, (4, 5))
+    torch.manual_seed(0)
+    fresh, again = routes.redrawn(mixed, (4, 5)), routes.redrawn(mixed, (4, 5))
+    torch.manual_seed(0)
+    for k in (1, 3):  # the draws of torch, in the order of the routes
+        assert torch.equal(fresh[k, :20].long(), torch.randperm(20)) and (fresh[k, 20:] == -1).all()
+        assert not torch.equal(fresh[k], again[k]) and not torch.equal(fresh[k], fixed[k])
+    for k in (0, 2):
+        assert torch.equal(fresh[k], fixed[k])
+    assert torch.equal(table(mixed, (4, 5)), fixed), "the cached table stays as it is"
+    assert routes.redrawn(parse("row, col"), (4, 5)).tolist() == table("row, col", (4, 5)).tolist()
 
 
 # -- tables -------------------------------------------------------------------------------------------------------

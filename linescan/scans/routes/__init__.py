@@ -3,6 +3,7 @@
 A route is a small immutable object that gives a table of token indices for any grid, and a short text, its *spec*:
 
     row  col  snake  diagonal  zigzag  spiral  hilbert  zorder      curves over (H, W), or over (T, H, W)
+    shuffle  shuffle(7)                 one of all orders, drawn from a seed
     -R                                  R backwards
     T:R  rot90:R  rot180:R  rot270:R    R over the map transposed, turned counter-clockwise, or mirrored;
     flipud:R  fliplr:R  antiT:R         several are applied from left to right: rot90:T:hilbert
@@ -24,7 +25,7 @@ from .class_tokens import insert_tokens
 from .orders import Route, RouteLike, as_grid
 from .points import point_table
 from .spec import parse, spatial_first, temporal_first, window
-from .tables import cache_limit, inverse, inverse_table, pad_slots, table
+from .tables import cache_limit, inverse, inverse_table, pad_slots, redrawn, table
 from .voxels import group_table, window_order
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "pad_slots",
     "parse",
     "point_table",
+    "redrawn",
     "spatial_first",
     "table",
     "temporal_first",

@@ -19,6 +19,7 @@ __all__ = [
     "Reversed",
     "Route",
     "RouteLike",
+    "Shuffle",
     "Turned",
     "Window",
     "WithTokens",
@@ -149,6 +150,20 @@ class Curve(Route):
         if self.name == "spiral" and len(grid) == 3:
             raise ValueError(f"spiral is a 2D route, got the 3D grid {show(grid)}; spatial_first(spiral) reads frames")
         return CURVES[self.name](grid)
+
+    def _steps(self, grid: Grid) -> int:
+        return prod(grid)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Shuffle(Route):
+    seed: int = 0
+
+    def _spec(self) -> str:
+        return f"shuffle({self.seed})"
+
+    def _order(self, grid: Grid) -> np.ndarray:
+        return np.random.RandomState(self.seed).permutation(prod(grid))  # numpy keeps this stream as it is
 
     def _steps(self, grid: Grid) -> int:
         return prod(grid)

@@ -7,7 +7,7 @@ from operator import index
 from typing import Sequence
 
 from .curves import CURVES
-from .orders import AXES, TURNS, Curve, Frames, Route, RouteLike, Window, grid_only, show
+from .orders import AXES, TURNS, Curve, Frames, Route, RouteLike, Shuffle, Window, grid_only, show
 
 __all__ = ["parse", "spatial_first", "temporal_first", "window"]
 
@@ -79,9 +79,9 @@ def parse(spec: RouteLike | Sequence[RouteLike]) -> tuple[Route, ...]:
 
 def _catalogue() -> str:
     return (
-        f"there are: {', '.join(CURVES)}, wN or window(N, inside=R, between=R), spatial_first(R), temporal_first(R), "
-        f"cls(R, at=, stored=), the axis orders {', '.join(AXES)} of videos, and before any of them - (reversed), "
-        f"{', '.join(name + ':' for name in TURNS)} or an axis order with a colon"
+        f"there are: {', '.join(CURVES)}, shuffle(SEED), wN or window(N, inside=R, between=R), spatial_first(R), "
+        f"temporal_first(R), cls(R, at=, stored=), the axis orders {', '.join(AXES)} of videos, and before any of them "
+        f"- (reversed), {', '.join(name + ':' for name in TURNS)} or an axis order with a colon"
     )
 
 
@@ -147,6 +147,12 @@ def _make(text: str, name: str, arguments: list[str], options: dict[str, str]) -
     if name in CURVES:
         check(name, [0])
         return Curve(name)
+    if name == "shuffle":
+        check("shuffle or shuffle(SEED)", [0, 1])
+        seed = arguments[0] if arguments else "0"
+        if not re.fullmatch(r"\d{1,10}", seed) or int(seed) >= 2**32:
+            raise ValueError(f"the seed of a shuffle is a number from 0 to 2^32 - 1, got {seed!r}")
+        return Shuffle(int(seed))
     if re.fullmatch(r"w\d+(x\d+)*", name):
         check(name, [0])
         return window(_sides(name[1:]))
@@ -173,7 +179,7 @@ def _sides(text: str) -> tuple[int, ...]:
 
 
 def _unknown(name: str) -> ValueError:
-    known = [*CURVES, *_ALIASES, *TURNS, *AXES, "window", "spatial_first", "temporal_first", "cls"]
+    known = [*CURVES, *_ALIASES, *TURNS, *AXES, "shuffle", "window", "spatial_first", "temporal_first", "cls"]
     close = difflib.get_close_matches(name, known, 1)
     hint = f", did you mean {close[0]!r}?" if close else ";"
     return ValueError(f"unknown route {name!r}{hint} {_catalogue()}")

@@ -7,16 +7,17 @@ from typing import Callable, Hashable, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..._compat import dispatch_modes_active, guard_scalar, is_watched, unwatched
 from ..visits import declare, known
 from .class_tokens import merge_order
 from .curves import Grid
-from .orders import PADDING, Route, RouteLike, as_grid
+from .orders import PADDING, Route, RouteLike, Shuffle, as_grid
 from .spec import parse
 
-__all__ = ["cache_limit", "inverse", "inverse_table", "pad_slots", "stored_cells", "table"]
+__all__ = ["cache_limit", "inverse", "inverse_table", "pad_slots", "redrawn", "stored_cells", "table"]
 
 
 MOST_ENTRIES = 2**28  # of one table: a gibibyte
@@ -177,6 +178,28 @@ def inverse(table: Tensor, length: int) -> Tensor:
     slots = torch.where(table < 0, length, table).long()  # one more slot takes what is dropped
     written = torch.full((*table.shape[:-1], length + 1), PADDING, dtype=torch.int32, device=table.device)
     return written.scatter(-1, slots, steps)[..., :length]
+
+
+def redrawn(routes: Sequence[Route], grid: Sequence[int], device: torch.device | str | None = None) -> Tensor:
+    """As `table`, but every `shuffle` is an order of its own in each call, whatever its seed.
+
+    The orders are drawn by `torch.randperm` from torch's default generator on the CPU, route by route. Only routes that
+    are a shuffle themselves are drawn, not those made from one (`-shuffle`).
+
+    Raises:
+        ValueError: as `table`.
+    """
+    made = table(routes, grid, device)
+    cells, steps = prod(grid), made.shape[-1]
+
+    def draw() -> Tensor:
+        drawn = torch.randperm(cells, dtype=torch.int32).to(made.device)
+        return F.pad(drawn, (0, steps - cells), value=PADDING)
+
+    rows = [draw() if isinstance(route, Shuffle) else row for route, row in zip(routes, made)]
+    before = known(made)
+    fresh = torch.stack(rows)
+    return fresh if before is None else declare(fresh, before.length, before.permutation, before.padding)
 
 
 def pad_slots(table: Tensor, length: int) -> tuple[Tensor, int]:
