@@ -1,4 +1,4 @@
-"""Models applied to files: labels, masks, boxes or a restored image for each."""
+"""Models applied to files: labels, masks, boxes, a restored image or a map of anomalies for each."""
 
 import io
 import json
@@ -228,6 +228,67 @@ def restore(
         return Restorer(model, checkpoint, self_ensemble=self_ensemble, **args, **model_args(model_arg)), writer
 
     answer_files(open_tool, paths, to, compare, as_json, "restoring", "compare")
+
+
+@command(
+    "linescan anomaly photos --checkpoint runs/screws/best.safetensors --out runs/inspected",
+    "linescan anomaly 'line3/*.png' --model mambaad_resnet34 -c mambaad_mvtec.pth --normal mvtec/screw/train/good",
+    "linescan anomaly belt.mp4 --checkpoint runs/belt/best.safetensors --threshold 0.21 --json > belt.json",
+)
+def anomaly(
+    paths: Sources,
+    model: Annotated[
+        Optional[str],
+        typer.Option("--model", "-m", help="A name of `linescan list --task anomaly`; default: that of --checkpoint.",
+                     autocompletion=complete_models),
+    ] = None,
+    checkpoint: Checkpoint = None,
+    to: Out = Path("runs/anomaly"),
+    normal: Annotated[
+        Optional[list[str]],
+        typer.Option(metavar="PATH", help="Normal images, or folders of them, on which the threshold is chosen; may be "
+                     "repeated. Default: as training chose it, if the checkpoint says."),
+    ] = None,
+    false_alarms: Annotated[
+        float, typer.Option(min=0, max=1, help="The share of the --normal images that may be above the threshold.")
+    ] = 0.01,
+    threshold: Annotated[
+        Optional[float], typer.Option(min=0, help="Images with a score above this are anomalous.")
+    ] = None,
+    overlays: Overlays = True,
+    device: Device = None,
+    precision: Precision = Floats.fp32,
+    batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="Images in one forward pass.")] = 8,
+    model_arg: ModelArgs = None,
+    strict: Strict = False,
+    as_json: Json = False,
+):  # fmt: skip
+    """Find what is not as in normal images: scores, maps, overlays of both, and a page of the highest scores.
+
+    maps/ has a TIFF file of floats for each image, scores.csv all scores; report.html shows the 48 highest.
+    A file that cannot be read is named and skipped; the exit status is then 1.
+    """
+    if normal and threshold is not None:
+        raise InputError("--normal chooses the threshold that --threshold gives; one of them is enough")
+
+    def open_tool() -> tuple["Tool", "Writer"]:
+        from linescan.media.find import find
+        from linescan.tasks.anomaly import AnomalyDetector, AnomalyMaps
+
+        sources = find(normal, ("image",)) if normal else []
+        args = {"device": device, "dtype": precision.dtype, "batch": batch, "strict": strict, "threshold": threshold}
+        tool = AnomalyDetector(model, checkpoint, **args, **model_args(model_arg))
+        if normal:
+            broken = [str(source.error) for source in sources if source.error]
+            good = [source.path for source in sources if not source.error]
+            with progress_bar("choosing the threshold", len(good)) as advance:
+                broken += tool.calibrate(good, false_alarms, advance)
+            for line in broken:
+                say(("left out", "yellow"), f" {line}")
+            say(f"threshold {tool.threshold:.4f}, chosen on {len(good)} normal images")
+        return tool, AnomalyMaps(to)
+
+    answer_files(open_tool, paths, to, overlays, as_json, "looking for anomalies")
 
 
 def _size(text: str | None, option: str) -> tuple[int, int] | None:

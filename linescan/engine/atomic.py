@@ -5,9 +5,9 @@ import io
 import os
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, Iterator
+from typing import BinaryIO, Iterator, Mapping
 
-__all__ = ["atomic", "atomic_path", "sweep"]
+__all__ = ["atomic", "atomic_path", "sweep", "write_all"]
 
 _SUFFIX = ".partial"
 _LONGEST = 255  # bytes of a file's name, on every common file system
@@ -77,3 +77,13 @@ def sweep(folder: str | Path) -> None:
     """Removes what interrupted writes have left in `folder`."""
     for partial in Path(folder).glob(f".*{_SUFFIX}"):
         partial.unlink(missing_ok=True)
+
+
+def write_all(folder: str | Path, contents: Mapping[str, bytes]) -> list[Path]:
+    """Writes files into a folder, which is made if it is missing; each is whole or absent. Returns their paths."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    paths = [Path(folder) / name for name in contents]
+    for path, content in zip(paths, contents.values()):
+        with atomic(path) as file:
+            file.write(content)
+    return paths

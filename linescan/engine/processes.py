@@ -52,6 +52,11 @@ class Processes:
             dist.all_reduce(x)
         return x
 
+    def copy_from_first(self, x: torch.Tensor) -> None:
+        """Gives `x`, in place, the values that it has in the first process."""
+        if self.count > 1:
+            dist.broadcast(x, 0)
+
     def share(self, value) -> list:
         """The `value` of each process (plain values, tensors), by rank."""
         if self.count == 1:

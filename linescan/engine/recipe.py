@@ -13,7 +13,7 @@ once.
 """
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import import_module
 from types import NoneType
 from typing import Any, ClassVar, get_args, get_origin, get_type_hints
@@ -248,6 +248,10 @@ class Recipe(_Options):
     def lowest_lr(self) -> float:
         """`min_lr`, or its default."""
         return min(1e-5, self.lr) if self.min_lr is None else self.min_lr
+
+    def resumed(self) -> "Recipe":
+        """The recipe of a run that goes on, whose weights are all in its state."""
+        return replace(self, pretrained=False, checkpoint=None)
 
     def load(self) -> Any:
         """The class of the task."""

@@ -69,7 +69,7 @@ class Training:
         if state:  # as the run was started, whatever has become of its checkpoint; the weights are in the state
             lengths = {name: getattr(recipe, name) for name in LENGTHS}
             self.started = replace(recipe.from_dict(state["started"]), **lengths)
-            ready = replace(self.started, pretrained=False, checkpoint=None)
+            ready = self.started.resumed()
         else:
             self.started = ready = task_class.resolve(recipe)
         seed_all(recipe.seed, "weights")
@@ -182,6 +182,9 @@ class Training:
 
     def evaluate(self) -> dict[str, float]:
         """Held-out scores of the weights as they would be used."""
+        for buffer in self.weights.buffers():  # running means differ by what each process has seen in the last step
+            if buffer.is_floating_point():
+                self.processes.copy_from_first(buffer)
         evaluator = self.task.evaluator
         workers = self._workers(evaluator.data)
         result = evaluate(evaluator, self.weights, self.processes, batch=self.recipe.batch, workers=workers)

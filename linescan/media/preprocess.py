@@ -4,6 +4,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Callable, Sequence
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
@@ -61,6 +62,13 @@ class Preprocess:
         """What the model is given, (C, H, W) -> the pixels that it stands for, in 0..1."""
         mean, std = (torch.tensor(v)[:, None, None] for v in (self.mean, self.std))
         return (image * std + mean).clamp(0, 1)
+
+    def whole(self, image: Image.Image) -> Tensor:
+        """All of an image, (C, H, W): resized to `size` whatever its shape, and normalised."""
+        height, width = self.size[1:]
+        pixels = image.resize((width, height), Image.Resampling[self.interpolation.upper()])
+        values = torch.from_numpy(np.asarray(pixels).copy()).view(height, width, -1).permute(2, 0, 1)
+        return normalise(values, *(tuple(255 * v for v in of) for of in (self.mean, self.std)))
 
     def transform(self, augment: str | None = None, erasing: float = 0.0, flip: float | None = None) -> "Transform":
         """PIL image -> normalised tensor (C, H, W), by timm's `create_transform`.

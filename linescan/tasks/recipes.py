@@ -4,7 +4,7 @@ Each task adds its options to those of `Recipe`. Nothing here imports torch.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -27,6 +27,7 @@ from ..errors import InputError
 
 __all__ = [
     "RECIPES",
+    "AnomalyRecipe",
     "ClassificationRecipe",
     "CloudRecipe",
     "DistillationRecipe",
@@ -225,6 +226,63 @@ class RestorationRecipe(Recipe):
     warmup: float = option(0.0, "Epochs in which the learning rate rises from 0.", OPTIMISER, NATURAL)
 
 
+@dataclass(frozen=True)
+class AnomalyRecipe(Recipe):
+    """Train a MambaAD on normal images alone, to find what is not normal: it rebuilds the features of a frozen teacher.
+
+    The defaults are those of the published runs. Held-out images are scored by image, and by pixel where there are
+    masks; `threshold` is the score that all but --false-alarms of the held-out normal images stay below.
+    """
+
+    task: ClassVar[str] = "anomaly"
+    implementation: ClassVar[str] = "linescan.tasks.anomaly:AnomalyTask"
+    default_model: ClassVar[str] = "mambaad_resnet34"
+    judges: ClassVar[bool] = True
+    scored: ClassVar[str] = "As for training; what is held out there is scored."
+    examples: ClassVar[tuple[str, ...]] = (
+        "linescan train --task anomaly --data mvtec --out runs/mvtec --evaluate-every 100",
+        "linescan train --task anomaly --data screws --out runs/screws --epochs 100 --model-arg teacher=resnet18 "
+        "--teacher-checkpoint runs/teacher/best.safetensors",
+        "linescan evaluate --task anomaly --data mvtec --checkpoint mambaad_mvtec.pth --model mambaad_resnet34",
+    )
+
+    data: str = option(..., "MVTec-AD (CLASS/train/good, CLASS/test/..., or one CLASS alone), VisA, or any folder of "
+                       "normal images.", DATA, short="-d")  # fmt: skip
+    val: str | None = option(None, "A folder as --data, whose held-out images are scored instead.", DATA)
+    holdout: float = option(0.1, "The share of normal images that is held out, where the folder does not say which.",
+                            DATA, Range(above=0, below=1), scoring=True)  # fmt: skip
+    size: int | None = option(None, "Side that images are resized to, a multiple of 32; default: 256, or the "
+                              "checkpoint's.", DATA, Range(least=64))  # fmt: skip
+    false_alarms: float = option(0.05, "The share of held-out normal images that `threshold` lets pass as defective.",
+                                 DATA, SHARE, scoring=True)  # fmt: skip
+    teacher_checkpoint: str | None = option(
+        None, "The teacher's weights: a file of the classifier that --model-arg teacher= names, or `random`; default: "
+        "those that timm fetches. A --checkpoint has them.", MODEL,
+    )  # fmt: skip
+
+    epochs: int = option(1000, "Times that each sample is seen.", OPTIMISER, COUNT, short="-e")
+    batch: int = option(16, "Samples in one forward pass of a process.", OPTIMISER, COUNT, short="-b")
+    lr: float = option(5e-3, "Highest learning rate.", OPTIMISER, POSITIVE)
+    betas: tuple[float, float] | None = option((0.9, 0.999), "Decay of the mean and of the variance of the gradient.",
+                                               OPTIMISER, SHARE)  # fmt: skip
+    weight_decay: float = option(1e-4, "Weight decay.", OPTIMISER, NATURAL)
+    schedule: str = option(
+        "step", "How the learning rate falls.", OPTIMISER,
+        choices=("cosine", "constant", "poly", "step", "multistep", "tanh", "wsd"),
+    )  # fmt: skip
+    decay_every: float = option(800.0, "Epochs between two falls of step.", OPTIMISER, POSITIVE)
+    warmup: float = option(0.0, "Epochs in which the learning rate rises from 0.", OPTIMISER, NATURAL)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.size is not None and self.size % 32:
+            raise InputError(f"--size must be a multiple of 32, not {self.size}")
+
+    def resumed(self) -> "AnomalyRecipe":
+        """The recipe of a run that goes on, whose weights are all in its state: the teacher's, too."""
+        return replace(self, pretrained=False, checkpoint=None, teacher_checkpoint="random")
+
+
 # -- point clouds -----------------------------------------------------------------------------------------------------
 
 
@@ -363,6 +421,7 @@ RECIPES: dict[str, type[Recipe]] = {
         DistillationRecipe,
         PretrainingRecipe,
         RestorationRecipe,
+        AnomalyRecipe,
         PointClassificationRecipe,
         PartsRecipe,
         PointPretrainingRecipe,

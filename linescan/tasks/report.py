@@ -11,10 +11,10 @@ from typing import Callable, Iterable, Sequence
 import numpy as np
 from PIL import Image
 
-from ..engine.atomic import atomic
+from ..engine.atomic import write_all
 from ..media.page import bars, figure, page, shade, table
 
-__all__ = ["Report"]
+__all__ = ["Report", "csv_bytes"]
 
 BINS = 15  # of the calibration, as in the paper
 WORST = 48  # mistakes that are shown
@@ -140,17 +140,16 @@ class Report:
             title: of the page.
             image: sample -> what it shows.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         names = [*self.by_class[0]]
         order = range(len(self.labels))
         contents = {
             "report.html": self.page(title, image),
             "scores.json": json.dumps(self.as_dict(), indent=1).encode() + b"\n",
-            "classes.csv": _csv(names, ([one[name] for name in names] for one in self.by_class)),
-            "confusion.csv": _csv(
+            "classes.csv": csv_bytes(names, ([one[name] for name in names] for one in self.by_class)),
+            "confusion.csv": csv_bytes(
                 ["class", *self.classes], ([n, *row] for n, row in zip(self.classes, self.confusion.tolist()))
             ),
-            "predictions.csv": _csv(
+            "predictions.csv": csv_bytes(
                 ["sample", "class", "guess", "probability", "probability_of_class"],
                 (
                     [self.names[i], self.classes[self.labels[i]], self.classes[self.guesses[i]],
@@ -159,10 +158,7 @@ class Report:
                 ),
             ),
         }  # fmt: skip
-        for name, content in contents.items():
-            with atomic(folder / name) as file:
-                file.write(content)
-        return [folder / name for name in contents]
+        return write_all(folder, contents)
 
     def page(self, title: str, image: Callable[[int], Image.Image]) -> bytes:
         """All of it, to be read in a browser."""
@@ -220,7 +216,8 @@ class Report:
         return "Worst mistakes", said, f'<div class="many">{"".join(figures)}</div>'
 
 
-def _csv(head: Sequence[str], rows: Iterable[Sequence]) -> bytes:
+def csv_bytes(head: Sequence[str], rows: Iterable[Sequence]) -> bytes:
+    """A table as the content of a CSV file; None is an empty cell."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(head)

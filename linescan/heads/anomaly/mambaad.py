@@ -18,7 +18,7 @@ from timm.layers import calculate_drop_path_rates
 from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
 
-from ...checkpoint import fit_shapes, rename
+from ...checkpoint import fit, fit_shapes, rename
 from ...errors import InputError, known
 from ...layers.blocks import Block, Stage
 from ...layers.linear import init_linear, linear
@@ -228,7 +228,7 @@ class MambaAD(_Official):
 
     def __init__(
         self,
-        teacher: str = "resnet34",
+        teacher: str = "resnet34.bt_in1k",
         curve: str = "hilbert",
         directions: int = 8,
         depths: Sequence[int] = (3, 4, 6, 3),
@@ -237,13 +237,21 @@ class MambaAD(_Official):
         sigma: float = 4.0,
     ):
         super().__init__()
-        self.sigma = sigma
+        self.sigma, self.teacher_name = sigma, teacher
         self.teacher = _frozen(teacher)
         dims = self.teacher.feature_info.channels()
         self.bottleneck = Bottleneck3(dims)
         self.decoder = Decoder(
             (2 * dims[-1], *dims[::-1]), depths, routes_of(curve, directions), d_state, drop_path_rate
         )
+
+    def load_teacher(self, state: dict[str, Tensor], source: str) -> None:
+        """The teacher's weights, out of those of a whole classifier; what lies above its maps is left out.
+
+        Raises:
+            CheckpointError: they are of another model.
+        """
+        fit(self.teacher, state, source, dropped=lambda key: True, name="teacher")
 
     def train(self, mode: bool = True) -> "MambaAD":
         """The teacher stays in evaluation mode."""
