@@ -100,8 +100,8 @@ def test_list(linescan_here):
     )
     status, stdout, _ = linescan_here("list")
     assert status == 0 and "vim_small_patch16_stride8_224" in stdout
-    status, _, stderr = linescan_here("list", "resnet")
-    assert status == 2 and "'resnet'" in stderr
+    status, _, stderr = linescan_here("list", "convnext")
+    assert status == 2 and "'convnext'" in stderr
 
 
 def test_info(linescan_here):
