@@ -1,5 +1,5 @@
 # VRWKV-T with ViT-Adapter: 41.7 box AP, 38.0 mask AP (published; arXiv 2403.02308).
-_base_ = ['../_base_/mask_rcnn.py', '../_base_/coco_1x.py']
+_base_ = ['../_base_/mask_rcnn.py', '../_base_/coco_1x_layer_decay.py']
 model = dict(
     backbone=dict(
         model='vrwkv_tiny',
@@ -8,9 +8,4 @@ model = dict(
         drop_path_rate=0.1,
         init_cfg=dict(type='Pretrained', checkpoint='linescan://vrwkv_tiny')),
     neck=dict(in_channels=[192] * 4))
-optim_wrapper = dict(
-    _delete_=True,
-    type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=2e-4, betas=(0.9, 0.999), weight_decay=0.01),
-    constructor='LayerDecayOptimWrapperConstructor',
-    paramwise_cfg=dict(decay_rate=0.85))
+optim_wrapper = dict(optimizer=dict(lr=2e-4, weight_decay=0.01))

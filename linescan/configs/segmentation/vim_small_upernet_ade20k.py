@@ -1,6 +1,6 @@
 # Vim-S: 44.9 mIoU (published; arXiv 2401.09417), from weights of the first release. The authors'
 # layer-wise learning rates matched no layer of theirs, so there are none here.
-_base_ = ['../_base_/upernet.py', '../_base_/ade20k_160k.py']
+_base_ = ['../_base_/upernet.py', '../_base_/ade20k_60k.py']
 model = dict(
     backbone=dict(
         model='vim_small_patch16_224',
@@ -11,10 +11,4 @@ model = dict(
     decode_head=dict(in_channels=[384] * 4),
     auxiliary_head=dict(in_channels=384),
     test_cfg=dict(mode='slide', crop_size=(512, 512), stride=(341, 341)))
-train_cfg = dict(max_iters=60000, val_interval=6000)
-train_dataloader = dict(batch_size=8)  # 4 GPUs
 optim_wrapper = dict(optimizer=dict(lr=1e-4))
-param_scheduler = [
-    dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=1500),
-    dict(type='PolyLR', eta_min=0.0, power=1.0, begin=1500, end=60000, by_epoch=False),
-]

@@ -1,5 +1,5 @@
 # VRWKV-L with ViT-Adapter: 53.5 mIoU (published; arXiv 2403.02308).
-_base_ = ['../_base_/upernet.py', '../_base_/ade20k_160k.py']
+_base_ = ['../_base_/upernet.py', '../_base_/ade20k_160k_layer_decay.py']
 model = dict(
     backbone=dict(
         model='vrwkv_large',
@@ -9,9 +9,4 @@ model = dict(
     decode_head=dict(in_channels=[1024] * 4),
     auxiliary_head=dict(in_channels=1024),
     test_cfg=dict(mode='slide', crop_size=(512, 512), stride=(341, 341)))
-optim_wrapper = dict(
-    _delete_=True,
-    type='AmpOptimWrapper',
-    optimizer=dict(type='AdamW', lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),
-    constructor='LayerDecayOptimWrapperConstructor',
-    paramwise_cfg=dict(decay_rate=0.9))
+optim_wrapper = dict(paramwise_cfg=dict(decay_rate=0.9))
