@@ -23,7 +23,6 @@ tasks call `register` here and need no timm. This module is below all families: 
 them, which are imported at the first question.
 """
 
-import inspect
 import re
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -31,8 +30,9 @@ from fnmatch import fnmatchcase
 from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Callable, Mapping, get_args
+from typing import Any, Callable, Mapping
 
+from .arguments import check_arguments, optional_arguments
 from .errors import InputError, one_line
 from .notices import notice
 
@@ -47,7 +47,6 @@ __all__ = [
     "find",
     "is_model",
     "list_models",
-    "optional_arguments",
     "register",
     "tags",
 ]
@@ -153,12 +152,16 @@ class Entry:
         """The arguments of `cls`: `given` over the entry's own. A mapping completes the entry's mapping.
 
         The word "none" stands for None where the class takes None as a value: timm, and a command line, drop None.
+
+        Raises:
+            InputError: a value that its argument cannot have (`linescan.arguments`).
         """
         optional, args = optional_arguments(self.cls), dict(self.args)
         for name, value in given.items():
             if isinstance(value, Mapping):
                 value = {**args.get(name, {}), **value}
             args[name] = None if value == "none" and name in optional else value
+        check_arguments(self.cls, args)
         return args
 
     def facts(self) -> dict:
@@ -279,15 +282,6 @@ def entries(pattern: str = "", task: str | None = None, licence: str | None = No
 def list_models(pattern: str = "", task: str | None = None, licence: str | None = None) -> list[str]:
     """The names of the models that match, sorted; arguments and errors as for `entries`."""
     return sorted(entry.name for entry in entries(pattern, task, licence))
-
-
-def optional_arguments(cls: type) -> set[str]:
-    """The arguments of a class, and of those it extends, for which None is a value."""
-    parameters: dict[str, inspect.Parameter] = {}
-    for base in reversed(cls.__mro__):
-        if "__init__" in vars(base):
-            parameters |= inspect.signature(base.__init__).parameters
-    return {name for name, parameter in parameters.items() if type(None) in get_args(parameter.annotation)}
 
 
 def create_model(name: str, pretrained: bool = False, **args):

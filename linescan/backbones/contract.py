@@ -18,6 +18,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from .. import zoo
+from ..arguments import optional_arguments
 from ..checkpoint import load_checkpoint, strip_prefix
 from ..errors import InputError, known
 from ..layers.blocks import run
@@ -92,7 +93,7 @@ def _timm_cfg(entry: zoo.Entry) -> dict:
 
 def _through_timm(entry: zoo.Entry, pretrained: bool, **args) -> nn.Module:
     """Builds as `timm.create_model` does. It takes None for "not given": where None is a value, it goes as a word."""
-    optional = zoo.optional_arguments(entry.cls)
+    optional = optional_arguments(entry.cls)
     args = {k: "none" if v is None and k in optional else v for k, v in args.items()}
     return timm.create_model(entry.full_name, pretrained, **args)
 
