@@ -7,7 +7,7 @@ import linescan
 
 ROOT = Path(linescan.__file__).parent
 FLOORS = [
-    {"errors", "_compat", "extras", "notices", "tensorfile"},
+    {"errors", "arguments", "_compat", "extras", "notices", "tensorfile"},
     {"scans"},
     {"checkpoint", "flops"},
     {"layers"},
