@@ -46,6 +46,11 @@ def test_every_count_of_every_class_is_checked(cls):
                 entry.arguments({name: value})
 
 
+def test_values_are_checked_before_weights_are_fetched():
+    with pytest.raises(InputError, match="^patch_size is at least 1, not 0$"):
+        timm.create_model(PLAIN, pretrained=True, patch_size=0)
+
+
 def test_right_values_are_taken_in_any_form():
     assert zoo.find(PLAIN).arguments({"class_token": "none", "drop_rate": 0})["class_token"] is None
     assert timm.create_model(STAGES, depths=[1, 1, 1, 1], img_size=[64, 96], drop_path_rate=0).default_cfg

@@ -139,17 +139,17 @@ def create_backbone(name: str, pretrained: bool = False, **kwargs) -> nn.Module:
         raise InputError(f"TorchScript cannot script {name}: trace it (torch.jit.trace) or export it (torch.export)")
     entry = _entry(name, kwargs.get("pretrained_cfg"))
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
-    if pretrained:
-        cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), overlay)
-        if not (cfg.source or cfg.file or cfg.state_dict):
-            source = replace(entry, hub=cfg.hf_hub_id, file=cfg.hf_hub_filename, url=cfg.url)
-            overlay["file"] = str(zoo.fetch(source, kwargs.get("cache_dir")))
-    overlay.setdefault("custom_load", "hf")  # timm then hands the file's path to Backbone.load_pretrained
     device, dtype = kwargs.pop("device", None), kwargs.pop("dtype", None)
     given = {key: kwargs.pop(key) for key in _TIMMS & kwargs.keys()}
-    cls, args = architecture(entry.full_name, **kwargs)
+    cls, args = architecture(entry.full_name, **kwargs)  # before anything is fetched
     if "num_classes" not in kwargs:
         args.pop("num_classes", None)  # timm takes them from the configuration, which may be another file's
+    if pretrained:
+        cfg = resolve_pretrained_cfg(name, given.get("pretrained_cfg"), overlay)
+        if not (cfg.source or cfg.file or cfg.state_dict):
+            source = replace(entry, hub=cfg.hf_hub_id, file=cfg.hf_hub_filename, url=cfg.url)
+            overlay["file"] = str(zoo.fetch(source, given.get("cache_dir")))
+    overlay.setdefault("custom_load", "hf")  # timm then hands the file's path to Backbone.load_pretrained
 
     def build(**args) -> Backbone:
         with nullcontext() if device is None else torch.device(device):
