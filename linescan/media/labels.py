@@ -20,6 +20,20 @@ SHAPENET_PARTS = {  # how many parts each category has, numbered through
     "Airplane": 4, "Bag": 2, "Cap": 2, "Car": 4, "Chair": 4, "Earphone": 3, "Guitar": 3, "Knife": 2, "Lamp": 4,
     "Laptop": 2, "Motorbike": 6, "Mug": 2, "Pistol": 3, "Rocket": 3, "Skateboard": 3, "Table": 3,
 }  # fmt: skip
+NUSCENES = (
+    "car", "truck", "construction_vehicle", "bus", "trailer", "barrier", "motorcycle", "bicycle", "pedestrian",
+    "traffic_cone",
+)  # fmt: skip
+ARGOVERSE2 = (
+    "Regular_vehicle", "Pedestrian", "Bicyclist", "Motorcyclist", "Wheeled_rider", "Bollard", "Construction_cone",
+    "Sign", "Construction_barrel", "Stop_sign", "Mobile_pedestrian_crossing_sign", "Large_vehicle", "Bus", "Box_truck", "Truck",
+    "Vehicular_trailer", "Truck_cab", "School_bus", "Articulated_bus", "Message_board_trailer", "Bicycle", "Motorcycle",
+    "Wheeled_device", "Wheelchair", "Stroller", "Dog",
+)  # fmt: skip
+SEMANTIC_KITTI = (
+    "car", "bicycle", "motorcycle", "truck", "other-vehicle", "person", "bicyclist", "motorcyclist", "road", "parking",
+    "sidewalk", "other-ground", "building", "fence", "vegetation", "trunk", "terrain", "pole", "traffic-sign",
+)  # fmt: skip
 
 
 def class_names(data: str) -> list[str] | None:
@@ -58,5 +72,11 @@ _KNOWN = {
     "Breakfast": lambda: list(BREAKFAST),
     "ModelNet40": lambda: list(MODELNET40),
     "ScanObjectNN": lambda: list(SCANOBJECTNN),
+    "nuScenes": lambda: list(NUSCENES),
+    "Waymo": lambda: ["Vehicle", "Pedestrian", "Cyclist"],
+    "ONCE": lambda: ["Car", "Bus", "Truck", "Pedestrian", "Cyclist"],
+    "Argoverse 2": lambda: list(ARGOVERSE2),
+    "KITTI": lambda: ["Car", "Pedestrian", "Cyclist"],
+    "SemanticKITTI": lambda: ["empty", *SEMANTIC_KITTI],
     "ShapeNetPart": lambda: [f"{name}/{i}" for name, parts in SHAPENET_PARTS.items() for i in range(parts)],
 }

@@ -100,3 +100,35 @@ def pieces(module, inputs, manifest):
     results["pos"] = module.pos(x)
     results |= {f"op_{name}": operator(inputs["sequence"]) for name, operator in module.op.items()}
     return results
+
+
+def detector(module, inputs, manifest):
+    points = inputs["points"]
+    counts = points[:, 0].long().bincount().tolist()
+    seen = {}
+    hooks = [module.encoder.register_forward_hook(lambda m, x, y: seen.update(voxels=y))]
+    hooks += [module.backbone.register_forward_hook(lambda m, x, y: seen.update(encoded=y))]
+    features = module.features(points[:, 1:], counts)
+    for hook in hooks:
+        hook.remove()
+    results = {
+        "voxel_coords": seen["voxels"].sites.coords,
+        "voxel_features": seen["voxels"].features,
+        "encoded": seen["encoded"].features,
+        "encoded_coords": seen["encoded"].sites.coords,
+    }
+    if module.neck is not None:
+        results |= {"bev": seen["encoded"].dense().flatten(1, 2), "spatial_features_2d": features}
+    raw = module.head(features)
+    if isinstance(raw, list):
+        for i, head in enumerate(raw):
+            results |= {f"head{i}_{name}": x for name, x in head.items() if name != "sites"}
+            results[f"head{i}_heatmap"] = head["hm"]
+    elif "cls" in raw:
+        names = {"cls": "conv_cls", "box": "conv_box", "dir": "conv_dir_cls"}
+        results |= {f"head_{names[name]}": x for name, x in raw.items()}
+    else:
+        own = {name: x if name == "dense_heatmap" else x.mT for name, x in raw.items() if name != "label"}
+        results |= {f"head_{name}": x for name, x in own.items()} | {"query_labels": raw["label"]}
+    module.head.decode(raw)
+    return results

@@ -475,7 +475,7 @@ class LION(nn.Module):
             self.blocks.append(LIONBlock(dim, partial(layer, window=window, group=group), scales))
             self.merges.append(VoxelMerging(dim, (2, 1, 1), share))
         self.out = layer(True, (2, 13, 13), 256)
-        self.flatten = VoxelMerging(dim, (2, 1, 1)) if flat_windows else None
+        self.flatten = VoxelMerging(dim, (2, 1, 1), share) if flat_windows else None
         self.flat = nn.ModuleList(layer(True, (1, side, side), 512 * 2**i) for i, side in enumerate(flat_windows))
 
     def forward(self, x: SparseTensor) -> SparseTensor:

@@ -1,0 +1,192 @@
+"""Detectors of boxes in scans: each head finds what it was trained on; coding, targets, batches, wrong arguments."""
+
+import math
+
+import pytest
+import torch
+
+import linescan
+from linescan.errors import InputError
+from linescan.heads.points.box_heads import AnchorHead, CenterHead, Grid, draw_heat, heat_radius
+from linescan.heads.points.detector import VoxelDetector
+from linescan.layers.boxes import iou_3d
+
+ANCHORS = [
+    {"size": (3.0, 1.5, 1.5), "bottom": 0.0, "matched": 0.5, "unmatched": 0.35},
+    {"size": (0.8, 0.8, 1.8), "bottom": 0.0, "matched": 0.4, "unmatched": 0.3},
+]
+NECK = {"depths": (1,), "strides": (1,), "widths": (32,), "scales": (1,), "out_widths": (32,)}
+HEADS = {
+    "anchor": {"head": "anchor", "head_args": {"anchors": ANCHORS}},
+    "center": {"head": "center", "head_args": {"shared": 16, "with_iou": True, "rectify": (0.5, 0.5)}},
+    "two": {"head": "center", "head_args": {"shared": 16, "groups": ((1,), (0,))}},
+    "sparse": {"head": "center", "head_args": {"shared": 0, "sparse": True}},
+    "transfusion": {
+        "head": "transfusion",
+        "head_args": {"proposals": 12, "dim": 32, "num_heads": 4, "hidden": 32, "small": (1,), "velocity": False,
+                      "reach": 3},
+    },
+}  # fmt: skip
+
+
+def tiny(name, **args):
+    torch.manual_seed(0)
+    backbone = {"dim": 16, "groups": (128,), "windows": ((4, 5, 5),), "scales": ((2, 2, 2),), "drop_path_rate": 0.0}
+    if name == "sparse":
+        backbone["flat_windows"] = (5,)
+    args = {"num_classes": 2, "low": (0, -8, -0.5), "high": (16, 8, 3.5), "cells": (32, 32, 4), "backbone": backbone,
+            "neck": NECK, **HEADS[name], **args}  # fmt: skip
+    return VoxelDetector(**args)
+
+
+def street(seed=0):
+    """A ground with a long box and an upright one on it: points (N, 4), boxes (2, 7), classes."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def rand(*shape):
+        return torch.rand(*shape, generator=generator)
+
+    boxes = torch.tensor([[5.0, -3, 0.75, 3, 1.5, 1.5, 0.6], [11, 4, 0.9, 0.8, 0.8, 1.8, -0.4]])
+    boxes[:, :2] += 2 * rand(2, 2) - 1
+    parts = [torch.cat([16 * rand(300, 1), 16 * rand(300, 1) - 8, 0.05 * rand(300, 1)], 1)]
+    for box in boxes:
+        local = (rand(120, 3) - 0.5) * box[3:6]
+        cos, sin = box[6].cos(), box[6].sin()
+        turned = torch.stack([local[:, 0] * cos - local[:, 1] * sin, local[:, 0] * sin + local[:, 1] * cos], 1)
+        parts.append(torch.cat([turned, local[:, 2:]], 1) + box[:3])
+    points = torch.cat(parts)
+    return torch.cat([points, rand(len(points), 1)], 1), boxes, torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize("name", ["anchor", "center", "sparse", "transfusion"])
+def test_finds_what_it_was_trained_on(name):
+    model = tiny(name)
+    scans = [street(0), street(1)]
+    points = torch.cat([s[0] for s in scans])
+    lengths = [len(s[0]) for s in scans]
+    targets = [s[1:] for s in scans]
+    optimiser = torch.optim.AdamW(model.parameters(), 8e-3)
+    first = None
+    for step in range(30):
+        parts = model.losses(model(points, lengths), targets)
+        optimiser.zero_grad()
+        parts["loss"].backward()
+        if step == 0:
+            first = parts["loss"].item()
+            assert not [n for n, p in model.named_parameters() if p.grad is None]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+        optimiser.step()
+    assert parts["loss"].item() < 0.4 * first
+    for found, (boxes, labels) in zip(model.detect(points, lengths), targets):  # batch norms as in training
+        for box, label in zip(boxes, labels):
+            own = found[found.labels == label]
+            assert iou_3d(own.boxes[:1], box[None]).item() > 0.3, (name, found.boxes, found.scores)
+        assert (found.scores.diff() <= 0).all() or name in ("two", "sparse")
+
+
+@pytest.mark.parametrize("name", ["anchor", "sparse", "transfusion"])
+def test_a_scan_is_answered_as_if_it_were_alone(name):
+    model = tiny(name).eval().double()
+    scans = [street(2)[0].double(), street(3)[0][:500].double()]
+    together = model.detect(torch.cat(scans), [len(s) for s in scans])
+    padded = torch.nn.utils.rnn.pad_sequence(scans, batch_first=True, padding_value=3.0)
+    for i, found in enumerate(together):
+        for other in (model.detect(scans[i][None])[0], model.detect(padded, [len(s) for s in scans])[i]):
+            torch.testing.assert_close(other.boxes, found.boxes)
+            torch.testing.assert_close(other.scores, found.scores)
+
+
+def test_scans_without_boxes_or_points_in_the_space():
+    for name in HEADS:
+        model = tiny(name)
+        points = torch.cat([street(0)[0], street(1)[0] + torch.tensor([100.0, 0, 0, 0])])
+        lengths = [len(points) // 2] * 2
+        nothing = torch.zeros(0, 7), torch.zeros(0, dtype=torch.long)
+        loss = model.losses(model(points, lengths), [nothing, nothing])["loss"]
+        loss.backward()
+        assert loss.isfinite() and not [n for n, p in model.named_parameters() if p.grad is None], name
+        model.eval()
+        assert len(model.detect(points, lengths)) == 2
+
+
+def test_anchors_code_and_target():
+    grid = Grid((0.0, -8.0), (0.5, 0.5), (32, 32))
+    head = AnchorHead(4, 2, grid, anchors=ANCHORS)
+    like = torch.zeros(1, 4, 32, 32)
+    anchors = head.make_anchors(like)
+    assert anchors.shape == (32 * 32 * 4, 7)
+    assert anchors[0].tolist() == pytest.approx([0, -8, 0.75, 3, 1.5, 1.5, 0])
+    assert anchors[3].tolist() == pytest.approx([0, -8, 0.9, 0.8, 0.8, 1.8, 1.57])
+    assert anchors[-1, :2].tolist() == [16, 8]
+    boxes = torch.tensor([[5.1, -3.2, 0.7, 2.8, 1.6, 1.4, 0.2]]).repeat(len(anchors), 1)
+    torch.testing.assert_close(
+        head.decode_boxes(anchors, head.encode_boxes(anchors, boxes)), boxes, rtol=1e-4, atol=1e-4
+    )
+    label, row = head.assign(anchors, boxes[:1], torch.tensor([0]))
+    hit = label == 0
+    assert hit.any() and (row[hit] == 0).all()
+    assert (torch.linalg.vector_norm(anchors[hit, :2] - boxes[0, :2], dim=1) < 1.5).all()
+    assert (label.view(-1, 2, 2)[:, 1] == 2).all()  # the other class has no box
+    far = torch.tensor([[5.1, -3.2, 0.7, 9.0, 0.2, 1.4, 0.2]])  # like no anchor: its best one is taken
+    assert (head.assign(anchors, far, torch.tensor([0]))[0] == 0).sum() >= 1
+
+
+def test_directions_tell_front_from_rear():
+    grid = Grid((0.0, -8.0), (0.5, 0.5), (32, 32))
+    head = AnchorHead(4, 2, grid, anchors=ANCHORS, score=0.5)
+    anchors = head.make_anchors(torch.zeros(1, 4, 32, 32))
+    for angle in (-3.0, -1.2, 0.1, 0.9, 2.4):
+        box = torch.tensor([[5.0, -3, 0.75, 3, 1.5, 1.5, angle]])
+        label, _ = head.assign(anchors, box, torch.tensor([0]))
+        hit = (label == 0).nonzero()[0, 0]
+        cls, ways = torch.full((1, len(anchors), 2), -9.0), torch.zeros(1, len(anchors), 2)
+        cls[0, hit, 0] = 9
+        codes = torch.zeros(1, len(anchors), 7)
+        codes[0, hit] = head.encode_boxes(anchors[hit][None], box)[0]
+        maps = {"cls": cls, "box": codes, "dir": ways}
+
+        def raw():
+            return {k: v.reshape(1, 32, 32, -1).movedim(-1, 1) for k, v in maps.items()}
+
+        losses = []
+        for way in (0, 1):
+            ways.zero_()
+            ways[..., way] = 5
+            losses.append((head.losses(raw(), [(box, torch.tensor([0]))])["direction"].item(), way))
+        ways.zero_()
+        ways[..., min(losses)[1]] = 5
+        (found,) = head.decode(raw())
+        assert math.cos(found.boxes[0, 6].item() - angle) == pytest.approx(1, abs=1e-3)
+
+
+def test_heat():
+    cells = torch.stack(torch.meshgrid(torch.arange(9), torch.arange(9), indexing="ij"), -1).flatten(0, 1)
+    heat = draw_heat(cells, torch.tensor([[4, 4], [5, 4]]), torch.tensor([2.0, 2.0]), torch.tensor([0, 0]), 2)
+    assert (heat == 1).sum() == 2 and heat[:, 1].sum() == 0
+    at = {tuple(c): h for c, h in zip(cells.tolist(), heat[:, 0].tolist())}
+    assert at[4, 6] == pytest.approx(math.exp(-4 / (2 * (5 / 6) ** 2))) and at[4, 7] == 0
+    # For sides of 10 and 6 the three of CornerNet's code are 14.63, 27.66 and 3.14.
+    assert heat_radius(torch.tensor([10.0]), torch.tensor([6.0]), 0.5).item() == pytest.approx(3.1355, abs=1e-3)
+
+
+def test_centres_beside_the_grid_and_names():
+    grid = Grid((0.0, 0.0), (1.0, 1.0), (8, 8))
+    head = CenterHead(4, 1, grid, shared=4, limits=(0, 0, -1, 4, 8, 1), score=0.0)
+    raw = head(torch.randn(1, 4, 8, 8))
+    assert set(raw[0]) == {"center", "center_z", "dim", "rot", "hm"}
+    outside = torch.tensor([[20.0, 1, 0, 1, 1, 1, 0]]), torch.tensor([0])
+    assert head.losses(raw, [outside])["box"] == 0
+    assert (head.decode(raw)[0].boxes[:, 0] <= 4).all()
+
+
+def test_wrong_arguments():
+    with pytest.raises(InputError, match="4 voxels high"):
+        tiny("anchor", cells=(32, 32, 8))
+    with pytest.raises(InputError, match="4 divides"):
+        tiny("anchor", cells=(30, 32, 4))
+    with pytest.raises(InputError, match="head"):
+        tiny("anchor", head="rpn")
+    with pytest.raises(InputError, match=r"expects clouds \(B, N, 4\)"):
+        tiny("anchor")(torch.zeros(2, 10, 3))
+    with pytest.raises(InputError, match="no published|get the file"):
+        linescan.create_model("lion_mamba_nuscenes", pretrained=True)
