@@ -26,9 +26,9 @@ NUSCENES = (
 )  # fmt: skip
 ARGOVERSE2 = (
     "Regular_vehicle", "Pedestrian", "Bicyclist", "Motorcyclist", "Wheeled_rider", "Bollard", "Construction_cone",
-    "Sign", "Construction_barrel", "Stop_sign", "Mobile_pedestrian_crossing_sign", "Large_vehicle", "Bus", "Box_truck", "Truck",
-    "Vehicular_trailer", "Truck_cab", "School_bus", "Articulated_bus", "Message_board_trailer", "Bicycle", "Motorcycle",
-    "Wheeled_device", "Wheelchair", "Stroller", "Dog",
+    "Sign", "Construction_barrel", "Stop_sign", "Mobile_pedestrian_crossing_sign", "Large_vehicle", "Bus", "Box_truck",
+    "Truck", "Vehicular_trailer", "Truck_cab", "School_bus", "Articulated_bus", "Message_board_trailer", "Bicycle",
+    "Motorcycle", "Wheeled_device", "Wheelchair", "Stroller", "Dog",
 )  # fmt: skip
 SEMANTIC_KITTI = (
     "car", "bicycle", "motorcycle", "truck", "other-vehicle", "person", "bicyclist", "motorcyclist", "road", "parking",
