@@ -1,4 +1,7 @@
-"""Softmax attention within windows of a map, and along a route; `neighborhood.py` has the windows around each token."""
+"""Softmax attention to all tokens, within windows of a map, and along a route.
+
+`neighborhood.py` has the windows around each token.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +14,33 @@ from .blocks import TokenMixer
 from .linear import linear
 from .neighborhood import neighborhood_attention
 
-__all__ = ["ShiftedWindowAttention", "fit_window", "sliding_attention", "window_attention"]
+__all__ = ["SelfAttention", "ShiftedWindowAttention", "fit_window", "sliding_attention", "window_attention"]
+
+
+class SelfAttention(TokenMixer):
+    """Softmax attention of every token to all, blind to where they stand: proj(softmax(q k / sqrt(d)) v).
+
+    Args:
+        dim: channels in and out.
+        num_heads: heads.
+    """
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = _dividing(num_heads, dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def mix_tokens(self, x: Tensor, grid: tuple[int, ...], **options) -> tuple[Tensor, None]:
+        q, k, v = linear(self.qkv, x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return linear(self.proj, y.transpose(1, 2).flatten(2)), None
+
+
+def _dividing(num_heads: int, dim: int) -> int:
+    if dim % num_heads:
+        raise InputError(f"num_heads divides the channels: {dim} is not a multiple of {num_heads}")
+    return num_heads
 
 
 def window_attention(
@@ -67,9 +96,7 @@ class ShiftedWindowAttention(TokenMixer):
 
     def __init__(self, dim: int, num_heads: int, window: int, shift: int = 0):
         super().__init__()
-        if dim % num_heads:
-            raise InputError(f"num_heads divides the channels: {dim} is not a multiple of {num_heads}")
-        self.num_heads, self.window, self.shift = num_heads, window, shift
+        self.num_heads, self.window, self.shift = _dividing(num_heads, dim), window, shift
         self.qkv = nn.Linear(dim, 3 * dim)
         self.bias_table = nn.Parameter(trunc_normal_(torch.zeros((2 * window - 1) ** 2, num_heads), std=0.02))
         self.proj = nn.Linear(dim, dim)

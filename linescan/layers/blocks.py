@@ -168,7 +168,10 @@ class Stage(nn.Module):
         return ()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
+        return self.run_blocks(self.downsample(x))
+
+    def run_blocks(self, x: Tensor) -> Tensor:
+        """The map after the blocks."""
         context = self.context(x)
         for block in self.blocks:
             x = run(block, x, *context, checkpointing=self.grad_checkpointing)

@@ -107,7 +107,7 @@ class S6Scan(TokenMixer):
         Returns:
             (B, L, D), or a pair of that and the state (B, K, D, N).
         """
-        D, dt_bias = self._per_route(self.D), self._per_route(self.dt_bias)
+        D, dt_bias = self._per_route(self.D), self._per_route(self.added_to_dt())
         return self.along(
             u,
             dt,
@@ -125,6 +125,10 @@ class S6Scan(TokenMixer):
     def decays(self) -> Tensor:
         """A, (K or 1, D, N), in float32 at least."""
         return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+
+    def added_to_dt(self) -> Tensor:
+        """What is added to dt_proj dt before softplus, (K or 1, D)."""
+        return self.dt_bias
 
     def _per_route(self, x: Tensor) -> Tensor:
         n_routes = self.along.n_routes

@@ -52,6 +52,8 @@ def shrink(cfg):
         backbone.depths = [1, 1, 1, 1]
         if backbone.model.startswith("segman"):
             backbone.windows = [3, 3, 3, 1]  # no map may be smaller
+        if backbone.model.startswith("mambavision"):
+            backbone.depths, backbone.windows = [1, 1, 2, 1], [8, 8, 4, 4]  # both mixers, in windows of the maps' size
     else:
         backbone.depth = 4
         if "img_size" in backbone:
@@ -69,6 +71,8 @@ def shrink(cfg):
         heads = model.roi_head.bbox_head
         for head in heads if isinstance(heads, list) else [heads]:
             head.fc_out_channels = 32
+            if "num_shared_convs" in head:
+                head.num_shared_convs, head.conv_out_channels = 1, 32
         model.roi_head.mask_head.num_convs = 1
         model.test_cfg.rpn.max_per_img = 10
     cfg.optim_wrapper.type = "OptimWrapper"  # mixed precision needs a GPU

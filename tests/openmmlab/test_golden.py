@@ -43,6 +43,7 @@ def test_every_family_with_a_dense_form_has_a_case():
         "local_vssm_tiny",
         "vig_h_tiny",
         "vrwkv_tiny",
+        "mambavision_tiny",
     }
 
 

@@ -173,3 +173,15 @@ def rsmamba_drawn(module, inputs):
     logits = module(inputs["input"])
     torch.manual_seed(0)
     return {"logits": logits, "pooled": module.forward_head(module.forward_features(inputs["input"]), pre_logits=True)}
+
+
+def maps_as_stages(module, inputs):
+    return {f"stage{i + 1}": y for i, y in enumerate(module(inputs["input"]))}
+
+
+def mambavision(module, inputs):
+    x = inputs["input"]
+    pooled = module.forward_head(module.forward_features(x), pre_logits=True)
+    results = {"stem": module.patch_embed(x).movedim(-1, 1), "pooled": pooled, "logits": module(x)}
+    maps = module.forward_intermediates(x, intermediates_only=True)
+    return results | {f"stage{i + 1}": y for i, y in enumerate(maps)}
