@@ -3,6 +3,7 @@
 
 from itertools import groupby
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 from rich.progress import track
@@ -112,7 +113,8 @@ def weights_page() -> str:
 
 def file_of(entry: zoo.Entry) -> str:
     if entry.fetchable:
-        return f"[{Path(entry.file or entry.url).name}]({entry.address})"
+        name = Path(entry.file or urlsplit(entry.url).path).name
+        return f"[{name}]({entry.address})"
     return f"by hand: [page]({entry.page})" if entry.page else "not published"
 
 

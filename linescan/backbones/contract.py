@@ -531,19 +531,33 @@ class Backbone(nn.Module):
         if table is None or self.pos_embed is None:
             return state
         if table.ndim == 3:
-            table = table.unflatten(1, self._file_grid(table.shape[1], img_size))
+            table = table.unflatten(1, self.file_grid(table.shape[1], img_size, self.grid_of, self.native_grid))
         return state | {"pos_embed": resample_pos_embed(table, self.native_grid)}
 
-    def _file_grid(self, positions: int, img_size: int | Sequence[int] | None) -> tuple[int, int]:
+    def file_grid(
+        self,
+        positions: int,
+        img_size: int | Sequence[int] | None,
+        grid_of: Callable[[int, int], tuple[int, int]],
+        native: tuple[int, int],
+    ) -> tuple[int, int]:
+        """The grid of a table of so many positions, see `fit_positions`.
+
+        Args:
+            positions: rows of the table.
+            img_size: of the file, if it is known.
+            grid_of: height and width of an image -> the grid.
+            native: this model's.
+        """
         if img_size is not None:
-            grid = self.grid_of(*to_2tuple(img_size))
+            grid = grid_of(*to_2tuple(img_size))
             if prod(grid) != positions:
                 raise InputError(f"{positions} positions in the file, an image of {img_size} has {grid[0]}x{grid[1]}")
             return grid
         cfg = getattr(self, "pretrained_cfg", None) or {}
         side = isqrt(positions)
-        guesses = [self.grid_of(*cfg["input_size"][-2:])] if "input_size" in cfg else []
-        for grid in (*guesses, (side, side), self.native_grid):
+        guesses = [grid_of(*cfg["input_size"][-2:])] if "input_size" in cfg else []
+        for grid in (*guesses, (side, side), native):
             if prod(grid) == positions:
                 return grid
         raise InputError(f"{positions} positions make no square: give the img_size that the file was trained at")

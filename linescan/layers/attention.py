@@ -5,7 +5,7 @@
 
 import torch
 import torch.nn.functional as F
-from timm.layers import trunc_normal_
+from timm.layers import to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
 from ..errors import InputError
@@ -44,7 +44,7 @@ def _dividing(num_heads: int, dim: int) -> int:
 
 
 def window_attention(
-    q: Tensor, k: Tensor, v: Tensor, window: int, shift: int = 0, bias: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, window: int | tuple[int, int], shift: int = 0, bias: Tensor | None = None
 ) -> Tensor:
     """Attention within windows that tile a map, as Swin has it (Liu et al., 2021, arXiv 2103.14030).
 
@@ -53,24 +53,25 @@ def window_attention(
 
     Args:
         q, k, v: (B, H, W, heads, d).
-        window: side of the windows, in tokens.
+        window: side of the windows, in tokens, or their height and width.
         shift: less than `window`.
-        bias: (heads, window^2, window^2), added to the logits of every window.
+        bias: (heads, N, N) for windows of N tokens, added to the logits of every window.
 
     Returns:
         (B, H, W, heads, d).
     """
     height, width = grid = tuple(q.shape[1:3])
-    order = routes.table(f"w{window}", grid, q.device)[0].long()  # window after window, -1 where one reaches over
+    rows, columns = to_2tuple(window)
+    order = routes.table(f"w{rows}x{columns}", grid, q.device)[0].long()  # window by window, -1 where one reaches over
     if shift:
         cells = torch.arange(height * width, device=q.device).view(grid).roll((-shift, -shift), (0, 1)).flatten()
         order = torch.where(order < 0, order, cells[order.clamp_min(0)])
-    order = order.view(-(-height // window), -(-width // window), window**2)
-    masked = shift or height % window or width % window
+    order = order.view(-(-height // rows), -(-width // columns), rows * columns)
+    masked = shift or height % rows or width % columns
     parts = [order[:-1, :-1].flatten(0, 1), order[-1], order[:-1, -1]] if masked else [order.flatten(0, 1)]
 
     def attend(tokens: Tensor, mask: Tensor | None) -> Tensor:
-        """Windows (n, window^2) of tokens -> (B, n * window^2, heads, d)."""
+        """Windows (n, N) of tokens -> (B, n * N, heads, d)."""
         q_, k_, v_ = (x.flatten(1, 2)[:, tokens.clamp_min(0)].transpose(2, 3) for x in (q, k, v))
         return F.scaled_dot_product_attention(q_, k_, v_, attn_mask=mask).transpose(2, 3).flatten(1, 2)
 
@@ -78,7 +79,7 @@ def window_attention(
     for tokens in parts[1:]:
         side = 2 * (tokens // width < shift) + (tokens % width < shift)  # of the seam
         seen = (side[:, :, None] == side[:, None]) | (tokens < 0)[:, :, None]  # padding sees all: its output is dropped
-        seen = (seen & (tokens >= 0)[:, None])[:, None]  # (n, 1, window^2, window^2)
+        seen = (seen & (tokens >= 0)[:, None])[:, None]  # (n, 1, N, N)
         outputs.append(attend(tokens, seen if bias is None else bias.masked_fill(~seen, -torch.inf)))
     step = routes.inverse(torch.cat(parts).flatten(), height * width).long()
     return torch.cat(outputs, 1)[:, step].unflatten(1, grid)
@@ -111,10 +112,14 @@ class ShiftedWindowAttention(TokenMixer):
         index = offset[:, None, :, None] * (2 * self.window - 1) + offset[None, :, None]
         return self.bias_table[index.flatten(2).flatten(0, 1)].permute(2, 0, 1)
 
+    def shift_on(self, grid: tuple[int, int]) -> int:
+        """The shift on a map of this size."""
+        return self.shift
+
     def mix_tokens(self, x: Tensor, grid: tuple[int, int], **options) -> tuple[Tensor, None]:
         qkv = linear(self.qkv, x).unflatten(1, grid).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.unbind(-3)
-        y = window_attention(q, k, v, self.window, self.shift, self.bias().to(q.dtype))
+        y = window_attention(q, k, v, self.window, self.shift_on(grid), self.bias().to(q.dtype))
         return linear(self.proj, y.flatten(-2).flatten(1, 2)), None
 
 

@@ -10,15 +10,15 @@ __all__ = ["axial_rope", "grid_rope", "resample_frames", "resample_pos_embed", "
 
 
 @opaque
-def resample_pos_embed(table: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A learned table (1, H, W, D) at another grid (H', W'): bicubic, align_corners=False, in at least float32.
+def resample_pos_embed(table: Tensor, grid: tuple[int, int], mode: str = "bicubic") -> Tensor:
+    """A learned table (1, H, W, D) at another grid (H', W'): by `mode`, align_corners=False, in at least float32.
 
     (timm's `resample_abs_pos_embed_nhwc` computes in float32 alone.) The very same tensor where nothing changes.
     """
     if tuple(table.shape[1:3]) == tuple(grid):
         return table
     compute = torch.promote_types(table.dtype, torch.float32)
-    new = F.interpolate(table.to(compute).permute(0, 3, 1, 2), tuple(grid), mode="bicubic", align_corners=False)
+    new = F.interpolate(table.to(compute).permute(0, 3, 1, 2), tuple(grid), mode=mode, align_corners=False)
     return new.permute(0, 2, 3, 1).to(table.dtype)
 
 

@@ -103,17 +103,19 @@ def mirror_to_multiple(x: Tensor, size: int) -> Tensor:
 
 
 class PatchStem(nn.Module):
-    """Images (B, in_chans, H, W) -> (B, H // patch, W // patch, dim): one strided convolution, then LayerNorm.
+    """Images (B, in_chans, H, W) -> (B, H / patch_size, W / patch_size, dim): one convolution, then LayerNorm.
 
     Args:
         in_chans: input channels.
         dim: output channels.
-        patch_size: side of the square patches.
+        patch_size: side of the square patches, and the step between them.
+        kernel_size: side of the convolution, for patches that overlap; by default `patch_size`.
+        padding: of the convolution.
     """
 
-    def __init__(self, in_chans: int, dim: int, patch_size: int = 4):
+    def __init__(self, in_chans: int, dim: int, patch_size: int = 4, kernel_size: int | None = None, padding: int = 0):
         super().__init__()
-        self.conv = nn.Conv2d(in_chans, dim, patch_size, patch_size)
+        self.conv = nn.Conv2d(in_chans, dim, kernel_size or patch_size, patch_size, padding)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -19,6 +19,10 @@ OPTIONS = {  # what a family needs besides, and hybrids
     "vig_h": dict(num_heads=(1, 2)),
     "van": dict(mlp_ratios=(2, 2)),
     "mambavision": dict(dims=(16, 32, 32), depths=(1, 1, 2), num_heads=(1, 1, 2), windows=(4, 4, 4)),
+    "inline_deit": dict(num_heads=2),
+    "inline_pvt": dict(num_heads=(1, 2), mlp_ratios=(2, 2), sr_ratios=(4, 2), attn_type="IS"),
+    "inline_swin": dict(num_heads=(1, 2), attn_type="IS"),
+    "inline_cswin": dict(num_heads=(2, 2), stripes=(2, 0), attn_type="SI"),
     "scan": dict(head_dim=16, mixer=("gla", "window")),
     "scanh": dict(mixer=("s6", "delta")),
 }
@@ -30,7 +34,7 @@ DENSE = {  # with norms after each of two units, and no neck, but for
 
 
 def options(name, dense=False):
-    family = next(key for key in ("vig_h", name.split("_")[0]) if name.startswith(key + "_"))
+    family = max((key for key in (*OPTIONS, *DENSE, "") if name.startswith(key)), key=len)
     short = PLAIN if architecture(name)[0].unit_name == "blocks" else STAGES
     more = DENSE.get(family, {"out_indices": (0, 1), "neck": None}) if dense else {}
     return {**short, **OPTIONS.get(family, {}), **more}
