@@ -99,13 +99,13 @@ class InLineAttention(TokenMixer):
     Args:
         dim: channels.
         num_heads: heads.
-        window: side of the windows that are read apart, in tokens; 0 for one, the whole map.
+        window: side of the windows that are read apart, in tokens; None for one, the whole map.
         shifted: move the windows by half of one, where there are several. The map is a torus then: tokens of a window
             that come from both sides of the seam read each other.
         lepe: another depthwise 3x3 convolution of the values, with learned taps (CSWin's "LePE").
     """
 
-    def __init__(self, dim: int, num_heads: int, window: int = 0, shifted: bool = False, lepe: bool = False):
+    def __init__(self, dim: int, num_heads: int, window: int | None = None, shifted: bool = False, lepe: bool = False):
         super().__init__()
         if dim % num_heads:
             raise InputError(f"num_heads divides the channels: {dim} is not a multiple of {num_heads}")
@@ -450,8 +450,8 @@ class InLineSwin(InLineStages):
         global_pool: a pooling, or "" for the map as it is.
         dims, depths, num_heads: channels, blocks and heads of each stage.
         attn_type: what each stage attends with, see `attention_kinds`.
-        window: side of the windows of InLine blocks; 0 for the whole map at any size. Softmax blocks have an eighth of
-            it, but at least 7. In every other block the windows are shifted by half of one.
+        window: side of the windows of InLine blocks; None for the whole map at any size. Softmax blocks have an eighth
+            of it, but at least 7. In every other block the windows are shifted by half of one.
         mlp_ratio: hidden channels of the MLPs as a multiple of the stage's.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth, from 0 at the first block to this at the last.
@@ -469,14 +469,14 @@ class InLineSwin(InLineStages):
         depths: Sequence[int] = (2, 2, 6, 2),
         num_heads: Sequence[int] = (3, 6, 12, 24),
         attn_type: str = "IIIS",
-        window: int = 56,
+        window: int | None = 56,
         mlp_ratio: float = 4.0,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ):
         super().__init__()
         self.in_chans = in_chans
-        small = max(7, window // 8)
+        small = max(7, (window or 0) // 8)
 
         def mixer(letter: str, dim: int, heads: int, stage: int, block: int) -> TokenMixer:
             if letter == "I":
