@@ -11,8 +11,12 @@ from . import check
 
 HERE = Path(__file__).parent
 CASES = tomllib.loads((HERE / "cases.toml").read_text())
-# What only the original has: a final norm behind the last feature.
-USELESS = {"vimseg__unit": ["norm_f.weight"], "vimseg__unit_residual": ["norm_f.weight"]}
+# What only the original has: a final norm behind the last feature, a layer that is never run.
+USELESS = {
+    "vimseg__unit": ["norm_f.weight"],
+    "vimseg__unit_residual": ["norm_f.weight"],
+    "OccRWKV__tiny_blocks": ["sgfe.scale_selection.0.weight", "sgfe.scale_selection.0.bias"],
+}
 KEPT = [stem for stem in CASES if (HERE / "data" / f"{stem}.json").exists()]
 
 

@@ -1,5 +1,8 @@
-"""How to call LION and its parts: module, inputs -> {name in the manifest: tensor}."""
+"""How to call LION, OccRWKV and their parts: module, inputs -> {name in the manifest: tensor}."""
 
+import math
+
+import numpy as np
 import torch
 from torch import nn
 
@@ -11,10 +14,24 @@ from linescan.backbones.points.lion import (
     operators_from_official,
 )
 from linescan.checkpoint import rename
-from linescan.layers.sparse import Sites, SparseTensor, from_spconv
+from linescan.heads.points.occupancy import OFFICIAL_KEYS as OCC_KEYS
+from linescan.heads.points.occupancy import (
+    Fusion,
+    LocalConv,
+    MapRWKV,
+    OccRWKV,
+    PointEncoder,
+    PyramidPooling,
+    ResidualConv3d,
+    class_weights,
+    double_conv,
+)
+from linescan.layers.rwkv import from_official
+from linescan.layers.sparse import Sites, SparseTensor, from_spconv, scatter
 from linescan.scans.routes import group_table, window_order
 
 from . import recipe
+from .points import stored
 
 
 def sites(coords, grid):
@@ -131,4 +148,127 @@ def detector(module, inputs, manifest):
         own = {name: x if name == "dense_heatmap" else x.mT for name, x in raw.items() if name != "label"}
         results |= {f"head_{name}": x for name, x in own.items()} | {"query_labels": raw["label"]}
     module.head.decode(raw)
+    return results
+
+
+# -- OccRWKV -----------------------------------------------------------------------------------------------------------
+
+
+def clouds_of(manifest, like):
+    """The points of all samples, packed, and how many each has."""
+    names = [f"input_points{b}" for b in range(len(manifest["inputs"]["points"].get("counts", (0, 0))))]
+    clouds = [stored(manifest, name) for name in names]
+    return torch.cat(clouds).to(like), [len(cloud) for cloud in clouds]
+
+
+def volume_of(manifest, name, shape):
+    """A volume of bits."""
+    bits = stored(manifest, name).numpy()
+    return torch.from_numpy(np.unpackbits(bits)[: math.prod(shape)].reshape(shape))
+
+
+def tokens(maps):
+    return maps.flatten(2).mT
+
+
+def occupancy(module, inputs, manifest):
+    like = module.encoder.gate.weight
+    points, counts = clouds_of(manifest, like)
+    shape = manifest["inputs"]["occupancy"]["shape"]
+    hit = volume_of(manifest, "input_occupancy_bits", shape)
+    published = occupancy_in(module, points, counts, hit, shape, manifest)
+    if not any(entry["name"].endswith("__formula") for entry in manifest["outputs"]):
+        return published
+    plain = type(module)(low=module.low, high=module.high, cells=module.cells, kernel=False).eval().to(like.dtype)
+    plain.load_state_dict(module.state_dict())
+    other = occupancy_in(plain, points, counts, hit, shape, manifest)
+    return published | {f"{name}__formula": x for name, x in other.items()}
+
+
+def occupancy_in(module, points, counts, hit, shape, manifest):
+    seen = {}
+    parts = {"voxel_features": module.encoder, "sem_conv1": module.semantic.convs[0]}
+    for i in range(3):
+        parts |= {f"sem_rwkv{i + 1}": module.semantic.blocks[i], f"com_rwkv{i + 1}": module.geometric.blocks[i]}
+        parts |= {f"bev_fused{i + 1}": module.unet.fusions[i]}
+    parts["bev_rwkv4"] = module.unet.blocks[3]
+    hooks = [part.register_forward_hook(lambda m, x, y, n=name: seen.update({n: y})) for name, part in parts.items()]
+    hooks.append(module.semantic.heads[0].register_forward_hook(lambda m, x, y: seen.update(sem_proj1=x[0])))
+    found = module(points, counts, hit)
+    for hook in hooks:
+        hook.remove()
+    full = module.levels(points, counts)[1].sites.coords
+    results = {name: tokens(x) if "rwkv" in name else x for name, x in seen.items()}
+    results["sem_conv1"] = seen["sem_conv1"].features
+    results |= {"voxel_coords": full[:, [0, 3, 2, 1]], "sem_proj1_coords": found.levels[0].sites.coords}
+    results["semantic"] = found.logits
+    if "labels" in manifest["inputs"]:
+        targets = []
+        for scale in (1, 2, 4, 8):
+            cells = [shape[0], *(n // scale for n in shape[1:])]
+            target = stored(manifest, f"input_label_1_{scale}").long()
+            targets.append(target.masked_fill(volume_of(manifest, f"input_invalid_1_{scale}_bits", cells) > 0, 255))
+        labels = torch.cat([stored(manifest, f"input_points_label{b}") for b in range(len(counts))]).long()
+        losses = module.losses(found, targets[0], labels, targets[1:], class_weights())
+        names = {"loss": "total", "volume": "semantic_1_1", "semantic": "semantic_seg", "occupied": "scene_completion"}
+        losses["volume"] = 3 * losses["volume"]
+        results |= {f"loss_{names[name]}": value for name, value in losses.items()}
+    return results
+
+
+class OccupancyPieces(nn.Module):
+    """Small parts of the network."""
+
+    def __init__(self):
+        super().__init__()
+        self.rwkv = MapRWKV(32, kernel=True)
+        self.sfe, self.sgfe, self.fusion = LocalConv(8), PyramidPooling(8, 16), Fusion(32, (16, 16))
+        self.down, self.up, self.res = double_conv(8, 16), double_conv(24, 8), ResidualConv3d(4, 8, 2)
+        self.pre = PointEncoder(dim=8, width=4)
+
+    def checkpoint_filter(self, state):
+        state = {key: x for key, x in state.items() if ".scale_selection." not in key}
+        names = {"rwkv": "x.rwkv_block1", "sfe": "sem_branch.conv1_block", "sgfe": "sem_branch.proj1_block"}
+        names |= {"fusion": "bev_model.bev_fusions.0", "down": "bev_model.down1", "up": "bev_model.up1"}
+        names |= {"res": "com_branch.block_1.0", "pre": "preprocess"}
+        state = rename(state, [(rf"^{short}\.", f"{long}.") for short, long in names.items()])
+        state = from_official(rename(state, OCC_KEYS))
+        own = {"x.blocks.0": "rwkv", "semantic.convs.0": "sfe", "semantic.pools.0": "sgfe", "unet.fusions.0": "fusion"}
+        own |= {"unet.downs.0": "down", "unet.ups.0": "up", "geometric.stages.0": "res", "encoder": "pre"}
+        return from_spconv(rename(state, [(rf"^{long}\.", f"{short}.") for long, short in own.items()]), self)
+
+
+def occupancy_pieces(module, inputs, manifest):
+    like = module.res.layer.weight
+    salt = manifest["inputs"]["tensors"]["salt"]
+
+    def noise(key, *shape):
+        return torch.from_numpy(recipe.noise(key, shape, salt).astype("float32")).to(like)
+
+    results = {}
+    plain = MapRWKV(32, kernel=False).to(like).eval()
+    plain.load_state_dict(module.rwkv.state_dict())
+    for h, w in ((16, 12), (8, 8), (32, 32)):
+        x = noise(f"tokens{h}x{w}", 2, h * w, 32).mT.unflatten(2, (h, w))
+        results |= {f"rwkv_{h}x{w}": tokens(module.rwkv(x)), f"rwkv_{h}x{w}__formula": tokens(plain(x))}
+    results["fusion"] = module.fusion(noise("bev", 2, 32, 8, 6), noise("sem", 2, 16, 8, 6), noise("com", 2, 16, 8, 6))
+    results["down"] = module.down(nn.functional.max_pool2d(noise("down", 2, 8, 12, 10), 2))
+    x = nn.functional.interpolate(noise("up1", 2, 16, 5, 4), scale_factor=2, mode="bilinear", align_corners=True)
+    skip = noise("up2", 2, 8, 11, 8)
+    results["up"] = module.up(torch.cat([skip, nn.functional.pad(x, (0, 0, 0, 1))], 1))
+    results["res"] = module.res(noise("vol", 1, 4, 6, 7, 8))
+
+    points, counts = clouds_of(manifest, like)
+    scene = OccRWKV(low=(0, -6.4, -2), high=(12.8, 6.4, 4.4), cells=(64, 64, 32))
+    levels = scene.levels(points, counts)
+    low = points.new_tensor(scene.low)
+    size = (points.new_tensor(scene.high) - low) / points.new_tensor(scene.cells)
+    x = SparseTensor(module.pre(points, levels[:2], low, size), levels[1].sites)
+    results |= {"voxel_features": x.features, "voxel_coords": x.sites.coords[:, [0, 3, 2, 1]]}
+    results["point_to_voxel"] = levels[1].index
+    x = module.sfe(x)
+    results["sfe"] = x.features
+    y = module.sgfe(x)[levels[1].index]
+    results["sgfe"] = scatter(y, levels[2].index, len(levels[2].sites), "max")
+    results["sgfe_coords"] = levels[2].sites.coords
     return results

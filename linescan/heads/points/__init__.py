@@ -1,3 +1,3 @@
 """Whole networks over point clouds; importing this package registers its models."""
 
-from . import detector, mae, parts  # noqa: F401
+from . import detector, mae, occupancy, parts  # noqa: F401
