@@ -9,6 +9,7 @@ explain.py     explain
 export.py      convert, embed
 train.py       train, evaluate
 measure.py     benchmark, directions
+compare.py     compare
 demo.py        demo
 """
 
@@ -30,7 +31,7 @@ from .options import app
 __all__ = ["app", "main"]
 
 # In the order of --help.
-for module in ("show", "predict", "points", "explain", "export", "train", "measure", "demo"):
+for module in ("show", "predict", "points", "explain", "export", "train", "measure", "compare", "demo"):
     import_module(f".{module}", __name__)
 
 

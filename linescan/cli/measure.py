@@ -12,7 +12,19 @@ from linescan.engine.progress import progress_bar, say, show, show_table
 from linescan.errors import InputError
 
 from .names import complete_models
-from .options import Device, Floats, Json, Model, ModelArgs, Precision, command, model_args, number, show_json
+from .options import (
+    Device,
+    Floats,
+    Json,
+    Model,
+    ModelArgs,
+    Precision,
+    command,
+    model_args,
+    number,
+    show_json,
+    side_lengths,
+)
 
 if TYPE_CHECKING:
     from linescan.engine.benchmark import Measurement
@@ -45,18 +57,13 @@ def benchmark(
     as_json: Json = False,
 ):
     """Measure time and memory of models against resolution, side by side in one run."""
-    try:
-        sides = [int(side) for side in sizes.split(",")]
-    except ValueError:
-        sides = []
-    if not sides or min(sides) < 1:
-        raise InputError(f"--sizes is numbers with commas between, as in 224,512, not {sizes!r}")
+    sides = side_lengths(sizes)
     from linescan.engine.benchmark import benchmark as run
     from linescan.engine.benchmark import describe, write_report
     from linescan.engine.processes import pick_device
 
     every = list(dict.fromkeys([*models, *([against] if against else [])]))
-    on, sides = pick_device(device), sorted(set(sides))
+    on = pick_device(device)
     settings = dict(batch=batch, device=on, dtype=numbers.dtype, train=train_step, threads=threads)
     results = []
     try:

@@ -74,17 +74,22 @@ def command_by_task(name: str, tasks: Sequence[str], make: Callable[[str], Typer
 
     class ByTask(TyperCommand):
         def make_context(self, info_name, args, parent=None, **extra):
-            task = tasks[0]
-            for i, arg in enumerate(args):
-                if arg == "--task" and i + 1 < len(args):
-                    task = args[i + 1]
-                elif arg.startswith("--task="):
-                    task = arg.partition("=")[2]
-            if task not in tasks:
-                raise InputError(f"--task must be one of {', '.join(tasks)}, not {task!r}")
-            return make(task).make_context(info_name, args, parent, **extra)
+            return make(named_task(args, tasks)).make_context(info_name, args, parent, **extra)
 
     app.command(name, cls=ByTask, help=about)(lambda: None)
+
+
+def named_task(args: Sequence[str], tasks: Sequence[str]) -> str:
+    """The `--task` among arguments; the first of `tasks` where none is named."""
+    task = tasks[0]
+    for i, arg in enumerate(args):
+        if arg == "--task" and i + 1 < len(args):
+            task = args[i + 1]
+        elif arg.startswith("--task="):
+            task = arg.partition("=")[2]
+    if task not in tasks:
+        raise InputError(f"--task must be one of {', '.join(tasks)}, not {task!r}")
+    return task
 
 
 def made_command(name: str, function: Callable, parameters: Sequence[inspect.Parameter], about: str, examples):
@@ -191,6 +196,17 @@ def parameters_of(recipe: type, scoring: bool = False) -> list[inspect.Parameter
         kind = Annotated[kind if default is not None or type(None) in get_args(kind) else Optional[kind], option]
         parameters.append(parameter(f.name, kind, default))
     return parameters
+
+
+def side_lengths(text: str) -> list[int]:
+    """ "224,512" -> [224, 512], ascending."""
+    try:
+        sides = sorted({int(side) for side in text.split(",")})
+    except ValueError:
+        sides = []
+    if not sides or sides[0] < 1:
+        raise InputError(f"--sizes is numbers with commas between, as in 224,512, not {text!r}")
+    return sides
 
 
 def worker_count(workers: int | None, data: str) -> int:

@@ -10,10 +10,11 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import BinaryIO, Callable, Iterator, Sequence
+from typing import BinaryIO, Callable, Iterator, Mapping, Sequence
 
 import timm
 import torch
@@ -24,7 +25,17 @@ from .atomic import atomic
 from .cards import build
 from .scores import precision
 
-__all__ = ["Measurement", "benchmark", "crossover", "crossovers", "describe", "draw", "growth", "write_report"]
+__all__ = [
+    "Measurement",
+    "benchmark",
+    "crossover",
+    "crossovers",
+    "describe",
+    "draw",
+    "growth",
+    "machine",
+    "write_report",
+]
 
 
 @dataclass(frozen=True)
@@ -46,12 +57,12 @@ class Measurement:
     memory_mb: float | None
 
 
-def _at_size(name: str, size: int, in_chans: int) -> nn.Module:
-    """The model built for this size, where it wants to know; others take any."""
+def _at_size(name: str, size: int) -> nn.Module:
+    """The model built for colour images of this size, where it wants to know; others take any."""
     if timm.is_model(name):
         with suppress(TypeError):
-            return timm.create_model(name, img_size=size, in_chans=in_chans)
-    return build(name, in_chans=in_chans)
+            return timm.create_model(name, img_size=size, in_chans=3)
+    return build(name, in_chans=3)
 
 
 def _peak_memory(run: Callable, device: torch.device) -> float | None:
@@ -100,11 +111,14 @@ def growth(model: nn.Module, sizes: Sequence[tuple[int, int]]) -> float | None:
     return (held[-1] - held[0]) / 2**20
 
 
-def _measure(name: str, size: int, batch: int, device: torch.device, dtype, train: bool, budget: float) -> Measurement:
+def _measure(
+    name: str, make: Callable[[int], nn.Module], size: int, batch: int, device: torch.device, dtype, train: bool,
+    budget: float,
+) -> Measurement:  # fmt: skip
     torch.manual_seed(0)
-    model = _at_size(name, size, 3).to(device).train(train)
-    frames = getattr(model, "num_frames", 0)
-    images = torch.randn(batch, 3, *([frames] if frames else []), size, size, device=device)
+    model = make(size).to(device).train(train)
+    frames, channels = getattr(model, "num_frames", 0), getattr(model, "in_chans", 3)
+    images = torch.randn(batch, channels, *([frames] if frames else []), size, size, device=device)
 
     def forward():
         with precision(device, dtype):
@@ -137,7 +151,7 @@ def _measure(name: str, size: int, batch: int, device: torch.device, dtype, trai
 
 
 def benchmark(
-    models: Sequence[str],
+    models: Sequence[str] | Mapping[str, Callable[[int], nn.Module]],
     sizes: Sequence[int],
     *,
     batch: int = 1,
@@ -151,7 +165,7 @@ def benchmark(
     """Measures every model at every size, in one run, size by size: what is compared is measured close together.
 
     Args:
-        models: timm names, linescan's or any other.
+        models: timm names, linescan's or any other; or, by a name to show, what makes a model for a size.
         sizes: sides of square images.
         batch: images per pass.
         device, dtype: where, and under which autocast.
@@ -164,14 +178,15 @@ def benchmark(
         InputError: an unknown model, or one that a size does not fit. What was measured before has been given.
     """
     device = torch.device(device)
+    makers = models if isinstance(models, Mapping) else {name: partial(_at_size, name) for name in models}
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         for size in sizes:
-            for name in models:
+            for name, make in makers.items():
                 progress(0, description=f"{name} at {size}")
                 try:
-                    measured = _measure(name, size, batch, device, dtype, train, budget)
+                    measured = _measure(name, make, size, batch, device, dtype, train, budget)
                 except ValueError as error:
                     raise InputError(f"{name} at {size} pixels: {error}") from None
                 progress(1)
@@ -235,16 +250,21 @@ def draw(results: Sequence[Measurement], against: str | None, file: BinaryIO) ->
     figure.savefig(file, format="png", dpi=150)
 
 
+def machine() -> dict:
+    """What times depend on, in JSON's types."""
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "torch": torch.__version__,
+    }
+
+
 def describe(results: Sequence[Measurement], against: str | None, **settings) -> dict:
     """Settings, machine, every measurement and the crossovers, in JSON's types."""
     return {
         "date": datetime.now().isoformat(timespec="seconds"),
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "load": os.getloadavg()[0],
-            "torch": torch.__version__,
-        },
+        "machine": machine(),
         "settings": {k: str(v) for k, v in settings.items()},
         "against": against,
         "crossover_px": crossovers(results, against),

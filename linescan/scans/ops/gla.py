@@ -179,7 +179,7 @@ def hgrn2(
     """
     check_arguments("hgrn2", q, f, v, None, scale, initial_state, route=route)
     f = precise(f)
-    bound = torch.as_tensor(lower_bound, dtype=f.dtype, device=f.device)
+    bound = lower_bound.to(f) if isinstance(lower_bound, Tensor) else f.new_full((), lower_bound)
     k = (1 - bound) * torch.sigmoid(-f)
     floor = bound.clamp_min(torch.finfo(f.dtype).tiny).log()
     g = torch.logaddexp(floor, torch.log1p(-bound) + F.logsigmoid(f))
