@@ -422,6 +422,7 @@ SIZED = [
     ("videomamba_video_tiny_patch16_224", {"depth": 2, "embed_dim": 16, "num_frames": 4}),
     ("van_b0", {"depths": (1,) * 4, "dims": (8, 16, 16, 16)}),
     ("mambavision_tiny", {"depths": (1, 1, 2, 1), "dims": 8, "stem_dim": 8, "num_heads": (1,) * 4}),
+    ("care_s0", {"depths": (1,) * 4, "dims": (8, 16, 16, 32), "head_dims": (4, 4)}),
     ("segman_tiny", {"depths": (1,) * 4, "dims": (8, 16, 16, 16), "num_heads": (1,) * 4, "windows": (3, 3, 3, 1)}),
 ]  # fmt: skip
 

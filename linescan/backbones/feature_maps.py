@@ -23,7 +23,9 @@ from .contract import Backbone, architecture, take_indices, to_format
 __all__ = ["DenseBackbone", "dense_backbone", "dense_maps", "dense_parts"]
 
 # What a classifier has and a dense backbone may have no use for.
-CLASSIFIER = re.compile(r"^trunk\.(norm|fc_norm|head|head_inner|cls_token|cls_pos_embed)(\.|$)")
+CLASSIFIER = re.compile(
+    r"^trunk\.(norm|fc_norm|head|head_inner|head_norm|dist_head|dist_norm|cls_token|cls_pos_embed)(\.|$)"
+)
 
 # What published files call the parts behind the trunk: norms, and a neck.
 NORM_NAMES = ((r"^outnorm_?(\d+)\.", r"norms.\1."),)

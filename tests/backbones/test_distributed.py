@@ -18,6 +18,7 @@ OPTIONS = {  # what a family needs besides, and hybrids
     "segman": dict(dims=(16, 32), num_heads=(1, 2), windows=(3, 3), mlp_ratios=(2, 2), img_size=32),
     "vig_h": dict(num_heads=(1, 2)),
     "van": dict(mlp_ratios=(2, 2)),
+    "care": dict(ratios=((2, 2), (2, 2)), head_dims=(8,)),
     "mambavision": dict(dims=(16, 32, 32), depths=(1, 1, 2), num_heads=(1, 1, 2), windows=(4, 4, 4)),
     "inline_deit": dict(num_heads=2),
     "inline_pvt": dict(num_heads=(1, 2), mlp_ratios=(2, 2), sr_ratios=(4, 2), attn_type="IS"),

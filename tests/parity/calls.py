@@ -185,3 +185,13 @@ def mambavision(module, inputs):
     results = {"stem": module.patch_embed(x).movedim(-1, 1), "pooled": pooled, "logits": module(x)}
     maps = module.forward_intermediates(x, intermediates_only=True)
     return results | {f"stage{i + 1}": y for i, y in enumerate(maps)}
+
+
+def care(module, inputs):
+    x = inputs["input"]
+    maps = module.forward_intermediates(x, intermediates_only=True)
+    pooled = module.forward_head(module.forward_features(x), pre_logits=True)
+    results = {f"stage{i + 1}": y for i, y in enumerate(maps)} | {"pooled": pooled, "logits": module(x)}
+    module.set_distilled_training()
+    results["head_logits"], results["dist_logits"] = module.train().forward_head(maps[-1].movedim(1, -1))
+    return results

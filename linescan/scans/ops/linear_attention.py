@@ -91,12 +91,12 @@ def linear_attention(
 
 @public(None, "q k: B K L H dk; v: B K L H dv", values=dict(q=torch.sigmoid, k=torch.sigmoid))
 def global_linear_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, normalize: bool = True, scale: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, *, normalize: bool = True, scale: float | None = None, eps: float = EPS
 ) -> Tensor:
     """Linear attention of every token to all tokens.
 
         S = sum_j k_j v_j^T
-        o_t = scale * S^T q_t              (normalised: / (scale * q_t . sum_j k_j + 1e-10))
+        o_t = scale * S^T q_t              (normalised: / (scale * q_t . sum_j k_j + eps))
 
     Katharopoulos et al., 2020, arXiv 2006.16236, equation 6. The order of the tokens has no part in it, so there is no
     route and no state. Keys times a weight per token give the decay-free non-causal form of SSD. Sums are float32 under
@@ -107,16 +107,16 @@ def global_linear_attention(
         v: values (B, K or 1, L, H, dv).
         normalize: divide by the sum of the weights.
         scale: of the queries; dk ** -0.5 by default.
+        eps: added to the sum of the weights.
 
     Returns:
         (B, K, L, H, dv).
     """
-    check_arguments("global_linear_attention", q, k, v, normalize, scale)
+    check_arguments("global_linear_attention", q, k, v, normalize, scale, eps)
     scale, dtype = q.shape[-1] ** -0.5 if scale is None else scale, q.dtype
-    with torch.autocast(q.device.type, enabled=False):
-        q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)).transpose(2, 3) for x in (q, k, v))
-        o = scale * q @ (k.mT @ _counted(v, normalize))
-        return _normalized(o, normalize).transpose(2, 3).to(dtype)
+    q, k, v = (precise(x).transpose(2, 3) for x in (q, k, v))
+    o = matmul(scale * q, matmul(k.mT, _counted(v, normalize)))
+    return _normalized(o, normalize, eps).transpose(2, 3).to(dtype)
 
 
 def _of_features(q, k, v, normalize, eps, dtype, initial_state, route, merge, return_final_state):
