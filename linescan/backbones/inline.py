@@ -395,7 +395,8 @@ class InLinePVT(InLineStages):
         strides = [4 * 2**stage for stage in range(len(depths))]
         ratios = [sr_ratios[i] if "S" in kinds else 1 for i, kinds in enumerate(attention_kinds(attn_type, depths))]
         self.min_size = max(stride * ratio for stride, ratio in zip(strides, ratios))
-        grids = [self.grid_of(*to_2tuple(img_size), stage) for stage in range(len(depths))]
+        height, width = to_2tuple(img_size)
+        grids = [self.grid_of(height, width, stage) for stage in range(len(depths))]
         stages = iter(enumerate(grids[1:], 1))
 
         def downsample(dim: int, out_dim: int) -> Positioned:
