@@ -11,7 +11,7 @@ from .predict import answer_files
 if TYPE_CHECKING:
     from linescan.tasks.tool import Tool, Writer
 
-points = group("points", "Point clouds: name what they show, or what each point belongs to.")
+points = group("points", "Point clouds: name what they show, what each point belongs to, or where things are.")
 
 Scans = Annotated[
     list[str],
@@ -117,3 +117,43 @@ def segment(
         return tool, PartLabels(to, tool.classes, pages)
 
     answer_files(open_tool, paths, to, overlays, as_json, "segmenting", kinds=("cloud",))
+
+
+@command(
+    "linescan points detect 000042.bin --checkpoint runs/kitti/best.safetensors",
+    "linescan points detect 'sweeps/*.pcd.bin' --model lion_mamba_nuscenes --checkpoint lion.pth --threshold 0.5",
+    "linescan points detect scans --checkpoint best.safetensors --json > boxes.json",
+    of=points,
+)
+def detect(
+    paths: Scans,
+    model: Model = None,
+    checkpoint: Checkpoint = None,
+    to: Annotated[Path, typer.Option("--out", "-o", help="The folder that everything is written to.")] = Path(
+        "runs/points-detect"
+    ),
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Boxes with a lower score are left out.")] = 0.3,
+    limit: Limit = 2_000_000,
+    columns: Columns = None,
+    pages: Pages = True,
+    overlays: Overlays = True,
+    device: Device = None,
+    precision: Precision = Floats.fp32,
+    batch: Clouds = 1,
+    model_arg: ModelArgs = None,
+    as_json: Json = False,
+):
+    """Find objects in LiDAR scans, as boxes: OUT/boxes/NAME.json.
+
+    A box has a class, a score, its centre, its length, width and height in metres, and its angle about the z axis in
+    radians. A file that cannot be read is named and skipped; the exit status is then 1.
+    """
+
+    def open_tool() -> tuple["Tool", "Writer"]:
+        from linescan.tasks.point_detect import BoxDetector, BoxTable
+
+        args = {"device": device, "dtype": precision.dtype, "batch": batch, "limit": limit, "columns": columns}
+        tool = BoxDetector(model, checkpoint, threshold=threshold, **args, **model_args(model_arg))
+        return tool, BoxTable(to, pages)
+
+    answer_files(open_tool, paths, to, overlays, as_json, "detecting", kinds=("cloud",))

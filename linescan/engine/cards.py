@@ -21,7 +21,7 @@ from .. import checkpoint as checkpoints
 from .. import zoo
 from ..checkpoint import CARD, CheckpointError, load_state, read_state_dict
 from ..errors import InputError, one_line
-from ..media.clouds import PointPreprocess
+from ..media.clouds import PointPreprocess, ScanPreprocess
 from ..media.labels import class_names as names_of_data
 from ..media.preprocess import Preprocess
 from .atomic import atomic
@@ -198,7 +198,7 @@ class ModelCard:
     model: str
     args: dict
     classes: list[str]
-    preprocess: Preprocess | PointPreprocess
+    preprocess: Preprocess | PointPreprocess | ScanPreprocess
     trained: dict = field(default_factory=dict)
 
     def as_dict(self) -> dict:
@@ -303,7 +303,12 @@ def _numbers(value: Any, what: str, count: int) -> tuple[float, ...]:
     return tuple(value)
 
 
-def _preprocess(values: object) -> Preprocess | PointPreprocess:
+def _preprocess(values: object) -> Preprocess | PointPreprocess | ScanPreprocess:
+    if isinstance(values, dict) and "scan_features" in values:
+        try:
+            return ScanPreprocess(**_table(values, "preprocess", ("scan_features",)))
+        except InputError as error:
+            raise ValueError(f"preprocess: {one_line(error)}") from None
     if isinstance(values, dict) and "up" in values:
         values = _table(values, "preprocess", ("points", "up"), ("features", "normalise"))
         try:
@@ -382,6 +387,8 @@ def restore(name: str | None = None, checkpoint: str | Path | None = None, **arg
         return model, ModelCard(name, args, [], plain_preprocess(model.in_chans))
     if entry and "up" in entry.preprocess:
         preprocess = points_of(entry)
+    elif entry and "scan_features" in entry.preprocess:
+        preprocess = ScanPreprocess(**entry.preprocess)
     else:
         preprocess = preprocess_of(model, args.get("in_chans"), args.get("img_size"))
     return model, ModelCard(name, args, class_names(model, name), preprocess)

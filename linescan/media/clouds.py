@@ -11,7 +11,7 @@ from ..errors import InputError
 from ..layers.points import farthest_points
 from .points import PointCloud
 
-__all__ = ["AUGMENTATIONS", "FEATURES", "PointAugment", "PointPreprocess"]
+__all__ = ["AUGMENTATIONS", "FEATURES", "SCAN_FEATURES", "PointAugment", "PointPreprocess", "ScanPreprocess"]
 
 FEATURES = {"normals": 3, "colours": 3, "intensity": 1}
 """What a model may read beside the coordinates, and how many channels it takes; colours run over 0..1."""
@@ -101,6 +101,55 @@ class PointPreprocess:
         if random:
             chosen = chosen[torch.randperm(len(chosen))]
         return chosen[torch.arange(wanted) % len(chosen)]
+
+
+SCAN_FEATURES = ("intensity", "elongation", "time")
+"""What a model of scans may read beside the coordinates: what the scanner measured, and how old a point is."""
+
+
+@dataclass(frozen=True)
+class ScanPreprocess:
+    """How a model of whole scenes wants its scans: all points, in metres, as the scanner saw them, z upwards.
+
+    Attributes:
+        scan_features: what it reads beside the coordinates: names of `SCAN_FEATURES`.
+
+    Raises:
+        InputError: another name, or one twice.
+    """
+
+    scan_features: tuple[str, ...] = ("intensity",)
+
+    def __post_init__(self):
+        names = self.scan_features
+        if not isinstance(names, (list, tuple)) or not set(map(str, names)) <= set(SCAN_FEATURES):
+            raise InputError(f"features of scans are {', '.join(SCAN_FEATURES)}, not {names!r}")
+        if len(set(names)) < len(names):
+            raise InputError(f"each feature of scans is named once, not as in {', '.join(names)}")
+        object.__setattr__(self, "scan_features", tuple(names))
+
+    up = "z"
+
+    @property
+    def channels(self) -> int:
+        """Of a point."""
+        return 3 + len(self.scan_features)
+
+    def rows(self, cloud: PointCloud) -> Tensor:
+        """All points of a cloud as the model wants them, (N, channels) float32.
+
+        A file has one scan: its points are of age 0. Files do not tell the elongation, which is 0, too.
+
+        Raises:
+            InputError: the cloud has no intensity, and the model reads it.
+        """
+        columns = [cloud.points.astype(np.float32)]
+        for name in self.scan_features:
+            values = cloud.intensity if name == "intensity" else np.zeros(len(cloud))
+            if values is None:
+                raise InputError(f"the cloud has no {name}, which the model reads")
+            columns.append(values.astype(np.float32).reshape(-1, 1))
+        return torch.from_numpy(np.concatenate(columns, 1))
 
 
 # -- augmentation -----------------------------------------------------------------------------------------------------

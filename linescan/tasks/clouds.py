@@ -13,7 +13,7 @@ from .. import zoo
 from ..engine.atomic import atomic
 from ..engine.cards import ModelCard, points_of, read_card, restore
 from ..errors import InputError
-from ..media.clouds import PointPreprocess
+from ..media.clouds import PointPreprocess, ScanPreprocess
 from ..media.draw_points import PointView, draw_points, points_page
 from ..media.find import Source
 from ..media.points import LARGEST_CLOUD, PointCloud, read_points
@@ -138,7 +138,7 @@ class CloudTool(Tool):
         **args,
     ):
         network, card = restore(model, checkpoint, **args)
-        if not isinstance(card.preprocess, PointPreprocess):
+        if not isinstance(card.preprocess, (PointPreprocess, ScanPreprocess)):
             raise InputError(f"{card.model} reads images or videos, not point clouds")
         super().__init__(card.model, network, device, dtype, batch)
         self.card: ModelCard = card
@@ -155,7 +155,10 @@ class CloudTool(Tool):
     def facts(self) -> dict[str, str]:
         """What there is to know of this tool, by name."""
         how = self.card.preprocess
-        seen = f"{how.points:,} points of {', '.join(('x y z', *how.features))}"
+        if isinstance(how, ScanPreprocess):
+            seen = f"all points of {', '.join(('x y z', *how.scan_features))}"
+        else:
+            seen = f"{how.points:,} points of {', '.join(('x y z', *how.features))}"
         return super().facts() | {"classes": f"{len(self.classes)} classes", "input": seen}
 
     def open(self, given: CloudLike) -> OpenedCloud:

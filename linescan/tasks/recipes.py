@@ -36,6 +36,7 @@ __all__ = [
     "PointPretrainingRecipe",
     "PretrainingRecipe",
     "RestorationRecipe",
+    "ScanDetectionRecipe",
     "read_recipe",
 ]
 
@@ -414,6 +415,36 @@ class PointPretrainingRecipe(CloudRecipe):
     lr: float = option(1e-3, "Highest learning rate.", OPTIMISER, POSITIVE)
 
 
+@dataclass(frozen=True)
+class ScanDetectionRecipe(Recipe):
+    """Train a detector of boxes in LiDAR scans: LION."""
+
+    task: ClassVar[str] = "point-detect"
+    implementation: ClassVar[str] = "linescan.tasks.point_detect:ScanDetectionTask"
+    default_model: ClassVar[str] = "lion_mamba_kitti"
+    judges: ClassVar[bool] = True
+    scored: ClassVar[str] = "KITTI's or nuScenes' folder, or `digits`; of each what is held out."
+    examples: ClassVar[tuple[str, ...]] = (
+        "linescan train --task point-detect --data kitti --out runs/kitti --epochs 80 --bf16",
+        "linescan train --task point-detect --data nuscenes --out runs/nuscenes --model lion_mamba_nuscenes "
+        "--epochs 36 --weight-decay 0.05 --clip-grad 35",
+        "linescan evaluate --task point-detect --data kitti --checkpoint runs/kitti/best.safetensors",
+        "linescan points detect 000042.bin --checkpoint runs/kitti/best.safetensors",
+    )
+
+    data: str = option(..., "`digits` (as a street); KITTI's folder, with training/velodyne in it; or nuScenes', with "
+                       "v1.0-trainval or v1.0-mini.", DATA, short="-d")  # fmt: skip
+    sweeps: int = option(10, "Of nuScenes: scans that are joined.", DATA, COUNT, scoring=True)
+    augment: str = option("flip+rotate+scale", "Words joined by +: flip (in x and y), rotate, scale, shift; or none.",
+                          AUGMENT)  # fmt: skip
+    epochs: int = option(80, "Times that each sample is seen.", OPTIMISER, COUNT, short="-e")
+    batch: int = option(2, "Scans in one forward pass of a process.", OPTIMISER, COUNT, short="-b")
+    lr: float = option(3e-3, "Highest learning rate.", OPTIMISER, POSITIVE)
+    weight_decay: float = option(0.01, "Weight decay.", OPTIMISER, NATURAL)
+    warmup: float = option(4.0, "Epochs in which the learning rate rises from 0.", OPTIMISER, NATURAL)
+    clip_grad: float | None = option(10.0, "Largest norm of the gradient.", OPTIMISER, POSITIVE)
+
+
 RECIPES: dict[str, type[Recipe]] = {
     recipe.task: recipe
     for recipe in (
@@ -425,6 +456,7 @@ RECIPES: dict[str, type[Recipe]] = {
         PointClassificationRecipe,
         PartsRecipe,
         PointPretrainingRecipe,
+        ScanDetectionRecipe,
     )
 }
 """By the name of the task."""

@@ -286,127 +286,166 @@ RESIDUAL = {
 }  # fmt: skip
 
 
-def published(data: str, **models: tuple) -> dict:
-    """Models of one data set: "operator" or "operator_size" = (width, million parameters, results, file on DRIVE)."""
-    table = {}
-    for name, (dim, params, metrics, file) in models.items():
-        operator = name.partition("_")[0]
-        heads = {"num_heads": 2 if dim == 64 else 4} if operator == "retnet" else {}
-        backbone = {"dim": dim, "operator": operator, "operator_args": heads}
-        backbone |= {"drop_path_rate": 0.0} if (data, dim) == ("waymo", 64) else {}
-        backbone |= {"flat_windows": (25, 37, 51)} if data == "argoverse2" else {}
-        weights = {data: {"metrics": metrics, **({"page": DRIVE + file} if file else {})}}
-        table[f"lion_{name}_{data}"] = {"args": {"backbone": backbone}, "params": params, "weights": weights}
-    return table
+FLAT = (25, 37, 51)  # windows on the map of one height
+LION_PAPER = {
+    "family": "lion",
+    "paper": "NeurIPS 2024, arXiv 2407.18232",
+    "code": "https://github.com/happinesslz/LION",
+    "licence": "Apache-2.0",
+}
 
 
-def register_detectors(models: dict, **common) -> None:
-    """Adds the models of one data set to the zoo."""
-    register(
-        VoxelDetector,
-        models,
-        task="point-detection",
-        family="lion",
-        paper="NeurIPS 2024, arXiv 2407.18232",
-        code="https://github.com/happinesslz/LION",
-        licence="Apache-2.0",
-        **common,
-    )
+def published(data: str, operator: str, dim: int, params: float, metrics: Mapping, file: str = "", **backbone) -> dict:
+    """Facts of a model: operator and width, million parameters, results, and its file on `DRIVE`, if there is one."""
+    heads = {"num_heads": 2 if dim == 64 else 4} if operator == "retnet" else {}
+    args = {"backbone": {"dim": dim, "operator": operator, "operator_args": heads, **backbone}}
+    weights = {data: {"metrics": metrics, **({"page": DRIVE + file} if file else {})}}
+    return {"args": args, "params": params, "weights": weights}
 
 
-register_detectors(
-    published(
-        "nuscenes",
-        mamba=(128, 16.124, {"nds": 72.1, "map": 68.0}, "1bBzZcZUukt7B5aD3bmKlM2mT7SL8q3Fv"),
-        retnet=(128, 19.375, {"nds": 71.9, "map": 67.3}, "1LDM6Iq91muZhzFMMa0WqKtjzJwYVadF6"),
-        rwkv=(128, 21.364, {"nds": 71.7, "map": 66.8}, None),
-    ),
+register(
+    VoxelDetector,
+    task="point-detection",
+    **LION_PAPER,
+    models={
+        "lion_mamba_nuscenes": published(
+            "nuscenes", "mamba", 128, 16.124, {"nds": 72.1, "map": 68.0}, "1bBzZcZUukt7B5aD3bmKlM2mT7SL8q3Fv"
+        ),
+        "lion_retnet_nuscenes": published(
+            "nuscenes", "retnet", 128, 19.375, {"nds": 71.9, "map": 67.3}, "1LDM6Iq91muZhzFMMa0WqKtjzJwYVadF6"
+        ),
+        "lion_rwkv_nuscenes": published("nuscenes", "rwkv", 128, 21.364, {"nds": 71.7, "map": 66.8}),
+    },
     data="nuScenes",
     classifier="head.predict.heatmap.3",
     inputs=((30000, 5),),
-    preprocess={"features": ("intensity", "time")},
+    preprocess={"scan_features": ("intensity", "time")},
     args={
-        "num_classes": 10, "in_chans": 5, "low": (-54.0, -54.0, -5.0), "high": (54.0, 54.0, 3.0),
+        "num_classes": 10,
+        "in_chans": 5,
+        "low": (-54.0, -54.0, -5.0),
+        "high": (54.0, 54.0, 3.0),
         "cells": (360, 360, 32),
-        "stride": 2, "neck": {**RESIDUAL, "scales": (0.5, 1, 2)}, "head": "transfusion",
+        "stride": 2,
+        "neck": {**RESIDUAL, "scales": (0.5, 1, 2)},
+        "head": "transfusion",
         "head_args": {"limits": (-61.2, -61.2, -10.0, 61.2, 61.2, 10.0)},
     },
-)  # fmt: skip
-register_detectors(
-    published(
-        "waymo",
-        mamba=(64, 8.608, {"map_l2": 75.1, "maph_l2": 73.2}, None),
-        retnet=(64, 9.189, {"map_l2": 74.6, "maph_l2": 72.7}, None),
-        rwkv=(64, 10.184, {"map_l2": 74.7, "maph_l2": 72.8}, None),
-        mamba_large=(128, 16.071, {"map_l2": 75.9, "maph_l2": 74.0}, None),
-    ),
+)
+register(
+    VoxelDetector,
+    task="point-detection",
+    **LION_PAPER,
+    models={
+        "lion_mamba_waymo": published(
+            "waymo", "mamba", 64, 8.608, {"map_l2": 75.1, "maph_l2": 73.2}, drop_path_rate=0.0
+        ),
+        "lion_retnet_waymo": published(
+            "waymo", "retnet", 64, 9.189, {"map_l2": 74.6, "maph_l2": 72.7}, drop_path_rate=0.0
+        ),
+        "lion_rwkv_waymo": published(
+            "waymo", "rwkv", 64, 10.184, {"map_l2": 74.7, "maph_l2": 72.8}, drop_path_rate=0.0
+        ),
+        "lion_mamba_large_waymo": published("waymo", "mamba", 128, 16.071, {"map_l2": 75.9, "maph_l2": 74.0}),
+    },
     data="Waymo",
     classifier="head.heads.0.hm.1",
     inputs=((180000, 5),),
-    preprocess={"features": ("intensity", "elongation")},
+    preprocess={"scan_features": ("intensity", "elongation")},
     args={
-        "num_classes": 3, "in_chans": 5, "low": (-75.52, -75.52, -2.0), "high": (75.52, 75.52, 4.0),
-        "cells": (472, 472, 32), "neck": {**RESIDUAL, "scales": (1, 2, 4)}, "head": "center",
+        "num_classes": 3,
+        "in_chans": 5,
+        "low": (-75.52, -75.52, -2.0),
+        "high": (75.52, 75.52, 4.0),
+        "cells": (472, 472, 32),
+        "neck": {**RESIDUAL, "scales": (1, 2, 4)},
+        "head": "center",
         "head_args": {
-            "with_iou": True, "rectify": (0.68, 0.71, 0.65), "iou": (0.75, 0.6, 0.55),
+            "with_iou": True,
+            "rectify": (0.68, 0.71, 0.65),
+            "iou": (0.75, 0.6, 0.55),
             "limits": (-80.0, -80.0, -10.0, 80.0, 80.0, 10.0),
         },
     },
-)  # fmt: skip
-register_detectors(
-    published(
-        "once",
-        mamba=(128, 15.124, {"map": 66.6}, None),
-        retnet=(128, 18.375, {"map": 66.3}, None),
-        rwkv=(128, 20.364, {"map": 65.8}, None),
-    ),
+)
+register(
+    VoxelDetector,
+    task="point-detection",
+    **LION_PAPER,
+    models={
+        "lion_mamba_once": published("once", "mamba", 128, 15.124, {"map": 66.6}),
+        "lion_retnet_once": published("once", "retnet", 128, 18.375, {"map": 66.3}),
+        "lion_rwkv_once": published("once", "rwkv", 128, 20.364, {"map": 65.8}),
+    },
     data="ONCE",
     classifier="head.heads.0.hm.1",
     inputs=((70000, 4),),
-    preprocess={"features": ("intensity",)},
+    preprocess={"scan_features": ("intensity",)},
     args={
-        "num_classes": 5, "in_chans": 4, "low": (-75.2, -75.2, -5.0), "high": (75.2, 75.2, 3.0),
+        "num_classes": 5,
+        "in_chans": 4,
+        "low": (-75.2, -75.2, -5.0),
+        "high": (75.2, 75.2, 3.0),
         "cells": (376, 376, 32),
         "head": "center",
-        "head_args": {
-            "bias": True, "eps": 1e-5, "weight": 1.0, "limits": (-75.2, -75.2, -5.0, 75.2, 75.2, 3.0)
-        },
+        "head_args": {"bias": True, "eps": 1e-5, "weight": 1.0, "limits": (-75.2, -75.2, -5.0, 75.2, 75.2, 3.0)},
     },
-)  # fmt: skip
-register_detectors(
-    published(
-        "argoverse2",
-        mamba=(128, 15.753, {"map": 41.5}, "1NfgKZZZJDodhWnp-Yi3Bi-yXHWM9mW1U"),
-        rwkv=(128, 21.917, {"map": 41.1}, "15zX5OFvd0WkdE8jsqRXMJ9JdM16gfGkM"),
-        retnet=(128, 19.577, {"map": 40.7}, "17ZTdThUvK2tnsz0ZhVUrCuJf3bvxQDTl"),
-    ),
+)
+register(
+    VoxelDetector,
+    task="point-detection",
+    **LION_PAPER,
+    models={
+        "lion_mamba_argoverse2": published(
+            "argoverse2", "mamba", 128, 15.753, {"map": 41.5}, "1NfgKZZZJDodhWnp-Yi3Bi-yXHWM9mW1U", flat_windows=FLAT
+        ),
+        "lion_rwkv_argoverse2": published(
+            "argoverse2", "rwkv", 128, 21.917, {"map": 41.1}, "15zX5OFvd0WkdE8jsqRXMJ9JdM16gfGkM", flat_windows=FLAT
+        ),
+        "lion_retnet_argoverse2": published(
+            "argoverse2", "retnet", 128, 19.577, {"map": 40.7}, "17ZTdThUvK2tnsz0ZhVUrCuJf3bvxQDTl", flat_windows=FLAT
+        ),
+    },
     data="Argoverse 2",
     classifier="head.heads.0.hm.1",
     inputs=((90000, 4),),
-    preprocess={"features": ("intensity",)},
+    preprocess={"scan_features": ("intensity",)},
     args={
-        "num_classes": 26, "in_chans": 4, "low": (-200.0, -200.0, -4.0), "high": (200.0, 200.0, 4.0),
-        "cells": (1000, 1000, 32), "head": "center",
+        "num_classes": 26,
+        "in_chans": 4,
+        "low": (-200.0, -200.0, -4.0),
+        "high": (200.0, 200.0, 4.0),
+        "cells": (1000, 1000, 32),
+        "head": "center",
         "head_args": {
             "groups": ((0,), (1, 2, 3, 4), (5, 6, 7, 8, 9, 10), tuple(range(11, 20)), (20, 21, 22, 23, 24), (25,)),
-            "shared": 0, "sparse": True, "weight": 0.25, "iou": 0.2, "most_before": 1000, "most": 83,
+            "shared": 0,
+            "sparse": True,
+            "weight": 0.25,
+            "iou": 0.2,
+            "most_before": 1000,
+            "most": 83,
             "limits": (-200.0, -200.0, -20.0, 200.0, 200.0, 20.0),
         },
     },
-)  # fmt: skip
-register_detectors(
-    published(
-        "kitti",
-        mamba=(64, 7.227, {"car": 78.3, "pedestrian": 60.2, "cyclist": 68.6}, None),
-        rwkv=(64, 8.802, {"car": 78.3, "pedestrian": 62.2, "cyclist": 71.2}, None),
-        retnet=(64, 7.808, {"car": 77.9, "pedestrian": 60.2, "cyclist": 69.6}, None),
-        xlstm=(64, 7.95, {"car": 77.9, "pedestrian": 59.3, "cyclist": 67.4}, None),
-        ttt=(64, 7.29, {"car": 78.0, "pedestrian": 58.6, "cyclist": 69.6}, None),
-    ),
+)
+register(
+    VoxelDetector,
+    task="point-detection",
+    **LION_PAPER,
+    models={
+        "lion_mamba_kitti": published("kitti", "mamba", 64, 7.227, {"car": 78.3, "pedestrian": 60.2, "cyclist": 68.6}),
+        "lion_rwkv_kitti": published("kitti", "rwkv", 64, 8.802, {"car": 78.3, "pedestrian": 62.2, "cyclist": 71.2}),
+        "lion_retnet_kitti": published(
+            "kitti", "retnet", 64, 7.808, {"car": 77.9, "pedestrian": 60.2, "cyclist": 69.6}
+        ),
+        "lion_xlstm_kitti": published("kitti", "xlstm", 64, 7.95, {"car": 77.9, "pedestrian": 59.3, "cyclist": 67.4}),
+        "lion_ttt_kitti": published("kitti", "ttt", 64, 7.29, {"car": 78.0, "pedestrian": 58.6, "cyclist": 69.6}),
+    },
     data="KITTI",
     classifier="head.conv_cls",
     inputs=((18000, 4),),
-    preprocess={"features": ("intensity",)},
+    preprocess={"scan_features": ("intensity",)},
     args={
         "head_args": {
             "anchors": (
@@ -416,4 +455,4 @@ register_detectors(
             ),
         },
     },
-)  # fmt: skip
+)

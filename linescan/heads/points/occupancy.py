@@ -610,7 +610,7 @@ register(
     models={
         "occrwkv_semantickitti": {
             "params": 33.173,
-            "preprocess": {"features": ("intensity",)},
+            "preprocess": {"scan_features": ("intensity",)},
             "weights": {
                 "semantickitti": {
                     "page": "https://github.com/jmwang0117/OccRWKV",

@@ -1,0 +1,355 @@
+"""Boxes in scans: the layouts of KITTI and nuScenes, their metrics, training, scores, and files in, boxes out."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from linescan.cli import app
+from linescan.engine.box_scores import BoxScores, Found, average_precision, kitti_precision, nuscenes_scores
+from linescan.engine.cards import read_card
+from linescan.engine.scene_sets import (
+    DigitStreet,
+    SceneAugment,
+    SceneSamples,
+    kitti_level,
+    open_scenes,
+    turned,
+)
+from linescan.engine.scores import Totals
+from linescan.errors import InputError
+from linescan.layers.boxes import Boxes, iou_3d, points_in_boxes
+from linescan.media.clouds import ScanPreprocess
+from linescan.tasks.point_detect import BoxDetector
+
+from ..runs import contents, finish, kill_and_resume, same
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CALIBRATION = """P2: 700 0 600 45 0 700 180 0.2 0 0 1 0.003
+R0_rect: 1 0 0 0 1 0 0 0 1
+Tr_velo_to_cam: 0 -1 0 0 0 0 -1 -0.1 1 0 0 -0.3
+"""
+TINY = {
+    "low": [0, -12.8, -1], "high": [25.6, 12.8, 3], "cells": [64, 64, 4],
+    "backbone": {"dim": 16, "groups": [128], "windows": [[4, 5, 5]], "scales": [[2, 2, 2]], "drop_path_rate": 0.0},
+    "neck": {"depths": [1], "strides": [1], "widths": [32], "scales": [1], "out_widths": [32]},
+}  # fmt: skip
+
+
+def cars(seed, count=3):
+    """Points on a ground and in boxes, (N, 4); boxes (count, 7)."""
+    dice = np.random.default_rng(seed)
+    boxes, parts = [], [np.column_stack([dice.uniform(0, 25, 500), dice.uniform(-12, 12, 500), np.zeros(500)])]
+    for i in range(count):
+        box = np.array([6 + 6 * i, dice.uniform(-3, 3), 0.8, 3.9, 1.6, 1.56, dice.uniform(-3, 3)])
+        local = (dice.random((150, 3)) - 0.5) * box[3:6]
+        cos, sin = math.cos(box[6]), math.sin(box[6])
+        x, y = local[:, 0] * cos - local[:, 1] * sin, local[:, 0] * sin + local[:, 1] * cos
+        parts.append(np.column_stack([x, y, local[:, 2]]) + box[:3])
+        boxes.append(box)
+    points = np.concatenate(parts)
+    return np.column_stack([points, dice.random(len(points))]).astype(np.float32), np.array(boxes)
+
+
+@pytest.fixture(scope="module")
+def kitti(tmp_path_factory):
+    """KITTI's folder with eight scans of cars, whose labels also have a van and what nobody is to care about."""
+    root = tmp_path_factory.mktemp("data") / "kitti"
+    for name in ("velodyne", "label_2", "calib"):
+        (root / "training" / name).mkdir(parents=True)
+    for i in range(8):
+        points, boxes = cars(i)
+        points.tofile(root / "training" / "velodyne" / f"{i:06}.bin")
+        (root / "training" / "calib" / f"{i:06}.txt").write_text(CALIBRATION)
+        lines = ["DontCare -1 -1 -10 0 0 10 10 -1 -1 -1 -1000 -1000 -1000 -10"]
+        for k, (x, y, z, length, width, height, angle) in enumerate(boxes):
+            # From the scanner's axes to the camera's, by CALIBRATION; KITTI's place is the middle of the bottom.
+            place = (-y, -(z - height / 2) - 0.1, x - 0.3)
+            turn = -angle - math.pi / 2
+            kind = "Van" if k == 2 else "Car"
+            numbers = (0.0, 0, 0.0, 500, 150, 600, 200, height, width, length, *place, turn)
+            lines.append(" ".join([kind, *map(str, numbers)]))
+        (root / "training" / "label_2" / f"{i:06}.txt").write_text("\n".join(lines) + "\n")
+    (root / "ImageSets").mkdir()
+    (root / "ImageSets" / "train.txt").write_text("".join(f"{i:06}\n" for i in range(6)))
+    (root / "ImageSets" / "val.txt").write_text("000006\n000007\n")
+    return root
+
+
+def quaternion(angle):
+    return [math.cos(angle / 2), 0.0, 0.0, math.sin(angle / 2)]
+
+
+@pytest.fixture(scope="module")
+def nuscenes(tmp_path_factory):
+    """nuScenes' folder: two scenes of two key frames with a scan between them; the car drives and turns."""
+    root = tmp_path_factory.mktemp("data") / "nuscenes"
+    tables: dict[str, list] = {name: [] for name in (
+        "ego_pose", "calibrated_sensor", "category", "instance", "sample", "sample_data", "scene", "sample_annotation"
+    )}  # fmt: skip
+    (root / "samples" / "LIDAR_TOP").mkdir(parents=True)
+    (root / "sweeps" / "LIDAR_TOP").mkdir(parents=True)
+    (root / "v1.0-mini").mkdir()
+    sensor = {"token": "s", "translation": [0.9, 0.0, 1.8], "rotation": quaternion(-math.pi / 2)}
+    tables["calibrated_sensor"].append(sensor)
+    tables["category"].append({"token": "c0", "name": "vehicle.car"})
+    tables["category"].append({"token": "c1", "name": "animal"})
+    for scene in range(2):
+        tables["scene"].append({"token": f"scene{scene}", "name": f"scene-{scene:04}"})
+        points, boxes = cars(20 + scene)
+        for k in range(len(boxes)):
+            kind = "c1" if k == 2 else "c0"
+            tables["instance"].append({"token": f"i{scene}{k}", "category_token": kind})
+        for step in range(3):
+            key, token = step != 1, f"d{scene}{step}"
+            ego = {
+                "token": f"e{scene}{step}",
+                "translation": [100.0 + step, 50.0, 0.0],
+                "rotation": quaternion(0.1 * step),
+            }
+            tables["ego_pose"].append(ego)
+            folder = "samples" if key else "sweeps"
+            name = f"{folder}/LIDAR_TOP/{token}.pcd.bin"
+            # The world stands still but for the first car, which drives 5 m/s along x; 0.25 s between scans.
+            world = points[:, :3].copy()
+            moved = points_in_boxes(torch.from_numpy(world), torch.from_numpy(boxes[:1]).float())[0].numpy()
+            world[moved, 0] += 1.25 * step
+            world += (100, 50, 0)
+            scan = (world - ego["translation"]) @ turned(ego["rotation"])
+            scan = (scan - sensor["translation"]) @ turned(sensor["rotation"])
+            np.column_stack([scan, 255 * points[:, 3:], np.zeros(len(scan))]).astype(np.float32).tofile(root / name)
+            stamp = 10**6 * (1 + scene) * 100 + 250_000 * step
+            tables["sample_data"].append({
+                "token": token, "filename": name, "is_key_frame": key, "sample_token": f"k{scene}{step // 2}",
+                "ego_pose_token": ego["token"], "calibrated_sensor_token": "s", "timestamp": stamp,
+                "prev": f"d{scene}{step - 1}" if step else "",
+            })  # fmt: skip
+            if not key:
+                continue
+            sample = f"k{scene}{step // 2}"
+            tables["sample"].append({"token": sample, "scene_token": f"scene{scene}", "timestamp": stamp})
+            for k, (x, y, z, length, width, height, angle) in enumerate(boxes):
+                x = x + 1.25 * step if k == 0 else x
+                tables["sample_annotation"].append({
+                    "token": f"a{scene}{step}{k}", "sample_token": sample, "instance_token": f"i{scene}{k}",
+                    "translation": [x + 100, y + 50, z], "size": [width, length, height], "rotation": quaternion(angle),
+                    "prev": f"a{scene}0{k}" if step else "", "next": "" if step else f"a{scene}2{k}",
+                    "num_lidar_pts": 0 if k == 1 else 9, "num_radar_pts": 0,
+                })  # fmt: skip
+    for name, rows in tables.items():
+        (root / "v1.0-mini" / f"{name}.json").write_text(json.dumps(rows))
+    return root
+
+
+# -- layouts -----------------------------------------------------------------------------------------------------------
+
+
+def test_kitti_is_read(kitti):
+    train, held_out = open_scenes(str(kitti))
+    assert (len(train), len(held_out)) == (6, 2) and train.classes == ("Car", "Pedestrian", "Cyclist")
+    scene = train.scene(2)
+    points, boxes = cars(2)
+    np.testing.assert_allclose(scene.boxes[:, :6], boxes[:, :6], atol=1e-4)
+    np.testing.assert_allclose(np.cos(scene.boxes[:, 6] - boxes[:, 6]), 1, atol=1e-6)
+    assert scene.labels.tolist() == [0, 0, -2] and scene.levels.tolist() == [0, 0, 0]
+    assert 0 < len(scene.cloud) < len(points)  # what the camera does not see is left out
+    inside = points_in_boxes(torch.from_numpy(scene.cloud.points), torch.from_numpy(scene.boxes))
+    assert (inside.sum(1) > 100).all()
+    assert [kitti_level(*x) for x in ((45, 0, 0), (30, 1, 0.2), (30, 2, 0.4), (20, 0, 0), (45, 0, 0.6))] == [
+        0,
+        1,
+        2,
+        3,
+        3,
+    ]
+
+
+def test_nuscenes_is_read(nuscenes):
+    train, held_out = open_scenes(str(nuscenes), fraction=0.5, sweeps=2)
+    assert (len(train), len(held_out)) == (2, 2)
+    scene = train.scene(1)
+    assert scene.labels.tolist() == [0, 0, -1] and scene.levels.tolist() == [0, 3, 0]
+    assert set(np.round(scene.age, 3)) == {0.0, 0.25}
+    rows, boxes = torch.from_numpy(scene.cloud.points), torch.from_numpy(scene.boxes)
+    now = points_in_boxes(rows[scene.age == 0], boxes)
+    assert (now.sum(1) >= 140).all()  # boxes stand where the points are
+    older = points_in_boxes(rows[scene.age > 0], boxes)
+    assert (older.sum(1)[1:] >= 140).all() and older.sum(1)[0] < 140  # what stands, and what has moved
+    speed = np.hypot(*scene.boxes[:, 7:].T)
+    np.testing.assert_allclose(speed, [5, 0, 0], atol=1e-4)
+    item = SceneSamples(train, ScanPreprocess(("intensity", "time")))[1]
+    assert item["points"].shape[1] == 5 and item["points"][:, 4].max() == pytest.approx(0.25)
+
+
+def test_wrong_folders_have_one_line(tmp_path, kitti):
+    with pytest.raises(InputError, match="KITTI has training/velodyne"):
+        open_scenes(str(tmp_path))
+    (tmp_path / "v1.0-mini").mkdir()
+    with pytest.raises(InputError, match="scene.json: not a table of nuScenes"):
+        open_scenes(str(tmp_path))
+    folder = tmp_path / "training"
+    (folder / "velodyne").mkdir(parents=True)
+    (folder / "velodyne" / "000001.bin").write_bytes(b"")
+    with pytest.raises(InputError, match="frames to train on and"):
+        open_scenes(str(tmp_path))
+    with pytest.raises(InputError, match="unknown augmentation 'spin' of scenes"):
+        SceneAugment("spin")
+
+
+def test_augmented_boxes_stay_around_their_points():
+    samples = SceneSamples(DigitStreet(False, 3), ScanPreprocess())
+    plain = samples[0]
+    before = points_in_boxes(plain["points"], plain["boxes"]).sum(1)
+    moving = torch.cat([plain["boxes"], torch.stack([plain["boxes"][:, 6].cos(), plain["boxes"][:, 6].sin()], 1)], 1)
+    augment = SceneAugment("flip+rotate+scale+shift")
+    for seed in range(4):
+        torch.manual_seed(seed)
+        rows, boxes = augment(plain["points"], moving)
+        after = points_in_boxes(rows, boxes).sum(1)
+        assert ((after - before).abs() <= 2).all() and not torch.equal(rows, plain["points"])
+        speed = boxes[:, 7:].norm(dim=1, keepdim=True)  # velocities point where boxes point
+        torch.testing.assert_close(boxes[:, 7:] / speed, torch.stack([boxes[:, 6].cos(), boxes[:, 6].sin()], 1))
+
+
+# -- metrics -----------------------------------------------------------------------------------------------------------
+
+
+def scan(overlaps, scores, truth=None, small=None):
+    overlaps = np.array(overlaps, float)
+    truth = np.zeros(overlaps.shape[1], int) if truth is None else np.array(truth)
+    small = np.zeros(len(scores), bool) if small is None else np.array(small)
+    return Found(overlaps, np.array(scores, float), truth, small)
+
+
+def test_kittis_average_precision():
+    right = [scan(np.eye(2) * 0.9, (0.9, 0.8)) for _ in range(20)]
+    assert kitti_precision(right, 0.7) == pytest.approx(100)
+    assert math.isnan(kitti_precision([scan(np.zeros((1, 0)), (0.5,))], 0.7))
+    half = right + [scan(np.zeros((0, 2)), ()) for _ in range(20)]
+    assert kitti_precision(half, 0.7) == pytest.approx(50, abs=2.5)  # half of the positions of recall are reached
+    wrong = [scan(np.vstack([np.eye(2) * 0.9, np.zeros((2, 2))]), (0.9, 0.8, 0.95, 0.94)) for _ in range(20)]
+    assert kitti_precision(wrong, 0.7) == pytest.approx(50)
+    small = [scan(s.overlaps, s.scores, small=(False, False, True, True)) for s in wrong]
+    assert kitti_precision(small, 0.7) == pytest.approx(100)
+    vans = [scan([[0.9, 0], [0, 0.9]], (0.9, 0.95), truth=(0, 1)) for _ in range(20)]
+    assert kitti_precision(vans, 0.7) == pytest.approx(100)
+    twice = [scan([[0.9], [0.8]], (0.9, 0.95)) for _ in range(20)]  # of two on one object the surer one is right
+    assert kitti_precision(twice, 0.7) == pytest.approx(100)
+    late = [scan([[0.9, 0], [0.8, 0], [0, 0.9]], (0.9, 0.95, 0.5)) for _ in range(20)]
+    assert kitti_precision(late, 0.7) == pytest.approx(100 * (20 + 20 * 2 / 3) / 40)  # and the other one wrong
+    assert kitti_precision(right, 0.95) == 0
+
+
+def test_nuscenes_scores():
+    truth = [(np.array([[x, 0, 0, 4, 2, 1.5, 0.3, 1, 0], [x, 9, 0, 4, 2, 1.5, 0.3, 1, 0.0]]), np.array([0, 0]))
+             for x in (5.0, 10, 60)]  # fmt: skip
+    classes = ("car", "traffic_cone")
+    same_ = [(b, np.full(2, 0.9), k) for b, k in truth]
+    scores = nuscenes_scores(same_, truth, classes)
+    assert scores["map"] == pytest.approx(100) and scores["nds"] == pytest.approx(90)  # attributes are not told
+    moved = [(b + np.array([0.7, 0, 0, 0, 0, 0, 0.2, 0, 0.5]), s, k) for b, s, k in same_]
+    scores = nuscenes_scores(moved, truth, classes)
+    assert scores["map"] == pytest.approx(75)  # 0.7 m is too far for the first of four distances
+    assert scores["mte"] == pytest.approx(0.7) and scores["moe"] == pytest.approx(0.2)
+    assert scores["mve"] == pytest.approx(0.5) and scores["mse"] == pytest.approx(0, abs=1e-9)
+    smaller = [(b * np.array([1, 1, 1, 0.5, 1, 1, 1, 1, 1]), s, k) for b, s, k in same_]
+    assert nuscenes_scores(smaller, truth, classes)["mse"] == pytest.approx(0.5)
+    nothing = [(np.zeros((0, 9)), np.zeros(0), np.zeros(0, int))] * 3
+    assert nuscenes_scores(nothing, truth, classes)["nds"] == 0
+    ap, curve = average_precision(np.array([True, False, True, True]), 4)
+    assert curve[0] == 1 and ap == pytest.approx(0.5, abs=0.02) and average_precision(np.array([False]), 4)[0] == 0
+
+
+def test_the_evaluator_counts_what_the_layout_says(kitti, nuscenes):
+    class Oracle(torch.nn.Module):
+        """Finds all boxes that there are, and one more."""
+
+        def __init__(self, samples):
+            super().__init__()
+            self.samples, self.next = samples, 0
+
+        def detect(self, points, lengths):
+            found = []
+            for _ in lengths:
+                item = self.samples[self.next]
+                self.next += 1
+                known = (item["labels"] >= 0) | (item["labels"] == -2)
+                labels = item["labels"][known].clamp_min(0)
+                found.append(Boxes(item["boxes"][known], torch.full((len(labels),), 0.9), labels))
+            return found
+
+    for folder, how, want in ((kitti, ("intensity",), 100.0), (nuscenes, ("intensity", "time"), None)):
+        samples = SceneSamples(open_scenes(str(folder), 0.5)[1], ScanPreprocess(how))
+        evaluator, totals = BoxScores(samples), Totals()
+        evaluator.measure(Oracle(samples), samples.collate([samples[0], samples[1]]), totals)
+        scores = evaluator.scores(totals)
+        assert tuple(scores) == evaluator.names
+        if want:
+            assert scores["map"] == scores["ap_Car"] == want and scores["ap_Cyclist"] == 0
+        else:
+            assert 25 < scores["map"] < 100  # the car without a point does not count, and is found nevertheless
+
+
+# -- training, scores, files ------------------------------------------------------------------------------------------
+
+
+def arguments(data, **options):
+    words = ["train", "--task", "point-detect", "--data", str(data), "--seed", "0", "--epochs", "3", "--batch", "2",
+             "--warmup", "0", "--workers", "0", "--device", "cpu"]  # fmt: skip
+    for name, value in options.items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    for name, value in TINY.items():
+        words += ["--model-arg", f"{name}={json.dumps(value)}"]
+    return tuple(words)
+
+
+def test_kitti_trains_is_killed_resumes_and_is_scored(kitti, tmp_path):
+    args = arguments(kitti, holdout=0.2)
+    finish(tmp_path, args, "whole")
+    kill_and_resume(tmp_path, args, "torn", times=1, rows=5)
+    assert same(contents(tmp_path / "whole"), contents(tmp_path / "torn"))
+    card = read_card(tmp_path / "whole" / "best.safetensors")
+    assert card.classes == ["Car", "Pedestrian", "Cyclist"] and card.preprocess == ScanPreprocess(("intensity",))
+
+    scans = [str(kitti / "training" / "velodyne" / f"00000{i}.bin") for i in (6, 7)]
+    broken = tmp_path / "broken.bin"
+    broken.write_bytes(b"123")
+    runner = CliRunner()
+    weights = str(tmp_path / "whole" / "best.safetensors")
+    result = runner.invoke(app, ["points", "detect", *scans, str(broken), "-c", weights, "-o", str(tmp_path / "found"),
+                                 "--threshold", "0", "--device", "cpu"])  # fmt: skip
+    assert result.exit_code == 1 and "broken.bin" in result.output
+    for path in map(Path, scans):
+        rows = json.loads((tmp_path / "found" / "boxes" / f"{path.stem}.json").read_text())
+        assert {"class", "score", "centre", "size", "angle"} <= set(rows[0]) if rows else True
+        assert (tmp_path / "found" / "pages" / f"{path.stem}.html").is_file()
+    detect = BoxDetector(checkpoint=weights, threshold=0, device="cpu")
+    alone = detect(scans[0])
+    assert alone.as_json() == json.loads((tmp_path / "found" / "boxes" / "000006.json").read_text())
+    scored = runner.invoke(app, ["evaluate", "--task", "point-detect", "--data", str(kitti), "-c", weights, "--json",
+                                 "--device", "cpu", "--workers", "0"])  # fmt: skip
+    assert scored.exit_code == 0 and "ap_Car" in scored.output
+
+
+def test_nuscenes_trains(nuscenes, tmp_path):
+    head = {"proposals": 8, "dim": 16, "num_heads": 2, "hidden": 16, "reach": 2}
+    args = arguments(nuscenes, holdout=0.5, model="lion_mamba_nuscenes")
+    args = (*args, "--model-arg", f"head_args={json.dumps(head)}", "--model-arg", "stride=1")
+    finish(tmp_path, args, "run")
+    rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    assert "val_nds" in rows[0] and len(rows) == 7
+
+
+def test_a_street_is_made_as_it_says():
+    street = DigitStreet(True, 5)
+    scene = street.scene(1)
+    inside = points_in_boxes(torch.from_numpy(scene.cloud.points), torch.from_numpy(scene.boxes))
+    assert (inside.sum(1) >= 140).all() and 1 <= len(scene.boxes) <= 6
+    assert (iou_3d(torch.from_numpy(scene.boxes), torch.from_numpy(scene.boxes)) > 0.01).sum() == len(scene.boxes)
+    assert np.array_equal(DigitStreet(True, 5).scene(1).cloud.points, scene.cloud.points)
+    assert not np.array_equal(DigitStreet(False, 5).scene(1).cloud.points, scene.cloud.points)
