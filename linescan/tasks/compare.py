@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -123,10 +124,18 @@ class Outcome:
         return stdev(self.scores.values()) if len(self.scores) > 1 else None
 
 
-def _one_thread() -> None:
+def _begin() -> None:
+    """What a process does before its first run: it computes with one thread, and ends when its parent does."""
     import torch
 
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
     torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _train(recipe: Recipe, folder: Path, device: str | None) -> Score:
@@ -169,7 +178,7 @@ def train_all(
     """
     outcomes = [Outcome(variant) for variant in made]
     before, os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS"), "1"
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _one_thread)
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin)
     kind = None
     try:
         runs: dict[Future[Score], tuple[Outcome, int]] = {}
