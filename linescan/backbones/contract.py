@@ -31,6 +31,7 @@ __all__ = [
     "HierarchicalBackbone",
     "PlainBackbone",
     "architecture",
+    "check_clips",
     "check_images",
     "create_backbone",
     "register",
@@ -239,6 +240,16 @@ def check_images(x: Tensor, in_chans: int, min_size: int, name: str) -> None:
         raise InputError(
             f"{name} expects images of at least {min_size}x{min_size} pixels, got {x.shape[-2]}x{x.shape[-1]}"
         )
+
+
+@opaque
+def check_clips(x: Tensor, in_chans: int, tubelet_size: int, min_size: int, name: str) -> None:
+    """Raises one clear InputError for clips of the wrong rank, length, channel count or size."""
+    if x.ndim != 5:
+        raise InputError(f"{name} expects clips (B, {in_chans}, T, H, W), got shape {tuple(x.shape)}")
+    if x.shape[2] < tubelet_size:
+        raise InputError(f"a clip has at least {tubelet_size} frames, got {x.shape[2]}")
+    check_images(x[:, :, 0], in_chans, min_size, name)
 
 
 @dataclass(frozen=True)
@@ -695,6 +706,7 @@ class HierarchicalBackbone(Backbone):
 
     unit_name = "stages"
     output_fmt = "NHWC"
+    first_stride = 4  # of the first stage's map
 
     @classmethod
     def timm_sizes(cls, height: int, width: int, args: Mapping) -> dict:
@@ -703,7 +715,8 @@ class HierarchicalBackbone(Backbone):
 
     def init_head(self, num_classes: int, global_pool: str, drop_rate: float) -> None:
         self.feature_info = [
-            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(self.dims)
+            {"num_chs": dim, "reduction": self.first_stride * 2**i, "module": f"stages.{i}"}
+            for i, dim in enumerate(self.dims)
         ]
         self.feature_info[-1]["num_chs_norm"] = self.num_features
         super().init_head(num_classes, global_pool, drop_rate)

@@ -186,7 +186,7 @@ class RSMamba(PlainBackbone):
         state, out = dict(state), {}
         official = any(key.startswith("layers.") for key in state)
         for i, block in enumerate(self.blocks if official else ()):
-            for name, rows in stack_routes(state, f"layers.{i}.", block.mixer, A_log="A_log").items():
+            for name, rows in stack_routes(state, f"layers.{i}.", block.mixer).items():
                 out[f"blocks.{i}.mixer.{name}"] = rows
         return out | rename(state, OFFICIAL_NAMES)
 

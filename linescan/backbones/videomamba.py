@@ -25,20 +25,9 @@ from ..layers.linear import init_linear
 from ..layers.mamba import MambaMixer, stack_routes
 from ..layers.norm import RMSNorm, at_least_float32
 from ..layers.pos_embed import resample_frames, sinusoid_table
-from ..layers.tracing import opaque
-from .contract import IMAGENET, PlainBackbone, check_images, register
+from .contract import IMAGENET, PlainBackbone, check_clips, check_images, register
 
 __all__ = ["VideoMamba", "VideoMambaDistilled", "VideoMambaPretrain"]
-
-
-@opaque
-def check_clips(x: Tensor, in_chans: int, tubelet_size: int, min_size: int, name: str) -> None:
-    """Raises one clear InputError for clips of the wrong rank, length, channel count or size."""
-    if x.ndim != 5:
-        raise InputError(f"{name} expects clips (B, {in_chans}, T, H, W), got shape {tuple(x.shape)}")
-    if x.shape[2] < tubelet_size:
-        raise InputError(f"a clip has at least {tubelet_size} frames, got {x.shape[2]}")
-    check_images(x[:, :, 0], in_chans, min_size, name)
 
 
 class VideoMamba(PlainBackbone):

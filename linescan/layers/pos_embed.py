@@ -6,7 +6,15 @@ from torch import Tensor
 
 from .tracing import opaque
 
-__all__ = ["axial_rope", "grid_rope", "resample_frames", "resample_pos_embed", "rotate_pairs", "sinusoid_table"]
+__all__ = [
+    "axial_rope",
+    "grid_rope",
+    "resample_frames",
+    "resample_pos_embed",
+    "resample_volume",
+    "rotate_pairs",
+    "sinusoid_table",
+]
 
 
 @opaque
@@ -29,6 +37,16 @@ def resample_frames(table: Tensor, frames: int) -> Tensor:
         return table
     compute = torch.promote_types(table.dtype, torch.float32)
     return F.interpolate(table.to(compute).mT, frames, mode="linear", align_corners=False).mT.to(table.dtype)
+
+
+@opaque
+def resample_volume(table: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """A table (1, T, H, W, D) at another grid: frame by frame as `resample_pos_embed`, then as `resample_frames`."""
+    frames, *size = grid
+    if tuple(table.shape[1:4]) == tuple(grid):
+        return table
+    new = resample_pos_embed(table[0], tuple(size))
+    return resample_frames(new.flatten(1)[None], frames).view(1, *grid, table.shape[-1])
 
 
 @opaque

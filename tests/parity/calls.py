@@ -195,3 +195,9 @@ def care(module, inputs):
     module.set_distilled_training()
     results["head_logits"], results["dist_logits"] = module.train().forward_head(maps[-1].movedim(1, -1))
     return results
+
+
+def mean_of_tokens(module, inputs):
+    """Where the original's pooled features are those before the norm of the head."""
+    x = module.forward_features(inputs["input"])
+    return {"pooled": module.pool(x), "logits": module(inputs["input"])}
