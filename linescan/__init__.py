@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .errors import BrokenImage, BrokenVideo, CheckpointError, InputError
     from .tasks.classify import Classifier
     from .tasks.detect import Detector
+    from .tasks.point_detect import BoxDetector
+    from .tasks.point_occupancy import SceneCompleter
     from .tasks.point_parts import PartSegmenter
     from .tasks.points import PointClassifier
     from .tasks.restore import Restorer
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "BoxDetector",
     "BrokenImage",
     "BrokenVideo",
     "CheckpointError",
@@ -35,6 +38,7 @@ __all__ = [
     "PartSegmenter",
     "PointClassifier",
     "Restorer",
+    "SceneCompleter",
     "Segmenter",
     "create_model",
     "list_models",
@@ -43,6 +47,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BoxDetector": "tasks.point_detect",
     "BrokenImage": "errors",
     "BrokenVideo": "errors",
     "CheckpointError": "errors",
@@ -52,6 +57,7 @@ _HOMES = {
     "PartSegmenter": "tasks.point_parts",
     "PointClassifier": "tasks.points",
     "Restorer": "tasks.restore",
+    "SceneCompleter": "tasks.point_occupancy",
     "Segmenter": "tasks.segment",
     "create_model": "zoo",
     "list_models": "zoo",

@@ -280,6 +280,7 @@ def test_importing_linescan_imports_neither_torch_nor_timm():
 def test_public_api():
     assert set(linescan.__all__) <= set(dir(linescan))
     assert sorted(linescan.__all__) == [
+        "BoxDetector",
         "BrokenImage",
         "BrokenVideo",
         "CheckpointError",
@@ -289,6 +290,7 @@ def test_public_api():
         "PartSegmenter",
         "PointClassifier",
         "Restorer",
+        "SceneCompleter",
         "Segmenter",
         "create_model",
         "list_models",

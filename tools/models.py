@@ -67,10 +67,13 @@ def maps(entry: zoo.Entry) -> str:
 def row(entry: zoo.Entry) -> str:
     with torch.device("meta"):
         model = linescan.create_model(entry.name)
-    params, macs = measure_inputs(model, entry.inputs)
+    if "scan_features" in entry.preprocess:  # what is computed depends on how many voxels a scan fills
+        params, macs = sum(p.numel() for p in model.parameters()), None
+    else:
+        params, macs = measure_inputs(model, entry.inputs)
     size = " + ".join("x".join(map(str, shape)) for shape in entry.inputs)
     cells = (
-        f"`{entry.name}`", number(entry.params, 3), f"{params / 1e6:.3f}", number(entry.gmacs, 2), f"{macs / 1e9:.2f}",
+        f"`{entry.name}`", number(entry.params, 3), f"{params / 1e6:.3f}", number(entry.gmacs, 2), number(macs and macs / 1e9, 2),
         size, results(entry), maps(entry), entry.licence,
     )  # fmt: skip
     return f"| {' | '.join(cells)} |\n"

@@ -11,7 +11,7 @@ from .predict import answer_files
 if TYPE_CHECKING:
     from linescan.tasks.tool import Tool, Writer
 
-points = group("points", "Point clouds: name what they show, what each point belongs to, or where things are.")
+points = group("points", "Point clouds: what they show, what each point is of, where things are, and what is around.")
 
 Scans = Annotated[
     list[str],
@@ -157,3 +157,41 @@ def detect(
         return tool, BoxTable(to, pages)
 
     answer_files(open_tool, paths, to, overlays, as_json, "detecting", kinds=("cloud",))
+
+
+@command(
+    "linescan points occupancy 000000.bin --checkpoint runs/occupancy/best.safetensors",
+    "linescan points occupancy sequences/08/velodyne --model occrwkv_semantickitti --checkpoint weights.pth -o runs/08",
+    of=points,
+)
+def occupancy(
+    paths: Scans,
+    model: Model = None,
+    checkpoint: Checkpoint = None,
+    to: Annotated[Path, typer.Option("--out", "-o", help="The folder that everything is written to.")] = Path(
+        "runs/points-occupancy"
+    ),
+    limit: Limit = 2_000_000,
+    columns: Columns = None,
+    pages: Pages = True,
+    overlays: Overlays = True,
+    device: Device = None,
+    precision: Precision = Floats.fp32,
+    batch: Clouds = 1,
+    model_arg: ModelArgs = None,
+    as_json: Json = False,
+):
+    """Say what every cell around a scanner is, seen or not: OUT/volumes/NAME.npy, OUT/cells/NAME.ply.
+
+    The volume lies in front of the scanner: 51.2 m long and wide, 6.4 m high, in cells of 0.2 m, as the published model
+    has it. A file that cannot be read is named and skipped; the exit status is then 1.
+    """
+
+    def open_tool() -> tuple["Tool", "Writer"]:
+        from linescan.tasks.point_occupancy import SceneCompleter, VolumeTable
+
+        args = {"device": device, "dtype": precision.dtype, "batch": batch, "limit": limit, "columns": columns}
+        tool = SceneCompleter(model, checkpoint, **args, **model_args(model_arg))
+        return tool, VolumeTable(to, tool.classes, pages)
+
+    answer_files(open_tool, paths, to, overlays, as_json, "completing", kinds=("cloud",))

@@ -334,7 +334,7 @@ class DigitStreet(SceneSet):
     """
 
     held_out: bool
-    count: int = 200
+    count: int = 160
     by_digit: bool = False
     in_memory: bool = True
     made: dict[int, Scene] = field(default_factory=dict)
@@ -354,7 +354,7 @@ class DigitStreet(SceneSet):
 
     def _make(self, index: int) -> Scene:
         dice = np.random.default_rng((int(self.held_out), index))
-        ground = np.column_stack([dice.uniform(-12.8, 12.8, (1200, 2)), dice.normal(0, 0.03, 1200)])
+        ground = np.column_stack([dice.uniform(-12.8, 12.8, (800, 2)), dice.normal(0, 0.03, 800)])
         parts, boxes, labels = [ground], [], []
         for _ in range(dice.integers(3, 7)):
             place, turn = dice.uniform(-10.5, 10.5, 2), dice.uniform(-math.pi, math.pi)
@@ -392,7 +392,7 @@ def open_scenes(data: str, fraction: float = 0.1, sweeps: int = 10) -> tuple[Sce
         InputError: there is no such layout, or one part of it is empty.
     """
     if data == "digits":
-        return DigitStreet(False), DigitStreet(True, 60)
+        return DigitStreet(False), DigitStreet(True, 40)
     root = Path(data)
     if (root / "training" / "velodyne").is_dir():
         frames = sorted(path.stem for path in (root / "training" / "velodyne").glob("*.bin"))

@@ -31,6 +31,7 @@ __all__ = [
     "ClassificationRecipe",
     "CloudRecipe",
     "DistillationRecipe",
+    "OccupancyRecipe",
     "PartsRecipe",
     "PointClassificationRecipe",
     "PointPretrainingRecipe",
@@ -445,6 +446,32 @@ class ScanDetectionRecipe(Recipe):
     clip_grad: float | None = option(10.0, "Largest norm of the gradient.", OPTIMISER, POSITIVE)
 
 
+@dataclass(frozen=True)
+class OccupancyRecipe(Recipe):
+    """Train a network that says what every cell around a scanner is: OccRWKV."""
+
+    task: ClassVar[str] = "point-occupancy"
+    implementation: ClassVar[str] = "linescan.tasks.point_occupancy:CompletionTask"
+    default_model: ClassVar[str] = "occrwkv_semantickitti"
+    judges: ClassVar[bool] = True
+    scored: ClassVar[str] = "SemanticKITTI's folder; of it sequence 08."
+    examples: ClassVar[tuple[str, ...]] = (
+        "linescan train --task point-occupancy --data SemanticKITTI --out runs/occupancy",
+        "linescan evaluate --task point-occupancy --data SemanticKITTI --checkpoint runs/occupancy/best.safetensors",
+        "linescan points occupancy 000000.bin --checkpoint runs/occupancy/best.safetensors",
+    )
+
+    data: str = option(..., "SemanticKITTI's folder, with sequences/00/velodyne, labels and voxels in it.", DATA,
+                       short="-d")  # fmt: skip
+    augment: str = option("flip", "flip (along x and y) or none.", AUGMENT, choices=("flip", "none"))
+    epochs: int = option(80, "Times that each sample is seen.", OPTIMISER, COUNT, short="-e")
+    batch: int = option(2, "Scans in one forward pass of a process.", OPTIMISER, COUNT, short="-b")
+    optimizer: str = option("adam", "An optimiser of timm: adam, adamw, sgd, lion, muon, ...", OPTIMISER)
+    lr: float = option(1e-3, "Highest learning rate.", OPTIMISER, POSITIVE)
+    weight_decay: float = option(0.0, "Weight decay.", OPTIMISER, NATURAL)
+    warmup: float = option(0.0, "Epochs in which the learning rate rises from 0.", OPTIMISER, NATURAL)
+
+
 RECIPES: dict[str, type[Recipe]] = {
     recipe.task: recipe
     for recipe in (
@@ -457,6 +484,7 @@ RECIPES: dict[str, type[Recipe]] = {
         PartsRecipe,
         PointPretrainingRecipe,
         ScanDetectionRecipe,
+        OccupancyRecipe,
     )
 }
 """By the name of the task."""

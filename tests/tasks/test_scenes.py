@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 from linescan.cli import app
 from linescan.engine.box_scores import BoxScores, Found, average_precision, kitti_precision, nuscenes_scores
 from linescan.engine.cards import read_card
+from linescan.engine.processes import Processes
+from linescan.engine.recipe import Run
 from linescan.engine.scene_sets import (
     DigitStreet,
     SceneAugment,
@@ -21,10 +23,12 @@ from linescan.engine.scene_sets import (
     turned,
 )
 from linescan.engine.scores import Totals
+from linescan.engine.training import Training
 from linescan.errors import InputError
 from linescan.layers.boxes import Boxes, iou_3d, points_in_boxes
 from linescan.media.clouds import ScanPreprocess
 from linescan.tasks.point_detect import BoxDetector
+from linescan.tasks.recipes import ScanDetectionRecipe
 
 from ..runs import contents, finish, kill_and_resume, same
 
@@ -308,6 +312,7 @@ def arguments(data, **options):
     return tuple(words)
 
 
+@pytest.mark.slow
 def test_kitti_trains_is_killed_resumes_and_is_scored(kitti, tmp_path):
     args = arguments(kitti, holdout=0.2)
     finish(tmp_path, args, "whole")
@@ -338,11 +343,11 @@ def test_kitti_trains_is_killed_resumes_and_is_scored(kitti, tmp_path):
 
 def test_nuscenes_trains(nuscenes, tmp_path):
     head = {"proposals": 8, "dim": 16, "num_heads": 2, "hidden": 16, "reach": 2}
-    args = arguments(nuscenes, holdout=0.5, model="lion_mamba_nuscenes")
-    args = (*args, "--model-arg", f"head_args={json.dumps(head)}", "--model-arg", "stride=1")
-    finish(tmp_path, args, "run")
-    rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
-    assert "val_nds" in rows[0] and len(rows) == 7
+    own = {**TINY, "head_args": head, "stride": 1}
+    recipe = ScanDetectionRecipe(str(nuscenes), model="lion_mamba_nuscenes", model_args=own, holdout=0.5, epochs=2)
+    scores = Training(recipe, tmp_path / "run", Processes(0, 1, torch.device("cpu")), Run(workers=0)).run()
+    assert set(scores) == {"map", "nds", "mte", "mse", "moe", "mve"}
+    assert all(math.isfinite(value) for value in scores.values())
 
 
 def test_a_street_is_made_as_it_says():
