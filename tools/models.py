@@ -73,8 +73,8 @@ def row(entry: zoo.Entry) -> str:
         params, macs = measure_inputs(model, entry.inputs)
     size = " + ".join("x".join(map(str, shape)) for shape in entry.inputs)
     cells = (
-        f"`{entry.name}`", number(entry.params, 3), f"{params / 1e6:.3f}", number(entry.gmacs, 2), number(macs and macs / 1e9, 2),
-        size, results(entry), maps(entry), entry.licence,
+        f"`{entry.name}`", number(entry.params, 3), f"{params / 1e6:.3f}", number(entry.gmacs, 2),
+        number(macs and macs / 1e9, 2), size, results(entry), maps(entry), entry.licence,
     )  # fmt: skip
     return f"| {' | '.join(cells)} |\n"
 
