@@ -324,8 +324,8 @@ class NuScenes(SceneSet):
 class DigitStreet(SceneSet):
     """Scikit-learn's digits on boards that stand in a street, seen from its middle: made, not read.
 
-    A street is 25.6 m long and wide, with noise on its ground. Three to six boards of 2.4 m stand in it, turned by any
-    angle; the points of each become fewer with the distance.
+    A street is 25.6 m long and wide, with noise on its ground. Three to six boards of 2.4 m stand in it, facing one
+    side, more or less; the points of each become fewer with the distance.
 
     Args:
         held_out: the held-out digits rather than those to train on.
@@ -357,7 +357,7 @@ class DigitStreet(SceneSet):
         ground = np.column_stack([dice.uniform(-12.8, 12.8, (800, 2)), dice.normal(0, 0.03, 800)])
         parts, boxes, labels = [ground], [], []
         for _ in range(dice.integers(3, 7)):
-            place, turn = dice.uniform(-10.5, 10.5, 2), dice.uniform(-math.pi, math.pi)
+            place, turn = dice.uniform(-10.5, 10.5, 2), dice.uniform(-1, 1)
             if any(np.hypot(*(place - box[:2])) < 3.5 for box in boxes):
                 continue
             which = int(dice.integers(len(self.digits)))
