@@ -173,9 +173,7 @@ class ScanDetectionTask(Task):
 
     def forward(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
         raw = model(batch["points"], batch["lengths"])
-        with torch.autocast(batch["points"].device.type, enabled=False):
-            targets = list(zip(batch["boxes"], batch["labels"]))
-            loss = self.model.losses(in_float32(raw), targets)["loss"]
+        loss = self.model.losses(raw, list(zip(batch["boxes"], batch["labels"])))["loss"]
         return {"loss": loss, "output": torch.tensor(batch["lengths"])}
 
     def card(self) -> ModelCard:
@@ -183,12 +181,3 @@ class ScanDetectionTask(Task):
 
     def describe(self) -> str:
         return f"{len(self.classes)} classes, {super().describe()}"
-
-
-def in_float32(raw):
-    """Raw answers of a head, made in half precision, as losses want them."""
-    if isinstance(raw, Tensor):
-        return raw.float() if raw.dtype in (torch.float16, torch.bfloat16) else raw
-    if isinstance(raw, dict):
-        return {name: in_float32(x) for name, x in raw.items()}
-    return [in_float32(x) for x in raw] if isinstance(raw, (list, tuple)) else raw

@@ -205,11 +205,8 @@ class CompletionTask(Task):
 
     def forward(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
         found = model(batch["points"], batch["lengths"], batch["occupancy"])
-        found = found._replace(
-            logits=found.logits.float(), semantic=[x.float() for x in found.semantic],
-            occupied=[x.float() for x in found.occupied],
-        )  # fmt: skip
-        parts = self.model.losses(found, batch["target"].long(), batch["labels"], weights=class_weights())
+        with torch.autocast(found.logits.device.type, enabled=False):
+            parts = self.model.losses(found, batch["target"].long(), batch["labels"], weights=class_weights())
         return {**parts, "output": found.logits}
 
     def card(self) -> ModelCard:

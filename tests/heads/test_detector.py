@@ -7,7 +7,7 @@ import torch
 
 import linescan
 from linescan.errors import InputError
-from linescan.heads.points.box_heads import AnchorHead, CenterHead, Grid, draw_heat, heat_radius
+from linescan.heads.points.box_heads import AnchorHead, CenterHead, Grid, TransFusionHead, draw_heat, heat_radius
 from linescan.heads.points.detector import VoxelDetector
 from linescan.layers.boxes import iou_3d
 
@@ -96,6 +96,16 @@ def test_a_scan_is_answered_as_if_it_were_alone(name):
             torch.testing.assert_close(other.scores, found.scores)
 
 
+def test_half_precision_keeps_boxes_precise():
+    model, (points, boxes, labels) = tiny("center"), street(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.losses(model(points[None]), [(boxes, labels)])["loss"].backward()
+        found = model.eval().detect(points[None])[0]
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert found.boxes.dtype == torch.float32 and len(found)
+    assert not torch.equal(found.boxes[:, :2], found.boxes[:, :2].bfloat16().float())
+
+
 def test_scans_without_boxes_or_points_in_the_space():
     for name in HEADS:
         model = tiny(name)
@@ -157,6 +167,29 @@ def test_directions_tell_front_from_rear():
         ways[..., min(losses)[1]] = 5
         (found,) = head.decode(raw())
         assert math.cos(found.boxes[0, 6].item() - angle) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("angle", [-2.5, 0.3, 1.2, 3.0])
+def test_what_has_no_loss_is_decoded_as_the_truth(angle):
+    grid = Grid((0.0, -8.0), (0.5, 0.25), (8, 16))
+    box = torch.tensor([[1.3, -6.1, 0.7, 3.9, 1.6, 1.4, angle, 2.0, -1.0]])
+    head = CenterHead(4, 2, grid, shared=4, velocity=True, score=0.5)
+    maps = {"center": (0.6, 0.6), "center_z": (0.7,), "dim": [math.log(v) for v in (3.9, 1.6, 1.4)],
+            "rot": (math.cos(angle), math.sin(angle)), "vel": (2.0, -1.0)}  # fmt: skip
+    raw = {name: torch.tensor(values).view(1, -1, 1, 1).expand(1, -1, 16, 8) for name, values in maps.items()}
+    raw["hm"] = torch.full((1, 2, 16, 8), -9.0)
+    raw["hm"][0, 1, 7, 2] = 9.0  # row and column of the cell that holds the centre
+    losses = head.losses([raw], [(box, torch.tensor([1]))])
+    assert losses["box"] < 1e-4 and losses["heat"] < 0.05
+    (found,) = head.decode([raw])
+    torch.testing.assert_close(found.boxes, box, atol=1e-5, rtol=1e-5)
+    assert found.labels.tolist() == [1]
+
+    other = TransFusionHead(4, 2, grid, proposals=3, dim=8, num_heads=2, hidden=8, small=(), reach=1)
+    code = other.encode(box)
+    said = dict(zip(other.parts, code.split(list(other.parts.values()), 1)))
+    torch.testing.assert_close(other.boxes_of(said), box, atol=1e-5, rtol=1e-5)
+    assert said["height"].item() == pytest.approx(1.4)  # the top: 0.7 + 1.4 / 2
 
 
 def test_heat():

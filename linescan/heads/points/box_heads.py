@@ -21,7 +21,7 @@ from ...extras import require
 from ...layers.boxes import Boxes, iou_3d, limit_angle, nms
 from ...layers.sparse import SparseTensor, SubmanifoldConv
 
-__all__ = ["HEADS", "AnchorHead", "BoxHead", "CenterHead", "Grid", "TransFusionHead"]
+__all__ = ["HEADS", "AnchorHead", "BoxHead", "CenterHead", "Grid", "TransFusionHead", "in_float32"]
 
 Targets = Sequence[tuple[Tensor, Tensor]]
 """Of each sample the boxes that are there, (M, 7) or (M, 9), and their classes (M,)."""
@@ -94,6 +94,15 @@ class BoxHead(nn.Module):
             kept.append(rows[nms(own.boxes, own.scores, iou, self.most_before, self.most)])
         best = torch.cat(kept)
         return found[best[found.scores[best].argsort(descending=True, stable=True)]]
+
+
+def in_float32(raw):
+    """Raw answers of a head in float32 at least: half precision would place boxes a quarter of a metre off."""
+    if isinstance(raw, Tensor):
+        return raw.float() if raw.dtype in (torch.float16, torch.bfloat16) else raw
+    if isinstance(raw, dict):
+        return {name: in_float32(x) for name, x in raw.items()}
+    return [in_float32(x) for x in raw] if isinstance(raw, (list, tuple)) else raw
 
 
 def focal_loss(logits: Tensor, target: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:

@@ -21,7 +21,7 @@ from ...layers.boxes import Boxes
 from ...layers.points import Lengths
 from ...layers.sparse import SparseTensor, from_spconv, scatter, voxelize
 from ...zoo import register
-from .box_heads import HEADS, Grid, Targets
+from .box_heads import HEADS, Grid, Targets, in_float32
 
 __all__ = ["GroundNet", "VoxelDetector", "VoxelEncoder"]
 
@@ -212,12 +212,15 @@ class VoxelDetector(nn.Module):
         return self.head(self.features(points, lengths))
 
     def detect(self, points: Tensor, lengths: Lengths = None) -> list[Boxes]:
-        """Clouds -> the boxes of each, best first."""
-        return self.head.decode(self(points, lengths))
+        """Clouds -> the boxes of each, best first; in float32 at least, whatever the network computes in."""
+        raw = self(points, lengths)
+        with torch.autocast(points.device.type, enabled=False):
+            return self.head.decode(in_float32(raw))
 
     def losses(self, raw, targets: Targets) -> dict[str, Tensor]:
         """Of a raw answer, against the boxes of each cloud (M, 7 or 9) and their classes (M,)."""
-        return self.head.losses(raw, targets)
+        with torch.autocast(targets[0][0].device.type, enabled=False):
+            return self.head.losses(in_float32(raw), targets)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute what the operators keep in the backward pass."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ...backbones.points.contract import check_clouds
 from ...checkpoint import rename
 from ...errors import InputError
+from ...layers.norm import at_least_float32
 from ...layers.points import Lengths
 from ...layers.rwkv import ChannelMix, QuadShift, RWKVBlock, SpatialMix, from_official
 from ...layers.sparse import Sites, SparseTensor, SubmanifoldConv, from_spconv, scatter, unique_cells, voxelize
@@ -509,7 +510,7 @@ def lovasz_softmax(probabilities: Tensor, target: Tensor) -> Tensor:
 
 def both_losses(logits: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
     """Cross entropy and Lovász softmax of logits (B, classes, N) against (B, N), but for cells that are ignored."""
-    counted = target != IGNORED
+    counted, logits = target != IGNORED, at_least_float32(logits)
     if not counted.any():
         return 0 * logits.sum()
     entropy = F.cross_entropy(logits, target, weights, ignore_index=IGNORED)
