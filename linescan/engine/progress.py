@@ -58,12 +58,14 @@ def show_table(table: Table) -> None:
 @contextmanager
 def progress_bar(description: str, total: int, done: int = 0, show: bool = True) -> Iterator[Callable[..., Any]]:
     """A bar on the terminal; yields `advance(n=1, description=None)`. Silent where stderr is not a terminal."""
+    if not (show and console.is_terminal):  # a disabled bar of rich 13 and 14 still ends in an empty line
+        yield lambda *args, **kwargs: None
+        return
     columns = (
         TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("<"), TimeRemainingColumn(),
     )  # fmt: skip
-    how = dict(transient=True, disable=not (show and console.is_terminal), redirect_stdout=out.is_terminal)
-    with Progress(*columns, console=console, **how) as progress:
+    with Progress(*columns, console=console, transient=True, redirect_stdout=out.is_terminal) as progress:
         task = progress.add_task(visible(description), total=total, completed=done)
 
         def advance(n: float = 1, description: str | None = None) -> None:
