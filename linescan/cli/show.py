@@ -93,7 +93,11 @@ def info(
     with console.status("measuring"):
         if special := entry and entry.task != "classification":
             sizes, how = entry.inputs, entry.preprocess
-            params, macs = measure_inputs(built, sizes)
+            if "scan_features" in how:  # what is computed depends on how many voxels a scan fills
+                params, macs = sum(p.numel() for p in built.parameters()), None
+                how = {"points": ", ".join(("x y z", *how["scan_features"]))}
+            else:
+                params, macs = measure_inputs(built, sizes)
         else:
             preprocess = preprocess_of(built, args.get("in_chans"), args.get("img_size"))
             sizes, how = [preprocess.size], preprocess.as_dict()
@@ -110,7 +114,7 @@ def info(
     table = Table(model, "published", "measured", box=box.SIMPLE_HEAD)
     table.add_row("parameters (M)", number(fact.get("params"), ".2f"), f"{params / 1e6:.2f}")
     size = " and ".join(" x ".join(map(str, size)) for size in sizes)
-    table.add_row("GMACs", number(fact.get("gmacs"), ".2f"), f"{macs / 1e9:.2f} at {size}")
+    table.add_row("GMACs", number(fact.get("gmacs"), ".2f"), f"{macs / 1e9:.2f} at {size}" if macs else "-")
     by_evaluating = "`linescan evaluate` measures it" if fact.get("task") in ("classification", "restoration") else "-"
     for name, value in fact.get("metrics", {}).items():
         table.add_row(name, number(value, ".4g"), by_evaluating)

@@ -13,8 +13,10 @@ from linescan.heads.points.occupancy import (
     class_weights,
     coarser,
     commonest,
+    from_above,
     lovasz_softmax,
 )
+from linescan.layers.sparse import Sites, SparseTensor
 
 
 def tiny(**args):
@@ -84,6 +86,14 @@ def test_targets():
     target[0, 3, 3, 3] = IGNORED
     assert coarser(target, 2)[0, 0, 0, 0] == 1 and coarser(target, 2)[0, 1, 1, 1] == IGNORED
     assert coarser(target, 2).sum() == 1 + IGNORED
+
+
+def test_maps_from_above_have_the_largest_of_each_column():
+    coords = torch.tensor([[0, 0, 1, 2], [0, 3, 1, 2], [1, 2, 0, 0]])
+    features = torch.tensor([[1.0, -5.0], [-2.0, -3.0], [7.0, 7.0]])
+    maps = from_above(SparseTensor(features, Sites(coords, (4, 2, 3), 2)))
+    assert maps.shape == (2, 2, 2, 3) and maps[0, :, 1, 2].tolist() == [1, -3] and maps[1, :, 0, 0].tolist() == [7, 7]
+    assert maps.count_nonzero() == 4
 
 
 def test_volumes_and_maps_that_do_not_fit():
