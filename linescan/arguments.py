@@ -11,8 +11,8 @@ from .errors import InputError
 
 __all__ = ["check_arguments", "optional_arguments", "parameters"]
 
-# Whole numbers are counts and sizes, at least 1; these may be 0: no classifier, no categories, single images, ...
-MAY_BE_ZERO = {"num_categories", "num_classes", "num_frames", "shift_pixels", "stripes"}
+# Whole numbers are counts and sizes, at least 1; these may be 0: no classifier, single images, the first block, ...
+MAY_BE_ZERO = {"num_categories", "num_classes", "num_frames", "shift_pixels", "stripes", "taps"}
 
 
 def parameters(cls: type) -> dict[str, inspect.Parameter]:
