@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .checkpoint import load_checkpoint, read_state_dict
     from .errors import BrokenImage, BrokenVideo, CheckpointError, InputError
+    from .tasks.anomaly import AnomalyDetector
     from .tasks.classify import Classifier
     from .tasks.detect import Detector
     from .tasks.point_detect import BoxDetector
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "AnomalyDetector",
     "BoxDetector",
     "BrokenImage",
     "BrokenVideo",
@@ -47,6 +49,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AnomalyDetector": "tasks.anomaly",
     "BoxDetector": "tasks.point_detect",
     "BrokenImage": "errors",
     "BrokenVideo": "errors",

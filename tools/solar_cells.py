@@ -69,27 +69,38 @@ def solar_cells(
 
 
 def write_cells(folder: Path) -> Path:
-    """train/ and test/, with a folder for each class; links to the package's files where the system can."""
+    """train/ and test/, with a folder for each class."""
+    for source, probability, _, held_out in read_cells():
+        place = folder / ("test" if held_out else "train") / CLASSES[probability > 0.5]
+        copy_file(source, place)
+    return folder
+
+
+def read_cells() -> list[tuple[Path, float, str, bool]]:
+    """Of each cell the file, the probability of a defect, mono or poly, and whether it is held out."""
     try:
         import elpv_dataset
     except ImportError:
         raise InputError("the images are in a package of their own; `pip install elpv-dataset` installs it") from None
     source = Path(elpv_dataset.__file__).parent / "data"
-    kinds = defaultdict(list)
+    kinds, cells = defaultdict(list), []
     with open(source / "labels.csv", newline="") as file:
         for path, probability, crystal in csv.reader(file, delimiter=" ", skipinitialspace=True):
             kinds[float(probability), crystal.strip()].append(path)
     for (probability, crystal), paths in sorted(kinds.items()):
         random.Random(f"{probability:.2f} {crystal}").shuffle(paths)
         border = round(len(paths) * HELD_OUT)
-        for i, path in enumerate(paths):
-            place = folder / ("test" if i < border else "train") / CLASSES[probability > 0.5]
-            place.mkdir(parents=True, exist_ok=True)
-            target = place / Path(path).name
-            if not target.exists():
-                with atomic(target) as copy:
-                    copy.write((source / path).read_bytes())
-    return folder
+        cells += [(source / path, probability, crystal, i < border) for i, path in enumerate(paths)]
+    return cells
+
+
+def copy_file(source: Path, place: Path) -> None:
+    """Copies a file into a folder, unless it is there."""
+    target = place / source.name
+    if not target.exists():
+        place.mkdir(parents=True, exist_ok=True)
+        with atomic(target) as copy:
+            copy.write(source.read_bytes())
 
 
 def train(name: str, cells: Path, run: Path, cost: Path, epochs: int, size: int) -> None:

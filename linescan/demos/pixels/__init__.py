@@ -16,7 +16,10 @@ from ..telling import tell_commands, tell_files
 
 __all__ = ["PARTS", "demo_pixels"]
 
-PARTS = {"restoration": "noise taken away, images enlarged, and how"}
+PARTS = {
+    "restoration": "noise taken away, images enlarged, and how",
+    "anomaly": "what is pasted into textures, found without having seen any",
+}
 """The parts, in this order, and what the folder of each holds."""
 
 
