@@ -22,7 +22,7 @@ from .linear import linear
 from .s6 import CROSS, S6Scan, init_dt_bias, simple_init
 from .stems import depthwise
 
-__all__ = ["SS2D_NAMES", "CascadeSS2D", "MapScan", "SS2D", "SSDScan"]
+__all__ = ["ROUTE_FAMILIES", "SS2D_NAMES", "CascadeSS2D", "MapScan", "MultiHeadScan", "SS2D", "SSDScan"]
 
 # What the files of VMamba, and of all that was made from it, call the parameters of an SS2D: for `checkpoint.rename`.
 SS2D_NAMES = (
@@ -153,6 +153,8 @@ class SS2D(TokenMixer):
         merge: how the routes' outputs become one, see `MultiRoute`.
         init: of the scan.
         drop_rate: dropout after out_proj.
+        project_in, project_out: whether there are in_proj and out_proj; without the former neither gate nor expansion,
+            without the latter no expansion.
     """
 
     def __init__(
@@ -172,19 +174,25 @@ class SS2D(TokenMixer):
         merge: str | Callable[[int, int], nn.Module] = "sum",
         init: str = "v0",
         drop_rate: float = 0.0,
+        project_in: bool = True,
+        project_out: bool = True,
     ):
         super().__init__()
         inner = int(expand * dim)
         known("gate", gate, ("act", "linear", None))
+        if inner != dim and not (project_in and project_out) or (gate and not project_in):
+            raise InputError("SS2D without a projection has as many inner channels as outer ones, and without in_proj "
+                             "no gate")  # fmt: skip
         known("out_norm", out_norm, tuple(OUT_NORMS))
-        self.in_proj = nn.Linear(dim, inner if gate is None else 2 * inner, bias=False)
+        width = inner if gate is None else 2 * inner
+        self.in_proj = nn.Linear(dim, width, bias=False) if project_in else nn.Identity()
         self.gate = {"act": act_layer, "linear": nn.Identity, None: lambda: None}[gate]()
         self.conv = depthwise(inner, d_conv, bias=conv_bias) if d_conv > 1 else nn.Identity()
         self.act = act_layer()
         self.ssm = scan_layer(inner, routes, d_state, dt_rank or math.ceil(dim / 16), init, merge=merge)
         self.out_norm = OUT_NORMS[out_norm](inner)
         self.out_act = nn.GELU() if out_act else nn.Identity()
-        self.out_proj = nn.Linear(inner, dim, bias=False)
+        self.out_proj = nn.Linear(inner, dim, bias=False) if project_out else nn.Identity()
         self.drop = nn.Dropout(drop_rate)
 
     def scan(self, u: Tensor, **options) -> tuple[Tensor, Tensor | None]:
@@ -232,6 +240,77 @@ class CascadeSS2D(SS2D):
             y = ssm(lines.flatten(0, 1), route=route)
             u = y.unflatten(0, lines.shape[:2]).transpose(1, 2)  # to the columns, and back to the rows
         return u, None
+
+
+ROUTE_FAMILIES = {
+    "C": "snake, -snake, T:snake, -T:snake",
+    "X": "zigzag, -zigzag, fliplr:zigzag, -fliplr:zigzag",
+    "S": "spiral, -spiral, flipud:spiral, -flipud:spiral",
+    "Z": "row, -row, col, -col",
+}
+"""The routes of MHS-VM's heads, by their letters: continuous, diagonal, spiral and raster."""
+
+
+class MultiHeadScan(TokenMixer):
+    """Tokens (B, L, dim) in heads of dim // n channels, each scanned along routes of its own, side by side again.
+
+        h_1, ..., h_n = in_proj(x);    y = out_proj(norm(cat[merge(S6_i(h_i))]))
+
+    Ji, "MHS-VM: Multi-Head Scanning in Parallel Subspaces for Vision Mamba", 2024, arXiv 2406.05992. A `scan_layer` of
+    `SS2D`.
+
+    Args:
+        dim: channels in and out.
+        routes: of each head; as many heads as there are.
+        d_state: N, state size per channel.
+        dt_rank: R, of each head; None for ceil(dim // n / 16).
+        init: of the scans, see `S6Scan`.
+        merge: how the routes of a head become one; as published "route_attention" with a threshold.
+        project: False for heads that are only put side by side; n divides dim then.
+
+    Raises:
+        InputError: more heads than channels, or n does not divide dim where it must.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        routes: Sequence[RouteLike | Sequence[RouteLike]] = tuple(ROUTE_FAMILIES.values()),
+        d_state: int = 16,
+        dt_rank: int | None = None,
+        init: str = "v0",
+        merge: str | Callable[[int, int], nn.Module] = "route_attention",
+        project: bool = True,
+    ):
+        super().__init__()
+        width = dim // len(routes)
+        if not width or (width * len(routes) != dim and not project):
+            raise InputError(f"{dim} channels do not divide into {len(routes)} heads")
+        self.in_proj = nn.Linear(dim, width * len(routes), bias=False)
+        self.heads = nn.ModuleList(S6Scan(width, own, d_state, dt_rank, init, merge=merge) for own in routes)
+        self.norm = nn.LayerNorm(width * len(routes)) if project else nn.Identity()
+        self.out_proj = nn.Linear(width * len(routes), dim, bias=False) if project else nn.Identity()
+
+    def mix_tokens(
+        self,
+        x: Tensor,
+        grid: tuple[int, ...],
+        *,
+        route: Tensor | None = None,
+        initial_state: Tensor | None = None,
+        **options,
+    ) -> tuple[Tensor, Tensor]:
+        """As of all mixers; routes and states are those of the heads one after the other."""
+        counts = [head.along.n_routes for head in self.heads]
+        inputs = linear(self.in_proj, x).chunk(len(self.heads), -1)
+        tables = [None] * len(counts) if route is None else route.split(counts, -2)
+        states = [None] * len(counts) if initial_state is None else initial_state.split(counts, 1)
+        each = [
+            head.mix_tokens(one, grid, route=table, initial_state=state, **options)
+            for head, one, table, state in zip(self.heads, inputs, tables, states)
+        ]
+        merged, last = zip(*each)
+        return linear(self.out_proj, self.norm(torch.cat(merged, -1))), torch.cat(last, 1)
 
 
 class MapScan(S6Scan):

@@ -15,6 +15,7 @@ __all__ = [
     "ConvStem",
     "ImageStem",
     "MapConv2d",
+    "PatchExpand",
     "PatchMerging",
     "PatchStem",
     "batch_norm",
@@ -183,3 +184,22 @@ class ConvDownsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x))
+
+
+class PatchExpand(nn.Module):
+    """(B, H, W, C) -> (B, factor H, factor W, out): a Linear to the patch that each position becomes, then LayerNorm.
+
+    The outputs of the Linear are (row of the patch, column, channel). The reverse of `PatchMerging`, as Swin-Unet has
+    it (Cao et al., arXiv 2105.05537).
+    """
+
+    def __init__(self, dim: int, out_dim: int, factor: int = 2):
+        super().__init__()
+        self.factor = factor
+        self.expand = nn.Linear(dim, factor**2 * out_dim, bias=False)
+        self.norm = nn.LayerNorm(out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, height, width, _ = x.shape
+        x = linear(self.expand, x).view(batch, height, width, self.factor, self.factor, -1).transpose(2, 3)
+        return self.norm(x.reshape(batch, self.factor * height, self.factor * width, -1))

@@ -8,7 +8,17 @@ from torch import Tensor, nn
 
 from . import routes as _routes
 
-__all__ = ["MultiRoute", "Sum", "Mean", "Gate", "Concat", "ChannelAttention", "PathActivation", "create_merge"]
+__all__ = [
+    "MultiRoute",
+    "Sum",
+    "Mean",
+    "Gate",
+    "Concat",
+    "ChannelAttention",
+    "RouteAttention",
+    "PathActivation",
+    "create_merge",
+]
 
 
 class Sum(nn.Module):
@@ -106,9 +116,33 @@ class PathActivation(nn.Module):
         return self.mix(y, y.mean(2))
 
 
+class RouteAttention(nn.Module):
+    """(B, K, L, D) -> (B, L, D): the sum over routes, weighted by how much the routes differ at each place.
+
+        y = sum_k y_k * relu(c - threshold);    c = std_k(y_k) / (mean_k(y_k) - min_k(y_k) + 1e-5)
+
+    The standard deviation is the unbiased one. Without parameters; where all routes agree, 0. "Scan route attention" of
+    MHS-VM: Ji, "MHS-VM: Multi-Head Scanning in Parallel Subspaces for Vision Mamba", 2024, arXiv 2406.05992.
+
+    Args:
+        dim: D, channels.
+        n_routes: not used; any number of routes from two on will do.
+        threshold: below which there is nothing. Of four routes c is at least 2/3, unless they hardly differ.
+    """
+
+    def __init__(self, dim: int, n_routes: int = 4, threshold: float = 0.0):
+        super().__init__()
+        self.out_dim, self.threshold = dim, threshold
+
+    def forward(self, y: Tensor) -> Tensor:
+        above = y - y.amin(1, keepdim=True)  # exact where routes are close, and their means would cancel
+        spread = above.std(1) / (above.mean(1) + 1e-5)
+        return y.sum(1) * (spread - self.threshold).relu()
+
+
 _MERGES = {
     "sum": Sum, "mean": Mean, "gate": Gate, "concat": Concat, "channel_attention": ChannelAttention,
-    "path_activation": PathActivation,
+    "path_activation": PathActivation, "route_attention": RouteAttention,
 }  # fmt: skip
 
 
@@ -116,7 +150,8 @@ def create_merge(name: str, dim: int, n_routes: int) -> nn.Module:
     """A module that merges the outputs of K = `n_routes` routes, (B, K, L, dim) -> (B, L, merge.out_dim).
 
     Args:
-        name: "sum", "mean", "gate", "concat", "channel_attention" or "path_activation".
+        name: "sum", "mean", "gate", "concat", "channel_attention", "path_activation" or
+            "route_attention".
         dim: channels of one route's output.
         n_routes: K.
 

@@ -13,15 +13,24 @@ from ..media.preprocess import normalise
 from ..zoo import create_model, fetch, find
 from .results import names_and_colours
 
-__all__ = ["NAMED", "NamedSegmentor"]
+__all__ = ["NAMED", "NamedSegmentor", "stretched"]
+
+
+def stretched(images: Tensor) -> Tensor:
+    """Images (B, C, H, W), each so that its lowest value is 0 and its highest 255; float32. An even one is 0."""
+    images = images.float()
+    low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+    return (images - low) * (255 / (high - low).clamp_min(1e-12))
 
 
 class NamedSegmentor:
     """A segmentation model of the zoo: its network maps images (B, C, H, W) to logits (B, classes, H, W).
 
-    The entry's `preprocess` says how it is tested: `mean` and `std` of bytes; `scale` (longest, shortest), to which an
-    image's sides are resized at most; `divisor`, of which both sides are multiples; `min_size`, up to which smaller
-    images are padded.
+    The entry's `preprocess` says how it is tested: `mean` and `std` of bytes, or `stretch` for images whose darkest
+    value becomes 0 and whose brightest 255; `size`, to which an image is resized whatever its shape, or `scale`
+    (longest, shortest), to which its sides are resized at most; `divisor`, of which both sides are multiples;
+    `min_size`, up to which smaller images are padded. A network of one channel tells two classes apart, by the sign of
+    its logits.
 
     Args:
         name: of the zoo, with or without a tag.
@@ -49,10 +58,11 @@ class NamedSegmentor:
             self.module = load_checkpoint(create_model(name, num_classes=len(head), **args), checkpoint)
         except TypeError as error:
             raise InputError(f"cannot build {name} with these arguments: {error}") from None
-        self.channels = len(head)
+        self.channels = max(len(head), 2)
         self.classes, self.palette = names_and_colours(read_meta(checkpoint), self.channels)
         how = entry.preprocess
-        self.mean, self.std, self.scale = how["mean"], how["std"], how.get("scale")
+        self.stretch, self.size, self.scale = how.get("stretch", False), how.get("size"), how.get("scale")
+        self.mean, self.std = how.get("mean"), how.get("std")
         self.divisor, self.min_size = how.get("divisor", 1), how.get("min_size", 1)
 
     def encode(self, images: np.ndarray) -> np.ndarray:
@@ -62,7 +72,9 @@ class NamedSegmentor:
     def prepare(self, image: np.ndarray) -> np.ndarray:
         """An image (H, W, 3) of bytes, RGB -> at the scale of the test."""
         sides = image.shape[:2]
-        if self.scale:
+        if self.size:
+            sides = self.size
+        elif self.scale:
             factor = min(max(self.scale) / max(sides), min(self.scale) / min(sides))
             sides = [int(side * factor + 0.5) for side in sides]
         sides = [max(-(-side // self.divisor), 1) * self.divisor for side in sides]
@@ -74,8 +86,9 @@ class NamedSegmentor:
         """Images (B, 3, H, W) of bytes -> logits (B, channels, H, W)."""
         height, width = images.shape[-2:]
         below, right = (max(-side % self.divisor, self.min_size - side) for side in (height, width))
-        x = F.pad(normalise(images, self.mean, self.std), (0, right, 0, below))
-        return self.module(x)[..., :height, :width]
+        x = stretched(images) if self.stretch else normalise(images, self.mean, self.std)
+        logits = self.module(F.pad(x, (0, right, 0, below)))[..., :height, :width]
+        return torch.cat([torch.zeros_like(logits), logits], 1) if logits.shape[1] == 1 else logits
 
     def decide(self, logits: Tensor) -> Tensor:
         """Logits (C, H, W) -> classes (H, W)."""

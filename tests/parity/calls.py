@@ -201,3 +201,53 @@ def mean_of_tokens(module, inputs):
     """Where the original's pooled features are those before the norm of the head."""
     x = module.forward_features(inputs["input"])
     return {"pooled": module.pool(x), "logits": module(inputs["input"])}
+
+
+def vmunet(module, inputs):
+    x = inputs["input"]
+    stages, bottleneck, decoded = module.forward_features(x)
+    results = {f"stage{i + 1}_in": y for i, y in enumerate(stages)} | {"bottleneck": bottleneck, "decoder": decoded}
+    logits = module(x)
+    return results | {"logits": logits, "prob": logits.sigmoid()}
+
+
+def _official(module, heads):
+    from linescan.heads.vmunet import from_official
+
+    module.checkpoint_filter = lambda state: from_official(state, module, heads)
+    return module
+
+
+def multi_head_scan(dim, d_state, threshold):
+    from functools import partial
+
+    from linescan.layers.ss2d import MultiHeadScan
+    from linescan.scans.multi_route import RouteAttention
+
+    merge = partial(RouteAttention, threshold=threshold)
+    return _official(MultiHeadScan(dim, d_state=d_state, merge=merge), "CXSZ")
+
+
+def multi_head_outputs(module, inputs):
+    x, results = inputs["input"].permute(0, 2, 3, 1), {}
+    grid = tuple(x.shape[1:3])
+    for letter, head, one in zip("CXSZ", module.heads, module.in_proj(x.flatten(1, 2)).chunk(4, -1)):
+        results[f"head_{letter}"] = head(one, grid).mT
+    return results | {"y": module(x)}
+
+
+def ungated(heads, **kwargs):
+    from linescan.heads.vmunet import multi_head_ss2d
+
+    return _official(multi_head_ss2d(heads=heads, gated=False, **kwargs), heads)
+
+
+def as_y(module, inputs):
+    return {"y": module(inputs["input"])}
+
+
+def mhsvm_routes(module, inputs, manifest):
+    from linescan.scans.routes import table
+
+    spec = "snake, T:snake, zigzag, fliplr:zigzag, spiral, flipud:spiral, row, col"
+    return {one["name"]: table(spec, one["name"].removeprefix("routes_")) for one in manifest["outputs"]}

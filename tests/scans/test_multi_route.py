@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from linescan.scans import causal_conv1d, routes, selective_scan, ssd
-from linescan.scans.multi_route import ChannelAttention, MultiRoute, create_merge
+from linescan.scans.multi_route import ChannelAttention, MultiRoute, RouteAttention, create_merge
 
 from .tools import noise
 
-MERGES = ["sum", "mean", "gate", "concat", "channel_attention", "path_activation"]
+MERGES = ["sum", "mean", "gate", "concat", "channel_attention", "path_activation", "route_attention"]
 CROSS = "row, -row, col, -col"
 
 
@@ -69,6 +69,10 @@ def test_merges(name):
         elif name == "path_activation":
             weights = (merge.gate.weight @ torch.cat([p.mean(0) for p in parts])).exp()
             want = sum(p * w for p, w in zip(parts, weights)) / sum(weights)
+        elif name == "route_attention":
+            mean, lowest = sum(parts) / 3, torch.minimum(torch.minimum(*parts[:2]), parts[2])
+            spread = (sum((part - mean) ** 2 for part in parts) / 2).sqrt() / (mean - lowest + 1e-5)
+            want = 3 * mean * spread.clamp_min(0)
         else:
             want = 0
             for part in parts:
@@ -77,6 +81,16 @@ def test_merges(name):
                 want = want + part * torch.sigmoid(merge.channel_select.weight @ hidden + merge.channel_select.bias)
         torch.testing.assert_close(got[b], want)
     assert torch.autograd.gradcheck(merge, (y,), fast_mode=True)
+
+
+def test_route_attention_closes_below_its_threshold_and_where_routes_agree():
+    y = noise(2, 4, 5, 8).requires_grad_()
+    open_, closed = RouteAttention(8)(y), RouteAttention(8, threshold=1.0)(y)
+    assert ((closed == 0) & (open_ != 0)).any() and (closed != 0).any()
+    same = y[:, :1].expand(-1, 4, -1, -1)
+    assert (RouteAttention(8)(same) == 0).all()
+    RouteAttention(8)(same).sum().backward()
+    assert (y.grad == 0).all(), "and has no gradient there"
 
 
 def test_gate_starts_as_the_mean():

@@ -23,7 +23,7 @@ from ...errors import InputError, known
 from ...layers.blocks import Block, Stage
 from ...layers.linear import init_linear, linear
 from ...layers.ss2d import SS2D, SS2D_NAMES
-from ...layers.stems import ChannelsFirst
+from ...layers.stems import ChannelsFirst, PatchExpand
 from ...zoo import register
 from .maps import distance_map, gaussian_blur
 
@@ -100,20 +100,6 @@ class HybridStage(_Official):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + linear(self.fuse, torch.cat([self.scans(x), self.local5(x), self.local7(x)], -1))
-
-
-class PatchExpand(nn.Module):
-    """(B, H, W, dim) -> (B, 2 H, 2 W, out): a Linear to four neighbours, row before column, then LayerNorm."""
-
-    def __init__(self, dim: int, out_dim: int):
-        super().__init__()
-        self.expand = nn.Linear(dim, 4 * out_dim, bias=False)
-        self.norm = nn.LayerNorm(out_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, height, width, _ = x.shape
-        x = linear(self.expand, x).view(batch, height, width, 2, 2, -1)
-        return self.norm(x.transpose(2, 3).reshape(batch, 2 * height, 2 * width, -1))
 
 
 class Decoder(_Official):
