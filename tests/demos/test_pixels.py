@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from linescan.demos import pixels
-from linescan.demos.pixels import restoration
+from linescan.demos.pixels import anomaly, restoration
 from linescan.engine.metrics import read_metrics
 from linescan.errors import InputError
 
@@ -36,7 +36,27 @@ def test_the_demo_writes_what_it_says(tmp_path, monkeypatch):
         assert min(drawn.size) > 300 and np.asarray(drawn.convert("L")).std() > 20
 
 
+@pytest.mark.slow
+def test_anomalies_cut_short(tmp_path, monkeypatch):
+    monkeypatch.setattr(anomaly, "SHARES", {"train": 4, "good": 2, "pasted": 2})
+    monkeypatch.setattr(anomaly, "TEACHER", anomaly.TEACHER | {"steps": 1, "batch": 4, "warmup": 0})
+    monkeypatch.setattr(anomaly, "MAMBAAD", anomaly.MAMBAAD | {"steps": 2, "batch": 4, "warmup": 0})
+    scores = pixels.demo_pixels(tmp_path, parts=["anomaly"])["anomaly"]
+    assert scores == json.loads((tmp_path / "scores.json").read_text())["anomaly"]
+    [row] = [r for r in read_metrics(tmp_path / "anomaly" / "mambaad" / "metrics.csv") if "val_aupro" in r]
+    assert scores["image_auroc"] == row["val_image_auroc"] and scores["aupro"] == row["val_aupro"]
+    with Image.open(tmp_path / "anomaly" / "anomaly.png") as drawn:
+        assert min(drawn.size) > 300 and np.asarray(drawn.convert("L")).std() > 20
+
+
+def test_a_pasted_defect_is_where_its_mask_says():
+    dice = np.random.default_rng(0)
+    image, mask = anomaly.paste(np.zeros((128, 128, 3), np.uint8), np.full((128, 128, 3), 200, np.uint8), dice)
+    assert ((image == 200).all(-1) == mask).all() and 200 < mask.sum() < 1600
+    assert not mask[0].any() and not mask[:, -1].any(), "whole, inside the image"
+
+
 def test_parts():
-    assert list(pixels.PARTS) == ["restoration"]
-    with pytest.raises(InputError, match="a part of the demo is one of 'restoration', not 'sound'"):
+    assert list(pixels.PARTS) == ["restoration", "anomaly"]
+    with pytest.raises(InputError, match="a part of the demo is one of 'restoration', 'anomaly', not 'sound'"):
         pixels.demo_pixels("nowhere", parts=["sound"])

@@ -31,8 +31,8 @@ SIDE = 128
 SHARES = {"train": 60, "good": 16, "pasted": 16}  # images of each texture
 
 TEACHER = {"model": "resnet18", "model_args": {"img_size": 64}, "steps": 100, "batch": 32, "lr": 1e-3, "warmup": 10}
-SMALL = {"teacher": "resnet18", "directions": 2, "d_state": 4, "depths": [1, 1, 1, 1]}
-MAMBAAD = {"model_args": SMALL, "size": SIDE, "steps": 160, "batch": 8, "schedule": "cosine", "lr": 3e-3, "warmup": 10}
+SMALL = {"teacher": "resnet18", "directions": 2, "d_state": 4, "depths": [1, 1, 1, 1], "drop_path_rate": 0.0}
+MAMBAAD = {"model_args": SMALL, "size": 64, "steps": 240, "batch": 8, "schedule": "cosine", "lr": 5e-3, "warmup": 10}
 
 
 def photograph(name: str) -> np.ndarray:
