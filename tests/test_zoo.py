@@ -63,7 +63,11 @@ def test_every_entry_is_as_large_as_published(name):
 def test_names_and_filters():
     assert set(zoo.list_models("vim_*_stride8_*")) == {"vim_small_patch16_stride8_224", "vim_tiny_patch16_stride8_224"}
     assert linescan.list_models("VIM_TINY") == linescan.list_models("vim_tiny")
-    assert linescan.list_models(task="segmentation") == [f"segman_seg_{s}" for s in ("base", "large", "small", "tiny")]
+    segmentors = [
+        *(f"mhsvm_vmunet_{n}h" for n in (3, 4)),
+        *(f"segman_seg_{s}" for s in ("base", "large", "small", "tiny")),
+    ]
+    assert linescan.list_models(task="segmentation") == segmentors
     assert "vmamba_tiny_s1l8" in linescan.list_models(licence="mit")
     terms = {term: set(linescan.list_models(licence=term)) for term in set(zoo.LICENCES.values())}
     assert "vim_tiny_patch16_224" in terms["permissive"] and "mamba3d_modelnet40" in terms["none"]
@@ -280,6 +284,7 @@ def test_importing_linescan_imports_neither_torch_nor_timm():
 def test_public_api():
     assert set(linescan.__all__) <= set(dir(linescan))
     assert sorted(linescan.__all__) == [
+        "AnomalyDetector",
         "BoxDetector",
         "BrokenImage",
         "BrokenVideo",

@@ -31,12 +31,12 @@ from linescan.engine.cards import restore  # noqa: E402
 from linescan.engine.progress import say  # noqa: E402
 from linescan.errors import InputError  # noqa: E402
 
-NETWORK = {"teacher": "resnet18", "directions": 2, "d_state": 4, "depths": "[1,1,1,1]", "drop_path_rate": 0.0}
+NETWORK = {"teacher": "resnet18", "directions": 4, "d_state": 4, "depths": "[1,1,1,1]"}
 
 
 def solar_anomalies(
-    steps: Annotated[int, typer.Option(min=1)] = 600,
-    size: Annotated[int, typer.Option(min=64, help="Side of the images in pixels.")] = 96,
+    steps: Annotated[int, typer.Option(min=1)] = 400,
+    size: Annotated[int, typer.Option(min=64, help="Side of the images in pixels.")] = 128,
     to: Annotated[Path, typer.Option("--out", "-o", help="The folder for everything.")] = Path("runs/solar-anomalies"),
 ):
     """Train a small MambaAD on good solar cells, and compare it with two baselines."""
@@ -50,7 +50,7 @@ def solar_anomalies(
     words = (word for name, value in NETWORK.items() for word in ("--model-arg", f"{name}={value}"))
     linescan(
         "train", "--task", "anomaly", "--data", to / "cells", "--out", run, *words, "--size", size, "--batch", 8,
-        "--steps", steps, "--schedule", "cosine", "--lr", 5e-3, "--warmup", 20, "--evaluate-every", steps,
+        "--steps", steps, "--schedule", "cosine", "--lr", 2e-3, "--warmup", 20, "--evaluate-every", steps,
         "--teacher-checkpoint", teacher / "model.safetensors", "--workers", 0, "--device", "cpu", "--resume",
     )  # fmt: skip
     scores = {"MambaAD": by_mambaad(run), **by_baselines(run, to / "cells")}

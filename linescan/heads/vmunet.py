@@ -194,7 +194,7 @@ register(
     preprocess={"stretch": True, "size": (256, 256)},
     first_conv="patch_embed.conv",
     classifier="head",
-    paper="arXiv 2406.05992",
+    paper="preprint 2024, arXiv 2406.05992",
     code="https://github.com/PixDeep/MHS-VM",
     licence="Apache-2.0",
 )

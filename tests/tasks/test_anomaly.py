@@ -19,8 +19,9 @@ from linescan.engine.scores import evaluate
 from linescan.engine.training import train
 from linescan.errors import CheckpointError, InputError
 from linescan.media.arrays import read_array
+from linescan.media.find import Source
 from linescan.media.preprocess import Preprocess
-from linescan.tasks.anomaly import AnomalyDetector, AnomalyTask, threshold_of
+from linescan.tasks.anomaly import Anomaly, AnomalyDetector, AnomalyMaps, AnomalyTask, threshold_of
 from linescan.tasks.recipes import AnomalyRecipe
 
 from ..conftest import ENVIRONMENT, command
@@ -338,3 +339,30 @@ def test_a_report_of_what_was_scored(waves, trained, tmp_path):
     lines = files[2].read_text().splitlines()
     assert len(lines) == 17 and {line.split(",")[1] for line in lines[1:]} == {"normal", "square"}
     assert b"Missed defects" in files[0].read_bytes() and len(files[1].read_text().splitlines()) == 3
+
+
+def test_whole_images_are_resized_and_normalised_as_by_torchvision():
+    from torchvision.transforms import v2
+
+    image = Image.fromarray(stripes(7, (50, 81))[0])
+    preprocess = Preprocess((3, 32, 48), (0.4, 0.5, 0.6), (0.1, 0.2, 0.3), "bilinear")
+    steps = v2.Compose([v2.Resize((32, 48)), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    wanted = v2.functional.normalize(steps(image), preprocess.mean, preprocess.std)
+    assert torch.allclose(preprocess.whole(image), wanted, atol=1e-5)
+    assert Preprocess((1, 8, 8), (0.0,), (1.0,), "bilinear").whole(image.convert("L")).shape == (1, 8, 8)
+
+
+def test_the_page_holds_the_highest_scores(tmp_path, monkeypatch):
+    monkeypatch.setattr("linescan.tasks.anomaly.MOST_SHOWN", 3)
+    writer, scores = AnomalyMaps(tmp_path), [0.3, 0.9, 0.1, 0.5, 0.7, 0.2]
+    for i, score in enumerate(scores):
+        map = np.zeros((4, 6), np.float32)
+        map[1, 2] = score
+        writer.save(Source(tmp_path / f"{i}.png", str(i)), Anomaly(map, 0.4, Image.new("RGB", (60, 40))))
+    writer.close()
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<figure>") == 3 and page.index("0.9000") < page.index("0.7000") < page.index("0.5000")
+    assert "3 of them above the threshold 0.4000" in page
+    rows = [line.split(",")[1:] for line in (tmp_path / "scores.csv").read_text().splitlines()[1:]]
+    assert [float(score) for score, _ in rows] == pytest.approx(sorted(scores, reverse=True))
+    assert [flag for _, flag in rows] == ["1", "1", "1", "0", "0", "0"]

@@ -32,7 +32,7 @@ SHARES = {"train": 60, "good": 16, "pasted": 16}  # images of each texture
 
 TEACHER = {"model": "resnet18", "model_args": {"img_size": 64}, "steps": 100, "batch": 32, "lr": 1e-3, "warmup": 10}
 SMALL = {"teacher": "resnet18", "directions": 2, "d_state": 4, "depths": [1, 1, 1, 1], "drop_path_rate": 0.0}
-MAMBAAD = {"model_args": SMALL, "size": 64, "steps": 240, "batch": 8, "schedule": "cosine", "lr": 5e-3, "warmup": 10}
+MAMBAAD = {"model_args": SMALL, "size": 64, "steps": 300, "batch": 8, "schedule": "cosine", "lr": 5e-3, "warmup": 10}
 
 
 def photograph(name: str) -> np.ndarray:
@@ -146,5 +146,5 @@ def _draw(path: Path, textures: Path, checkpoint: Path) -> None:
 
 def commands(out: Path) -> list[str]:
     """Command lines to try next."""
-    network, place = out / "mambaad" / "model.safetensors", out / "textures" / "gravel"
-    return [f"anomaly {place / 'test'} --checkpoint {network} --normal {place / 'train'} --out {out / 'inspected'}"]
+    network, place = out / "mambaad" / "model.safetensors", out / "textures" / "gravel" / "test"
+    return [f"anomaly {place / 'pasted'} -c {network} --normal {place / 'good'} --out {out / 'inspected'}"]
