@@ -125,9 +125,9 @@ def preprocess_of(model: nn.Module, in_chans: int | None = None, img_size: int |
         channels, mean, std = in_chans, (sum(mean) / len(mean),) * in_chans, (sum(std) / len(std),) * in_chans
     if img_size:
         height, width = _sides(img_size)
-    return Preprocess(
-        (channels, height, width), tuple(mean), tuple(std), cfg["interpolation"], 1.0 if img_size else cfg["crop_pct"]
-    )
+    crop_pct = 1.0 if img_size else cfg["crop_pct"]
+    crop_mode = cfg["crop_mode"] if cfg["crop_mode"] in CROP_MODES else "center"
+    return Preprocess((channels, height, width), tuple(mean), tuple(std), cfg["interpolation"], crop_pct, crop_mode)
 
 
 def plain_preprocess(channels: int) -> Preprocess:
@@ -250,6 +250,7 @@ NOT_OF_MODELS = {
 }  # fmt: skip
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming", "random")
+CROP_MODES = ("center", "squash")
 
 
 def _shown(value: object) -> str:
@@ -315,7 +316,7 @@ def _preprocess(values: object) -> Preprocess | PointPreprocess | ScanPreprocess
             return PointPreprocess(**values)
         except InputError as error:
             raise ValueError(f"preprocess: {one_line(error)}") from None
-    values = _table(values, "preprocess", ("size", "mean", "std"), ("interpolation", "crop_pct"))
+    values = _table(values, "preprocess", ("size", "mean", "std"), ("interpolation", "crop_pct", "crop_mode"))
     size = values["size"]
     if not isinstance(size, (list, tuple)) or len(size) != 3 or not all(type(n) is int for n in size):
         raise ValueError(f"preprocess.size is channels, height and width, not {_shown(size)}")
@@ -330,7 +331,10 @@ def _preprocess(values: object) -> Preprocess | PointPreprocess | ScanPreprocess
     (crop_pct,) = _numbers([values.get("crop_pct", 1.0)], "crop_pct", 1)
     if not 0.01 <= crop_pct <= 1:
         raise ValueError(f"preprocess.crop_pct is {crop_pct}, and must be from 0.01 to 1")
-    return Preprocess(tuple(size), mean, std, interpolation, crop_pct)
+    crop_mode = values.get("crop_mode", "center")
+    if crop_mode not in CROP_MODES:
+        raise ValueError(f"preprocess.crop_mode is {_shown(crop_mode)}; there are {', '.join(CROP_MODES)}")
+    return Preprocess(tuple(size), mean, std, interpolation, crop_pct, crop_mode)
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

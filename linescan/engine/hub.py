@@ -39,7 +39,7 @@ def write_folder(folder: str | Path, model: nn.Module, card: ModelCard, licence:
     save_model(weights, model, card)
     how = card.preprocess
     data = {"input_size": how.size, "mean": how.mean, "std": how.std, "interpolation": how.interpolation,
-            "crop_pct": how.crop_pct}  # fmt: skip
+            "crop_pct": how.crop_pct, "crop_mode": how.crop_mode}  # fmt: skip
     args = {key: value for key, value in card.args.items() if key != "pretrained"}
     named = card.classes != [str(i) for i in range(len(card.classes))]
     about = {"label_names": card.classes} if named else {}

@@ -31,6 +31,8 @@ class Preprocess:
         mean, std: of each channel, of values in 0..1.
         interpolation: of the resize.
         crop_pct: the share of the shorter side that the centre crop keeps.
+        crop_mode: what is resized for evaluation: "center", so that the image covers the crop; "squash", all of it to
+            the crop's shape.
     """
 
     size: tuple[int, int, int]
@@ -38,6 +40,7 @@ class Preprocess:
     std: tuple[float, ...]
     interpolation: str = "bicubic"
     crop_pct: float = 1.0
+    crop_mode: str = "center"
 
     @classmethod
     def from_dict(cls, values: dict) -> "Preprocess":
@@ -90,7 +93,8 @@ class Preprocess:
             input_size=self.size, mean=self.mean, std=self.std, interpolation=self.interpolation, crop_pct=self.crop_pct
         )
         if augment is None:
-            return Transform(create_transform(**common), self.resized)
+            steps = create_transform(**common, crop_mode=self.crop_mode)
+            return Transform(steps, None if self.crop_mode == "squash" else self.resized)
         strength: dict[str, dict[str, Any]] = {
             "none": dict(no_aug=True),
             "crop": dict(scale=(0.2, 1.0), color_jitter=0.0),
@@ -114,14 +118,17 @@ class Preprocess:
 
 
 class Transform:
-    """The steps of a transform, applied to no more of an image than can be resized to cover `size` (height, width)."""
+    """The steps of a transform, applied to no more of an image than can be resized to cover `size` (height, width).
 
-    def __init__(self, steps: Callable[[Image.Image], Tensor], size: tuple[int, int]):
+    None for all of it.
+    """
+
+    def __init__(self, steps: Callable[[Image.Image], Tensor], size: tuple[int, int] | None):
         self.steps, self.size = steps, size
 
     def __call__(self, image: Image.Image) -> Tensor:
         """PIL image -> tensor (C, H, W)."""
-        return self.steps(middle(image, self.size))
+        return self.steps(image if self.size is None else middle(image, self.size))
 
 
 def middle(image: Image.Image, size: tuple[int, int]) -> Image.Image:

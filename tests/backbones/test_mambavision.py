@@ -13,6 +13,7 @@ import linescan
 from linescan import zoo
 from linescan.backbones.feature_maps import dense_backbone
 from linescan.backbones.mambavision import MambaVision, MambaVisionMixer, WindowedStage, from_windows, to_windows
+from linescan.engine.cards import preprocess_of
 from linescan.layers.attention import SelfAttention
 from linescan.layers.blocks import Block
 from tests.parity import recipe
@@ -135,8 +136,10 @@ def test_whoever_fetches_weights_reads_that_they_are_not_for_commercial_use(caps
 def test_a_tag_decides_the_windows_and_the_size_of_images():
     large = zoo.find("mambavision_large2.in21k_ft_in1k_512")
     assert large.inputs == ((3, 512, 512),) and large.args["windows"] == (8, 8, 32, 16)
-    cfg = timm.create_model("mambavision_large3.in21k_ft_in1k_512", device="meta").pretrained_cfg
-    assert cfg["input_size"] == (3, 512, 512) and cfg["crop_mode"] == "squash" and cfg["license"] == "nvidia-nc"
+    model = timm.create_model("mambavision_large3.in21k_ft_in1k_512", device="meta")
+    assert model.pretrained_cfg["license"] == "nvidia-nc"
+    how = preprocess_of(model)
+    assert how.size == (3, 512, 512) and how.crop_mode == "squash" and how.crop_pct == 0.93
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import linescan
-from linescan.backbones.feature_maps import DenseBackbone
+from linescan.backbones.feature_maps import dense_backbone
 from linescan.backbones.van import VAN, LargeKernelAttention
 from tests.parity import recipe
 
@@ -41,8 +42,7 @@ def test_every_stage_ends_with_its_norm_which_the_next_one_reads(tmp_path):
     # The authors' segmentors keep the same names below "backbone.", without the classifier.
     inner = {f"backbone.{k}": v for k, v in official.items() if not k.startswith("head.")}
     torch.save({"state_dict": inner | {"decode_head.conv_seg.bias": torch.zeros(3)}}, tmp_path / "segmentor.pth")
-    dense = DenseBackbone(VAN(**{**GOLDEN, "num_classes": 0}), norms=None)
-    linescan.load_checkpoint(dense, tmp_path / "segmentor.pth").eval()
+    dense = linescan.load_checkpoint(dense_backbone("van_b0", **GOLDEN), tmp_path / "segmentor.pth").eval()
     x = torch.randn(1, 3, 65, 97)
     with torch.no_grad():
         maps = model.forward_intermediates(x, intermediates_only=True)
@@ -71,6 +71,12 @@ def test_published_initialisation():
     assert not any(m.bias.any() for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
     assert torch.all(block.scale1.gamma == 0.01) and torch.all(block.scale2.gamma == 0.01)
     assert model.stages[0].norm.eps == 1e-6 and block.norm1[0].eps == 1e-5
+
+
+def test_images_are_normalised_as_the_authors_train():
+    for name in linescan.list_models("van_b*"):
+        how = timm.get_pretrained_cfg(name)
+        assert how.mean == how.std == (0.5, 0.5, 0.5) and how.crop_pct == 0.9
 
 
 def test_dropout_in_the_mlps_and_stages_of_other_counts():

@@ -125,6 +125,7 @@ MALFORMED = [
     (("preprocess", "crop_pct"), -1, "preprocess.crop_pct is -1"),
     (("preprocess", "interpolation"), "cubist", "preprocess.interpolation is 'cubist'; there are"),
     (("preprocess", "interpolation"), ["bilinear"], "preprocess.interpolation is a list"),
+    (("preprocess", "crop_mode"), "border", "preprocess.crop_mode is 'border'; there are center, squash"),
     (("preprocess", "extra"), 1, "preprocess has 'extra'"),
     (("trained",), [], "trained is a table"),
     (("trained", "loss"), float("inf"), "trained.loss is inf"),

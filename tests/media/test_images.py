@@ -424,6 +424,14 @@ def test_the_middle_of_a_long_image_gives_what_all_of_it_would(size, target, all
     assert (ours.transform()(image) - theirs(image)).abs().max() * 255 < 4
 
 
+def test_a_model_that_squashes_sees_all_of_an_image():
+    image = smooth(640, 200)  # of which a centre crop would leave out two thirds
+    ours = Preprocess((3, 224, 224), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0, "squash")
+    theirs = create_transform((3, 224, 224), mean=ours.mean, std=ours.std, interpolation="bicubic", crop_pct=1.0,
+                              crop_mode="squash")  # fmt: skip
+    assert torch.equal(ours.transform()(image), theirs(image))
+
+
 def test_ordinary_images_are_transformed_by_timm_to_the_bit():
     image = smooth(640, 480)
     for augment, options in ((None, {}), ("standard", dict(is_training=True)), ("none", dict(no_aug=True))):
