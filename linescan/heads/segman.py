@@ -15,6 +15,7 @@ from ..backbones.feature_maps import DenseBackbone
 from ..backbones.segman import PUBLISHED, VARIANTS, SegMANEncoder, from_official, segman_block
 from ..errors import InputError
 from ..layers.linear import linear
+from ..layers.pyramid import resize
 from ..layers.s6 import CROSS
 from ..layers.ss2d import MapScan
 from ..layers.stems import pad_to_multiple
@@ -28,11 +29,6 @@ def conv_module(in_chans: int, out_chans: int, kernel_size: int = 1, stride: int
     conv = nn.Conv2d(in_chans, out_chans, kernel_size, stride, padding, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out_chans), activate=nn.ReLU()))
-
-
-def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear, align_corners=False."""
-    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
 
 
 class Projection(nn.Module):

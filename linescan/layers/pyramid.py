@@ -1,13 +1,19 @@
-"""Feature pyramids from the single-scale maps of plain backbones."""
+"""Feature pyramids from the single-scale maps of plain backbones, and maps resized."""
 
 from typing import Sequence
 
+import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from ..errors import InputError
 
-__all__ = ["RescaledFeatures", "SimpleFeaturePyramid"]
+__all__ = ["RescaledFeatures", "SimpleFeaturePyramid", "resize"]
+
+
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Maps (B, C, H, W) resized to (height, width) `size`: bilinear, align_corners=False."""
+    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
 
 
 class RescaledFeatures(nn.Module):

@@ -88,6 +88,22 @@ def segman(module, inputs):
     return results | {"logits_8": module.decode_head(maps), "logits": module(x)}
 
 
+def sigma(module, inputs):
+    """The encoder's maps of each image alone, the fused ones, and the logits."""
+    rgb, extra = (module.encoder(x) for x in (inputs["rgb"], inputs["modal_x"]))
+    named = {"encoder_rgb": rgb, "encoder_x": extra, "fused": module.fuse(rgb, extra)}
+    results = {f"{name}{i}": y for name, maps in named.items() for i, y in enumerate(maps)}
+    return results | {"logits": module(inputs["rgb"], inputs["modal_x"])}
+
+
+def sigma_cross(module, inputs):
+    return dict(zip(("rgb", "modal_x"), module(inputs["rgb"], inputs["modal_x"])))
+
+
+def sigma_concat(module, inputs):
+    return {"fused": module(inputs["rgb"], inputs["modal_x"])}
+
+
 def restoration(module, inputs):
     """The restored image, and what can be seen on the way to it."""
     results, hooks = {}, []

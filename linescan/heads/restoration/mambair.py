@@ -11,67 +11,18 @@ in a U-Net, after Restormer (Zamir et al., CVPR 2022, arXiv 2111.09881), for the
 from typing import Sequence
 
 import torch
-from timm.layers import DropPath, SqueezeExcite, calculate_drop_path_rates
+from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
 
 from ...checkpoint import fit_shapes, rename
 from ...layers.blocks import Stage
-from ...layers.ss2d import SS2D, SS2D_NAMES
+from ...layers.channel_attention import ResidualStateSpaceBlock
+from ...layers.ss2d import SS2D_NAMES
 from ...layers.stems import ChannelsFirst, MapConv2d, mirror_to_multiple
 from ...zoo import register
 from .frame import RestorationFrame
 
 __all__ = ["MambaIR", "MambaIRUNet"]
-
-
-# -- blocks, over maps (B, H, W, dim) ---------------------------------------------------------------------------------
-
-
-class ChannelAttentionBlock(ChannelsFirst):
-    """Convolutions through fewer channels, then a gate per channel from the mean of the map.
-
-    Args:
-        dim: channels in and out.
-        light: depthwise 3x3 convolutions (the second dilated by 2) between Linear layers through dim / 2 channels,
-            instead of two 3x3 convolutions through dim / 3.
-    """
-
-    def __init__(self, dim: int, light: bool = False):
-        inner = dim // 2 if light else dim // 3
-        attention = SqueezeExcite(dim, rd_channels=dim // 30)
-        if light:
-            layers = (
-                nn.Conv2d(dim, inner, 1), nn.Conv2d(inner, inner, 3, padding=1, groups=inner), nn.GELU(),
-                nn.Conv2d(inner, dim, 1), nn.Conv2d(dim, dim, 3, padding=2, dilation=2, groups=dim),
-            )  # fmt: skip
-        else:
-            layers = nn.Conv2d(dim, inner, 3, padding=1), nn.GELU(), nn.Conv2d(inner, dim, 3, padding=1)
-        super().__init__(*layers, attention)
-
-
-class ResidualStateSpaceBlock(nn.Module):
-    """Two branches, before each of which the stream is scaled by channel:
-
-        x = skip1 * x + drop_path(mixer(norm1(x)));    x = skip2 * x + attention(norm2(x))
-
-    Args:
-        dim: channels.
-        d_state, expand: of `SS2D`.
-        light: of `ChannelAttentionBlock`.
-        drop_path: rate of stochastic depth.
-    """
-
-    def __init__(self, dim: int, d_state: int, expand: float, light: bool = False, drop_path: float = 0.0):
-        super().__init__()
-        self.skip1, self.skip2 = (nn.Parameter(torch.ones(dim)) for _ in range(2))
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.mixer = SS2D(dim, expand=expand, d_state=d_state)
-        self.attention = ChannelAttentionBlock(dim, light)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.skip1 * x + self.drop_path(self.mixer(self.norm1(x)))
-        return self.skip2 * x + self.attention(self.norm2(x))
 
 
 # What published files call the parts of a block.
