@@ -96,6 +96,7 @@ def classify(
     "linescan segment street.jpg --model segmentation/vmamba_tiny_upernet_ade20k --checkpoint vmamba.pth",
     "linescan segment photos 'more/**/*.png' drive.mp4 --model segman_seg_tiny --checkpoint segman.pth -o out",
     "linescan segment orthophoto.tif --model my_config.py -c best.pth --window 1024 --batch 8 --precision fp16",
+    "linescan segment night/rgb --extra night/thermal --model sigma_tiny.mfnet --checkpoint sigma_tiny_mfnet.pth",
 )
 def segment(
     paths: Sources,
@@ -107,6 +108,13 @@ def segment(
         ),
     ],
     checkpoint: Weights = None,
+    extra: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="PATH", help="The thermal or depth images of the same scenes, for models that read both: a file, a "
+            "folder of files of the same names, or a pattern."
+        ),
+    ] = None,
     to: Out = Path("runs/segment"),
     window: Window = None,
     stride: Stride = None,
@@ -131,7 +139,8 @@ def segment(
         tool = Segmenter(model, checkpoint, **args, **sizes, **model_args(model_arg))
         return tool, Masks(to, tool.classes, tool.palette)
 
-    answer_files(open_tool, paths, to, overlays, as_json, "segmenting")
+    kinds = ("image", "video") if extra is None else ("image",)
+    answer_files(open_tool, paths, to, overlays, as_json, "segmenting", kinds=kinds, partners=extra)
 
 
 @command(
@@ -313,18 +322,23 @@ def answer_files(
     doing: str,
     drawings: str = "overlays",
     kinds: tuple[str, ...] = ("image", "video"),
+    partners: str | None = None,
 ) -> None:
     """Applies a tool to the files that `paths` mean, and ends the command: with status 1 if any has no answer.
 
+    `partners` are files that are read together with them (`linescan.media.find.pair`).
+
     Drawings, if any are wanted, go into the folder `drawings` of `to`.
     """
-    from linescan.media.find import find
+    from linescan.media.find import find, pair
     from linescan.tasks.tool import run
 
     listed = sys.stdin.read() if "-" in paths else ""
 
     def sources(kinds):
         found = find(paths, kinds, exclude=[to] if to else [], stdin=io.StringIO(listed))
+        if partners is not None:
+            found = pair(found, find([partners], kinds, exclude=[to] if to else []))
         if all(source.error for source in found):
             raise InputError("; ".join(dict.fromkeys(str(source.error) for source in found)))
         return found
@@ -333,7 +347,7 @@ def answer_files(
     if to and to.exists() and not to.is_dir():
         raise InputError(f"{to} is a file; --out is a folder")
     tool, writer = open_tool()
-    found = sources(tool.kinds)
+    found = sources(tool.kinds if partners is None else kinds)
     if to:
         to.mkdir(parents=True, exist_ok=True)
     failed = 0

@@ -10,6 +10,7 @@ import tempfile
 import weakref
 from math import prod
 from pathlib import Path
+from typing import Sequence
 
 import numpy as np
 from PIL import Image
@@ -20,7 +21,7 @@ from .images import LARGE, LARGEST, ImageLike, check_whole, load_image, open_fil
 from .pixels import to_mode
 from .vips import ROWS
 
-__all__ = ["LARGEST", "Pixels", "blank", "open_pixels", "write_mask"]
+__all__ = ["LARGEST", "PairedPixels", "Pixels", "blank", "open_pixels", "write_mask"]
 
 
 class Pixels:
@@ -49,6 +50,28 @@ class Pixels:
         rows = max(ROWS // factor, 1) * factor
         strips = (self.read(top, min(top + rows, height), 0, width) for top in range(0, height, rows))
         return np.concatenate([np.asarray(Image.fromarray(strip).reduce(factor)) for strip in strips])
+
+
+class PairedPixels(Pixels):
+    """Images of one scene and one size, read as one of all their channels, (H, W, 3 * images).
+
+    Raises:
+        InputError: they differ in size.
+    """
+
+    def __init__(self, images: Sequence[Pixels]):
+        if len(sizes := dict.fromkeys(image.size for image in images)) > 1:
+            raise InputError(f"both images are of one size, got {' and '.join(f'{h}x{w}' for h, w in sizes)} pixels")
+        self.images = images
+        super().__init__(size=images[0].size)
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
+        """A part of all images, (bottom - top, right - left, 3 * images)."""
+        return np.concatenate([image.read(top, bottom, left, right) for image in self.images], -1)
+
+    def reduced(self, factor: int) -> np.ndarray:
+        """All of all images, as `Pixels.reduced`: (ceil(H / f), ceil(W / f), 3 * images)."""
+        return np.concatenate([image.reduced(factor) for image in self.images], -1)
 
 
 def open_pixels(image: ImageLike | Pixels) -> Pixels:

@@ -37,7 +37,7 @@ def page(title: str, note: str, sections: Iterable[tuple[str, str, str]]) -> byt
     )
     return (
         '<!doctype html>\n<html lang="en"><meta charset="utf-8">\n'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; "
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">\n"
         f"<title>{_text(title)}</title>\n<style>{_STYLE}</style>\n"
         f"<h1>{_text(title)}</h1>\n<p>{_text(note)}</p>\n{body}</html>\n"

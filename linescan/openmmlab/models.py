@@ -81,6 +81,7 @@ class MMSegmentor(_OpenMMLab):
     """A segmentor of mmseg.
 
     Attributes:
+        images: that it reads of each scene.
         window, stride: (height, width) if the config's test mode is "slide", else None.
         resizes: whether the test pipeline changes images at all.
         align_corners: how logits are enlarged to the image.
@@ -88,6 +89,7 @@ class MMSegmentor(_OpenMMLab):
     """
 
     package = "mmseg"
+    images = 1
 
     def __init__(self, config: str | Path, checkpoint: str | Path | None):
         super().__init__(config, checkpoint)

@@ -26,11 +26,13 @@ def stretched(images: Tensor) -> Tensor:
 class NamedSegmentor:
     """A segmentation model of the zoo: its network maps images (B, C, H, W) to logits (B, classes, H, W).
 
-    The entry's `preprocess` says how it is tested: `mean` and `std` of bytes, or `stretch` for images whose darkest
-    value becomes 0 and whose brightest 255; `size`, to which an image is resized whatever its shape, or `scale`
-    (longest, shortest), to which its sides are resized at most; `divisor`, of which both sides are multiples;
-    `min_size`, up to which smaller images are padded. A network of one channel tells two classes apart, by the sign of
-    its logits.
+    One that reads several images of a scene gets them as one of all their channels, and its network each by itself.
+
+    The entry's `preprocess` says how it is tested: `order` of the channels, "RGB" or "BGR"; `mean` and `std` of bytes,
+    or `stretch` for images whose darkest value becomes 0 and whose brightest 255; `size`, to which an image is resized
+    whatever its shape, or `scale` (longest, shortest), to which its sides are resized at most; `divisor`, of which both
+    sides are multiples; `min_size`, up to which smaller images are padded. A network of one channel tells two classes
+    apart, by the sign of its logits.
 
     Args:
         name: of the zoo, with or without a tag.
@@ -39,6 +41,7 @@ class NamedSegmentor:
 
     Attributes:
         module: the network.
+        images: that it reads of each scene.
         channels: of the logits.
         classes, palette: names and colours, as the checkpoint has them.
         window, stride, resizes, align_corners: see `linescan.openmmlab.models.MMSegmentor`.
@@ -61,6 +64,8 @@ class NamedSegmentor:
         self.channels = max(len(head), 2)
         self.classes, self.palette = names_and_colours(read_meta(checkpoint), self.channels)
         how = entry.preprocess
+        self.images = len(entry.inputs)
+        self.reverse = how.get("order", "RGB") == "BGR"
         self.stretch, self.size, self.scale = how.get("stretch", False), how.get("size"), how.get("scale")
         self.mean, self.std = how.get("mean"), how.get("std")
         self.divisor, self.min_size = how.get("divisor", 1), how.get("min_size", 1)
@@ -70,7 +75,7 @@ class NamedSegmentor:
         return images
 
     def prepare(self, image: np.ndarray) -> np.ndarray:
-        """An image (H, W, 3) of bytes, RGB -> at the scale of the test."""
+        """An image (H, W, 3 * images) of bytes, RGB -> at the scale of the test."""
         sides = image.shape[:2]
         if self.size:
             sides = self.size
@@ -83,11 +88,12 @@ class NamedSegmentor:
         return images[0].movedim(0, -1).round().byte().numpy()
 
     def logits(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) of bytes -> logits (B, channels, H, W)."""
+        """Images (B, 3 * images, H, W) of bytes, RGB -> logits (B, channels, H, W)."""
         height, width = images.shape[-2:]
         below, right = (max(-side % self.divisor, self.min_size - side) for side in (height, width))
-        x = stretched(images) if self.stretch else normalise(images, self.mean, self.std)
-        logits = self.module(F.pad(x, (0, right, 0, below)))[..., :height, :width]
+        inputs = (x.flip(1) if self.reverse else x for x in images.chunk(self.images, 1))
+        inputs = (stretched(x) if self.stretch else normalise(x, self.mean, self.std) for x in inputs)
+        logits = self.module(*(F.pad(x, (0, right, 0, below)) for x in inputs))[..., :height, :width]
         return torch.cat([torch.zeros_like(logits), logits], 1) if logits.shape[1] == 1 else logits
 
     def decide(self, logits: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..media.draw import draw_masks
 from ..media.find import Source
 from ..media.images import ImageLike
-from ..media.large import Pixels, blank, open_pixels, write_mask
+from ..media.large import PairedPixels, Pixels, blank, open_pixels, write_mask
 from .open import open_model
 from .tool import Progress, Writer, expect_finite, silent
 from .windows import Block, Size, WindowTool, bounded, enlarge, reduced_for_drawing, slide, thin
@@ -31,6 +31,11 @@ class Segmenter(WindowTool):
         seg = Segmenter("my_config.py", "weights.pth")
         mask = seg("photo.jpg")                                         # (H, W), the class of each pixel
         print(seg.classes[mask[0, 0]])
+
+    A model that reads two images of a scene takes them as a pair:
+
+        seg = Segmenter("sigma_tiny.mfnet", "sigma.pth")
+        mask = seg([("colours.png", "thermal.png")])[0]
 
     Without `window` an image is tested as its model or config says: resized, then whole or by windows; one whose longer
     side is above 4096 pixels is reduced by a whole factor before. With `window`, windows slide over the image in its
@@ -74,9 +79,22 @@ class Segmenter(WindowTool):
         if not self.window and self.model.window and not self.model.resizes:
             self.window, self.stride = self.model.window, self.model.stride
 
+    def open(self, given: ImageLike | Pixels | tuple[ImageLike, ...]) -> Pixels:
+        """The pixels of an image, or of the images of a scene, as many as the model reads.
+
+        Raises:
+            InputError: more or fewer of them, or of different sizes.
+        """
+        images = given if isinstance(given, tuple) else (given,)
+        if len(images) != self.model.images:
+            wanted = f"{self.model.images} images of each scene (--extra)" if self.model.images > 1 else "one image"
+            raise InputError(f"{self.model_name} reads {wanted}, got {len(images)}")
+        return PairedPixels([open_pixels(image) for image in images]) if len(images) > 1 else open_pixels(images[0])
+
     def draw(self, opened: ImageLike | Pixels, answer: np.ndarray, frame: bool = False) -> Image.Image:
-        """The image tinted by its mask, with a legend (`linescan.media.draw`); large ones are drawn smaller."""
+        """The (first) image tinted by its mask, with a legend (`linescan.media.draw`); large ones are drawn smaller."""
         image, factor = reduced_for_drawing(pixels := open_pixels(opened))
+        image = image[..., :3]
         mask = np.asarray(answer[thin(pixels.size[0], factor), thin(pixels.size[1], factor)])
         return draw_masks(image, mask, self.classes, self.palette, legend_rows=FRAME_LEGEND if frame else None)
 
@@ -102,7 +120,7 @@ class Segmenter(WindowTool):
         return [answers[i] for i in range(len(opened))]
 
     def _forward(self, images: np.ndarray) -> Tensor:
-        """(B, h, w, 3) as the model has prepared them -> logits (B, C, h, w), float32."""
+        """(B, h, w, C) as the model has prepared them -> logits (B, C, h, w), float32."""
         tensor = torch.from_numpy(np.ascontiguousarray(images)).to(self.device).movedim(-1, 1)
         try:
             logits = self.model.logits(tensor).float()
