@@ -38,8 +38,10 @@ def test_attention_divides_by_the_mean_key():
         weights = q[..., head] @ k[..., head].mT / 15
         want = weights @ x.flatten(1, 2)[..., head] / (weights.sum(-1, keepdim=True) + 1e-6)
         assert torch.allclose(layer(x).flatten(1, 2)[..., head], want, rtol=1e-10, atol=1e-10)
-    half = layer.half()(x.half() - 30)  # elu + 1 of such keys is less than half precision holds
-    assert half.dtype == torch.float16 and half.isfinite().all()
+    nn.init.zeros_(layer.qk.weight)
+    layer.qk.bias.data = torch.tensor([5.0] * 6 + [-9.0] * 6)  # elu(-9) + 1 is 0 if computed in half precision
+    ones = layer.half()(torch.ones(1, 2, 2, 6).half())
+    assert ones.dtype == torch.float16 and torch.allclose(ones.float(), torch.ones(1, 2, 2, 6), atol=0.01)
 
 
 @pytest.mark.parametrize("head_dim", [None, 2])
@@ -73,6 +75,8 @@ def test_the_last_block_takes_the_place_of_the_stream():
     assert not [name for name, _ in last.named_parameters() if "fc2" in name and "inter2" in name]
     block = model.stages[3].blocks[0]
     assert torch.equal(block(x), x + block.scale1.gamma * block.mixer(x))
+    with pytest.raises(linescan.InputError, match="at least 32x32 pixels, got 31x64"):
+        model(torch.zeros(1, 3, 31, 64))
 
 
 def test_two_classifiers_and_what_training_gives(tmp_path):
