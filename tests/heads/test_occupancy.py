@@ -107,4 +107,11 @@ def test_volumes_and_maps_that_do_not_fit():
         tiny()(torch.zeros(1, 5, 3))
     net = GroundUNet(8, 4, ((64, 128, 256),) * 2, True, 0.0).eval()
     maps = [[torch.zeros(1, c, 16 // s, 16 // s) for c, s in ((64, 2), (128, 4), (256, 8))] for _ in range(2)]
-    assert net(torch.zeros(1, 8, 16, 16), *maps).shape == (1, 4, 16, 16)
+    seen, hooks = {}, []
+    for name, part in (("stem", net.stem), *((f"fused{i}", part) for i, part in enumerate(net.fusions))):
+        hooks.append(part.register_forward_hook(lambda m, x, y, n=name: seen.update({n: y})))
+    for i, part in enumerate(net.ups):
+        hooks.append(part.register_forward_pre_hook(lambda m, x, n=i: seen.update({n: x[0]})))
+    assert net(torch.randn(1, 8, 16, 16), *maps).shape == (1, 4, 16, 16)
+    for i, skip in enumerate(("fused2", "fused1", "fused0", "stem")):  # on the way up, the fused maps come again
+        assert torch.equal(seen[i][:, : seen[skip].shape[1]], seen[skip])
