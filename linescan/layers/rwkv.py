@@ -10,10 +10,21 @@ from torch import Tensor, nn
 from ..checkpoint import rename
 from ..scans import bi_wkv, bi_wkv6
 from ..scans.multi_route import MultiRoute
+from ..scans.ops.published import bi_wkv_kernel
 from .blocks import Block, TokenMixer
 from .linear import linear
 
-__all__ = ["ChannelMix", "QuadShift", "RWKVBlock", "SpatialMix", "SpatialMix6", "TokenShift", "from_official"]
+__all__ = [
+    "ChannelMix",
+    "KernelMix",
+    "QuadShift",
+    "RWKVBlock",
+    "SpatialMix",
+    "SpatialMix6",
+    "TokenShift",
+    "from_official",
+    "ramp",
+]
 
 HEAD_DIM = 64  # channels per head of VRWKV6
 
@@ -122,6 +133,13 @@ class SpatialMix(TokenMixer):
         return linear(self.output, torch.sigmoid(r) * self.key_norm(y)), state
 
 
+class KernelMix(SpatialMix):
+    """`SpatialMix` whose Bi-WKV is that of the published kernel, which departs a little from the paper's equation."""
+
+    def scan(self, k: Tensor, v: Tensor, **options):
+        return bi_wkv_kernel(k, v, self.decay[0] / k.shape[1], self.first[0] / k.shape[1]), None
+
+
 class SpatialMix6(TokenMixer):
     """Token mixer of VRWKV6: matrix states forward and backward, with decays and blends that depend on the token.
 
@@ -201,17 +219,19 @@ class ChannelMix(nn.Module):
         shift: the neighbours.
         depth: place of the block from 0 to 1, for the initialisation.
         key_norm: LayerNorm of the hidden channels.
+        ratio: hidden channels as a multiple of `dim`.
     """
 
-    def __init__(self, dim: int, shift: nn.Module, depth: float, key_norm: bool = False):
+    def __init__(self, dim: int, shift: nn.Module, depth: float, key_norm: bool = False, ratio: int = 4):
         super().__init__()
+        hidden = ratio * dim
         self.shift = shift
         self.mix_k = nn.Parameter(ramp(dim, 1 - depth)[None, None])
         self.mix_r = nn.Parameter(ramp(dim, 1 - depth)[None, None])
-        self.key = nn.Linear(dim, 4 * dim, bias=False)
-        self.key_norm = nn.LayerNorm(4 * dim) if key_norm else nn.Identity()
+        self.key = nn.Linear(dim, hidden, bias=False)
+        self.key_norm = nn.LayerNorm(hidden) if key_norm else nn.Identity()
         self.receptance = nn.Linear(dim, dim, bias=False)
-        self.value = nn.Linear(4 * dim, dim, bias=False)
+        self.value = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         near = self.shift(x, grid)

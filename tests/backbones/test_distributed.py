@@ -24,6 +24,7 @@ OPTIONS = {  # what a family needs besides, and hybrids
     "inline_pvt": dict(num_heads=(1, 2), mlp_ratios=(2, 2), sr_ratios=(4, 2), attn_type="IS"),
     "inline_swin": dict(num_heads=(1, 2), attn_type="IS"),
     "inline_cswin": dict(num_heads=(2, 2), stripes=(2, 0), attn_type="SI"),
+    "rwkvsam": dict(dims=(16, 32, 64), depths=(1, 1, 1)),
     "scan": dict(head_dim=16, mixer=("gla", "window")),
     "scanh": dict(mixer=("s6", "delta")),
 }

@@ -267,3 +267,35 @@ def mhsvm_routes(module, inputs, manifest):
 
     spec = "snake, T:snake, zigzag, fliplr:zigzag, spiral, flipud:spiral, row, col"
     return {one["name"]: table(spec, one["name"].removeprefix("routes_")) for one in manifest["outputs"]}
+
+
+def rwkvsam(module, inputs):
+    """The maps of all stages and the middle of RWKV's blocks, as the kernel computes; the last one by the equation."""
+    from linescan.layers.rwkv import KernelMix, SpatialMix
+
+    results, blocks = {}, module.stages[2].blocks
+    grid = module.grid_of(*inputs["input"].shape[-2:])
+    hook = blocks[len(blocks) // 2].register_forward_hook(
+        lambda block, args, y: results.update(middle=y.mT.unflatten(-1, grid))
+    )
+    maps = module.forward_intermediates(inputs["input"], intermediates_only=True)
+    hook.remove()
+    results |= {"stride4": maps[0], "stride8": maps[1], "final_norm": maps[2], "final": maps[-1]}
+    for block in blocks:
+        assert type(block.mixer) is KernelMix
+        block.mixer.__class__ = SpatialMix
+    results["final_paper_equation"] = module.forward_intermediates(inputs["input"], intermediates_only=True)[-1]
+    return results
+
+
+def rwkvsam_prompted(module, inputs, manifest):
+    x, encoder = inputs["input"], module.prompt_encoder
+    features = module.encode(x)
+    results = {"backbone_final": module.backbone.forward_features(x), "image_embedding": features.embedding}
+    results["dense_pe"] = encoder.grid(*features.embedding.shape[-2:])
+    for name in ("box", "point"):
+        plural = f"{name}es" if name == "box" else f"{name}s"
+        prompts = {plural: torch.tensor(manifest["inputs"][plural]["value"])}
+        results[f"{name}_sparse"] = encoder(x.shape[-2:], **prompts)
+        results[f"{name}_masks"], results[f"{name}_iou"] = module.decode(features, **prompts)
+    return results

@@ -19,9 +19,8 @@ from ...checkpoint import rename
 from ...errors import InputError
 from ...layers.norm import at_least_float32
 from ...layers.points import Lengths
-from ...layers.rwkv import ChannelMix, QuadShift, RWKVBlock, SpatialMix, from_official
+from ...layers.rwkv import ChannelMix, KernelMix, QuadShift, RWKVBlock, SpatialMix, from_official
 from ...layers.sparse import Sites, SparseTensor, SubmanifoldConv, from_spconv, scatter, unique_cells, voxelize
-from ...scans.ops.published import bi_wkv_kernel
 from ...zoo import register
 
 __all__ = ["OccRWKV", "Volume", "lovasz_softmax"]
@@ -30,13 +29,6 @@ SLOPE = 0.1  # of leaky ReLUs, below 0
 
 
 # -- blocks on maps ----------------------------------------------------------------------------------------------------
-
-
-class KernelMix(SpatialMix):
-    """`SpatialMix` whose Bi-WKV is that of the published kernel, which departs a little from the paper's equation."""
-
-    def scan(self, k: Tensor, v: Tensor, **options):
-        return bi_wkv_kernel(k, v, self.decay[0] / k.shape[1], self.first[0] / k.shape[1]), None
 
 
 class MapRWKV(RWKVBlock):
