@@ -229,16 +229,14 @@ class MaskDecoder(nn.Module):
         self.to_mask = Perceptron(dim, dim, dim, out)
         self.to_iou = Perceptron(dim, dim, dim, 4)
 
-    def forward(
-        self, features: ImageFeatures, tokens: Tensor, dense: Tensor, positions: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, features: ImageFeatures, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Masks and scores.
 
         Args:
-            features: of the images, the maps of strides 8 and 4 as `stride8` and `stride4` made them; one image for
-                all prompts, or one for each.
+            features: of the images, the maps of strides 8 and 4 as `stride8` and `stride4` made them, and what prompts
+                say of the whole image (`PromptEncoder.dense`) in the embedding; of one image for all prompts, or of
+                one for each.
             tokens: (P, n, dim), of the prompts.
-            dense: (P or 1, dim, h or 1, w or 1), added to the embedding.
             positions: (1, dim, h, w), of the embedding's cells.
 
         Returns:
@@ -247,7 +245,7 @@ class MaskDecoder(nn.Module):
         prompts, grid = len(tokens), features.embedding.shape[-2:]
         own = torch.cat([self.iou_token.weight, self.mask_tokens.weight[:1]])
         start = x = torch.cat([own.expand(prompts, -1, -1), tokens], 1)
-        image = (features.embedding + dense).expand(prompts, -1, -1, -1).flatten(2).mT
+        image = features.embedding.expand(prompts, -1, -1, -1).flatten(2).mT
         where = positions.flatten(2).mT
         for block in self.blocks:
             x, image = block(x, image, start, where)
@@ -350,7 +348,8 @@ class RWKVSAMPrompter(nn.Module):
         grid = features.embedding.shape[-2:]
         size = STRIDE * grid[0], STRIDE * grid[1]
         tokens = self.prompt_encoder(size, points, labels, boxes, self.img_size)
-        return self.decoder(features, tokens, self.prompt_encoder.dense(masks), self.prompt_encoder.grid(*grid))
+        features = features._replace(embedding=features.embedding + self.prompt_encoder.dense(masks))
+        return self.decoder(features, tokens, self.prompt_encoder.grid(*grid))
 
     def forward(
         self,
