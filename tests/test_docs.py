@@ -146,17 +146,19 @@ def commands_of(text: str) -> list[str]:
 
 
 def options_of(words: list[str]) -> set[str]:
-    """The options of `linescan WORDS`; of training and evaluating, those of the task at hand."""
+    """The options of `linescan WORDS`; of training, evaluating and comparing, those of the task at hand."""
     from linescan.cli import app
     from linescan.cli.train import evaluation_of, training_of
 
     command = typer.main.get_command(app).commands[words[0]]
     if hasattr(command, "commands"):  # a group
         command = command.commands[words[1]]
-    if words[0] in ("train", "evaluate"):
+    parameters = list(command.params)
+    by_task = {"train": training_of, "evaluate": evaluation_of, "compare": training_of}.get(words[0])
+    if by_task:
         task = words[words.index("--task") + 1] if "--task" in words else "classify"
-        command = {"train": training_of, "evaluate": evaluation_of}[words[0]](task)
-    return {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
+        parameters += by_task(task).params
+    return {name for parameter in parameters for name in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
 
 
 def check_command(line: str) -> None:
