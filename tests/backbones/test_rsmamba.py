@@ -69,6 +69,11 @@ def test_variants_run_at_any_size_and_every_parameter_matters(class_token, paths
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
     assert "fc_norm.weight" in dict(model.named_parameters())
     if class_token:
+        tokens = model.forward_features(images(1, 3, 32, 32))
+        row = {"head": 0, "middle": 32, "tail": 64}[class_token]
+        patches = torch.cat([tokens[:, :row], tokens[:, row + 1 :]], 1)
+        pooled = model.forward_head(tokens, pre_logits=True)
+        assert torch.allclose(pooled, model.fc_norm(patches.mean(1)), atol=1e-6), "class tokens are no part of the mean"
         model.reset_classifier(4, "token")
         assert isinstance(model.fc_norm, nn.Identity) and model(images(1, 3, 32, 32)).shape == (1, 4)
     with pytest.raises(ValueError, match="class_token is one of"):
