@@ -37,6 +37,16 @@ def test_prompts_of_one_image_are_independent_and_as_of_many_images():
             assert torch.allclose(own[1], model(images[1:], **{n: x[1:2] for n, x in prompts.items()})[0], atol=1e-5)
 
 
+def test_points_are_shares_of_the_size_that_the_model_is_built_for():
+    model, wide = small(), RWKVSAMPrompter(**{**SMALL, "img_size": 128}).eval()
+    wide.load_state_dict(model.state_dict())
+    x, points = torch.randn(1, 3, 64, 96), torch.rand(1, 2, 2) * 64
+    with torch.no_grad():
+        want = model(x, points)[0]
+        assert torch.allclose(wide(x, 2 * points + 0.5)[0], want, atol=1e-4)
+        assert not torch.allclose(wide(x, points)[0], want, atol=1e-3)
+
+
 def test_tokens_of_prompts():
     torch.manual_seed(0)
     encoder = PromptEncoder(32)
