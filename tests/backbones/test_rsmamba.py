@@ -69,6 +69,7 @@ def test_variants_run_at_any_size_and_every_parameter_matters(class_token, paths
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
     assert "fc_norm.weight" in dict(model.named_parameters())
     if class_token:
+        nn.init.normal_(model.cls_token)
         tokens = model.forward_features(images(1, 3, 32, 32))
         row = {"head": 0, "middle": 32, "tail": 64}[class_token]
         patches = torch.cat([tokens[:, :row], tokens[:, row + 1 :]], 1)
