@@ -66,6 +66,7 @@ def test_names_and_filters():
     segmentors = [
         *(f"mhsvm_vmunet_{n}h" for n in (3, 4)),
         *(f"segman_seg_{s}" for s in ("base", "large", "small", "tiny")),
+        *(f"sigma_{s}" for s in ("base", "small", "tiny")),
     ]
     assert linescan.list_models(task="segmentation") == segmentors
     assert "vmamba_tiny_s1l8" in linescan.list_models(licence="mit")
