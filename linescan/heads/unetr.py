@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import zoo
 from ..backbones.mamband import MambaND3D
 from ..checkpoint import rename
 from ..errors import InputError
 from ..layers.tracing import opaque
+from ..zoo import register
 
 __all__ = ["MambaNDUNETR"]
 
@@ -167,19 +167,24 @@ OFFICIAL_NAMES = (
     (r"^out\.conv\.conv\.", "out."),
 )
 
-zoo.register(
+# -- models -----------------------------------------------------------------------------------------------------------
+
+
+def _btcv(name: str, embed_dim: int, feature_size: int, dice: float) -> dict:
+    """A model and its file."""
+    return {
+        "args": {"embed_dim": embed_dim, "feature_size": feature_size},
+        "weights": {"btcv": {"file": f"btcv/mamband-{name}.pt", "metrics": {"Dice": dice}}},
+    }
+
+
+register(
     MambaNDUNETR,
     {
-        f"mamband_unetr_{size}": {
-            "args": {"embed_dim": width, "feature_size": features},
-            "weights": {"btcv": {"file": f"btcv/mamband-{name}.pt", "metrics": {"Dice": dice}}},
-        }
-        for size, name, width, features, dice in (
-            ("small", "s", 384, 32, 83.1),
-            ("small_plus", "s_plus", 512, 32, 83.9),
-            ("base_32", "b-32", 768, 32, 82.7),
-            ("base_64", "b-64", 768, 64, 84.7),
-        )
+        "mamband_unetr_small": _btcv("s", 384, 32, 83.1),
+        "mamband_unetr_small_plus": _btcv("s_plus", 512, 32, 83.9),
+        "mamband_unetr_base_32": _btcv("b-32", 768, 32, 82.7),
+        "mamband_unetr_base_64": _btcv("b-64", 768, 64, 84.7),
     },
     task="volume-segmentation",
     inputs=((1, 96, 96, 96),),

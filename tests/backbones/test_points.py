@@ -148,7 +148,7 @@ def test_what_cannot_be_read_is_one_line(name):
         with pytest.raises(InputError, match=f"{cls}.*{said}"):
             model(bad)
     for args, said in (
-        (dict(groups=0), "at least 1 group"),
+        (dict(groups=0), "groups is at least 1, not 0"),
         (dict(in_chans=2), "at least 3 channels"),
         (dict(sampling="random"), "sampling"),
         (dict(global_pool="token+token"), "global_pool"),

@@ -310,7 +310,8 @@ def test_an_interrupted_run_keeps_what_is_answered(image, checkpoint, tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(image.read_bytes())
     code = (
-        "import sys, time\nfrom linescan.tasks.classify import Classifier\nplain = Classifier.open\n"
+        "import signal, sys, time\nsignal.signal(2, signal.default_int_handler)\n"  # a parent may ignore it
+        "from linescan.tasks.classify import Classifier\nplain = Classifier.open\n"
         f"def slow(self, given):\n    if str(given) == {str(fifo)!r}:\n        open({str(tmp_path / 'now')!r}, 'w')\n"
         "        time.sleep(600)\n    return plain(self, given)\nClassifier.open = slow\n"
         "sys.argv = ['linescan', *sys.argv[1:]]\nfrom linescan.cli import main\nmain()"

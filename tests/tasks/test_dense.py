@@ -127,7 +127,8 @@ from linescan.tasks import segment
 from linescan.tasks.segment import Segmenter
 torch.set_num_threads(1)
 class Net:
-    window = stride = None; channels = {channels}; classes = ["c"] * {channels}; palette = [(0, 0, 0)] * {channels}
+    window = stride = None; images = 1
+    channels = {channels}; classes = ["c"] * {channels}; palette = [(0, 0, 0)] * {channels}
     resizes, align_corners = False, False
     module = torch.nn.Conv2d(3, {channels}, 1)
     def encode(self, windows): return windows
@@ -484,6 +485,7 @@ def test_three_lines(weights, tmp_path, monkeypatch):
     Image.fromarray(photo(40, 60)).save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     from linescan.tasks import Segmenter
+
     seg = Segmenter("segman_seg_tiny", weights, **SMALL)  # fmt: skip
     mask = seg("photo.jpg")
     assert mask.shape == (40, 60)

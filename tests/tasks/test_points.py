@@ -408,7 +408,7 @@ def test_what_does_not_fit_is_one_line(tmp_path, shapes):
         with pytest.raises(ValueError, match="preprocess"):
             ModelCard.from_dict(values)
     save_model(path, model, ModelCard(card.model, {**card.args, "groups": 0}, card.classes, card.preprocess))
-    with pytest.raises(CheckpointError, match="at least 1 group"):
+    with pytest.raises(CheckpointError, match="groups is at least 1, not 0"):
         restore(None, path)
 
 

@@ -174,6 +174,7 @@ class PatchBackbone(PlainBackbone):
         there = [pool for pool in self.pools if "token" not in pool or self.has_class_token]
         self.global_pool = known("global_pool", global_pool, there)
         self.head_hidden_size = self.num_features * len(global_pool.split("+"))
+        self.fc_norm = nn.Identity()
 
     def set_classifier(self, num_classes: int, **factory) -> None:
         self.num_classes = num_classes
