@@ -105,16 +105,10 @@ def test_mmseg_and_mmdet_read_the_scenes(scenes, task):
 # -- trainings --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    """A demo, cut short: its folder and its metrics."""
-    out = tmp_path_factory.mktemp("demo") / "a folder, with spaces"
-    return out, demo_dense(out, ITERATIONS, SCENES)
-
-
 @pytest.mark.slow
-def test_the_demo_trains_judges_and_draws(demo):
-    out, metrics = demo
+def test_the_demo_trains_judges_draws_and_survives_a_kill(tmp_path):
+    out = tmp_path / "a folder, with spaces"
+    metrics = demo_dense(out, ITERATIONS, SCENES)  # cut short
     assert json.loads((out / "metrics.json").read_text()) == metrics
     assert 0 <= metrics["segmentation"]["mIoU"] <= 100 and -1 <= metrics["detection"]["coco/bbox_mAP"] <= 1
     occurring = [value for value in metrics["segmentation"]["IoU"].values() if value is not None]
@@ -127,10 +121,7 @@ def test_the_demo_trains_judges_and_draws(demo):
         (logged,) = [row[key] for row in rows if key in row]
         assert logged == pytest.approx(metrics[task][key], abs=0.01)  # the last checkpoint is what was judged
 
-
-@pytest.mark.slow
-def test_killed_and_resumed_it_takes_the_steps_of_one_that_was_not(demo, tmp_path):
-    out, metrics = demo
+    # It was killed and resumed, and took the steps of one that was not.
     stop = metrics["interruption"]
     assert ITERATIONS // 2 < stop["killed_at"] <= ITERATIONS
     assert stop["resumed_from"] <= stop["killed_at"] and len(read_log(out / "segmentation")) == 2
