@@ -360,7 +360,7 @@ def _label(axis: "Axes", points: list[tuple[str, float, float, Any]], least: flo
     """Names in a column at the right, as high as their points and no closer to each other than `least` of the axis."""
     if not points:
         return
-    axis.figure.canvas.draw()  # so that the limits of the axis are its last ones
+    axis.get_ylim()  # so that the limits are those of the data
     into = axis.transData + axis.transAxes.inverted()
     heights = sorted(((into.transform((x, y))[1], name, (x, y), colour) for name, x, y, colour in points), reverse=True)
     at, least = 1.0 + least, min(least, 1 / len(points))

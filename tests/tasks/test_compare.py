@@ -6,6 +6,7 @@ import subprocess
 import time
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from linescan.engine.benchmark import Measurement
@@ -98,6 +99,13 @@ def test_the_table_ranks_and_the_page_has_room_for_all(tmp_path):
         compare.draw(outcomes, Score(0.0, "top1", True), "digits", file)
     with Image.open(tmp_path / "page.png") as page:
         assert page.convert("L").crop((600, 100, 900, 1150)).getextrema()[0] < 120, "names between the panels"
+
+    figure = Figure()
+    axis = figure.add_subplot()
+    axis.plot([1, 2, 3], [10.0, 50.0, 90.0])
+    compare._label(axis, [("low", 1, 10.0, "k"), ("high", 3, 90.0, "k"), ("middle", 2, 50.0, "k")])
+    heights = {text.get_text(): text.xyann[1] for text in axis.texts}
+    assert heights["low"] < 0.1 and heights["middle"] == pytest.approx(0.5) and heights["high"] > 0.9
 
 
 def test_options_that_do_not_fit_are_one_line(linescan_here, tmp_path):
