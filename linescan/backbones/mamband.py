@@ -65,6 +65,8 @@ class MambaND(HierarchicalBackbone):
         drop_path_rate: stochastic depth, from 0 at the first layer to this at the last.
     """
 
+    default_out_indices = (-1,)  # there are one or two stages
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,

@@ -144,3 +144,8 @@ def test_the_two_published_forms_of_clips():
     assert other.fc_norm.eps == 1e-5 and other.head.weight.shape == (400, 384)
     assert tuple(one.volume_pos_embed.shape[1:4]) == tuple(other.volume_pos_embed.shape[1:4]) == (16, 14, 14)
     assert one.patch_embed.weight.shape[2:] == (2, 16, 16) and other.patch_embed.weight.shape[2:] == (1, 16, 16)
+
+
+def test_features_of_models_with_fewer_stages_than_four():
+    model = timm.create_model("mamband_small_patch16_224", features_only=True, depths=(1,))
+    assert [tuple(y.shape) for y in model(torch.zeros(1, 3, 64, 64))] == [(1, 384, 4, 4)]
