@@ -4,6 +4,7 @@ import inspect
 import math
 import types
 from collections.abc import Mapping, Sequence
+from functools import cache
 from numbers import Integral, Real
 from typing import Any, Union, get_args, get_origin
 
@@ -15,6 +16,7 @@ __all__ = ["check_arguments", "optional_arguments", "parameters"]
 MAY_BE_ZERO = {"num_categories", "num_classes", "num_frames", "shift_pixels", "stripes", "taps"}
 
 
+@cache
 def parameters(cls: type) -> dict[str, inspect.Parameter]:
     """The arguments of a class and of those that it extends, by name."""
     found: dict[str, inspect.Parameter] = {}

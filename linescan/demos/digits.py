@@ -12,10 +12,10 @@ from ..engine.metrics import read_metrics
 from ..engine.progress import say
 from ..engine.recipe import Recipe
 from ..engine.training import train
+from ..media.look import BAD, GOOD, GREY, INK, PAPER, plain
 from ..media.preprocess import Preprocess
 from ..tasks.classify import Classifier
 from ..tasks.recipes import ClassificationRecipe
-from .page import BAD, GOOD, GREY, INK, PAPER, plain
 from .telling import tell_commands, tell_files
 
 __all__ = ["RECIPE", "demo"]

@@ -20,12 +20,12 @@ from ..engine.recipe import Recipe
 from ..engine.scene_sets import DigitStreet
 from ..media.draw import default_palette
 from ..media.draw_points import PointView, draw_points, points_page
+from ..media.look import BAD, GOOD, GREY, INK, PAPER, plain
 from ..media.points import write_ply
 from ..tasks.point_detect import BoxDetector
 from ..tasks.point_parts import PartSegmenter
 from ..tasks.points import PointClassifier
 from ..tasks.recipes import PartsRecipe, PointClassificationRecipe, ScanDetectionRecipe
-from .page import BAD, GOOD, GREY, INK, PAPER, plain
 from .telling import tell_commands, tell_files
 from .trainings import rows_of, train_all
 

@@ -7,8 +7,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from ..media.look import BAD, GOOD, GREY, INK, PAPER, plain
 from .killable import Training, read_log
-from .page import BAD, GOOD, GREY, INK, PAPER, plain
 from .render import CLASSES, PALETTE, read_pixels
 
 __all__ = ["draw"]

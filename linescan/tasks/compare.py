@@ -5,8 +5,6 @@ comparison that was stopped goes on where it was. A page shows the scores with t
 parameters, and time and memory against the resolution.
 """
 
-import csv
-import io
 import json
 import multiprocessing
 import os
@@ -24,9 +22,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from ..engine.atomic import atomic
+from ..engine.atomic import atomic, write_all
 from ..engine.recipe import Recipe
 from ..errors import CheckpointError, Diverged, InputError, known, one_line
+from ..media.look import GREY, INK, PAPER, plain
+from .report import csv_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -280,32 +280,26 @@ def write(outcomes: Sequence[Outcome], kind: Score | None, recipe: Recipe, to: P
     compare.png; returns their paths."""
     from ..engine.benchmark import machine
 
-    to.mkdir(parents=True, exist_ok=True)
-    rows = [[*line] for line in table(outcomes, kind)]
-    rule = ["---", *["---:"] * (len(rows[0]) - 1)]
-    markdown = "".join(f"| {' | '.join(row)} |\n" for row in [rows[0], rule, *rows[1:]])
+    columns, *rows = table(outcomes, kind)
+    rule = ["---", *["---:"] * (len(columns) - 1)]
     page = {"machine": machine(), "recipe": recipe.as_dict(), "score": kind and kind.name,
             "results": [asdict(outcome) for outcome in outcomes]}  # fmt: skip
-    text = io.StringIO()
-    runs = csv.writer(text, lineterminator="\n")
-    runs.writerow(["model", "parameters", "seed", kind.name if kind else "score", "error"])
-    for outcome in outcomes:
-        for seed in sorted(outcome.scores | outcome.errors):
-            score, error = outcome.scores.get(seed, ""), outcome.errors.get(seed, "")
-            runs.writerow([outcome.variant.name, outcome.parameters or "", seed, score, error])
-    files = {"compare.md": markdown, "compare.csv": text.getvalue(), "compare.json": json.dumps(page, indent=2) + "\n"}
-    for name, content in files.items():
-        with atomic(to / name) as file:
-            file.write(content.encode())
-    paths = [to / name for name in files]
+    runs = (
+        [o.variant.name, o.parameters, seed, o.scores.get(seed), o.errors.get(seed)]
+        for o in outcomes
+        for seed in sorted(o.scores | o.errors)
+    )
+    contents = {
+        "compare.md": "".join(f"| {' | '.join(row)} |\n" for row in [columns, rule, *rows]).encode(),
+        "compare.csv": csv_bytes(["model", "parameters", "seed", kind.name if kind else "score", "error"], runs),
+        "compare.json": json.dumps(page, indent=2).encode() + b"\n",
+    }
+    paths = write_all(to, contents)
     if kind and find_spec("matplotlib"):
         with atomic(to / "compare.png") as file:
             draw(outcomes, kind, f"{recipe.model} on {Path(recipe.data).name}", file)
         paths.append(to / "compare.png")
     return paths
-
-
-PAPER, INK, GREY, RULE = "#fdfdfb", "#2b2d42", "#8d99ae", "#edf0f4"
 
 
 def draw(outcomes: Sequence[Outcome], kind: Score, setting: str, file: BinaryIO) -> None:
@@ -349,11 +343,8 @@ def draw(outcomes: Sequence[Outcome], kind: Score, setting: str, file: BinaryIO)
 def _dress(axis: "Axes", title: str, below: str) -> None:
     axis.set_title(title, loc="left", color=INK, weight="bold", fontsize=11)
     axis.set_xlabel(below, color=GREY)
-    axis.grid(color=RULE)
     axis.set_axisbelow(True)
-    axis.tick_params(colors=GREY, labelsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.spines[["left", "bottom"]].set_color("#d5dae1")
+    plain(axis, "both")
 
 
 def _label(axis: "Axes", points: list[tuple[str, float, float, Any]], least: float = 0.03) -> None:

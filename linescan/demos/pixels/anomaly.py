@@ -16,9 +16,9 @@ from ...engine.anomaly_sets import find_anomalies
 from ...engine.atomic import atomic
 from ...engine.cards import read_card
 from ...engine.progress import say
+from ...media.look import PAPER
 from ...tasks.anomaly import AnomalyDetector
 from ...tasks.recipes import AnomalyRecipe, ClassificationRecipe
-from ..page import PAPER
 from ..trainings import train_all
 
 __all__ = ["commands", "run"]

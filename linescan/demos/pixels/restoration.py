@@ -19,11 +19,11 @@ from ...engine.cards import restore
 from ...engine.pairs import Pairs, find_pairs
 from ...engine.progress import progress_bar, say
 from ...media.degrade import Degradation
+from ...media.look import PAPER
 from ...media.quality import luma, psnr, to_8_bits
 from ...media.resize import enlarge_bicubic
 from ...tasks.recipes import RestorationRecipe
 from ...tasks.restore import whole
-from ..page import PAPER
 from ..trainings import train_all
 
 __all__ = ["Job", "commands", "run"]
