@@ -257,7 +257,7 @@ class DenseForm:
     """What a family's authors take for segmentation and detection; see `feature_maps.DenseBackbone`.
 
     Attributes:
-        out_indices: units; None for all stages, or four blocks at equal distances.
+        out_indices: units; None for the last of each stride, or four blocks at equal distances.
         tap, norms: of `DenseBackbone`.
         neck: of `dense_parts`.
         trunk: arguments of the trunk.

@@ -283,8 +283,8 @@ def dense_parts(
     Args:
         model: a registered name.
         out_indices, tap, norms: of `DenseBackbone`; by default what the family's authors take, or else a LayerNorm
-            behind the stream after all stages, or after four blocks at equal distances. These are taken, too, where
-            the authors' blocks are more than the model has.
+            behind the stream after the last stage of each stride, or after four blocks at equal distances. These are
+            taken, too, where the authors' blocks are more than the model has.
         neck: of plain backbones. "rescaled" brings four maps of one scale to strides 4, 8, 16 and 32
             (`RescaledFeatures`), "simple" makes p2 to p6 of the last map (`SimpleFeaturePyramid`), "adapter" exchanges
             features with a pyramid (`ViTAdapter`); with options as a dict, {"type": "simple", "out_channels": 128}.
@@ -321,6 +321,8 @@ def dense_parts(
         out_indices = form.out_indices
         if trunk.unit_name == "blocks" and (out_indices is None or max(out_indices) >= count):
             out_indices = [count * (i + 1) // 4 - 1 for i in range(4)]
+        elif out_indices is None:
+            out_indices = sorted({f["reduction"]: i for i, f in enumerate(trunk.feature_info)}.values())
     return {
         "trunk": trunk,
         "out_indices": out_indices,

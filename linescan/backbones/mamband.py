@@ -49,7 +49,9 @@ def stack_mixers(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
 
 
 class MambaND(HierarchicalBackbone):
-    """Mamba-ND for images: stages of layers, with patch merging between them.
+    """Mamba-ND for images: layers in stages, with patch merging between them.
+
+    Every layer is a `Stage` of its own here, so that each gives a map: the published stages are only one or two.
 
     Args:
         img_size: size (or height and width) that the position embedding is built for; other sizes run too. Sides that
@@ -65,7 +67,7 @@ class MambaND(HierarchicalBackbone):
         drop_path_rate: stochastic depth, from 0 at the first layer to this at the last.
     """
 
-    default_out_indices = (-1,)  # there are one or two stages
+    default_out_indices = (-1,)
 
     def __init__(
         self,
@@ -87,27 +89,31 @@ class MambaND(HierarchicalBackbone):
         if len(dims) != len(depths):
             raise InputError(f"dims gives {len(dims)} stages, depths {len(depths)}")
         self.in_chans = in_chans
-        self.dims = dims
+        places = [i for i, depth in enumerate(depths) for _ in range(depth)]  # the published stage of each layer
+        self.dims = [dims[i] for i in places]
+        self.strides = [patch_size * 2**i for i in places]
         self.num_features = dims[-1]
         self.first_stride = self.min_size = patch_size
         self.pooled_norm = partial(nn.LayerNorm, eps=1e-6)
         self.patch_embed = nn.Conv2d(in_chans, dims[0], patch_size, patch_size)
         self.pos_embed = nn.Parameter(torch.zeros(1, *self.grid_of(*to_2tuple(img_size)), dims[0]))
         self.pos_drop = nn.Dropout(drop_rate)
-        layers = iter(enumerate(calculate_drop_path_rates(drop_path_rate, sum(depths))))
+        rates = calculate_drop_path_rates(drop_path_rate, len(places))
 
-        def block(dim: int) -> MambaNDBlock:
-            i, rate = next(layers)
-            mixer = MambaMixer(dim, ROUTES_2D[i % 4], d_state, d_conv, expand)
-            return MambaNDBlock(dim, mixer, drop_path=rate)
+        def layer(i: int) -> Stage:
+            merging = PatchMerging(self.dims[i - 1], self.dims[i]) if i and places[i] > places[i - 1] else None
+            mixer = MambaMixer(self.dims[i], ROUTES_2D[i % 4], d_state, d_conv, expand)
+            return Stage(merging, [MambaNDBlock(self.dims[i], mixer, drop_path=rates[i])])
 
-        self.stages = nn.ModuleList(
-            Stage(PatchMerging(dims[i - 1], dim) if i else None, [block(dim) for _ in range(depth)])
-            for i, (dim, depth) in enumerate(zip(dims, depths))
-        )
+        self.stages = nn.ModuleList(map(layer, range(len(places))))
         self.norm = nn.LayerNorm(self.num_features, eps=1e-6)
         self.init_head(num_classes, global_pool, drop_rate)
         self.init_weights()
+
+    def init_head(self, num_classes: int, global_pool: str, drop_rate: float) -> None:
+        super().init_head(num_classes, global_pool, drop_rate)
+        for info, stride in zip(self.feature_info, self.strides):
+            info["reduction"] = stride
 
     def init_weights(self) -> None:
         """The published initialisation; the mixers keep Mamba's own."""
@@ -132,25 +138,18 @@ class MambaND(HierarchicalBackbone):
         return self.pos_drop(x + self.positions(grid)), grid, ()
 
     def translate(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Official keys to linescan's; layers are numbered stage by stage, channels of merged patches last."""
-        places = [(i, j) for i, stage in enumerate(self.stages) for j in range(len(stage.blocks))]
-
-        def block(match: re.Match) -> str:
-            layer = int(match[1])
-            return "stages.{}.blocks.{}.".format(*places[layer]) if layer < len(places) else match[0]
-
-        def merging(match: re.Match) -> str:
-            layer = int(match[1])
-            return f"stages.{places[layer][0] + 1}.downsample." if layer < len(places) else match[0]
-
+        """Official keys to linescan's; a merging belongs to the layer after it, channels of merged patches last."""
         merged = {
             key for key in state if ".down_sample_layer." in key
         }  # (channel, row, column) -> (column, row, channel)
         state = {
             k: v.unflatten(-1, (-1, 2, 2)).transpose(-1, -3).flatten(-3) if k in merged else v for k, v in state.items()
         }
-        rules = ((r"^layers\.(\d+)\.down_sample_layer\.", merging), (r"^layers\.(\d+)\.", block))
-        return stack_mixers(self, rename(state, (*rules, *OFFICIAL_NAMES)))
+        layers = (
+            (r"^layers\.(\d+)\.down_sample_layer\.", lambda match: f"stages.{int(match[1]) + 1}.downsample."),
+            (r"^layers\.(\d+)\.", r"stages.\1.blocks.0."),
+        )
+        return stack_mixers(self, rename(state, (*layers, *OFFICIAL_NAMES)))
 
 
 class MambaND3D(PlainBackbone):

@@ -385,10 +385,10 @@ def test_factory_arguments(name):
     cfg = model.pretrained_cfg
     assert (cfg["pool_size"] is None) == hasattr(model, "blocks")
     if cfg["pool_size"]:
-        first, depths = getattr(model, "first_stride", 0), architecture(name)[1].get("depths", (1, 1, 1, 1))
-        if first != 4:
-            depths = timm.create_model(name, device="meta").stages
-        assert cfg["pool_size"] == tuple(side // (first * 2 ** (len(depths) - 1)) for side in cfg["input_size"][1:])
+        stride = 4 * 2 ** (len(architecture(name)[1].get("depths", (1, 1, 1, 1))) - 1)
+        if model.first_stride != 4:
+            stride = timm.create_model(name, device="meta").feature_info[-1]["reduction"]
+        assert cfg["pool_size"] == tuple(side // stride for side in cfg["input_size"][1:])
     if model.min_size > 32:
         wanted = timm.create_model(name, device="meta").min_size
         assert cfg["min_input_size"] == (3, wanted, wanted)

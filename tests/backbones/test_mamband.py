@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import linescan
+from linescan.backbones.feature_maps import dense_maps
 from linescan.backbones.mamband import MambaND, MambaND3D, MambaNDBlock
 from linescan.layers.mamba import MambaMixer
 from linescan.layers.pos_embed import resample_volume
@@ -58,7 +59,10 @@ def test_odd_sides_are_padded_to_whole_patches():
     want = model.patch_embed(F.pad(x, (0, 3, 0, 2))).permute(0, 2, 3, 1)
     assert torch.equal(stream, want)
     infos = timm.create_model("mamband_small_patch8_224", device="meta").feature_info
-    assert [(f["reduction"], f["num_chs"]) for f in infos] == [(8, 384), (16, 384)]
+    assert [(f["reduction"], f["num_chs"]) for f in infos] == 10 * [(8, 384)] + 14 * [(16, 384)]
+    assert [(f["module"], f["stride"]) for f in dense_maps("mamband_small_patch8_224")] == [
+        ("norms.9", 8), ("norms.23", 16),
+    ]  # fmt: skip
 
 
 def test_volumes_of_positions_are_resampled_axis_by_axis():
@@ -112,8 +116,8 @@ def test_files_for_images_are_inflated(tmp_path):
     before = {k: v.clone() for k, v in clips.state_dict().items()}
     clips.load_pretrained(str(tmp_path / "image.pth"))
     for flat, solid in {0: 0, 3: 3, 4: 6, 7: 9}.items():
-        assert torch.equal(clips.blocks[solid].mixer.A_log, image.stages[0].blocks[flat].mixer.A_log)
-        assert torch.equal(clips.blocks[solid].norm1.weight, image.stages[0].blocks[flat].norm1.weight)
+        assert torch.equal(clips.blocks[solid].mixer.A_log, image.stages[flat].blocks[0].mixer.A_log)
+        assert torch.equal(clips.blocks[solid].norm1.weight, image.stages[flat].blocks[0].norm1.weight)
     for new in (4, 5, 10, 11):
         assert torch.equal(clips.blocks[new].mixer.D, before[f"blocks.{new}.mixer.D"])
     frame = noise(1, 3, 32, 32)
