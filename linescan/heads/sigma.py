@@ -11,6 +11,7 @@ and a gate per channel. Any size will do.
 import math
 import re
 from functools import partial
+from pathlib import Path
 from typing import Sequence
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from ..backbones.feature_maps import DenseBackbone
 from ..backbones.vmamba import VANILLA, VMamba
-from ..checkpoint import fit_shapes, rename
+from ..checkpoint import fit, fit_shapes, read_state_dict, readable, rename
 from ..errors import InputError
 from ..layers.blocks import Stage
 from ..layers.channel_attention import ResidualStateSpaceBlock
@@ -31,7 +32,7 @@ from ..layers.ss2d import SS2D_NAMES
 from ..layers.stems import channels_first, depthwise
 from ..zoo import register
 
-__all__ = ["ConcatMamba", "CrossMamba", "DecoderBlock", "Sigma", "SigmaDecoder"]
+__all__ = ["ConcatMamba", "CrossMamba", "DecoderBlock", "Sigma", "SigmaDecoder", "SigmaEncoder"]
 
 
 # -- fusion, over maps (B, H, W, dim) of both images ------------------------------------------------------------------
@@ -270,20 +271,129 @@ class SigmaDecoder(nn.Module):
                 x = self.upsamples[i - 1](x)
         return self.output(self.up(self.norm(x)).permute(0, 3, 1, 2))
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block's activations in the backward pass."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Official keys, those behind `decode_head.`, to linescan's."""
+        return filter_parts(rename(state, DECODER_NAMES), self, DecoderBlock)
+
+
+def _stage_name(match: re.Match) -> str:
+    """Their `layers_up.I` works at stride 2 ** (5 - I), our `stages.I` at 2 ** (2 + I)."""
+    stage = 3 - int(match[1])
+    return f"upsamples.{stage - 1}." if match[2] == "upsample" else f"stages.{stage}.blocks."
+
+
+DECODER_NAMES = (
+    (r"^layers_up\.0\.", "expand."),
+    (r"^layers_up\.(\d)\.(upsample|blocks)\.", _stage_name),
+    (r"^norm_up\.", "norm."),
+)
+
+
+def filter_parts(state: dict[str, Tensor], module: nn.Module, *kinds: type[nn.Module]) -> dict[str, Tensor]:
+    """`state` with the keys of each part of `module` that is of these kinds as the part's own filter has them."""
+    out = dict(state)
+    for name, part in module.named_modules():
+        if name and isinstance(part, kinds):
+            inner = {key[len(name) + 1 :]: out.pop(key) for key in list(out) if key.startswith(f"{name}.")}
+            out |= {f"{name}.{key}": value for key, value in part.checkpoint_filter(inner).items()}
+    return out
+
 
 # -- model ------------------------------------------------------------------------------------------------------------
 
 
-class Sigma(nn.Module):
-    """Sigma: an RGB image and another of the same scene -> logits of their size.
+class SigmaEncoder(nn.Module):
+    """Two images of a scene -> four fused maps (B, C, H / s, W / s), s = 4, 8, 16, 32.
 
     Args:
         depths: blocks in each stage of the encoder.
         dim: channels of its first stage, doubled from stage to stage.
-        num_classes: classes.
         fusion_state: states per channel of the scans of the fusion.
-        decoder_depths: `depths` of `SigmaDecoder`.
         drop_path_rate: stochastic depth of the encoder.
+
+    Attributes:
+        out_channels: of the four maps.
+    """
+
+    def __init__(
+        self,
+        depths: Sequence[int] = (2, 2, 9, 2),
+        dim: int = 96,
+        fusion_state: int = 4,
+        drop_path_rate: float = 0.2,
+    ):
+        super().__init__()
+        trunk = VMamba(**VANILLA, depths=depths, dims=dim, num_classes=0, drop_path_rate=drop_path_rate)
+        self.encoder = DenseBackbone(trunk, norms="each")
+        self.out_channels = widths = self.encoder.out_channels
+        self.cross = nn.ModuleList(CrossMamba(width, fusion_state) for width in widths)
+        self.concat = nn.ModuleList(ConcatMamba(width, fusion_state) for width in widths)
+        self.cross.apply(init_linear)
+        self.concat.apply(init_linear)
+
+    def forward(self, rgb: Tensor, extra: Tensor) -> list[Tensor]:
+        """Four maps; arguments as for `Sigma.forward`.
+
+        Raises:
+            InputError: the two differ in size.
+        """
+        if rgb.shape != extra.shape:
+            raise InputError(f"both images are of one size, got {tuple(rgb.shape)} and {tuple(extra.shape)}")
+        maps = self.encoder(torch.cat([rgb, extra]))
+        return self.fuse(*zip(*(x.chunk(2) for x in maps)))
+
+    def fuse(self, rgb: Sequence[Tensor], extra: Sequence[Tensor]) -> list[Tensor]:
+        """The encoder's four maps (B, C, H, W) of both images -> four of the same sizes."""
+        fused = []
+        for cross, concat, x, e in zip(self.cross, self.concat, rgb, extra):
+            x, e = cross(x.permute(0, 2, 3, 1), e.permute(0, 2, 3, 1))
+            fused.append(concat(x, e).permute(0, 3, 1, 2))
+        return fused
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block's activations in the backward pass."""
+        self.encoder.set_grad_checkpointing(enable)
+
+    def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Official keys, those behind `backbone.`, to linescan's."""
+        return filter_parts(rename(state, ENCODER_NAMES), self, DenseBackbone, CrossMamba, ConcatMamba)
+
+    def load_pretrained(self, path: str | Path) -> None:
+        """Starts from a file: a Sigma's, without its decoder, or a classifier's, of which the encoder is made.
+
+        Raises:
+            CheckpointError: the file cannot be read, or is of another model.
+        """
+        state = {key.removeprefix("backbone."): value for key, value in read_state_dict(path).items()}
+        if not any(key.startswith(("cross.", "cross_mamba.")) for key in state):
+            self.encoder.load_pretrained(path)
+            return
+        state = {key: value for key, value in state.items() if not key.startswith("decode_head.")}
+        own = {key: value for key, value in self.state_dict().items() if key.startswith("decode_head.")}
+        with readable(path, type(self).__name__):
+            state = SigmaEncoder.checkpoint_filter(self, state)
+        fit(self, state | own, path)
+
+
+ENCODER_NAMES = (
+    (r"^vssm\.", "encoder."),
+    (r"^cross_mamba\.", "cross."),
+    (r"^channel_attn_mamba\.", "concat."),
+)
+
+
+class Sigma(SigmaEncoder):
+    """Sigma: an RGB image and another of the same scene -> logits of their size.
+
+    Args:
+        depths, dim, fusion_state, drop_path_rate: of `SigmaEncoder`.
+        num_classes: classes.
+        decoder_depths: `depths` of `SigmaDecoder`.
     """
 
     def __init__(
@@ -295,23 +405,8 @@ class Sigma(nn.Module):
         decoder_depths: Sequence[int] = (4, 4, 4),
         drop_path_rate: float = 0.2,
     ):
-        super().__init__()
-        trunk = VMamba(**VANILLA, depths=depths, dims=dim, num_classes=0, drop_path_rate=drop_path_rate)
-        self.encoder = DenseBackbone(trunk, norms="each")
-        widths = self.encoder.out_channels
-        self.cross = nn.ModuleList(CrossMamba(width, fusion_state) for width in widths)
-        self.concat = nn.ModuleList(ConcatMamba(width, fusion_state) for width in widths)
-        self.cross.apply(init_linear)
-        self.concat.apply(init_linear)
+        super().__init__(depths, dim, fusion_state, drop_path_rate)
         self.decode_head = SigmaDecoder(dim, num_classes, decoder_depths)
-
-    def fuse(self, rgb: Sequence[Tensor], extra: Sequence[Tensor]) -> list[Tensor]:
-        """The encoder's four maps (B, C, H, W) of both images -> four of the same sizes."""
-        fused = []
-        for cross, concat, x, e in zip(self.cross, self.concat, rgb, extra):
-            x, e = cross(x.permute(0, 2, 3, 1), e.permute(0, 2, 3, 1))
-            fused.append(concat(x, e).permute(0, 3, 1, 2))
-        return fused
 
     def forward(self, rgb: Tensor, extra: Tensor) -> Tensor:
         """Logits (B, num_classes, H, W).
@@ -324,43 +419,18 @@ class Sigma(nn.Module):
         Raises:
             InputError: the two differ in size.
         """
-        if rgb.shape != extra.shape:
-            raise InputError(f"both images are of one size, got {tuple(rgb.shape)} and {tuple(extra.shape)}")
-        maps = self.encoder(torch.cat([rgb, extra]))
-        fused = self.fuse(*zip(*(x.chunk(2) for x in maps)))
-        return resize(self.decode_head(fused), rgb.shape[-2:])
+        return resize(self.decode_head(super().forward(rgb, extra)), rgb.shape[-2:])
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block's activations in the backward pass."""
-        self.encoder.set_grad_checkpointing(enable)
-        for stage in self.decode_head.stages:
-            stage.grad_checkpointing = enable
+        super().set_grad_checkpointing(enable)
+        self.decode_head.set_grad_checkpointing(enable)
 
     def checkpoint_filter(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Official keys, `backbone.` and `decode_head.`, to linescan's."""
-        out = rename(state, PART_NAMES)
-        for name, part in self.named_modules():
-            if isinstance(part, (DenseBackbone, CrossMamba, ConcatMamba, DecoderBlock)):
-                inner = {key[len(name) + 1 :]: out.pop(key) for key in list(out) if key.startswith(f"{name}.")}
-                out |= {f"{name}.{key}": value for key, value in part.checkpoint_filter(inner).items()}
-        return out
-
-
-def _stage_name(match: re.Match) -> str:
-    """Their `layers_up.I` works at stride 2 ** (5 - I), our `stages.I` at 2 ** (2 + I)."""
-    stage = 3 - int(match[1])
-    return f"decode_head.upsamples.{stage - 1}." if match[2] == "upsample" else f"decode_head.stages.{stage}.blocks."
-
-
-# What published files call the parts of the whole.
-PART_NAMES = (
-    (r"^backbone\.vssm\.", "encoder."),
-    (r"^backbone\.cross_mamba\.", "cross."),
-    (r"^backbone\.channel_attn_mamba\.", "concat."),
-    (r"^decode_head\.layers_up\.0\.", "decode_head.expand."),
-    (r"^decode_head\.layers_up\.(\d)\.(upsample|blocks)\.", _stage_name),
-    (r"^decode_head\.norm_up\.", "decode_head.norm."),
-)
+        head = {key: value for key, value in state.items() if key.startswith("decode_head.")}
+        trunk = {key.removeprefix("backbone."): value for key, value in state.items() if key not in head}
+        return super().checkpoint_filter(trunk) | filter_parts(head, self, SigmaDecoder)
 
 
 # -- models -----------------------------------------------------------------------------------------------------------

@@ -35,6 +35,16 @@ SEMANTIC_KITTI = (
     "sidewalk", "other-ground", "building", "fence", "vegetation", "trunk", "terrain", "pole", "traffic-sign",
 )  # fmt: skip
 
+MFNET = ("unlabeled", "car", "person", "bike", "curve", "car stop", "guardrail", "color cone", "bump")
+PST900 = ("background", "fire extinguisher", "backpack", "hand drill", "survivor")
+ROOMS = (  # SUN RGB-D's 37 classes, and the first of NYUDepth v2's 40
+    "wall", "floor", "cabinet", "bed", "chair", "sofa", "table", "door", "window", "bookshelf", "picture", "counter",
+    "blinds", "desk", "shelves", "curtain", "dresser", "pillow", "mirror", "floor mat", "clothes", "ceiling", "books",
+    "refrigerator", "television", "paper", "towel", "shower curtain", "box", "whiteboard", "person", "night stand",
+    "toilet", "sink", "lamp", "bathtub", "bag",
+)  # fmt: skip
+NYU_MORE = ("other structure", "other furniture", "other prop")
+
 
 def class_names(data: str) -> list[str] | None:
     """The names of a data set's classes; None where the order that classifiers have them in is not known.
@@ -78,5 +88,9 @@ _KNOWN = {
     "Argoverse 2": lambda: list(ARGOVERSE2),
     "KITTI": lambda: ["Car", "Pedestrian", "Cyclist"],
     "SemanticKITTI": lambda: ["empty", *SEMANTIC_KITTI],
+    "MFNet": lambda: list(MFNET),
+    "PST900": lambda: list(PST900),
+    "NYUDepth v2": lambda: [*ROOMS, *NYU_MORE],
+    "SUN RGB-D": lambda: list(ROOMS),
     "ShapeNetPart": lambda: [f"{name}/{i}" for name, parts in SHAPENET_PARTS.items() for i in range(parts)],
 }

@@ -102,7 +102,7 @@ class LinescanBackbone(DenseBackbone, BaseModule):
         """Loads what `init_cfg` names; otherwise the model is initialised since it was built."""
         if self.init_cfg and not self._is_init:  # type: ignore[has-type]
             checkpoint = self.init_cfg["checkpoint"]
-            dropped, new = self.load_pretrained(_fetch(checkpoint), self.init_cfg.get("img_size"))
+            dropped, new = self.load_pretrained(fetch_checkpoint(checkpoint), self.init_cfg.get("img_size"))
             said = [f"LinescanBackbone: loaded {checkpoint}"]
             said += [f"its classifier is dropped ({', '.join(dropped)})"] if dropped else []
             said += [f"{len(new)} parameters are new (first: {new[0]})"] if new else []
@@ -110,7 +110,7 @@ class LinescanBackbone(DenseBackbone, BaseModule):
         self._is_init = True
 
 
-def _fetch(checkpoint: str) -> str:
+def fetch_checkpoint(checkpoint: str) -> str:
     """The local path of a file, a URL, or `linescan://NAME`; what is fetched stays in torch's and the Hub's caches."""
     if checkpoint.startswith("linescan://"):
         return str(zoo.fetch(zoo.find(checkpoint.removeprefix("linescan://"))))

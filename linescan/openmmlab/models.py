@@ -21,7 +21,7 @@ from ..tasks.results import Found, dataset_names, names_and_colours
 from .keys import translate_keys
 
 # What OpenMMLab's test pipelines do to read an image and to pack it; what stands between is kept.
-_READS = ("LoadImage", "LoadAnnotations", "LoadProposals")
+_READS = ("LoadImage", "LoadExtraImage", "LoadAnnotations", "LoadProposals")
 _PACKS = "Pack"
 
 
@@ -59,6 +59,7 @@ class _OpenMMLab:
                 said = " ".join(str(error).split()) or type(error).__name__
                 raise InputError(f"the model of {config} cannot be built: {said}") from error
             _load(self.module, state, checkpoint)
+            self.images = 1 + any(step["type"] == "LoadExtraImage" for step in _test_pipeline(cfg))
             steps = [step for step in _test_pipeline(cfg) if not step["type"].startswith(_READS)]
             self.pipeline = Compose([step for step in steps if not step["type"].startswith(_PACKS)])
             self.resizes = len(self.pipeline.transforms) > 0
@@ -66,8 +67,9 @@ class _OpenMMLab:
         self.meta = _dataset_meta(cfg, self.package) | dataset_names(meta)
 
     def encode(self, images: np.ndarray) -> np.ndarray:
-        """Images (..., H, W, 3) of bytes, RGB -> in OpenCV's order."""
-        return images[..., ::-1]
+        """Images (..., H, W, 3) of bytes, RGB -> in OpenCV's order; several of a scene, one behind the other, each."""
+        parts = images.reshape(*images.shape[:-1], -1, 3)
+        return parts[..., ::-1].reshape(images.shape)
 
     def run_pipeline(self, image: np.ndarray) -> dict:
         """What the test pipeline makes of an image (H, W, 3) of bytes, RGB, up to where it would pack it."""
@@ -89,7 +91,6 @@ class MMSegmentor(_OpenMMLab):
     """
 
     package = "mmseg"
-    images = 1
 
     def __init__(self, config: str | Path, checkpoint: str | Path | None):
         super().__init__(config, checkpoint)
@@ -103,11 +104,14 @@ class MMSegmentor(_OpenMMLab):
         self.classes, self.palette = names_and_colours(self.meta, self.module.num_classes)
 
     def prepare(self, image: np.ndarray) -> np.ndarray:
-        """An image (H, W, 3) of bytes, RGB -> as the config's test pipeline gives it to the model."""
+        """An image (H, W, 3 * images) of bytes, RGB -> as the config's test pipeline gives it to the model."""
         return self.run_pipeline(image)["img"]
 
     def logits(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) of bytes, encoded -> logits (B, C, H, W); C is 1 for two classes told by a threshold."""
+        """Images (B, 3 * images, H, W) of bytes, encoded -> logits (B, C, H, W).
+
+        C is 1 for two classes told by a threshold.
+        """
         from mmseg.structures import SegDataSample
 
         height, width = images.shape[-2:]
@@ -176,7 +180,8 @@ def _read_config(config: str | Path, package: str):
                 "tools/install_openmmlab.py installs them"
             )
     if package == "mmseg":
-        import linescan.openmmlab.segman  # noqa: F401  (registers its head)
+        import linescan.openmmlab.segman  # noqa: F401  (they register their parts)
+        import linescan.openmmlab.sigma  # noqa: F401
     prefix, _, inside = str(config).rpartition("::")
     if prefix:  # "mmseg::upernet/upernet_r50_4xb4-80k_ade20k-512x512": as MMEngine names a package's own
         import linescan.openmmlab  # noqa: F401  (its bases are found in the forks, too)

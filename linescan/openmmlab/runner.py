@@ -55,7 +55,7 @@ def read_config(name: str | Path, options: Sequence[str] = ()):
 def train_config(
     name: str | Path, work_dir: str | Path | None = None, resume: bool = False, options: Sequence[str] = ()
 ) -> Path:
-    """Trains as a config says; under torchrun, with one process a GPU.
+    """Trains as a config says; under torchrun, with one process a GPU, or on CPUs where there is none.
 
     Args:
         name: a file, or the name of one of linescan's configs (`linescan.openmmlab.list_configs`).
@@ -78,6 +78,17 @@ def train_config(
     cfg.resume = resume or cfg.get("resume", False)
     if "LOCAL_RANK" in os.environ:
         cfg.launcher = "pytorch"
+        _join_on_cpus(cfg)
     refuse_pickles()  # MMEngine would go on to unpickle what the restricted reading refuses
     Runner.from_cfg(cfg).train()
     return Path(cfg.work_dir)
+
+
+def _join_on_cpus(cfg) -> None:
+    """Where there is no GPU, joins torchrun's processes, which MMEngine does for GPUs alone."""
+    import torch
+
+    if not torch.cuda.is_available():
+        torch.distributed.init_process_group("gloo")
+        wrapper = {"type": "MMDistributedDataParallel", "device_ids": None}
+        cfg.model_wrapper_cfg = wrapper | (cfg.get("model_wrapper_cfg") or {})
