@@ -96,17 +96,18 @@ def classify(
     "linescan segment street.jpg --model segmentation/vmamba_tiny_upernet_ade20k --checkpoint vmamba.pth",
     "linescan segment photos 'more/**/*.png' drive.mp4 --model segman_seg_tiny --checkpoint segman.pth -o out",
     "linescan segment orthophoto.tif --model my_config.py -c best.pth --window 1024 --batch 8 --precision fp16",
+    "linescan segment lesions --checkpoint runs/isic18/best.safetensors",
     "linescan segment night/rgb --extra night/thermal --model sigma_tiny.mfnet --checkpoint sigma_tiny_mfnet.pth",
 )
 def segment(
     paths: Sources,
     model: Annotated[
-        str,
+        Optional[str],
         typer.Option(
             "--model", "-m", help="A name of `linescan list --task segmentation`, or an mmseg config: a file, one of "
-            "linescan's by name, or mmseg::..."
+            "linescan's by name, or mmseg::... Default: that of --checkpoint."
         ),
-    ],
+    ] = None,
     checkpoint: Weights = None,
     extra: Annotated[
         Optional[str],

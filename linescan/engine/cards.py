@@ -38,6 +38,7 @@ __all__ = [
     "read_card",
     "restore",
     "save_model",
+    "segmentor_preprocess",
 ]
 
 
@@ -133,6 +134,15 @@ def preprocess_of(model: nn.Module, in_chans: int | None = None, img_size: int |
 def plain_preprocess(channels: int) -> Preprocess:
     """Of networks that take images of any size as they are, in 0..1."""
     return Preprocess((channels, 1, 1), (0.0,) * channels, (1.0,) * channels)
+
+
+def segmentor_preprocess(entry: zoo.Entry, size: tuple[int, int] | None = None) -> Preprocess:
+    """Of a segmentation model, in 0..1: (height, width) `size`, or the entry's, is what images are resized to.
+
+    1 x 1 stands for none. How values are normalised is for the entry to say.
+    """
+    plain = plain_preprocess(sum(shape[0] for shape in entry.inputs))
+    return replace(plain, size=(plain.channels, *(size or entry.preprocess.get("size", (1, 1)))))
 
 
 def points_of(entry: zoo.Entry) -> PointPreprocess:
@@ -389,6 +399,8 @@ def restore(name: str | None = None, checkpoint: str | Path | None = None, **arg
     entry = zoo.find(name) if zoo.is_model(name) else None
     if entry and entry.task == "restoration":
         return model, ModelCard(name, args, [], plain_preprocess(model.in_chans))
+    if entry and entry.task == "segmentation":
+        return model, ModelCard(name, args, [], segmentor_preprocess(entry))
     if entry and "up" in entry.preprocess:
         preprocess = points_of(entry)
     elif entry and "scan_features" in entry.preprocess:
@@ -414,7 +426,8 @@ def _from_card(card: ModelCard, path: str | Path, args: dict) -> tuple[nn.Module
         raise CheckpointError(f"{path}: its card is of no model: {error}") from None
     load_state(model, state, path)
     classes = getattr(model, "num_classes", None)
-    if card.classes and classes is not None and classes != len(card.classes):
+    told_apart = 2 if classes == 1 else classes  # by one output
+    if card.classes and classes is not None and told_apart != len(card.classes):
         raise CheckpointError(f"{path}: its card names {len(card.classes)} classes, its model has {classes}")
     if args.get("img_size") is not None:
         size = (card.preprocess.channels, *_sides(args["img_size"]))

@@ -133,6 +133,8 @@ class SegMAN(nn.Module):
         channels, feat_proj_dim, num_classes, dropout_ratio, routes: of `SegMANDecoder`.
     """
 
+    classifiers = ("decode_head.conv_seg",)
+
     def __init__(
         self,
         backbone: dict,

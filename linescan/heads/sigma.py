@@ -396,6 +396,8 @@ class Sigma(SigmaEncoder):
         decoder_depths: `depths` of `SigmaDecoder`.
     """
 
+    classifiers = ("decode_head.output",)
+
     def __init__(
         self,
         depths: Sequence[int] = (2, 2, 9, 2),

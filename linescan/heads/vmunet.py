@@ -75,6 +75,8 @@ class VMUNet(nn.Module):
         drop_path_rate: stochastic depth, rising from 0 to this in the encoder and falling again in the decoder.
     """
 
+    classifiers = ("head",)
+
     def __init__(
         self,
         num_classes: int = 1,

@@ -14,7 +14,7 @@ from .images import LARGE, TIFF, check_whole, one_line, open_file
 from .large import blank
 from .pixels import upright
 
-__all__ = ["ImageFacts", "read_array", "write_array"]
+__all__ = ["ImageFacts", "read_array", "read_mask", "write_array"]
 
 _KEPT = {"L", "LA", "RGB", "RGBA", "I;16", "I", "F"}  # modes that are arrays as they are; the others are colours
 _BY_ROWS = {"L", "LA", "RGB", "RGBA", "I;16", "I;16B"}  # that libvips gives as they are
@@ -58,6 +58,26 @@ def read_array(path: str | Path) -> tuple[np.ndarray, ImageFacts]:
         with one_line(path):  # TIFF files of channels and depths that Pillow does not know
             array, facts = vips.read(path), ImageFacts()
     return (array[..., None] if array.ndim == 2 else array), facts
+
+
+def read_mask(path: str | Path) -> np.ndarray:
+    """The numbers of a mask (H, W), upright: of a grey image, or the indices of a palette; bits become 0 and 1.
+
+    Colours that are grey are read as such; alpha is left out.
+
+    Raises:
+        BrokenImage: it cannot be read, or holds colours; the message starts with the path.
+    """
+    with open_file(path) as image:
+        if image.mode in ("1", "P"):
+            check_whole(image.size)
+            image.load()
+            return np.array(upright(image)).astype(np.uint8)
+    array, _ = read_array(path)
+    colours = array[..., : 3 if array.shape[2] > 2 else 1]
+    if (colours != colours[..., :1]).any():
+        raise BrokenImage(f"{path}: a mask is grey or has a palette; this one has colours")
+    return colours[..., 0]
 
 
 def _read(path: str | Path) -> tuple[np.ndarray, ImageFacts]:

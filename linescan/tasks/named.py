@@ -1,19 +1,23 @@
 """Models of the zoo as the tools see them; they need no other library."""
 
 from pathlib import Path
+from typing import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checkpoint import CheckpointError, load_checkpoint, read_meta, read_state_dict
+from ..engine.cards import ModelCard, read_card, restore
+from ..engine.mask_sets import resize_images
 from ..errors import InputError
+from ..media.draw import default_palette
 from ..media.preprocess import normalise
-from ..zoo import create_model, fetch, find
+from ..zoo import Entry, create_model, fetch, find, is_model
 from .results import names_and_colours
 
-__all__ = ["NAMED", "NamedSegmentor", "stretched"]
+__all__ = ["NAMED", "NamedSegmentor", "SegmentorInput", "expect_segmentor", "of_all_classes", "stretched"]
 
 
 def stretched(images: Tensor) -> Tensor:
@@ -23,23 +27,83 @@ def stretched(images: Tensor) -> Tensor:
     return (images - low) * (255 / (high - low).clamp_min(1e-12))
 
 
+def expect_segmentor(name: str) -> Entry:
+    """The entry of a segmentation model. Raises InputError: it is none of the zoo's."""
+    if not is_model(name) or find(name).task != "segmentation":
+        raise InputError(f"{name} segments no images; `linescan list --task segmentation` shows models that do")
+    return find(name)
+
+
+class SegmentorInput:
+    """What a segmentation model of the zoo does to images before its forward pass: `entry.preprocess`.
+
+    Its keys: `order` of the channels, "RGB" or "BGR"; `mean` and `std` of bytes, or `stretch` for images whose darkest
+    value becomes 0 and whose brightest 255; `size`, to which an image is resized whatever its shape, or `scale`
+    (longest, shortest), to which its sides are resized at most; `divisor`, of which both sides are multiples;
+    `min_size`, up to which smaller images are padded.
+
+    Args:
+        entry: of the zoo.
+        size: instead of the entry's.
+
+    Attributes:
+        images: that the model reads of each scene.
+        size: (height, width), or None.
+    """
+
+    def __init__(self, entry: Entry, size: Sequence[int] | None = None):
+        how = entry.preprocess
+        self.images = len(entry.inputs)
+        self.size, self.scale = tuple(size or how.get("size", ())) or None, how.get("scale")
+        self.reverse, self.stretch = how.get("order", "RGB") == "BGR", how.get("stretch", False)
+        self.mean, self.std = how.get("mean"), how.get("std")
+        self.divisor, self.min_size = how.get("divisor", 1), how.get("min_size", 1)
+
+    @classmethod
+    def of_card(cls, card: ModelCard) -> "SegmentorInput":
+        """As the model was trained: at the card's size, if it has one."""
+        size = card.preprocess.size[1:]
+        return cls(find(card.model), None if max(size) == 1 else size)
+
+    def resized(self, images: Tensor) -> Tensor:
+        """Bytes (3 * images, H, W), RGB -> at the scale of the test."""
+        sides = images.shape[1:]
+        if self.size:
+            sides = self.size
+        elif self.scale:
+            factor = min(max(self.scale) / max(sides), min(self.scale) / min(sides))
+            sides = [int(side * factor + 0.5) for side in sides]
+        return resize_images(images, [max(-(-side // self.divisor), 1) * self.divisor for side in sides])
+
+    def logits(self, network: nn.Module, images: Tensor) -> Tensor:
+        """Images (B, 3 * images, H, W) of bytes, RGB -> the network's logits (B, channels, H, W)."""
+        height, width = images.shape[-2:]
+        below, right = (max(-side % self.divisor, self.min_size - side) for side in (height, width))
+        inputs = (x.flip(1) if self.reverse else x for x in images.chunk(self.images, 1))
+        inputs = (stretched(x) if self.stretch else normalise(x, self.mean, self.std) for x in inputs)
+        return network(*(F.pad(x, (0, right, 0, below)) for x in inputs))[..., :height, :width]
+
+
+def of_all_classes(logits: Tensor) -> Tensor:
+    """Logits (B, C, H, W) of all classes; a network of one channel tells two apart, by the sign of its logits."""
+    return torch.cat([torch.zeros_like(logits), logits], 1) if logits.shape[1] == 1 else logits
+
+
 class NamedSegmentor:
     """A segmentation model of the zoo: its network maps images (B, C, H, W) to logits (B, classes, H, W).
 
     One that reads several images of a scene gets them as one of all their channels, and its network each by itself.
 
-    The entry's `preprocess` says how it is tested: `order` of the channels, "RGB" or "BGR"; `mean` and `std` of bytes,
-    or `stretch` for images whose darkest value becomes 0 and whose brightest 255; `size`, to which an image is resized
-    whatever its shape, or `scale` (longest, shortest), to which its sides are resized at most; `divisor`, of which both
-    sides are multiples; `min_size`, up to which smaller images are padded. A network of one channel tells two classes
-    apart, by the sign of its logits.
-
     Args:
-        name: of the zoo, with or without a tag.
+        name: of the zoo, with or without a tag; None for the one that the checkpoint's card names.
         checkpoint: weights; by default the published ones.
-        args: of the model, over the entry's.
+        args: of the model, over the entry's and the card's.
+
+    Raises:
+        InputError, CheckpointError: neither names a model, it segments no images, or the weights are not its.
 
     Attributes:
+        name: of the model.
         module: the network.
         images: that it reads of each scene.
         channels: of the logits.
@@ -51,7 +115,20 @@ class NamedSegmentor:
     resizes = True
     align_corners = False
 
-    def __init__(self, name: str, checkpoint: str | Path | None, **args):
+    def __init__(self, name: str | None, checkpoint: str | Path | None, **args):
+        card = read_card(checkpoint) if checkpoint else None
+        if card or name is None:
+            self.module, card = restore(name, checkpoint, **args)
+            expect_segmentor(card.model)
+            self.input, self.classes = SegmentorInput.of_card(card), card.classes
+            self.palette = default_palette(len(self.classes))
+        else:
+            self._open(name, checkpoint, args)
+        self.name = card.model if card else name
+        self.channels, self.images = len(self.classes), self.input.images
+
+    def _open(self, name: str, checkpoint: str | Path | None, args: dict) -> None:
+        """A published file."""
         entry = find(name)
         checkpoint = fetch(entry) if checkpoint is None else checkpoint
         head = read_state_dict(checkpoint).get(f"{entry.classifier}.weight")
@@ -61,14 +138,8 @@ class NamedSegmentor:
             self.module = load_checkpoint(create_model(name, num_classes=len(head), **args), checkpoint)
         except TypeError as error:
             raise InputError(f"cannot build {name} with these arguments: {error}") from None
-        self.channels = max(len(head), 2)
-        self.classes, self.palette = names_and_colours(read_meta(checkpoint), self.channels)
-        how = entry.preprocess
-        self.images = len(entry.inputs)
-        self.reverse = how.get("order", "RGB") == "BGR"
-        self.stretch, self.size, self.scale = how.get("stretch", False), how.get("size"), how.get("scale")
-        self.mean, self.std = how.get("mean"), how.get("std")
-        self.divisor, self.min_size = how.get("divisor", 1), how.get("min_size", 1)
+        self.input = SegmentorInput(entry)
+        self.classes, self.palette = names_and_colours(read_meta(checkpoint), max(len(head), 2))
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Images (..., H, W, 3) of bytes, RGB -> as `logits` takes them: the same."""
@@ -76,25 +147,11 @@ class NamedSegmentor:
 
     def prepare(self, image: np.ndarray) -> np.ndarray:
         """An image (H, W, 3 * images) of bytes, RGB -> at the scale of the test."""
-        sides = image.shape[:2]
-        if self.size:
-            sides = self.size
-        elif self.scale:
-            factor = min(max(self.scale) / max(sides), min(self.scale) / min(sides))
-            sides = [int(side * factor + 0.5) for side in sides]
-        sides = [max(-(-side // self.divisor), 1) * self.divisor for side in sides]
-        images = torch.from_numpy(np.array(image)).movedim(-1, 0)[None].float()
-        images = F.interpolate(images, sides, mode="bilinear", align_corners=False)
-        return images[0].movedim(0, -1).round().byte().numpy()
+        return self.input.resized(torch.from_numpy(np.array(image)).movedim(-1, 0)).movedim(0, -1).numpy()
 
     def logits(self, images: Tensor) -> Tensor:
         """Images (B, 3 * images, H, W) of bytes, RGB -> logits (B, channels, H, W)."""
-        height, width = images.shape[-2:]
-        below, right = (max(-side % self.divisor, self.min_size - side) for side in (height, width))
-        inputs = (x.flip(1) if self.reverse else x for x in images.chunk(self.images, 1))
-        inputs = (stretched(x) if self.stretch else normalise(x, self.mean, self.std) for x in inputs)
-        logits = self.module(*(F.pad(x, (0, right, 0, below)) for x in inputs))[..., :height, :width]
-        return torch.cat([torch.zeros_like(logits), logits], 1) if logits.shape[1] == 1 else logits
+        return of_all_classes(self.input.logits(self.module, images))
 
     def decide(self, logits: Tensor) -> Tensor:
         """Logits (C, H, W) -> classes (H, W)."""

@@ -18,12 +18,12 @@ def register_opener(task: str, opener: Callable[[str | Path, str | Path | None],
     _OPENERS[task] = opener
 
 
-def open_model(task: str, model: str | Path, checkpoint: str | Path | None, **args) -> Any:
+def open_model(task: str, model: str | Path | None, checkpoint: str | Path | None, **args) -> Any:
     """The model with what it does to an image before and after its forward pass.
 
     Args:
         task: as in the zoo.
-        model: a name of the zoo, or a config.
+        model: a name of the zoo, or a config; None for the one that the checkpoint's card names.
         checkpoint: its weights.
         args: of a model of the zoo.
 
@@ -33,8 +33,8 @@ def open_model(task: str, model: str | Path, checkpoint: str | Path | None, **ar
     from .named import NAMED
 
     names = list_models(task=task) if task in NAMED else []
-    if str(model).partition(".")[0] in names:
-        return NAMED[task](str(model), checkpoint, **args)
+    if model is None or str(model).partition(".")[0] in names:
+        return NAMED[task](model and str(model), checkpoint, **args)
     if args:
         known = f" ({', '.join(names)})" if names else ""
         raise InputError(f"{', '.join(args)}: only for models by name{known}; a config has its own")

@@ -38,6 +38,7 @@ __all__ = [
     "PretrainingRecipe",
     "RestorationRecipe",
     "ScanDetectionRecipe",
+    "SegmentationRecipe",
     "read_recipe",
 ]
 
@@ -179,6 +180,65 @@ class PretrainingRecipe(_Mirrored, _Taught):
     betas: tuple[float, float] | None = option((0.9, 0.95), "Decay of the mean and of the variance of the gradient.",
                                                OPTIMISER, SHARE)  # fmt: skip
     warmup: float = option(40.0, "Epochs in which the learning rate rises from 0.", OPTIMISER, NATURAL)
+
+
+@dataclass(frozen=True)
+class SegmentationRecipe(Recipe):
+    """Train a model that says the class of each pixel, on images and their masks.
+
+    The defaults are those of MHS-VM's published runs: cross-entropy and Dice loss, images that are resized to one size,
+    mirrored, flipped and turned. Configs of mmseg are trained with --config instead.
+    """
+
+    task: ClassVar[str] = "segmentation"
+    implementation: ClassVar[str] = "linescan.tasks.segment:SegmentationTask"
+    default_model: ClassVar[str] = "mhsvm_vmunet_4h"
+    judges: ClassVar[bool] = True
+    scored: ClassVar[str] = "A folder with images/ and masks/ in it; of one with train/ and val/ (or test/) the latter."
+    examples: ClassVar[tuple[str, ...]] = (
+        "linescan train --task segmentation --data isic18 --out runs/isic18 --model-arg threshold=0.5",
+        "linescan train --task segmentation --data streets --out runs/streets --model segman_seg_tiny --size 512x512 "
+        "--augment mirror+scale --dice-weight 0 --lr 1e-4 --bf16",
+        "linescan train --task segmentation --data lesions --out runs/tuned --checkpoint best_4h.pth --model "
+        "mhsvm_vmunet_4h --lr 1e-4 --epochs 50",
+        "linescan evaluate --task segmentation --data isic18 --checkpoint runs/isic18/best.safetensors",
+        "linescan segment lesion.jpg --checkpoint runs/isic18/best.safetensors",
+    )
+
+    data: str = option(..., "A folder with images/ and masks/ (files of the same names) in it, and classes.txt for "
+                       "more than two classes; or one with such folders train/ and val/ in it.", DATA,
+                       short="-d")  # fmt: skip
+    val: str | None = option(None, "A folder with images/ and masks/ to hold out. Default: by --holdout.", DATA)
+    size: str | None = option(
+        None, "What is trained on: whole images, resized to it, or with --augment scale parts of them. Default: the "
+        "checkpoint's or the model's, else 256x256.", DATA, metavar="HEIGHTxWIDTH",
+    )  # fmt: skip
+    augment: str | None = option(
+        None, "Words joined by +: mirror (left and right), flip (upside down), rotate (by any angle), scale (by 0.5 to "
+        "2, and cut); or none. Default: mirror+flip+rotate, and mirror+scale for models that do not resize images to "
+        "one size.", AUGMENT,
+    )  # fmt: skip
+    dice_weight: float = option(1.0, "Of the Dice loss beside cross-entropy.", LOSS, NATURAL)
+
+    epochs: int = option(300, "Times that each sample is seen.", OPTIMISER, COUNT, short="-e")
+    batch: int = option(32, "Samples in one forward pass of a process.", OPTIMISER, COUNT, short="-b")
+    lr: float = option(1e-3, "Highest learning rate.", OPTIMISER, POSITIVE)
+    weight_decay: float = option(0.01, "Weight decay.", OPTIMISER, NATURAL)
+    warmup: float = option(0.0, "Epochs in which the learning rate rises from 0.", OPTIMISER, NATURAL)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.sides  # noqa: B018 - refuses what is none
+
+    @property
+    def sides(self) -> tuple[int, int] | None:
+        """`size` as numbers."""
+        if self.size is None:
+            return None
+        parts = self.size.lower().split("x")
+        if len(parts) > 2 or not all(part.isdecimal() and int(part) for part in parts):
+            raise InputError(f"--size must be as in 256 or 480x640 (height x width), not {self.size!r}")
+        return int(parts[0]), int(parts[-1])
 
 
 @dataclass(frozen=True)
@@ -478,6 +538,7 @@ RECIPES: dict[str, type[Recipe]] = {
         ClassificationRecipe,
         DistillationRecipe,
         PretrainingRecipe,
+        SegmentationRecipe,
         RestorationRecipe,
         AnomalyRecipe,
         PointClassificationRecipe,

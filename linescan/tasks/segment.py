@@ -1,4 +1,4 @@
-"""Segmentation: images in, masks out."""
+"""Segmentation: images in, masks out (`Segmenter`); and how models of the zoo are trained for it and scored."""
 
 import json
 from collections import defaultdict
@@ -8,19 +8,218 @@ from typing import Iterable, Iterator, Sequence
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ..engine.atomic import atomic
+from ..engine.atomic import atomic, write_all
+from ..engine.cards import ModelCard, read_card, segmentor_preprocess
+from ..engine.mask_sets import IGNORED, Augment, MaskedScenes, classes_of, find_scenes, open_scenes, resize_mask
+from ..engine.scores import Evaluator, Totals
 from ..errors import InputError
 from ..media.draw import draw_masks
 from ..media.find import Source
 from ..media.images import ImageLike
 from ..media.large import PairedPixels, Pixels, blank, open_pixels, write_mask
+from ..media.page import figure, page, table
+from .base import Task, build_model
+from .named import SegmentorInput, expect_segmentor, of_all_classes
 from .open import open_model
+from .recipes import SegmentationRecipe
+from .report import csv_bytes
 from .tool import Progress, Writer, expect_finite, silent
 from .windows import Block, Size, WindowTool, bounded, enlarge, reduced_for_drawing, slide, thin
 
-__all__ = ["Masks", "Segmenter"]
+__all__ = ["MaskScores", "Masks", "Segmenter", "SegmentationTask", "cross_entropy", "dice_loss"]
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """The mean over all pixels whose class is known.
+
+    Args:
+        logits: (B, C, H, W) of C classes; of one channel, the logits of the second of two.
+        target: (B, H, W), the class, or 255.
+    """
+    known = target != IGNORED
+    if logits.shape[1] == 1:
+        losses = F.binary_cross_entropy_with_logits(logits[:, 0], (target == 1).to(logits), reduction="none") * known
+    else:
+        losses = F.cross_entropy(logits, target.long(), ignore_index=IGNORED, reduction="none")
+    return losses.sum() / known.sum().clamp_min(1)
+
+
+def dice_loss(logits: Tensor, target: Tensor, smooth: float = 1.0) -> Tensor:
+    """1 - (2 sum(p t) + smooth) / (sum(p) + sum(t) + smooth): the mean over images, and over more classes than two.
+
+    Of two classes it is that of the second. Milletari et al., "V-Net", 3DV 2016, arXiv 1606.04797.
+
+    Args:
+        logits, target: as for `cross_entropy`.
+        smooth: added to both, so that a class that an image has not costs nothing where it is not found either.
+    """
+    count = logits.shape[1]
+    numbers = torch.arange(count, device=target.device) if count > 1 else torch.ones(1, device=target.device)
+    shares = (logits.softmax(1) if count > 1 else logits.sigmoid()) * (target != IGNORED)[:, None]
+    truth = (target[:, None] == numbers[:, None, None]).to(shares)
+    shares, truth = shares.flatten(2), truth.flatten(2)
+    return (1 - (2 * (shares * truth).sum(-1) + smooth) / (shares.sum(-1) + truth.sum(-1) + smooth)).mean()
+
+
+def _scores_of_classes(confusion: np.ndarray) -> dict[str, np.ndarray]:
+    """Scores of each class from counts of pixels [true class, class found]; NaN where nothing is counted."""
+    total, right = confusion.sum(), confusion.diagonal()
+    missed, wrong = confusion.sum(1) - right, confusion.sum(0) - right
+    with np.errstate(invalid="ignore"):
+        return {
+            "miou": right / (right + missed + wrong),
+            "dice": 2 * right / (2 * right + missed + wrong),
+            "sensitivity": right / (right + missed),
+            "specificity": (total - right - missed - wrong) / (total - right - missed),
+        }
+
+
+MOST_SHOWN = 48
+"""Images on a page of the worst."""
+
+
+class MaskScores(Evaluator):
+    """IoU, Dice, sensitivity and specificity over the pixels of all images together, and the share of right pixels.
+
+    Of two classes they are those of the second, as published for lesions; of more their means over the classes that
+    occur. Pixels whose class is not known do not count.
+
+    Args:
+        data: images at the scale of the test, and their masks.
+        input: what the network's images go through.
+    """
+
+    data: MaskedScenes
+    names = ("miou", "dice", "accuracy", "sensitivity", "specificity")
+    primary = "miou"
+
+    def __init__(self, data: MaskedScenes, input: SegmentorInput):
+        self.data, self.input = data, input
+        self.batch = None if input.size else 1  # images differ in size
+
+    @classmethod
+    def of(cls, scenes: list, classes: Sequence[str], input: SegmentorInput) -> "MaskScores":
+        """At the one size that the model resizes images to, masks as well; else with masks as they are."""
+
+        def prepare(images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+            return input.resized(images), resize_mask(mask, input.size) if input.size else mask
+
+        return cls(MaskedScenes(scenes, classes, prepare), input)
+
+    def measure(self, model: nn.Module, batch: dict[str, Tensor], totals: Totals) -> None:
+        logits = of_all_classes(self.input.logits(model, batch["images"]).float())
+        if logits.shape[-2:] != batch["mask"].shape[-2:]:
+            logits = F.interpolate(logits, batch["mask"].shape[-2:], mode="bilinear")
+        found, truth, count = logits.argmax(1), batch["mask"].long(), len(self.data.classes)
+        each = []
+        for own, true in zip(found, truth):
+            known = true != IGNORED
+            pairs = torch.bincount(true[known] * count + own[known], minlength=count**2).view(count, count)
+            each.append(pairs)
+        confusion = torch.stack(each)
+        totals.add(confusion=confusion.sum(0))
+        worth = [self._summary(one.cpu().numpy())["miou"] for one in each]
+        totals.keep(index=batch["index"], worth=torch.tensor(worth))
+
+    def _summary(self, confusion: np.ndarray) -> dict[str, float]:
+        chosen = slice(1, None) if len(confusion) == 2 else np.flatnonzero(confusion.sum(0) + confusion.sum(1))
+        of_classes = {name: values[chosen] for name, values in _scores_of_classes(confusion).items()}
+        means = {name: float(np.nanmean(v)) if np.isfinite(v).any() else float("nan") for name, v in of_classes.items()}
+        means["accuracy"] = float(confusion.trace() / max(confusion.sum(), 1))
+        return {name: means[name] for name in self.names}
+
+    def scores(self, totals: Totals) -> dict[str, float]:
+        return self._summary(totals["confusion"].numpy())
+
+    def describe(self, scores: dict[str, float]) -> str:
+        return f"mIoU {scores['miou']:.4f}, Dice {scores['dice']:.4f}, accuracy {scores['accuracy']:.4f}"
+
+    def report(self, totals: Totals, folder: Path, title: str) -> tuple[dict, list[Path]]:
+        """report.html (scores of each class, the images with the lowest IoU), classes.csv and images.csv."""
+        confusion, scores = totals["confusion"].numpy(), self.scores(totals)
+        of_classes = _scores_of_classes(confusion)
+        cells = [[name, *(f"{values[i]:.4f}" for values in of_classes.values()), int(confusion[i].sum())]
+                 for i, name in enumerate(self.data.classes)]  # fmt: skip
+        head = ["class", "iou", *list(of_classes)[1:], "pixels"]
+        index, worth = totals["index"].numpy(), totals["worth"].numpy()
+        order = np.argsort(worth, kind="stable")  # those without a score last
+        listed = [(self.data.names[index[i]], f"{worth[i]:.4f}") for i in order]
+        shown = [i for i in order if np.isfinite(worth[i])][:MOST_SHOWN]
+        figures = (figure(self.data.preview(int(index[i])), Path(self.data.names[index[i]]).name, f"{worth[i]:.4f}")
+                   for i in shown)  # fmt: skip
+        sections = [
+            ("Classes", "Over the pixels of all images.", table(head, cells)),
+            ("Images with the lowest IoU", "With their true masks.", f'<div class="many">{"".join(figures)}</div>'),
+        ]
+        contents = {
+            "report.html": page(title, f"{len(order)} images. {self.describe(scores)}.", sections),
+            "classes.csv": csv_bytes(head, cells),
+            "images.csv": csv_bytes(["image", "iou"], listed),
+        }
+        return {"classes": {row[0]: dict(zip(head[1:], map(float, row[1:]))) for row in cells}}, write_all(
+            folder, contents
+        )
+
+
+class SegmentationTask(Task):
+    """Images and masks -> cross-entropy and Dice loss.
+
+    Two classes are told apart by one output, as in the published networks for lesions.
+
+    Raises:
+        InputError: a model that segments no images, or data that cannot be used.
+    """
+
+    losses = ("loss", "entropy", "dice")
+    unit = "images"
+    recipe: SegmentationRecipe
+
+    def __init__(self, recipe: SegmentationRecipe):
+        super().__init__(recipe)
+        entry = expect_segmentor(recipe.model)
+        card = read_card(recipe.checkpoint) if recipe.checkpoint else None
+        size = recipe.sides or (SegmentorInput.of_card(card).size if card else None)
+        resizes = "size" in entry.preprocess
+        self.input = SegmentorInput(entry, size if resizes else None)
+        train, held_out = open_scenes(recipe.data, recipe.val, recipe.holdout, self.input.images)
+        self.classes = classes_of(recipe.data)
+        self.outputs = 1 if len(self.classes) == 2 else len(self.classes)
+        self.model = build_model(recipe, num_classes=self.outputs)
+        words = recipe.augment or ("mirror+flip+rotate" if resizes else "mirror+scale")
+        augment = Augment(words, size or self.input.size or (256, 256), IGNORED if self.outputs > 1 else 0)
+        self.data = MaskedScenes(train, self.classes, augment)
+        self.evaluator = MaskScores.of(held_out, self.classes, self.input)
+        self.card_of = ModelCard(
+            recipe.model, recipe.model_args | {"num_classes": self.outputs}, list(self.classes),
+            segmentor_preprocess(entry, self.input.size),
+        )  # fmt: skip
+
+    def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        logits, target = self.input.logits(model, batch["images"]).float(), batch["mask"]
+        entropy, dice = cross_entropy(logits, target), dice_loss(logits, target)
+        return {"loss": entropy + self.recipe.dice_weight * dice, "entropy": entropy, "dice": dice, "output": logits}
+
+    def card(self) -> ModelCard:
+        return self.card_of
+
+    @classmethod
+    def judge(cls, recipe: SegmentationRecipe, model: nn.Module, card: ModelCard) -> Evaluator:
+        expect_segmentor(card.model)
+        classes, root = classes_of(recipe.data), Path(recipe.data)
+        if card.classes and len(card.classes) != len(classes):
+            raise InputError(f"{recipe.data} has {len(classes)} classes, the model {len(card.classes)}")
+        root = next((root / name for name in ("val", "test") if (root / name).is_dir()), root)
+        input = SegmentorInput.of_card(card)
+        return MaskScores.of(find_scenes(root, input.images), classes, input)
+
+
+# -- the user's side --------------------------------------------------------------------------------------------------
 
 FRAME_LEGEND = 2  # rows of the legend below frames of a video, which are all of one size
 
@@ -28,6 +227,7 @@ FRAME_LEGEND = 2  # rows of the legend below frames of a video, which are all of
 class Segmenter(WindowTool):
     """Says what each pixel of an image shows.
 
+        seg = Segmenter(checkpoint="runs/isic18/best.safetensors")      # of `linescan train`
         seg = Segmenter("my_config.py", "weights.pth")
         mask = seg("photo.jpg")                                         # (H, W), the class of each pixel
         print(seg.classes[mask[0, 0]])
@@ -43,7 +243,8 @@ class Segmenter(WindowTool):
 
     Args:
         model: the name of a segmentation model (`linescan list --task segmentation`), which needs no OpenMMLab; or an
-            mmseg config: a file, a name of one of linescan's, or "mmseg::...".
+            mmseg config: a file, a name of one of linescan's, or "mmseg::..."; None for the model that the checkpoint
+            names.
         checkpoint: its weights (.pth, .safetensors). Without it, the published ones, or those that the config names as
             `load_from`.
         device: by default CUDA where there is one.
@@ -61,7 +262,7 @@ class Segmenter(WindowTool):
 
     def __init__(
         self,
-        model: str | Path,
+        model: str | Path | None = None,
         checkpoint: str | Path | None = None,
         *,
         device: str | None = None,
@@ -74,7 +275,7 @@ class Segmenter(WindowTool):
         **args,
     ):
         opened = open_model("segmentation", model, checkpoint, **args)
-        super().__init__(str(model), opened, device, dtype, batch, window, stride, strict)
+        super().__init__(str(model or opened.name), opened, device, dtype, batch, window, stride, strict)
         self.memory = memory
         if not self.window and self.model.window and not self.model.resizes:
             self.window, self.stride = self.model.window, self.model.stride
