@@ -400,7 +400,8 @@ def restore(name: str | None = None, checkpoint: str | Path | None = None, **arg
     if entry and entry.task == "restoration":
         return model, ModelCard(name, args, [], plain_preprocess(model.in_chans))
     if entry and entry.task == "segmentation":
-        return model, ModelCard(name, args, [], segmentor_preprocess(entry))
+        known = names_of_data(entry.data) if entry.data and "num_classes" not in args else None
+        return model, ModelCard(name, args, known or [], segmentor_preprocess(entry))
     if entry and "up" in entry.preprocess:
         preprocess = points_of(entry)
     elif entry and "scan_features" in entry.preprocess:

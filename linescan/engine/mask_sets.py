@@ -7,6 +7,9 @@
 A mask may be named NAME_segmentation or NAME_mask. Masks hold numbers of classes (grey images, or the indices of a
 palette), and 255 where none is known. Of two classes, which need no classes.txt, the second is 1 or 255, or bright.
 For models that read several images of a scene, the folder extra/ beside images/ holds the second.
+
+Sets of pairs are read as Sigma's authors lay them out (`LAYOUTS`), with their lists of names and their classes: MFNet,
+PST900, NYUDepth v2 and SUN RGB-D.
 """
 
 from pathlib import Path
@@ -26,9 +29,22 @@ from ..media.arrays import read_mask
 from ..media.draw import draw_masks
 from ..media.find import find_images
 from ..media.images import read_image
+from ..media.labels import class_names
 from .image_sets import roots, split
 
-__all__ = ["IGNORED", "Augment", "MaskedScenes", "Scene", "classes_of", "open_scenes", "resize_images", "resize_mask"]
+__all__ = [
+    "IGNORED",
+    "LAYOUTS",
+    "Augment",
+    "MaskedScenes",
+    "PairLayout",
+    "Scene",
+    "classes_of",
+    "open_scenes",
+    "resize_images",
+    "resize_mask",
+    "scenes_to_score",
+]
 
 IGNORED = 255
 """In masks: no class is known."""
@@ -43,10 +59,69 @@ class Scene(NamedTuple):
     Attributes:
         images: as many as the model reads, of one size.
         mask: the class of each of their pixels.
+        first: what stands for the first class in the mask; where there is less, no class is known.
     """
 
     images: tuple[Path, ...]
     mask: Path
+    first: int = 0
+
+
+class PairLayout(NamedTuple):
+    """A published set of pairs: its folders, and the lists of the names in them.
+
+    Attributes:
+        data: its name, for which its classes are known.
+        images, extra, masks: folders of first images, second images and masks.
+        train, test: files that list names, without suffixes.
+        first: see `Scene`.
+    """
+
+    data: str
+    images: str
+    extra: str
+    masks: str
+    train: str
+    test: str
+    first: int = 0
+
+    def is_at(self, root: Path) -> bool:
+        """Whether a folder has these folders."""
+        return all((root / name).is_dir() for name in (self.images, self.extra, self.masks))
+
+    def scenes(self, root: Path, listed: str, images: int) -> list[Scene]:
+        """The scenes that one of the lists names.
+
+        Raises:
+            InputError: the list is missing or empty, or names what is not there.
+        """
+        path = root / listed
+        try:
+            names = path.read_text(encoding="utf-8").split()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: {getattr(error, 'strerror', None) or 'not a text'}") from None
+        if not names:
+            raise InputError(f"{path} names no scenes")
+        folders = [root / name for name in (self.images, self.extra)[:images]] + [root / self.masks]
+        files = [_by_name(folder) for folder in folders]
+        for name in names:
+            for folder, there in zip(folders, files):
+                if name not in there:
+                    raise InputError(f"{path} names {name}, of which {folder} has no image")
+        return [Scene(tuple(there[name] for there in files[:-1]), files[-1][name], self.first) for name in names]
+
+
+LAYOUTS = (
+    PairLayout("MFNet", "RGB", "Modal", "Label", "train2.txt", "test.txt"),
+    PairLayout("PST900", "rgb_resize", "thermal_resize", "labels_resize", "train.txt", "test.txt"),
+    PairLayout("NYUDepth v2", "RGB", "Depth", "Label", "train2.txt", "test2.txt", first=1),
+    PairLayout("SUN RGB-D", "RGB_resize", "Depth_resize", "labels_resize", "train2.txt", "test2.txt", first=1),
+)
+
+
+def layout_of(root: str | Path) -> PairLayout | None:
+    """The published layout of a folder, if it has one."""
+    return next((layout for layout in LAYOUTS if layout.is_at(Path(root))), None)
 
 
 def find_scenes(folder: Path, images: int = 1) -> list[Scene]:
@@ -85,31 +160,54 @@ def open_scenes(data: str, val: str | None, fraction: float, images: int = 1) ->
     """The scenes to train on, and those held out.
 
     Args:
-        data: a folder with images/ and masks/ in it, or one with such folders train/ and val/ (or test/) in it.
-        val: such a folder to hold out. Without it, `fraction` of the scenes of `data` are, always the same ones.
+        data: a folder with images/ and masks/ in it, one with such folders train/ and val/ (or test/) in it, or one of
+            `LAYOUTS`.
+        val: such a folder to hold out. Without it, what the lists of a layout say, or `fraction` of the scenes of
+            `data`, always the same ones.
         images: that are read of each scene.
 
     Raises:
-        InputError: see `find_scenes`.
+        InputError: see `find_scenes` and `PairLayout.scenes`.
     """
+    if layout := layout_of(data):
+        train = layout.scenes(Path(data), layout.train, images)
+        return train, scenes_to_score(val or data, images)
     root, held_out = roots(data, val)
     scenes = find_scenes(root, images)
     if held_out:
-        return scenes, find_scenes(held_out, images)
+        return scenes, scenes_to_score(held_out, images)
     parts = (sorted(split([0] * len(scenes), part, fraction)) for part in (False, True))
     train, test = ([scenes[i] for i in part] for part in parts)
     return train, test
 
 
+def scenes_to_score(data: str | Path, images: int = 1) -> list[Scene]:
+    """The scenes that a finished model is scored on.
+
+    Args:
+        data: one of `LAYOUTS`, whose test set it is; a folder with images/ and masks/ in it, or one with such a folder
+            val/ (or test/) in it.
+        images: that are read of each scene.
+
+    Raises:
+        InputError: see `find_scenes` and `PairLayout.scenes`.
+    """
+    root = Path(data)
+    if layout := layout_of(root):
+        return layout.scenes(root, layout.test, images)
+    return find_scenes(next((root / name for name in ("val", "test") if (root / name).is_dir()), root), images)
+
+
 def classes_of(data: str) -> tuple[str, ...]:
-    """The names of the classes: those of classes.txt, or two.
+    """The names of the classes: those of classes.txt, of the set whose layout it is, or two.
 
     Raises:
         InputError: the file names fewer than two, or more than 255.
     """
     path = Path(data) / "classes.txt"
     if not path.is_file():
-        return TWO
+        layout = layout_of(data)
+        return tuple(class_names(layout.data) or ()) if layout else TWO
     try:
         names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
@@ -184,10 +282,11 @@ class MaskedScenes(Dataset):
         scenes: the files.
         classes: their names.
         prepare: what is done to images and mask: `Augment`, or what a model's test does.
+        grey_extra: read all images of a scene but the first as grey.
     """
 
-    def __init__(self, scenes: Sequence[Scene], classes: Sequence[str], prepare=None):
-        self.scenes, self.classes, self.prepare = scenes, classes, prepare
+    def __init__(self, scenes: Sequence[Scene], classes: Sequence[str], prepare=None, grey_extra: bool = False):
+        self.scenes, self.classes, self.prepare, self.grey_extra = scenes, classes, prepare, grey_extra
 
     @property
     def names(self) -> list[str]:
@@ -204,15 +303,20 @@ class MaskedScenes(Dataset):
             InputError: a file cannot be read, sizes differ, or a mask has a value that is no class.
         """
         scene = self.scenes[index]
-        images = [np.asarray(read_image(path, 3)) for path in scene.images]
+        images = [np.asarray(read_image(scene.images[0], 3))]
+        for path in scene.images[1:]:
+            images.append(np.asarray(read_image(path, 1 if self.grey_extra else 3).convert("RGB")))
         mask = read_mask(scene.mask)
         for path, image in zip(scene.images, images):
             if image.shape[:2] != mask.shape:
                 own, other = ("x".join(map(str, shape)) for shape in (image.shape[:2], mask.shape))
                 raise InputError(f"{path} has {own} pixels, its mask {scene.mask} has {other}")
-        return torch.from_numpy(np.concatenate(images, -1)).movedim(-1, 0), self._classes_of(mask, scene.mask)
+        return torch.from_numpy(np.concatenate(images, -1)).movedim(-1, 0), self._classes_of(mask, scene)
 
-    def _classes_of(self, mask: np.ndarray, path: Path) -> Tensor:
+    def _classes_of(self, mask: np.ndarray, scene: Scene) -> Tensor:
+        path = scene.mask
+        if scene.first:
+            mask = np.where((mask < scene.first) | (mask == IGNORED), IGNORED, mask.astype(np.int64) - scene.first)
         if len(self.classes) == 2:
             top = mask.max()
             if 1 < top < 128:
@@ -221,7 +325,8 @@ class MaskedScenes(Dataset):
             return torch.from_numpy((mask >= (1 if top <= 1 else 128 if top < 256 else 32768)).astype(np.uint8))
         wrong = (mask >= len(self.classes)) & (mask != IGNORED)
         if wrong.any():
-            raise InputError(f"{path}: {int(mask[wrong][0])} is none of {len(self.classes)} classes, from 0 on")
+            value = int(mask[wrong][0]) + scene.first
+            raise InputError(f"{path}: {value} is none of {len(self.classes)} classes, from {scene.first} on")
         return torch.from_numpy(mask.astype(np.uint8))
 
     def __getitem__(self, index: int) -> dict:

@@ -481,6 +481,7 @@ register(
     # The published weights read BGR, by an oversight of their loader, with the statistics of RGB.
     preprocess={
         "order": "BGR",
+        "grey_extra": True,
         "mean": (123.675, 116.28, 103.53),
         "std": (58.395, 57.12, 57.375),
     },

@@ -55,23 +55,33 @@ class Pixels:
 class PairedPixels(Pixels):
     """Images of one scene and one size, read as one of all their channels, (H, W, 3 * images).
 
+    Args:
+        images: of the scene.
+        grey_extra: read all but the first as grey.
+
     Raises:
         InputError: they differ in size.
     """
 
-    def __init__(self, images: Sequence[Pixels]):
+    def __init__(self, images: Sequence[Pixels], grey_extra: bool = False):
         if len(sizes := dict.fromkeys(image.size for image in images)) > 1:
             raise InputError(f"both images are of one size, got {' and '.join(f'{h}x{w}' for h, w in sizes)} pixels")
-        self.images = images
+        self.images, self.grey_extra = images, grey_extra
         super().__init__(size=images[0].size)
 
     def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
         """A part of all images, (bottom - top, right - left, 3 * images)."""
-        return np.concatenate([image.read(top, bottom, left, right) for image in self.images], -1)
+        return self._joined([image.read(top, bottom, left, right) for image in self.images])
 
     def reduced(self, factor: int) -> np.ndarray:
         """All of all images, as `Pixels.reduced`: (ceil(H / f), ceil(W / f), 3 * images)."""
-        return np.concatenate([image.reduced(factor) for image in self.images], -1)
+        return self._joined([image.reduced(factor) for image in self.images])
+
+    def _joined(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        first, *others = parts
+        if self.grey_extra:
+            others = [np.asarray(Image.fromarray(part).convert("L").convert("RGB")) for part in others]
+        return np.concatenate([first, *others], -1)
 
 
 def open_pixels(image: ImageLike | Pixels) -> Pixels:

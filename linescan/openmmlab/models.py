@@ -59,7 +59,9 @@ class _OpenMMLab:
                 said = " ".join(str(error).split()) or type(error).__name__
                 raise InputError(f"the model of {config} cannot be built: {said}") from error
             _load(self.module, state, checkpoint)
-            self.images = 1 + any(step["type"] == "LoadExtraImage" for step in _test_pipeline(cfg))
+            extra = [step for step in _test_pipeline(cfg) if step["type"] == "LoadExtraImage"]
+            self.images = 1 + len(extra)
+            self.grey_extra = all(step.get("color_type", "grayscale") == "grayscale" for step in extra)
             steps = [step for step in _test_pipeline(cfg) if not step["type"].startswith(_READS)]
             self.pipeline = Compose([step for step in steps if not step["type"].startswith(_PACKS)])
             self.resizes = len(self.pipeline.transforms) > 0
@@ -84,6 +86,7 @@ class MMSegmentor(_OpenMMLab):
 
     Attributes:
         images: that it reads of each scene.
+        grey_extra: whether all but the first are read as grey.
         window, stride: (height, width) if the config's test mode is "slide", else None.
         resizes: whether the test pipeline changes images at all.
         align_corners: how logits are enlarged to the image.

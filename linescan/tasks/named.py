@@ -13,6 +13,7 @@ from ..engine.cards import ModelCard, read_card, restore
 from ..engine.mask_sets import resize_images
 from ..errors import InputError
 from ..media.draw import default_palette
+from ..media.labels import class_names
 from ..media.preprocess import normalise
 from ..zoo import Entry, create_model, fetch, find, is_model
 from .results import names_and_colours
@@ -40,7 +41,7 @@ class SegmentorInput:
     Its keys: `order` of the channels, "RGB" or "BGR"; `mean` and `std` of bytes, or `stretch` for images whose darkest
     value becomes 0 and whose brightest 255; `size`, to which an image is resized whatever its shape, or `scale`
     (longest, shortest), to which its sides are resized at most; `divisor`, of which both sides are multiples;
-    `min_size`, up to which smaller images are padded.
+    `min_size`, up to which smaller images are padded; `grey_extra`, where all images of a scene but the first are grey.
 
     Args:
         entry: of the zoo.
@@ -58,6 +59,7 @@ class SegmentorInput:
         self.reverse, self.stretch = how.get("order", "RGB") == "BGR", how.get("stretch", False)
         self.mean, self.std = how.get("mean"), how.get("std")
         self.divisor, self.min_size = how.get("divisor", 1), how.get("min_size", 1)
+        self.grey_extra = how.get("grey_extra", False)
 
     @classmethod
     def of_card(cls, card: ModelCard) -> "SegmentorInput":
@@ -106,6 +108,7 @@ class NamedSegmentor:
         name: of the model.
         module: the network.
         images: that it reads of each scene.
+        grey_extra: whether all but the first are read as grey.
         channels: of the logits.
         classes, palette: names and colours, as the checkpoint has them.
         window, stride, resizes, align_corners: see `linescan.openmmlab.models.MMSegmentor`.
@@ -125,7 +128,7 @@ class NamedSegmentor:
         else:
             self._open(name, checkpoint, args)
         self.name = card.model if card else name
-        self.channels, self.images = len(self.classes), self.input.images
+        self.channels, self.images, self.grey_extra = len(self.classes), self.input.images, self.input.grey_extra
 
     def _open(self, name: str, checkpoint: str | Path | None, args: dict) -> None:
         """A published file."""
@@ -139,7 +142,8 @@ class NamedSegmentor:
         except TypeError as error:
             raise InputError(f"cannot build {name} with these arguments: {error}") from None
         self.input = SegmentorInput(entry)
-        self.classes, self.palette = names_and_colours(read_meta(checkpoint), max(len(head), 2))
+        meta = read_meta(checkpoint) or {"classes": class_names(entry.data or "")}
+        self.classes, self.palette = names_and_colours(meta, max(len(head), 2))
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Images (..., H, W, 3) of bytes, RGB -> as `logits` takes them: the same."""

@@ -199,14 +199,17 @@ class SegmentationRecipe(Recipe):
         "linescan train --task segmentation --data isic18 --out runs/isic18 --model-arg threshold=0.5",
         "linescan train --task segmentation --data streets --out runs/streets --model segman_seg_tiny --size 512x512 "
         "--augment mirror+scale --dice-weight 0 --lr 1e-4 --bf16",
+        "linescan train --task segmentation --data MFNet --out runs/mfnet --model sigma_tiny --encoder-checkpoint "
+        "vssmtiny.pth --size 480x640 --dice-weight 0 --batch 8 --epochs 500 --lr 6e-5 --schedule poly --warmup 10",
         "linescan train --task segmentation --data lesions --out runs/tuned --checkpoint best_4h.pth --model "
         "mhsvm_vmunet_4h --lr 1e-4 --epochs 50",
         "linescan evaluate --task segmentation --data isic18 --checkpoint runs/isic18/best.safetensors",
         "linescan segment lesion.jpg --checkpoint runs/isic18/best.safetensors",
     )
 
-    data: str = option(..., "A folder with images/ and masks/ (files of the same names) in it, and classes.txt for "
-                       "more than two classes; or one with such folders train/ and val/ in it.", DATA,
+    data: str = option(..., "A folder with images/ and masks/ (files of the same names) in it, extra/ for models that "
+                       "read two images of a scene, and classes.txt for more than two classes; one with such folders "
+                       "train/ and val/ in it; or MFNet, PST900, NYUDepth v2 or SUN RGB-D in Sigma's layout.", DATA,
                        short="-d")  # fmt: skip
     val: str | None = option(None, "A folder with images/ and masks/ to hold out. Default: by --holdout.", DATA)
     size: str | None = option(
@@ -219,6 +222,9 @@ class SegmentationRecipe(Recipe):
         "one size.", AUGMENT,
     )  # fmt: skip
     dice_weight: float = option(1.0, "Of the Dice loss beside cross-entropy.", LOSS, NATURAL)
+    encoder_checkpoint: str | None = option(
+        None, "Start the encoder from these weights of a classifier; for Sigma of a vmamba_vanilla_*.", MODEL
+    )  # fmt: skip
 
     epochs: int = option(300, "Times that each sample is seen.", OPTIMISER, COUNT, short="-e")
     batch: int = option(32, "Samples in one forward pass of a process.", OPTIMISER, COUNT, short="-b")
@@ -229,6 +235,10 @@ class SegmentationRecipe(Recipe):
     def __post_init__(self):
         super().__post_init__()
         self.sides  # noqa: B018 - refuses what is none
+
+    def resumed(self) -> "SegmentationRecipe":
+        """The recipe of a run that goes on, whose weights are all in its state."""
+        return replace(self, pretrained=False, checkpoint=None, encoder_checkpoint=None)
 
     @property
     def sides(self) -> tuple[int, int] | None:

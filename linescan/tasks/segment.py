@@ -11,9 +11,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..backbones.feature_maps import DenseBackbone
 from ..engine.atomic import atomic, write_all
 from ..engine.cards import ModelCard, read_card, segmentor_preprocess
-from ..engine.mask_sets import IGNORED, Augment, MaskedScenes, classes_of, find_scenes, open_scenes, resize_mask
+from ..engine.mask_sets import IGNORED, Augment, MaskedScenes, classes_of, open_scenes, resize_mask, scenes_to_score
 from ..engine.scores import Evaluator, Totals
 from ..errors import InputError
 from ..media.draw import draw_masks
@@ -110,7 +111,7 @@ class MaskScores(Evaluator):
         def prepare(images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
             return input.resized(images), resize_mask(mask, input.size) if input.size else mask
 
-        return cls(MaskedScenes(scenes, classes, prepare), input)
+        return cls(MaskedScenes(scenes, classes, prepare, input.grey_extra), input)
 
     def measure(self, model: nn.Module, batch: dict[str, Tensor], totals: Totals) -> None:
         logits = of_all_classes(self.input.logits(model, batch["images"]).float())
@@ -191,9 +192,11 @@ class SegmentationTask(Task):
         self.classes = classes_of(recipe.data)
         self.outputs = 1 if len(self.classes) == 2 else len(self.classes)
         self.model = build_model(recipe, num_classes=self.outputs)
+        if recipe.encoder_checkpoint:
+            _start_encoder(self.model, recipe)
         words = recipe.augment or ("mirror+flip+rotate" if resizes else "mirror+scale")
         augment = Augment(words, size or self.input.size or (256, 256), IGNORED if self.outputs > 1 else 0)
-        self.data = MaskedScenes(train, self.classes, augment)
+        self.data = MaskedScenes(train, self.classes, augment, self.input.grey_extra)
         self.evaluator = MaskScores.of(held_out, self.classes, self.input)
         self.card_of = ModelCard(
             recipe.model, recipe.model_args | {"num_classes": self.outputs}, list(self.classes),
@@ -211,12 +214,19 @@ class SegmentationTask(Task):
     @classmethod
     def judge(cls, recipe: SegmentationRecipe, model: nn.Module, card: ModelCard) -> Evaluator:
         expect_segmentor(card.model)
-        classes, root = classes_of(recipe.data), Path(recipe.data)
+        classes = classes_of(recipe.data)
         if card.classes and len(card.classes) != len(classes):
             raise InputError(f"{recipe.data} has {len(classes)} classes, the model {len(card.classes)}")
-        root = next((root / name for name in ("val", "test") if (root / name).is_dir()), root)
         input = SegmentorInput.of_card(card)
-        return MaskScores.of(find_scenes(root, input.images), classes, input)
+        return MaskScores.of(scenes_to_score(recipe.data, input.images), classes, input)
+
+
+def _start_encoder(model: nn.Module, recipe: SegmentationRecipe) -> None:
+    """Loads a classifier into the encoder. Raises InputError: the model has none that is a backbone."""
+    encoder = next((module for module in model.modules() if isinstance(module, DenseBackbone)), None)
+    if encoder is None:
+        raise InputError(f"--encoder-checkpoint is for models whose encoder is a backbone, {recipe.model} has none")
+    encoder.load_pretrained(recipe.encoder_checkpoint)
 
 
 # -- the user's side --------------------------------------------------------------------------------------------------
@@ -290,7 +300,9 @@ class Segmenter(WindowTool):
         if len(images) != self.model.images:
             wanted = f"{self.model.images} images of each scene (--extra)" if self.model.images > 1 else "one image"
             raise InputError(f"{self.model_name} reads {wanted}, got {len(images)}")
-        return PairedPixels([open_pixels(image) for image in images]) if len(images) > 1 else open_pixels(images[0])
+        if len(images) == 1:
+            return open_pixels(images[0])
+        return PairedPixels([open_pixels(image) for image in images], self.model.grey_extra)
 
     def draw(self, opened: ImageLike | Pixels, answer: np.ndarray, frame: bool = False) -> Image.Image:
         """The (first) image tinted by its mask, with a legend (`linescan.media.draw`); large ones are drawn smaller."""
