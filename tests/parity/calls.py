@@ -104,6 +104,59 @@ def sigma_concat(module, inputs):
     return {"fused": module(inputs["rgb"], inputs["modal_x"])}
 
 
+def frequency_fusion(module, inputs):
+    return {"output": module(inputs["pre"], inputs["post"])}
+
+
+def mambafcs(module, inputs):
+    """The encoder's maps of the first image, both decoders' features, and all logits."""
+    pre, post = (inputs[name] for name in ("pre", "post"))
+    dates = module.encode(pre, post)
+    changes = module.decode_changes(*dates)
+    results = {f"encoder_pre{i}": y for i, y in enumerate(dates[0])}
+    results |= {f"change_feature{i + 1}": y for i, y in enumerate(changes)}
+    results |= {f"decoder_T{i + 1}": module.decode_semantics(i, maps, changes) for i, maps in enumerate(dates)}
+    return results | dict(zip(("change_logits", "semantic_T1", "semantic_T2"), module(pre, post)))
+
+
+def change_losses_and_scores(manifest, labels, dtype):
+    """Of the noisy logits that the manifest describes; their sum is that of the published training."""
+    from torch.nn.functional import one_hot
+
+    from linescan.engine import change_losses, change_scores
+    from tests.parity import recipe
+
+    def logits(name, target, classes):
+        shape = target.shape[0], classes, *target.shape[1:]
+        noise = 2 * torch.from_numpy(recipe.noise(name, shape, manifest["salt"]))
+        return (noise + 1.5 * one_hot(target, classes).permute(0, 3, 1, 2)).to(dtype)
+
+    labels, classes = {name: value.long() for name, value in labels.items()}, manifest["shape"][1]
+    change = logits("pred_cd", labels["label_cd"], 2)
+    dates = [logits(f"pred_t{i}", labels[f"label_t{i}"], classes) for i in (1, 2)]
+    known = [torch.where(labels[name] > 0, labels[name], 255) for name in ("label_t1", "label_t2")]
+    changed = labels["label_cd"] > 0
+    results = {"ce_change": change_losses.cross_entropy(change, labels["label_cd"])}
+    results["lovasz_change"] = change_losses.lovasz_softmax(change, labels["label_cd"])
+    for i in (0, 1):
+        results[f"ce_t{i + 1}"] = change_losses.cross_entropy(dates[i], known[i])
+        results[f"lovasz_t{i + 1}"] = change_losses.lovasz_softmax(dates[i], known[i])
+    results["similarity"] = change_losses.similarity_loss(*dates, known[0] == 255)
+    for name, eps in (("sek_loss_first_call", 1e-7), ("sek_loss_later_calls", 1e-6)):
+        results[name] = change_losses.sek_loss(*dates, known, changed, eps=eps)
+    weights = {"sek_loss_first_call": 0.5, "ce_change": 1, "similarity": 0.05}
+    weights |= dict.fromkeys(("ce_t1", "ce_t2", "lovasz_t1", "lovasz_t2", "lovasz_change"), 0.5)
+    results["total_with_first_call"] = sum(weight * results[name] for name, weight in weights.items())
+    found = [change.argmax(1) * x.argmax(1) for x in dates]
+    table = sum(change_scores.confusion(x, labels[f"label_t{i}"], 37) for i, x in enumerate(found, 1))
+    scores = change_scores.semantic_scores(table)
+    names = {"OA": "oa", "Fscd": "f_scd", "mIoU": "miou", "SeK": "sek"}
+    results |= {f"metric_{name}": scores[ours] for name, ours in names.items()}
+    table[0, 0] = 0
+    results["metric_kappa_n0"] = change_scores.kappa_of(table.double())
+    return {name: float(value) for name, value in results.items()}
+
+
 def restoration(module, inputs):
     """The restored image, and what can be seen on the way to it."""
     results, hooks = {}, []

@@ -11,10 +11,13 @@ from . import check
 
 HERE = Path(__file__).parent
 CASES = tomllib.loads((HERE / "cases.toml").read_text())
+UNUSED = [f"cross_attn.{part}.{of}" for part in ("qkv", "proj") for of in ("weight", "bias")]
 # What only the original has: a final norm behind the last feature, a layer that is never run.
 USELESS = {
     "vimseg__unit": ["norm_f.weight"],
     "vimseg__unit_residual": ["norm_f.weight"],
+    "mambafcs__tiny_fft_fusion": UNUSED,
+    "mambafcs__tiny_scd": [f"decoder_bcd.fuse_layer_{i}.{key}" for i in (1, 2, 3, 4) for key in UNUSED],
     "OccRWKV__tiny_blocks": ["sgfe.scale_selection.0.weight", "sgfe.scale_selection.0.bias"],
 }
 KEPT = [stem for stem in CASES if (HERE / "data" / f"{stem}.json").exists()]
