@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .checkpoint import load_checkpoint, read_state_dict
     from .errors import BrokenImage, BrokenVideo, CheckpointError, InputError
     from .tasks.anomaly import AnomalyDetector
+    from .tasks.change import ChangeDetector
     from .tasks.classify import Classifier
     from .tasks.detect import Detector
     from .tasks.point_detect import BoxDetector
@@ -33,6 +34,7 @@ __all__ = [
     "BoxDetector",
     "BrokenImage",
     "BrokenVideo",
+    "ChangeDetector",
     "CheckpointError",
     "Classifier",
     "Detector",
@@ -53,6 +55,7 @@ _HOMES = {
     "BoxDetector": "tasks.point_detect",
     "BrokenImage": "errors",
     "BrokenVideo": "errors",
+    "ChangeDetector": "tasks.change",
     "CheckpointError": "errors",
     "Classifier": "tasks.classify",
     "Detector": "tasks.detect",

@@ -74,7 +74,7 @@ def test_names_and_filters():
     assert "vim_tiny_patch16_224" in terms["permissive"] and "mamba3d_modelnet40" in terms["none"]
     assert set.union(*terms.values()) == set(linescan.list_models())
     assert [entry.family for entry in zoo.entries()] == sorted(entry.family for entry in zoo.entries())
-    with pytest.raises(InputError, match="no model is for the task 'cooking'; there are: anomaly, classification"):
+    with pytest.raises(InputError, match="no model is for the task 'cooking'; there are: anomaly, change, class"):
         linescan.list_models(task="cooking")
     with pytest.raises(InputError, match="unknown licence 'beer'; there are: Apache-2.0"):
         linescan.list_models(licence="beer")
@@ -289,6 +289,7 @@ def test_public_api():
         "BoxDetector",
         "BrokenImage",
         "BrokenVideo",
+        "ChangeDetector",
         "CheckpointError",
         "Classifier",
         "Detector",

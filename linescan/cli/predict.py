@@ -301,6 +301,58 @@ def anomaly(
     answer_files(open_tool, paths, to, overlays, as_json, "looking for anomalies")
 
 
+@command(
+    "linescan change 2017.png 2021.png --checkpoint runs/second/best.safetensors",
+    "linescan change before after --model mambafcs_base.second --checkpoint second.pth --out runs/change --json",
+    "linescan change 'old/*.tif' 'new/*.tif' -c runs/town/best.safetensors --window 512 --precision bf16",
+)
+def change(
+    before: Annotated[
+        str,
+        typer.Argument(metavar="BEFORE", help="An image, a folder of images, or a pattern with * and **.",
+                       show_default=False),
+    ],
+    after: Annotated[
+        str,
+        typer.Argument(metavar="AFTER", help="The same of a later date: an image, or images of the same names.",
+                       show_default=False),
+    ],
+    model: Annotated[
+        Optional[str],
+        typer.Option("--model", "-m", help="A name of `linescan list --task change`; default: that of --checkpoint.",
+                     autocompletion=complete_models),
+    ] = None,
+    checkpoint: Checkpoint = None,
+    to: Out = Path("runs/change"),
+    window: Window = None,
+    stride: Stride = None,
+    overlays: Overlays = True,
+    device: Device = None,
+    precision: Precision = Floats.fp32,
+    batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="Pairs, or windows, in one forward pass.")] = 1,
+    model_arg: ModelArgs = None,
+    as_json: Json = False,
+):  # fmt: skip
+    """Say what has changed between two images of a place: a mask, what was there before and after, and a drawing.
+
+    change/, before/ and after/ get a PNG file for each pair, overlays/ both images with what has changed in them.
+    Both images of a pair have one size and show the same ground; one line says which seem to be shifted.
+    A pair that cannot be read is named and skipped; the exit status is then 1.
+    """
+    sizes = {"window": _size(window, "--window"), "stride": _size(stride, "--stride")}
+
+    def open_tool() -> tuple["Tool", "Writer"]:
+        from linescan.tasks.change import ChangeDetector, ChangeMaps
+
+        args = {"device": device, "dtype": precision.dtype, "batch": batch}
+        tool = ChangeDetector(model, checkpoint, **args, **sizes, **model_args(model_arg))
+        return tool, ChangeMaps(to, tool.classes, tool.palette)
+
+    answer_files(
+        open_tool, [before], to, overlays, as_json, "looking for changes", kinds=("image",), partners=after
+    )  # fmt: skip
+
+
 def _size(text: str | None, option: str) -> tuple[int, int] | None:
     """ "512x1024" -> (512, 1024), "512" -> (512, 512)."""
     if text is None:

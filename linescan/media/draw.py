@@ -9,7 +9,7 @@ from typing import Iterable, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["default_palette", "draw_boxes", "draw_comparison", "draw_labels", "draw_masks"]
+__all__ = ["default_palette", "draw_boxes", "draw_changes", "draw_comparison", "draw_labels", "draw_masks"]
 
 Colour = tuple[int, int, int]
 
@@ -172,6 +172,47 @@ def draw_comparison(
             frame = left + x, line + y, max(left + right - 1, left + x), max(line + bottom - 1, line + y)
             pen.rectangle(frame, outline=colour, width=2)
     return sheet
+
+
+def draw_changes(
+    images: tuple[np.ndarray, np.ndarray],
+    maps: tuple[np.ndarray, np.ndarray],
+    palette: Sequence[Colour],
+    legend: Sequence[tuple[Colour, str, float]],
+    names: tuple[str, str] = ("before", "after"),
+) -> Image.Image:
+    """Two images of a place side by side, and below them the same, tinted where something has changed; and a legend.
+
+    Args:
+        images: (H, W, 3) bytes, RGB, of one size.
+        maps: (H, W), the class of each pixel before and after; 0 where nothing has changed.
+        palette: a colour per class.
+        legend: colour, words and share of each kind of change.
+        names: what each image is called.
+
+    Returns:
+        An RGB image, at most `WIDEST` pixels wide.
+    """
+    gap, tinted = 8, []
+    classes = [""] * len(palette)
+    for image, values in zip(images, maps):
+        values = np.where(values == 0, len(palette), values)  # no class
+        tinted.append(draw_masks(image, values, classes, palette, opacity=0.6, legend_rows=0))
+    plain = [_canvas(image)[0] for image in images]
+    scale = min((WIDEST - 3 * gap) / 2 / plain[0].width, WIDEST / plain[0].height, 1)
+    width, height = (max(round(side * scale), 1) for side in plain[0].size)
+    size = max(round(width / 40), 11)
+    line = round(size * 1.8)
+    sheet = Image.new("RGB", (2 * width + 3 * gap, line + 2 * (height + gap)), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    font, words = _typeset(names, size)
+    for i, word in enumerate(words):
+        left = gap + i * (width + gap)
+        pen.text((left, line // 2), word, INK, font, anchor="lm")
+        for image, top in ((plain[i], line), (tinted[i], line + height + gap)):
+            sheet.paste(image.resize((width, height), Image.Resampling.LANCZOS), (left, top))
+    entries = [(colour, f"{said} · {_percent(share)}") for colour, said, share in legend]
+    return _with_legend(sheet, entries or [(PAPER, "nothing has changed")], None)
 
 
 def _details(before: Image.Image, after: Image.Image, side: int) -> list[tuple[int, int, int, int]]:

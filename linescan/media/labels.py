@@ -34,6 +34,7 @@ SEMANTIC_KITTI = (
     "car", "bicycle", "motorcycle", "truck", "other-vehicle", "person", "bicyclist", "motorcyclist", "road", "parking",
     "sidewalk", "other-ground", "building", "fence", "vegetation", "trunk", "terrain", "pole", "traffic-sign",
 )  # fmt: skip
+SECOND = ("unchanged", "water", "ground", "low vegetation", "tree", "building", "sports field")
 
 MFNET = ("unlabeled", "car", "person", "bike", "curve", "car stop", "guardrail", "color cone", "bump")
 PST900 = ("background", "fire extinguisher", "backpack", "hand drill", "survivor")
@@ -87,6 +88,8 @@ _KNOWN = {
     "ONCE": lambda: ["Car", "Bus", "Truck", "Pedestrian", "Cyclist"],
     "Argoverse 2": lambda: list(ARGOVERSE2),
     "KITTI": lambda: ["Car", "Pedestrian", "Cyclist"],
+    "SECOND": lambda: list(SECOND),
+    "Landsat-SCD": lambda: ["unchanged", "farmland", "desert", "building", "water"],
     "SemanticKITTI": lambda: ["empty", *SEMANTIC_KITTI],
     "MFNet": lambda: list(MFNET),
     "PST900": lambda: list(PST900),

@@ -70,8 +70,11 @@ class Preprocess:
         """All of an image, (C, H, W): resized to `size` whatever its shape, and normalised."""
         height, width = self.size[1:]
         pixels = image.resize((width, height), Image.Resampling[self.interpolation.upper()])
-        values = torch.from_numpy(np.asarray(pixels).copy()).view(height, width, -1).permute(2, 0, 1)
-        return normalise(values, *(tuple(255 * v for v in of) for of in (self.mean, self.std)))
+        return self.normalised(torch.from_numpy(np.asarray(pixels).copy()).view(height, width, -1).permute(2, 0, 1))
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """Bytes (..., C, H, W) of any size as the model wants them, float32."""
+        return normalise(images, *(tuple(255 * v for v in of) for of in (self.mean, self.std)))
 
     def transform(self, augment: str | None = None, erasing: float = 0.0, flip: float | None = None) -> "Transform":
         """PIL image -> normalised tensor (C, H, W), by timm's `create_transform`.

@@ -28,6 +28,7 @@ from ..errors import InputError
 __all__ = [
     "RECIPES",
     "AnomalyRecipe",
+    "ChangeRecipe",
     "ClassificationRecipe",
     "CloudRecipe",
     "DistillationRecipe",
@@ -355,6 +356,68 @@ class AnomalyRecipe(Recipe):
         return replace(self, pretrained=False, checkpoint=None, teacher_checkpoint="random")
 
 
+@dataclass(frozen=True)
+class ChangeRecipe(Recipe):
+    """Train a Mamba-FCS on pairs of images of a place, of two dates, to say what has changed from what to what.
+
+    The defaults are those of the published run on SECOND (100,000 steps of 8 pairs). Sets with one folder of labels
+    train a model of changes alone.
+    """
+
+    task: ClassVar[str] = "change"
+    implementation: ClassVar[str] = "linescan.tasks.change:ChangeTask"
+    default_model: ClassVar[str] = "mambafcs_base"
+    judges: ClassVar[bool] = True
+    scored: ClassVar[str] = "A folder as for training; of one with test/ (or val/) in it that part."
+    examples: ClassVar[tuple[str, ...]] = (
+        "linescan train --task change --data SECOND --out runs/second --encoder imagenet",
+        "linescan train --task change --data Landsat-SCD --classes Landsat-SCD --out runs/landsat --crop 416 "
+        "--augment turn --encoder vssm_base_0229_ckpt_epoch_237.pth --sek-weight 0",
+        "linescan train --task change --data town --out runs/town --checkpoint second.pth --lr 2e-5 --epochs 50 --bf16",
+        "linescan train --task change --data LEVIR-CD --out runs/levir --model mambafcs_base_binary --encoder imagenet",
+        "linescan evaluate --task change --data SECOND --model mambafcs_base.second --checkpoint second.pth",
+    )
+
+    data: str = option(..., "A folder with im1, im2, label1 and label2 in it as SECOND has them, or A, B, labelA and "
+                       "labelB; A, B and label for changes alone; or one with such folders train/ and test/ in it.",
+                       DATA, short="-d")  # fmt: skip
+    val: str | None = option(None, "Such a folder to hold out. Default: what is there, or by --holdout.", DATA)
+    classes: str | None = option(
+        None, "Names of the classes with commas between, `unchanged` first; or SECOND, or Landsat-SCD. Default: those "
+        "of classes.txt in the folder, one in a line, or of SECOND.", DATA, metavar="NAME,NAME,...",
+    )  # fmt: skip
+    crop: int = option(512, "Side of the squares that are trained on.", AUGMENT, Range(least=32))
+    augment: str = option("turn+jitter", "Words joined by +: turn (the eight symmetries), jitter (brightness, contrast "
+                          "and saturation of each image); or none.", AUGMENT)  # fmt: skip
+    encoder: str | None = option(
+        None, "What the encoder starts from: a file of a VMamba classifier, or `imagenet`, the published weights of "
+        "vmamba_base_s2l15.", MODEL,
+    )  # fmt: skip
+    semantic_weight: float = option(0.5, "Of the cross entropy of the classes.", LOSS, NATURAL)
+    lovasz_weight: float = option(0.5, "Of the Lovasz loss of changes and classes.", LOSS, NATURAL)
+    sek_weight: float = option(0.5, "Of the SeK loss; on Landsat-SCD as published 0 in the first 150,000 steps.", LOSS,
+                               NATURAL)  # fmt: skip
+    similarity_weight: float = option(0.05, "Of the likeness of both dates where nothing has changed.", LOSS, NATURAL)
+
+    epochs: int = option(270, "Times that each sample is seen.", OPTIMISER, COUNT, short="-e")
+    batch: int = option(8, "Pairs in one forward pass of a process.", OPTIMISER, COUNT, short="-b")
+    lr: float = option(1e-4, "Highest learning rate.", OPTIMISER, POSITIVE)
+    weight_decay: float = option(5e-4, "Weight decay.", OPTIMISER, NATURAL)
+    schedule: str = option(
+        "step", "How the learning rate falls.", OPTIMISER,
+        choices=("cosine", "constant", "poly", "step", "multistep", "tanh", "wsd"),
+    )  # fmt: skip
+    decay_rate: float | None = option(
+        0.5, "Factor of step and multistep, or the power of poly.", OPTIMISER, POSITIVE
+    )  # fmt: skip
+    decay_every: float = option(27.0, "Epochs between two falls of step.", OPTIMISER, POSITIVE)
+    warmup: float = option(0.0, "Epochs in which the learning rate rises from 0.", OPTIMISER, NATURAL)
+
+    def resumed(self) -> "ChangeRecipe":
+        """The recipe of a run that goes on, whose weights are all in its state: the encoder's, too."""
+        return replace(self, pretrained=False, checkpoint=None, encoder=None)
+
+
 # -- point clouds -----------------------------------------------------------------------------------------------------
 
 
@@ -551,6 +614,7 @@ RECIPES: dict[str, type[Recipe]] = {
         SegmentationRecipe,
         RestorationRecipe,
         AnomalyRecipe,
+        ChangeRecipe,
         PointClassificationRecipe,
         PartsRecipe,
         PointPretrainingRecipe,

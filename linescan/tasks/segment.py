@@ -311,6 +311,11 @@ class Segmenter(WindowTool):
         mask = np.asarray(answer[thin(pixels.size[0], factor), thin(pixels.size[1], factor)])
         return draw_masks(image, mask, self.classes, self.palette, legend_rows=FRAME_LEGEND if frame else None)
 
+    @property
+    def values(self) -> int:
+        """How many values a mask can have."""
+        return len(self.classes)
+
     def answer(self, opened: Sequence[Pixels], progress: Progress = silent) -> list[np.ndarray]:
         if self.window:
             return [self._mask(pixels.size, self._slide(pixels, progress)) for pixels in opened]
@@ -366,7 +371,7 @@ class Segmenter(WindowTool):
         return enlarge(logits, size, self.model.align_corners, self.memory)
 
     def _mask(self, size: Size, blocks: Iterable[Block]) -> np.ndarray:
-        mask = blank(size, np.uint8 if len(self.classes) <= 256 else np.uint16)
+        mask = blank(size, np.uint8 if self.values <= 256 else np.uint16)
         for top, bottom, left, right, logits in blocks:
             mask[top:bottom, left:right] = self.model.decide(logits).cpu().numpy()
         return mask
