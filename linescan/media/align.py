@@ -27,8 +27,10 @@ def shift_between(before: np.ndarray, after: np.ndarray) -> tuple[int, int] | No
         return None
     peaks = np.fft.ifft2(cross / np.maximum(strength, 1e-9 * strength.max())).real
     row, column = np.unravel_index(peaks.argmax(), peaks.shape)
-    in_place = max(np.roll(peaks, (1, 1), (0, 1))[:3, :3].max(), 0)
-    if peaks[row, column] < max(CERTAIN, 3 * in_place):
+    down, right = (int(at) - (side if at > side // 2 else 0) for at, side in zip((row, column), peaks.shape))
+    if peaks[row, column] < CERTAIN:
         return None
-    down, right = (int(at) - side * (at > side // 2) for at, side in zip((row, column), peaks.shape))
-    return (down, right) if max(abs(down), abs(right)) > 1 else (0, 0)
+    if max(abs(down), abs(right)) <= 1:
+        return 0, 0
+    in_place = np.roll(peaks, (1, 1), (0, 1))[:3, :3].max()
+    return (down, right) if peaks[row, column] >= 3 * in_place else None

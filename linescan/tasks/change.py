@@ -59,6 +59,7 @@ class ChangeScores(Evaluator):
     """
 
     batch = 1  # images differ in size
+    data: ChangeSet
 
     def __init__(self, data: ChangeSet, classes: Sequence[str]):
         self.data, self.semantic, self.classes = data, bool(classes), classes or TWO
@@ -128,7 +129,7 @@ class ChangeTask(Task):
         super().__init__(recipe)
         _expect_changes(recipe.model)
         train, held_out = open_changes(recipe.data, recipe.val, recipe.holdout)
-        args = find(recipe.model).args | recipe.model_args
+        args = {**find(recipe.model).args, **recipe.model_args}
         alone = len(train[0].labels) == 1 or args.get("num_classes") == 0
         self.classes = [] if alone else _classes_of(recipe)
         self.args = recipe.model_args | {"num_classes": len(self.classes)}
@@ -432,7 +433,9 @@ class ChangeMaps(Writer):
             said += [f"{a} to {b} {100 * share:.1f} %" for a, b, share in answer.transitions[:3]]
         if answer.shift:
             down, right = answer.shift
-            said.append(f"misaligned: the second image seems to lie {down} pixels down and {right} right of the first")
+            sides = "down" if down > 0 else "up", "right" if right > 0 else "left"
+            said.append(f"misaligned: the second image seems to lie {abs(down)} pixels {sides[0]} and {abs(right)} "
+                        f"{sides[1]} of the first")  # fmt: skip
         return ", ".join(said)
 
     def as_json(self, answer: Change) -> dict:
