@@ -9,27 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .change_scores import kappa_of
+from .mask_sets import IGNORED
 
-__all__ = ["IGNORED", "cross_entropy", "lovasz_softmax", "sek_loss", "similarity_loss"]
-
-IGNORED = 255
-"""The label of pixels that are not trained."""
+__all__ = ["lovasz_softmax", "sek_loss", "similarity_loss"]
 
 
 def _probabilities(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(1)
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The mean cross entropy of the pixels whose label is not `IGNORED`; 0 where there are none.
-
-    Args:
-        logits: (B, C, H, W).
-        labels: (B, H, W), int64.
-    """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-    return total / (labels != IGNORED).sum().clamp_min(1)
 
 
 def lovasz_softmax(logits: Tensor, labels: Tensor) -> Tensor:

@@ -9,18 +9,19 @@ import math
 import torch
 from torch import Tensor
 
+from .mask_sets import IGNORED
+
 __all__ = ["confusion", "kappa_of", "semantic_scores", "two_class_scores"]
 
 
-def confusion(found: Tensor, labels: Tensor, classes: int, ignored: int = 255) -> Tensor:
+def confusion(found: Tensor, labels: Tensor, classes: int) -> Tensor:
     """How many pixels of each class were found to be of each: (classes, classes), int64, rows are `found`.
 
     Args:
-        found, labels: classes of pixels, of one shape.
+        found, labels: classes of pixels, of one shape; those whose label is `IGNORED` are not counted.
         classes: how many there are.
-        ignored: a label of pixels that are not counted.
     """
-    known = labels != ignored
+    known = labels != IGNORED
     pairs = classes * found[known].long() + labels[known].long()
     return torch.bincount(pairs.flatten(), minlength=classes**2).view(classes, classes)
 

@@ -24,15 +24,15 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as V
 
 from ..errors import InputError
-from ..media.arrays import read_array
+from ..media.arrays import read_mask
 from ..media.find import find_images
-from ..media.images import open_file, read_image
+from ..media.images import read_image
 from ..media.preprocess import Preprocess
-from .change_losses import IGNORED
 from .image_sets import roots, split
+from .mask_sets import IGNORED, lines_of
 from .pairs import SYMMETRIES, symmetry
 
-__all__ = ["COLOURS", "ChangePair", "ChangeSet", "class_names_in", "find_changes", "open_changes"]
+__all__ = ["COLOURS", "ChangePair", "ChangeSet", "find_changes", "open_changes"]
 
 LAYOUTS = (
     ("im1", "im2", "label1", "label2"),
@@ -118,70 +118,7 @@ def open_changes(data: str, val: str | None, fraction: float) -> tuple[list[Chan
 
 def _listed(root: Path, part: str) -> list[str] | None:
     path = next((p for p in (root / f"{part}.txt", root / f"{part}_list.txt") if p.is_file()), None)
-    return None if path is None else _lines(path)
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: {getattr(error, 'strerror', None) or 'not a text'}") from None
-
-
-def class_names_in(data: str | Path) -> list[str] | None:
-    """The lines of classes.txt in a folder; None without one.
-
-    Raises:
-        InputError: it names fewer than two, or more than 255.
-    """
-    path = Path(data) / "classes.txt"
-    if not path.is_file():
-        return None
-    names = _lines(path)
-    if not 2 <= len(names) <= IGNORED:
-        raise InputError(f"{path} names {len(names)} classes, one in a line; there are 2 to {IGNORED}")
-    return names
-
-
-def read_labels(path: Path, classes: int) -> np.ndarray:
-    """Numbers of classes (H, W), uint8.
-
-    Args:
-        path: a grey image, one of a palette, whose indices count, or one in `COLOURS`.
-        classes: how many there are; 0 for changes alone, where all but 0 is 1.
-
-    Raises:
-        InputError: it cannot be read, or has numbers or colours that are none.
-    """
-    with open_file(path) as image:
-        if image.mode in ("1", "P"):
-            image.load()
-            array = np.array(image).astype(np.uint8)
-        else:
-            array = None
-    if array is None:
-        array, _ = read_array(path)
-        array = array[..., : 3 if array.shape[2] > 2 else 1]
-        if (array == array[..., :1]).all() and not classes:
-            array = array[..., :1]
-        array = _of_colours(array, path, classes or 7) if array.shape[2] == 3 else array[..., 0]
-    if not classes:
-        return (array > 0).astype(np.uint8)
-    if wrong := sorted(set(np.unique(array)) - {*range(classes), IGNORED}):
-        raise InputError(f"{path}: {wrong[0]} is none of {classes} classes, which are numbered from 0 on; classes.txt "
-                         "beside the folders names others")  # fmt: skip
-    return array.astype(np.uint8)
-
-
-def _of_colours(array: np.ndarray, path: Path, classes: int) -> np.ndarray:
-    numbers = np.full(array.shape[:2], IGNORED, np.uint8)
-    for number, colour in enumerate(COLOURS.get(classes, ())):
-        numbers[(array == colour).all(-1)] = number
-    if (strange := numbers == IGNORED).any():
-        colour = tuple(map(int, array[strange][0]))
-        raise InputError(f"{path}: the colour {colour} is none of {classes} classes; labels hold their numbers, or the "
-                         "colours of SECOND (7 classes) or Landsat-SCD (5)")  # fmt: skip
-    return numbers
+    return None if path is None else lines_of(path)
 
 
 class ChangeSet(Dataset):
@@ -242,12 +179,20 @@ class ChangeSet(Dataset):
         """
         pair = self.pairs[index]
         images = [np.asarray(read_image(path, 3)) for path in pair[:2]]
-        labels = [read_labels(path, self.classes) for path in pair.labels]
+        labels = [self._labels(path, len(pair.labels) > 1) for path in pair.labels]
         for path, array in zip((pair.after, *pair.labels), (images[1], *labels)):
             if array.shape[:2] != images[0].shape[:2]:
                 own, other = ("x".join(map(str, shape[:2])) for shape in (images[0].shape, array.shape))
                 raise InputError(f"{pair.before} has {own} pixels, {path} {other}; all of a pair have one size")
         return torch.from_numpy(np.concatenate(images, -1)).movedim(-1, 0), torch.from_numpy(np.stack(labels))
+
+    def _labels(self, path: Path, of_classes: bool) -> np.ndarray:
+        labels = read_mask(path, COLOURS.get(self.classes or 7, ()) if of_classes else ())
+        if not self.classes:
+            return (labels > 0).astype(np.uint8)
+        if wrong := sorted(set(np.unique(labels).tolist()) - {*range(self.classes), IGNORED}):
+            raise InputError(f"{path}: {wrong[0]} is none of {self.classes} classes, from 0 on")
+        return labels.astype(np.uint8)
 
     def __getitem__(self, index: int) -> dict:
         images, labels = self.whole(index)

@@ -40,6 +40,7 @@ __all__ = [
     "PairLayout",
     "Scene",
     "classes_of",
+    "lines_of",
     "open_scenes",
     "resize_images",
     "resize_mask",
@@ -96,11 +97,7 @@ class PairLayout(NamedTuple):
             InputError: the list is missing or empty, or names what is not there.
         """
         path = root / listed
-        try:
-            names = path.read_text(encoding="utf-8").split()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: {getattr(error, 'strerror', None) or 'not a text'}") from None
-        if not names:
+        if not (names := lines_of(path)):
             raise InputError(f"{path} names no scenes")
         folders = [root / name for name in (self.images, self.extra)[:images]] + [root / self.masks]
         files = [_by_name(folder) for folder in folders]
@@ -198,8 +195,8 @@ def scenes_to_score(data: str | Path, images: int = 1) -> list[Scene]:
     return find_scenes(next((root / name for name in ("val", "test") if (root / name).is_dir()), root), images)
 
 
-def classes_of(data: str) -> tuple[str, ...]:
-    """The names of the classes: those of classes.txt, of the set whose layout it is, or two.
+def classes_of(data: str, otherwise: Sequence[str] = TWO) -> tuple[str, ...]:
+    """The names of the classes: those of classes.txt, of the set whose layout it is, or `otherwise`.
 
     Raises:
         InputError: the file names fewer than two, or more than 255.
@@ -207,14 +204,19 @@ def classes_of(data: str) -> tuple[str, ...]:
     path = Path(data) / "classes.txt"
     if not path.is_file():
         layout = layout_of(data)
-        return tuple(class_names(layout.data) or ()) if layout else TWO
-    try:
-        names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: {getattr(error, 'strerror', None) or 'not a text'}") from None
+        return tuple(class_names(layout.data) or ()) if layout else tuple(otherwise)
+    names = tuple(lines_of(path))
     if not 2 <= len(names) <= IGNORED:
         raise InputError(f"{path} names {len(names)} classes, one in a line; there are 2 to {IGNORED}")
     return names
+
+
+def lines_of(path: Path) -> list[str]:
+    """The lines of a text that are not empty. Raises InputError: it cannot be read."""
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: {getattr(error, 'strerror', None) or 'not a text'}") from None
 
 
 def resize_mask(mask: Tensor, size: Sequence[int]) -> Tensor:

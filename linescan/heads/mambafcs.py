@@ -358,6 +358,11 @@ WHOLE_NAMES = (
 
 # -- models -----------------------------------------------------------------------------------------------------------
 
+# Layers of `PyramidFusion` whose shapes follow its outputs.
+OF_CLASSES = (
+    "shortcut", "branch1.0", "branch1.1", "branch3.0", "branch3.1", "branch5.1", "branch5.2", "output.0", "output.1",
+)  # fmt: skip
+
 # Parameters without those of an attention that never runs: the published files have 5.578 million more.
 register(
     MambaFCS,
@@ -384,7 +389,7 @@ register(
     page="https://huggingface.co/buddhi19/MambaFCS",
     inputs=((3, 512, 512),) * 2,
     first_conv="encoder.trunk.patch_embed.conv1",
-    classifier="semantic_head",
+    classifier=tuple(f"semantic_head.{name}" for name in OF_CLASSES),
     paper="IEEE JSTARS 2026, arXiv 2508.08232",
     code="https://github.com/Buddhi19/MambaFCS",
     licence="MIT",

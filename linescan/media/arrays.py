@@ -2,7 +2,7 @@
 
 import io
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Sequence
 
 import numpy as np
 from PIL import Image
@@ -60,13 +60,17 @@ def read_array(path: str | Path) -> tuple[np.ndarray, ImageFacts]:
     return (array[..., None] if array.ndim == 2 else array), facts
 
 
-def read_mask(path: str | Path) -> np.ndarray:
+def read_mask(path: str | Path, colours: Sequence[tuple[int, int, int]] = ()) -> np.ndarray:
     """The numbers of a mask (H, W), upright: of a grey image, or the indices of a palette; bits become 0 and 1.
 
     Colours that are grey are read as such; alpha is left out.
 
+    Args:
+        path: the file.
+        colours: of the classes 0, 1, ...; an image of these alone is read as their numbers.
+
     Raises:
-        BrokenImage: it cannot be read, or holds colours; the message starts with the path.
+        BrokenImage: it cannot be read, or holds (other) colours; the message starts with the path.
     """
     with open_file(path) as image:
         if image.mode in ("1", "P"):
@@ -74,10 +78,17 @@ def read_mask(path: str | Path) -> np.ndarray:
             image.load()
             return np.array(upright(image)).astype(np.uint8)
     array, _ = read_array(path)
-    colours = array[..., : 3 if array.shape[2] > 2 else 1]
-    if (colours != colours[..., :1]).any():
+    array = array[..., : 3 if array.shape[2] > 2 else 1]
+    is_of = [(array == colour).all(-1) for colour in colours if array.shape[2] == 3]
+    known = np.any(is_of, 0) if is_of else np.zeros(array.shape[:2], bool)
+    if known.all():
+        return np.argmax(is_of, 0).astype(np.uint8)
+    if (array == array[..., :1]).all():
+        return array[..., 0]
+    if not colours:
         raise BrokenImage(f"{path}: a mask is grey or has a palette; this one has colours")
-    return colours[..., 0]
+    colour = tuple(map(int, array[~known][0]))
+    raise BrokenImage(f"{path}: the colour {colour} is none of those of {len(colours)} classes")
 
 
 def _read(path: str | Path) -> tuple[np.ndarray, ImageFacts]:

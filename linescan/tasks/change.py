@@ -13,17 +13,18 @@ from torch import Tensor, nn
 
 from ..engine.atomic import atomic, write_all
 from ..engine.cards import ModelCard, preprocess_of, restore
-from ..engine.change_losses import IGNORED, cross_entropy, lovasz_softmax, sek_loss, similarity_loss
+from ..engine.change_losses import lovasz_softmax, sek_loss, similarity_loss
 from ..engine.change_scores import confusion, semantic_scores, two_class_scores
-from ..engine.change_sets import COLOURS, ChangePair, ChangeSet, class_names_in, find_changes, open_changes
+from ..engine.change_sets import COLOURS, ChangePair, ChangeSet, find_changes, open_changes
 from ..engine.image_sets import roots
+from ..engine.mask_sets import IGNORED, classes_of
 from ..engine.scores import Evaluator, Totals
 from ..errors import InputError
 from ..media.align import shift_between
 from ..media.draw import default_palette, draw_changes
 from ..media.find import Source
 from ..media.images import ImageLike
-from ..media.labels import class_names
+from ..media.labels import SECOND, class_names
 from ..media.large import PairedPixels, Pixels, blank, open_pixels, write_mask
 from ..media.page import figure, page, table
 from ..media.preprocess import Preprocess
@@ -31,7 +32,7 @@ from ..zoo import fetch, find, is_model
 from .base import Task, build_model
 from .recipes import ChangeRecipe
 from .report import csv_bytes
-from .segment import Segmenter
+from .segment import Segmenter, cross_entropy
 from .tool import Progress, Writer, silent
 from .windows import Size, WindowTool, reduced_for_drawing, thin
 
@@ -145,6 +146,7 @@ class ChangeTask(Task):
     def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         recipe, change = self.recipe, batch["change"]
         y = model(batch["before"], batch["after"])
+        y = type(y)(*(x if x is None else x.float() for x in y))
         parts = {"change": cross_entropy(y.change, change), "lovasz": lovasz_softmax(y.change, change)}
         parts |= dict.fromkeys(("semantic", "sek", "similarity"), parts["change"].detach() * 0)
         if self.classes:
@@ -187,7 +189,7 @@ def _held_out(data: str) -> list[ChangePair]:
 
 def _classes_of(recipe: ChangeRecipe) -> list[str]:
     if recipe.classes is None:
-        return class_names_in(recipe.data) or class_names("SECOND")
+        return list(classes_of(recipe.data, SECOND))
     if "," not in recipe.classes and (names := class_names(recipe.classes)):
         return names
     names = [name.strip() for name in recipe.classes.split(",") if name.strip()]
