@@ -135,9 +135,8 @@ class ChangeTask(Task):
         self.classes = [] if alone else _classes_of(recipe)
         self.args = recipe.model_args | {"num_classes": len(self.classes)}
         self.model = build_model(replace(recipe, model_args=self.args))
-        if recipe.encoder:
-            imagenet = recipe.encoder == "imagenet"
-            self.model.encoder.load_pretrained(fetch(find("vmamba_base_s2l15")) if imagenet else recipe.encoder)
+        if path := recipe.encoder_checkpoint:
+            self.model.encoder.load_pretrained(fetch(find("vmamba_base_s2l15")) if path == "imagenet" else path)
         self.preprocess = preprocess_of(self.model, img_size=recipe.crop)
         count = len(self.classes)
         self.data = ChangeSet(train, count, self.preprocess, recipe.crop, recipe.augment)

@@ -370,11 +370,12 @@ class ChangeRecipe(Recipe):
     judges: ClassVar[bool] = True
     scored: ClassVar[str] = "A folder as for training; of one with test/ (or val/) in it that part."
     examples: ClassVar[tuple[str, ...]] = (
-        "linescan train --task change --data SECOND --out runs/second --encoder imagenet",
+        "linescan train --task change --data SECOND --out runs/second --encoder-checkpoint imagenet",
         "linescan train --task change --data Landsat-SCD --classes Landsat-SCD --out runs/landsat --crop 416 "
-        "--augment turn --encoder vssm_base_0229_ckpt_epoch_237.pth --sek-weight 0",
+        "--augment turn --encoder-checkpoint vssm_base_0229_ckpt_epoch_237.pth --sek-weight 0",
         "linescan train --task change --data town --out runs/town --checkpoint second.pth --lr 2e-5 --epochs 50 --bf16",
-        "linescan train --task change --data LEVIR-CD --out runs/levir --model mambafcs_base_binary --encoder imagenet",
+        "linescan train --task change --data LEVIR-CD --out runs/levir --model mambafcs_base_binary "
+        "--encoder-checkpoint imagenet",
         "linescan evaluate --task change --data SECOND --model mambafcs_base.second --checkpoint second.pth",
     )
 
@@ -389,8 +390,8 @@ class ChangeRecipe(Recipe):
     crop: int = option(512, "Side of the squares that are trained on.", AUGMENT, Range(least=32))
     augment: str = option("turn+jitter", "Words joined by +: turn (the eight symmetries), jitter (brightness, contrast "
                           "and saturation of each image); or none.", AUGMENT)  # fmt: skip
-    encoder: str | None = option(
-        None, "What the encoder starts from: a file of a VMamba classifier, or `imagenet`, the published weights of "
+    encoder_checkpoint: str | None = option(
+        None, "Start the encoder from these weights of a VMamba classifier, or from `imagenet`, the published ones of "
         "vmamba_base_s2l15.", MODEL,
     )  # fmt: skip
     semantic_weight: float = option(0.5, "Of the cross entropy of the classes.", LOSS, NATURAL)
@@ -414,8 +415,8 @@ class ChangeRecipe(Recipe):
     warmup: float = option(0.0, "Epochs in which the learning rate rises from 0.", OPTIMISER, NATURAL)
 
     def resumed(self) -> "ChangeRecipe":
-        """The recipe of a run that goes on, whose weights are all in its state: the encoder's, too."""
-        return replace(self, pretrained=False, checkpoint=None, encoder=None)
+        """The recipe of a run that goes on, whose weights are all in its state."""
+        return replace(self, pretrained=False, checkpoint=None, encoder_checkpoint=None)
 
 
 # -- point clouds -----------------------------------------------------------------------------------------------------

@@ -205,7 +205,7 @@ def test_the_encoder_starts_from_a_classifier(towns, tmp_path):
     classifier = create_model("vmamba_base_s2l15", dims=16, depths=[1, 1, 1, 1])
     torch.save({"model": classifier.state_dict()}, tmp_path / "vmamba.pth")
     recipe = ChangeRecipe(
-        str(towns), model="mambafcs_base", model_args=SMALL, encoder=str(tmp_path / "vmamba.pth"), crop=32
+        str(towns), model="mambafcs_base", model_args=SMALL, encoder_checkpoint=str(tmp_path / "vmamba.pth"), crop=32
     )
     task = ChangeTask(recipe)
     assert torch.equal(
@@ -214,7 +214,7 @@ def test_the_encoder_starts_from_a_classifier(towns, tmp_path):
     assert torch.equal(task.model.encoder.trunk.patch_embed.conv1.weight, classifier.patch_embed.conv1.weight)
     with pytest.raises(CheckpointError, match="is not a checkpoint of this VMamba"):
         ChangeTask(replace(recipe, model_args=SMALL | {"dims": 32}))
-    assert ChangeRecipe("x", encoder="imagenet", pretrained=True).resumed() == ChangeRecipe("x")
+    assert ChangeRecipe("x", encoder_checkpoint="imagenet", pretrained=True).resumed() == ChangeRecipe("x")
 
 
 @pytest.mark.slow
