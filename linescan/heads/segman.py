@@ -4,7 +4,6 @@ Paper: Fu, Lou and Yu, CVPR 2025, arXiv 2412.11890; see `linescan.backbones.segm
 mmseg's configs the same decoder is a decode head in `linescan.openmmlab.segman`.
 """
 
-from collections import OrderedDict
 from typing import Sequence
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from ..backbones.feature_maps import DenseBackbone
 from ..backbones.segman import PUBLISHED, VARIANTS, SegMANEncoder, from_official, segman_block
 from ..errors import InputError
+from ..layers.conv_module import conv_module as conv_bn_relu
 from ..layers.linear import linear
 from ..layers.pyramid import resize
 from ..layers.s6 import CROSS
@@ -24,11 +24,11 @@ from ..zoo import register
 __all__ = ["MMSCopE", "SegMAN", "SegMANDecoder"]
 
 
-def conv_module(in_chans: int, out_chans: int, kernel_size: int = 1, stride: int = 1, padding: int = 0) -> nn.Module:
-    """Convolution without bias, BatchNorm, ReLU, under mmcv's names for them and with its initialisation."""
-    conv = nn.Conv2d(in_chans, out_chans, kernel_size, stride, padding, bias=False)
-    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out_chans), activate=nn.ReLU()))
+def conv_module(*args) -> nn.Module:
+    """Convolution without bias, BatchNorm, ReLU; with mmcv's initialisation. Arguments as for `layers.conv_module`."""
+    module = conv_bn_relu(*args)
+    nn.init.kaiming_normal_(module.conv.weight, mode="fan_out", nonlinearity="relu")
+    return module
 
 
 class Projection(nn.Module):

@@ -1,6 +1,7 @@
-"""The Mamba mixer over routes: an S6 layer whose convolution and scan read the tokens in any order.
+"""The Mamba mixer over routes: an S6 layer whose convolution and scan read the tokens in any order; and Mamba-2's.
 
 Gu and Dao, arXiv 2312.00752; scanned forward and backward as in Vim (arXiv 2401.09417), or along any set of routes.
+Mamba-2: Dao and Gu, arXiv 2405.21060.
 """
 
 import math
@@ -10,15 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..scans import causal_conv1d
+from ..errors import InputError
+from ..scans import causal_conv1d, ssd
 from ..scans.routes import RouteLike, pad_slots
 from ..scans.visits import first_routes
-from .blocks import Block
+from .blocks import Block, TokenMixer
 from .linear import linear
+from .norm import RMSNorm, at_least_float32
 from .pos_embed import rotate_pairs
-from .s6 import S6Scan
+from .s6 import S6Scan, init_dt_bias
 
-__all__ = ["MambaMixer", "TurnedBlock", "stack_routes"]
+__all__ = ["Mamba2Mixer", "MambaMixer", "TurnedBlock", "stack_routes"]
 
 
 class MambaMixer(S6Scan):
@@ -104,6 +107,70 @@ class MambaMixer(S6Scan):
         y, after_scan = self.scan(u, *self.project(u), z, **options)
         y = linear(self.out_proj, y * self.scale if self.scale != 1.0 else y)
         return y if self.gamma is None else y * self.gamma, (after_conv, after_scan)
+
+
+class Mamba2Mixer(TokenMixer):
+    """Token mixer along one route: in_proj, causal convolution of x, B and C, SSD, gate, RMSNorm, out_proj.
+
+        z, xBC, dt = in_proj(u);    x, B, C = silu(conv(xBC))
+        y = SSD(x, softplus(dt + dt_bias), -exp(A_log), B, C) + D x;    out = out_proj(norm(y silu(z)))
+
+    One group of B and C serves all heads. The state is that of the convolution (B, 1, channels, d_conv - 1), and of the
+    scan (B, 1, heads, d_state, head_dim).
+
+    Args:
+        dim: channels of the stream.
+        d_state: N, state size per channel.
+        d_conv: taps of the causal convolution.
+        expand: inner channels as a multiple of `dim`.
+        head_dim: channels of a head.
+
+    Raises:
+        InputError: the inner channels do not divide into heads.
+    """
+
+    def __init__(self, dim: int, d_state: int = 64, d_conv: int = 4, expand: float = 2, head_dim: int = 64):
+        super().__init__()
+        inner = int(expand * dim)
+        if inner % head_dim:
+            raise InputError(f"{inner} channels do not divide into heads of {head_dim}")
+        heads, scanned = inner // head_dim, inner + 2 * d_state
+        self.split, self.head_dim, bound = (inner, d_state, d_state), head_dim, d_conv**-0.5
+        self.in_proj = nn.Linear(dim, inner + scanned + heads, bias=False)
+        self.conv_weight = nn.Parameter(torch.empty(1, scanned, d_conv).uniform_(-bound, bound))
+        self.conv_bias = nn.Parameter(torch.empty(1, scanned).uniform_(-bound, bound))
+        self.dt_bias = nn.Parameter(init_dt_bias((1, heads)))
+        self.A_log = nn.Parameter(torch.empty(1, heads).uniform_(1, 16).log())
+        self.D = nn.Parameter(torch.ones(1, heads))
+        self.norm = RMSNorm(inner)
+        self.out_proj = nn.Linear(inner, dim, bias=False)
+
+    def no_weight_decay(self) -> set[str]:
+        """What has one value per channel or head."""
+        return {"conv_bias", "dt_bias", "A_log", "D"}
+
+    def mix_tokens(
+        self,
+        x: Tensor,
+        grid: tuple[int, ...],
+        route: Tensor | None = None,
+        initial_state: tuple[Tensor, Tensor] | None = None,
+        **options,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        before_conv, before_scan = initial_state or (None, None)
+        z, scanned, dt = linear(self.in_proj, x).split((self.split[0], sum(self.split), self.dt_bias.shape[1]), -1)
+        u, after_conv = causal_conv1d(
+            scanned[:, None], self.conv_weight, self.conv_bias, activation="silu", route=route,
+            initial_state=before_conv, **options,
+        )  # fmt: skip
+        u, B, C = u.split(self.split, -1)
+        A = -at_least_float32(self.A_log).exp()
+        y, after_scan = ssd(
+            u.unflatten(-1, (-1, self.head_dim)), dt[:, None], A, B.unsqueeze(-2), C.unsqueeze(-2), self.D,
+            dt_bias=self.dt_bias, dt_softplus=True, route=route, initial_state=before_scan, **options,
+        )  # fmt: skip
+        y = self.norm(y.flatten(-2).squeeze(1) * F.silu(z))
+        return linear(self.out_proj, y), (after_conv, after_scan)
 
 
 class TurnedBlock(Block):

@@ -195,15 +195,15 @@ class SS2D(TokenMixer):
         self.out_proj = nn.Linear(inner, dim, bias=False) if project_out else nn.Identity()
         self.drop = nn.Dropout(drop_rate)
 
-    def scan(self, u: Tensor, **options) -> tuple[Tensor, Tensor | None]:
+    def scan(self, u: Tensor, *context, **options) -> tuple[Tensor, Tensor | None]:
         """The merged scans of a map: (B, H, W, D) -> (B, H, W, D), and the final state."""
-        return self.ssm(u, **options)
+        return self.ssm(u, None, *context, **options)
 
-    def mix_tokens(self, x: Tensor, grid: tuple[int, ...], **options) -> tuple[Tensor, Tensor | None]:
+    def mix_tokens(self, x: Tensor, grid: tuple[int, ...], *context, **options) -> tuple[Tensor, Tensor | None]:
         x, z = linear(self.in_proj, x).unflatten(1, grid), None
         if self.gate is not None:
             x, z = x.chunk(2, -1)
-        y, state = self.scan(self.act(self.conv(x)), **options)
+        y, state = self.scan(self.act(self.conv(x)), *context, **options)
         y = self.out_act(self.out_norm(y))
         if z is not None:
             y = y * self.gate(z)

@@ -353,3 +353,48 @@ def rwkvsam_prompted(module, inputs, manifest):
         results[f"{name}_sparse"] = encoder(x.shape[-2:], **prompts)
         results[f"{name}_masks"], results[f"{name}_iou"] = module.decode(features, **prompts)
     return results
+
+
+def yolo_text_scan(**kwargs):
+    from linescan.checkpoint import fit_shapes
+    from linescan.heads.detection.mamba_yolo_world import official_names
+    from linescan.layers.mamba import Mamba2Mixer
+
+    mixer = Mamba2Mixer(**kwargs)
+    mixer.checkpoint_filter = lambda state: fit_shapes(official_names(state), mixer)
+    return mixer
+
+
+def yolo_text_states(module, inputs):
+    y, (_, state) = module(inputs["input"], return_final_state=True)
+    return {"output": y, "final_states": state[:, 0].mT}
+
+
+def yolo_guided_scan(dim, d_state, head_dim):
+    from linescan.checkpoint import fit_shapes, strip_prefix
+    from linescan.heads.detection.mamba_yolo_world import GuidedBlock, official_names
+
+    mixer = GuidedBlock(dim, d_state, head_dim).mixer
+
+    def own(state):
+        state = official_names({f"neck.fusion.ss2d.0.{key}": value for key, value in state.items()})
+        return fit_shapes(strip_prefix(state, "neck.fusion.mixer."), mixer)
+
+    mixer.checkpoint_filter = own
+    return mixer
+
+
+def yolo_guided_states(module, inputs):
+    from linescan.heads.detection.mamba_yolo_world import as_guide
+
+    guide = torch.nn.functional.gelu(inputs["guide"])
+    y, state = module(inputs["image"], None, guide, return_final_state=True)
+    return {"output": y, "final_state": as_guide(state)}
+
+
+def yolo_world(module, inputs):
+    maps = module.backbone(inputs["image"])
+    fused, text = module.forward_features(inputs["image"], inputs["text"])
+    levels = module(inputs["image"], inputs["text"])
+    named = {"backbone": maps, "neck": fused, "cls": levels.logits, "box": levels.distances}
+    return {f"{name}{i}": x for name, each in named.items() for i, x in enumerate(each)} | {"text_out": text}
