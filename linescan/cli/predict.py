@@ -148,14 +148,39 @@ def segment(
     "linescan detect street.jpg --model detection/vmamba_tiny_mask_rcnn_1x_coco --checkpoint vmamba.pth",
     "linescan detect coco/val2017 -m my_config.py -c best.pth --annotations instances_val2017.json --no-overlays",
     "linescan detect harbour.tif -m my_config.py -c best.pth --window 1024 --score 0.5",
+    "linescan detect street.jpg --model mamba_yolo_world_small -c yolo_s.pth --text 'cat, red car'",
+    "linescan detect photos -m mamba_yolo_world_small -c yolo_s.pth --embeddings lvis.npz --save lvis.safetensors",
+    "linescan detect photos --checkpoint lvis.safetensors",
 )
 def detect(
     paths: Sources,
     model: Annotated[
-        str,
-        typer.Option("--model", "-m", help="An mmdet config: a file, one of linescan's by name, or mmdet::..."),
-    ],
+        Optional[str],
+        typer.Option(
+            "--model", "-m", help="A name of `linescan list --task detection`, or an mmdet config: a file, one of "
+            "linescan's by name, or mmdet::... Default: that of --checkpoint."
+        ),
+    ] = None,
     checkpoint: Weights = None,
+    text: Annotated[
+        Optional[list[str]],
+        typer.Option(metavar="WORDS", help="What to find, separated by commas, for models by name; may be repeated. "
+                     "Another order gives other scores."),
+    ] = None,
+    embeddings: Annotated[
+        Optional[Path],
+        typer.Option(help="A file of names and their vectors (.npz, .safetensors), instead of a text encoder; all of "
+                     "them are looked for, or only what --text names."),
+    ] = None,
+    text_encoder: Annotated[
+        Optional[str],
+        typer.Option(metavar="NAME", help="What reads --text: a CLIP of transformers by its name or folder, or "
+                     "open_clip:MODEL/WEIGHTS.", show_default="openai/clip-vit-base-patch32"),
+    ] = None,
+    save: Annotated[
+        Optional[Path],
+        typer.Option(metavar="FILE", help="Write the model with these prompts (.safetensors): it needs no text then."),
+    ] = None,
     to: Out = Path("runs/detect"),
     score: Annotated[float, typer.Option(min=0, max=1, help="Draw instances of at least this score.")] = 0.3,
     annotations: Annotated[
@@ -167,20 +192,27 @@ def detect(
     device: Device = None,
     precision: Precision = Floats.fp32,
     batch: WindowBatch = 1,
+    model_arg: ModelArgs = None,
     strict: Strict = False,
     as_json: Json = False,
-):
+):  # fmt: skip
     """Find the instances in images and videos: boxes and masks (COCO's result format), and overlays with a legend.
 
+    Models of configs know their classes; models by name find what words name.
     A file that cannot be read is named and skipped; the exit status is then 1.
     """
     sizes = {"window": _size(window, "--window"), "stride": _size(stride, "--stride")}
+    prompts = {"text": text, "embeddings": embeddings, "text_encoder": text_encoder}
 
     def open_tool() -> tuple["Tool", "Writer"]:
         from linescan.tasks.detect import Detector, Instances
 
-        args = {"device": device, "dtype": precision.dtype, "batch": batch, "score": score}
+        args = {"device": device, "dtype": precision.dtype, "batch": batch, "score": score} | model_args(model_arg)
+        args |= {name: value for name, value in prompts.items() if value}
         tool = Detector(model, checkpoint, strict=strict, **args, **sizes)
+        if save:
+            tool.save(save)
+            say(f"{save} keeps the model and its {len(tool.classes)} prompts")
         return tool, Instances(to, tool.classes, score, annotations)
 
     answer_files(open_tool, paths, to, overlays, as_json, "detecting")

@@ -1,4 +1,4 @@
-"""Detection: images in, boxes with masks out."""
+"""Detection: images in, boxes out, with masks where the model has them."""
 
 import json
 from pathlib import Path
@@ -32,13 +32,20 @@ class Detector(WindowTool):
         found = det("photo.jpg").above(0.5)
         print(len(found), found.boxes, found.names)
 
+    A model of the zoo finds what prompts name, in words or as embeddings (`linescan.tasks.named.NamedDetector`):
+
+        det = Detector("mamba_yolo_world_small", "weights.pth", text="cat, red car")
+        det.save("cats_and_cars.safetensors")             # Detector(checkpoint=...) needs no text any more
+
     With `window`, windows slide over the image in its own resolution, each is tested as the config says, and what
     several of them have found is kept once: small things in large images are found so.
 
     Args:
-        model: an mmdet config: a file, a name of one of linescan's, or "mmdet::...".
+        model: a name of the zoo (`linescan list --task detection`); or an mmdet config: a file, a name of one of
+            linescan's, or "mmdet::...".
         checkpoint, device, dtype, batch, window, stride, strict: as for `Segmenter`.
         score: instances of at least this score are drawn.
+        args: of a model of the zoo: `text`, `embeddings`, `text_encoder`, `img_size`, and those of its class.
 
     Raises:
         InputError, CheckpointError: as for `Segmenter`.
@@ -46,7 +53,7 @@ class Detector(WindowTool):
 
     def __init__(
         self,
-        model: str | Path,
+        model: str | Path | None = None,
         checkpoint: str | Path | None = None,
         *,
         device: str | None = None,
@@ -59,8 +66,18 @@ class Detector(WindowTool):
         **args,
     ):
         opened = open_model("detection", model, checkpoint, **args)
-        super().__init__(str(model), opened, device, dtype, batch, window, stride, strict)
+        super().__init__(str(model or opened.name), opened, device, dtype, batch, window, stride, strict)
         self.score = score
+
+    def save(self, path: str | Path) -> None:
+        """Writes a model of the zoo with its prompts, as a file that needs neither text nor an encoder any more.
+
+        Raises:
+            InputError: the model is that of a config.
+        """
+        if not hasattr(self.model, "save"):
+            raise InputError("only models by name are saved with their prompts; a config's knows its own classes")
+        self.model.save(path)
 
     def draw(
         self, opened: ImageLike | Pixels, answer: Detections, frame: bool = False, score: float | None = None

@@ -1,7 +1,8 @@
 """Models of the zoo as the tools see them; they need no other library."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Sequence
+from typing import Any, Sequence
 
 import numpy as np
 import torch
@@ -9,16 +10,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checkpoint import CheckpointError, load_checkpoint, read_meta, read_state_dict
-from ..engine.cards import ModelCard, read_card, restore
+from ..engine.cards import ModelCard, read_card, restore, save_model
 from ..engine.mask_sets import resize_images
 from ..errors import InputError
+from ..heads.detection.dense_boxes import decode
 from ..media.draw import default_palette
 from ..media.labels import class_names
-from ..media.preprocess import normalise
+from ..media.preprocess import Preprocess, normalise
+from ..media.resize import letterbox
 from ..zoo import Entry, create_model, fetch, find, is_model
-from .results import names_and_colours
+from .prompts import CLIP, encode, parse_prompts, pick, read_embeddings
+from .results import Found, names_and_colours
 
-__all__ = ["NAMED", "NamedSegmentor", "SegmentorInput", "expect_segmentor", "of_all_classes", "stretched"]
+__all__ = [
+    "NAMED",
+    "NamedDetector",
+    "NamedSegmentor",
+    "SegmentorInput",
+    "expect_segmentor",
+    "of_all_classes",
+    "stretched",
+]
 
 
 def stretched(images: Tensor) -> Tensor:
@@ -162,5 +174,105 @@ class NamedSegmentor:
         return logits.argmax(0)
 
 
-NAMED = {"segmentation": NamedSegmentor}
+class NamedDetector:
+    """A detector of the zoo: its network maps images (B, 3, H, W) and embeddings of prompts to `Levels`.
+
+    The embeddings are those of `text` and `embeddings`, or those that the checkpoint keeps.
+
+    Args:
+        name: of the zoo, with or without a tag; None for that of the checkpoint, one that `save` has written.
+        checkpoint: weights; by default the published ones.
+        text: prompts, "cat, red car" or a list.
+        embeddings: a file of embeddings (`linescan.tasks.prompts`), of which those of `text` are taken; all by default.
+        text_encoder: what makes embeddings of `text`, see `linescan.tasks.prompts.encode`; by default CLIP's, with the
+            weights that the checkpoint has for it, if any.
+        img_size: side of the square that an image is fitted into, or (height, width); rounded up to multiples of 32.
+        args: of the model, over the entry's.
+
+    Attributes:
+        module: the network.
+        name: of the model.
+        classes, palette: the prompts, and a colour of each.
+        card: what a file of the model says of it.
+
+    Raises:
+        InputError: neither prompts nor a file of them, a prompt or an encoder that is not there, embeddings of another
+            width.
+        CheckpointError: the weights are not the model's.
+    """
+
+    def __init__(
+        self,
+        name: str | None,
+        checkpoint: str | Path | None,
+        text: str | Sequence[str] | None = None,
+        embeddings: str | Path | None = None,
+        text_encoder: str | None = None,
+        img_size: int | Sequence[int] | None = None,
+        **args,
+    ):
+        card = read_card(checkpoint) if checkpoint else None
+        if name is None and card is None:
+            said = f"{checkpoint} does not say which model it is of" if checkpoint else "no model and no checkpoint given"
+            raise InputError(f"{said}; name one with --model")
+        model = name or card.model
+        if not is_model(model) or find(model).task != "detection":
+            raise InputError(f"{model} detects nothing; `linescan list --task detection` shows models that do")
+        entry = find(model)
+        prompts = parse_prompts(text) if text is not None else None
+        if text_encoder and (embeddings or not prompts):
+            raise InputError("a text encoder makes the embeddings of --text; a file of embeddings needs none")
+        known = read_embeddings(embeddings) if embeddings else None  # before a model is opened in vain
+        prompts = known[0] if known and prompts is None else prompts
+        if prompts is None and not (card and card.classes):
+            raise InputError(
+                f"{entry.name} finds what prompts name: give --text 'cat, red car', --embeddings FILE, or a checkpoint "
+                "that keeps its prompts"
+            )
+        vectors = pick(prompts, *known, embeddings) if known else None
+        if card:
+            self.module, card = restore(name, checkpoint, **args)
+        else:
+            checkpoint = fetch(entry) if checkpoint is None else checkpoint
+            try:
+                self.module = load_checkpoint(create_model(entry.full_name, **args), checkpoint)
+            except TypeError as error:
+                raise InputError(f"cannot build {name} with these arguments: {error}") from None
+            preprocess = Preprocess((3, *entry.preprocess["size"]), (0.0,) * 3, (1.0,) * 3, "bilinear")
+            card = ModelCard(entry.name, args, [], preprocess)
+        if prompts is not None:
+            if vectors is None and prompts == card.classes:
+                vectors = self.module.vocabulary
+            if vectors is None:
+                inside = "backbone.text_model.model."
+                state = read_state_dict(checkpoint)
+                state = {key.removeprefix(inside): value for key, value in state.items() if key.startswith(inside)}
+                vectors = encode(prompts, text_encoder or CLIP, state if state and not text_encoder else None)
+            self.module.set_vocabulary(vectors)
+            card = replace(card, classes=list(prompts), args=card.args | {"num_prompts": len(prompts)})
+        sides = card.preprocess.size[1:] if img_size is None else np.broadcast_to(img_size, 2).tolist()
+        if not all(isinstance(side, int) and 0 < side <= 2**14 for side in sides):
+            raise InputError(f"img_size is a number of pixels, or height and width, not {img_size!r}")
+        self.size = tuple(-(-side // 32) * 32 for side in sides)
+        self.card = replace(card, preprocess=replace(card.preprocess, size=(3, *self.size)))
+        self.fill = entry.preprocess["fill"]
+        self.name, self.classes = entry.full_name, self.card.classes
+        self.palette = default_palette(len(self.classes))
+
+    def detect(self, images: Sequence[np.ndarray]) -> list[Found]:
+        """Images (H, W, 3) of bytes, RGB -> the objects in each, in its pixels."""
+        boxes = [letterbox(image, self.size, self.fill) for image in images]
+        inputs = torch.from_numpy(np.stack([box.image for box in boxes])).to(self.module.vocabulary.device)
+        levels = self.module(inputs.movedim(-1, 1).float() / 255)
+        return [
+            Found(box.undo(objects.boxes), objects.scores, objects.labels, None)
+            for box, objects in zip(boxes, decode(levels, self.module.strides))
+        ]
+
+    def save(self, path: str | Path) -> None:
+        """Writes the network with its prompts, as a file that needs neither text nor encoder any more."""
+        save_model(path, self.module, self.card)
+
+
+NAMED: dict[str, Any] = {"segmentation": NamedSegmentor, "detection": NamedDetector}
 """By task, what opens a model of the zoo: (name, checkpoint, **arguments)."""

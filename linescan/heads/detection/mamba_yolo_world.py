@@ -14,6 +14,7 @@ prompts in the next scan over them (SGSS, serial-guided). All of it takes time l
 """
 
 import math
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple, Sequence
 
@@ -275,7 +276,8 @@ class MambaFusionPAN(nn.Module):
 
     def forward(self, maps: Sequence[Tensor], text: Tensor) -> tuple[list[Tensor], Tensor]:
         """Maps (B, C, H, W) of strides 8, 16, 32 and embeddings (B, n, text_dim) -> the same."""
-        with torch.autocast(text.device.type, enabled=False):
+        device = text.device.type
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
             dtype = self.text_top_down.in_proj.weight.dtype
             return self.fuse([x.to(dtype) for x in maps], text.to(dtype))
 
