@@ -20,6 +20,7 @@ IMPORTED = {
     "pyvips-binary": "_libvips",
     "pytest-xdist": "xdist",
     "myst-parser": "myst_parser",
+    "open-clip-torch": "open_clip",
 }
 OPENMMLAB = {"mmengine", "mmcv", "mmseg", "mmdet"}
 

@@ -76,7 +76,7 @@ def letterbox(image: np.ndarray, size: tuple[int, int], fill: int = 114) -> Lett
     if ratio < 1:
         image = _means(_means(image, 0, inner[0]), 1, inner[1])
     elif ratio > 1:
-        pixels = torch.from_numpy(np.ascontiguousarray(image)).movedim(-1, 0)[None].float()
+        pixels = torch.from_numpy(image.astype(np.float32)).movedim(-1, 0)[None]
         image = F.interpolate(pixels, inner, mode="bilinear", align_corners=False)[0].movedim(0, -1).numpy()
     top, left = ((side - part) // 2 for side, part in zip(size, inner))
     whole = np.full((*size, 3), fill, np.uint8)

@@ -176,3 +176,50 @@ def test_a_model_must_be_named(files, linescan_here):
     assert status and "does not say which model it is of; name one with --model" in error
     status, _, error = linescan_here("detect", files / "images", "--text", "cat")
     assert status and "no model and no checkpoint given" in error
+
+
+def tiny_clip(folder):
+    """A CLIP text encoder of random weights and its tokenizer, as `transformers` keeps them in a folder."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+    letters = [chr(c) for c in range(97, 123)]
+    words = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=12).save_pretrained(folder)
+    config = CLIPTextConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=12, projection_dim=16, eos_token_id=len(words) - 1, bos_token_id=len(words) - 2,
+        pad_token_id=len(words) - 1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = CLIPTextModelWithProjection(config).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def test_clip_reads_words_and_takes_the_weights_of_the_file(files, tmp_path, linescan_here):
+    pytest.importorskip("transformers")
+    from transformers import AutoTokenizer
+
+    model = tiny_clip(tmp_path)
+    alone = [encode([word], str(tmp_path)) for word in ("cat", "red car")]
+    together = encode(["cat", "red car"], str(tmp_path))
+    torch.testing.assert_close(torch.cat(alone), together)
+    torch.testing.assert_close(together.norm(dim=1), torch.ones(2))
+    with torch.no_grad():
+        ours = model(**AutoTokenizer.from_pretrained(tmp_path)("cat", return_tensors="pt")).text_embeds
+    torch.testing.assert_close(F.normalize(ours, dim=-1), together[:1])
+    assert encode(["a long prompt of many more tokens than there are positions"], str(tmp_path)).isfinite().all()
+
+    tuned = {key: value + 1 for key, value in model.state_dict().items()}
+    assert not torch.allclose(encode(["cat"], str(tmp_path), tuned), together[:1])
+    with pytest.raises(linescan.CheckpointError, match="text encoder"):
+        encode(["cat"], str(tmp_path), {"other": torch.zeros(1)})
+    with pytest.raises(InputError, match="cannot open the text encoder .*; --text-encoder names another"):
+        encode(["cat"], str(tmp_path / "nothing"))
+    args = ["--model", NAME, "-c", files / "weights.pth", *ARGS, "--model-arg", "img_size=64", "--text", "cat"]
+    status, _, error = linescan_here(
+        "detect", files / "images" / "wide.png", *args, "--text-encoder", tmp_path, "-o", tmp_path / "out"
+    )
+    assert status == 0, error
