@@ -213,8 +213,10 @@ class NamedDetector:
     ):
         card = read_card(checkpoint) if checkpoint else None
         if name is None and card is None:
-            said = f"{checkpoint} does not say which model it is of" if checkpoint else "no model and no checkpoint given"
-            raise InputError(f"{said}; name one with --model")
+            what = (
+                f"{checkpoint} does not say which model it is of" if checkpoint else "no model and no checkpoint given"
+            )
+            raise InputError(f"{what}; name one with --model")
         model = name or card.model
         if not is_model(model) or find(model).task != "detection":
             raise InputError(f"{model} detects nothing; `linescan list --task detection` shows models that do")
