@@ -1,3 +1,3 @@
 """What turns features into answers; importing this package registers its models."""
 
-from . import anomaly, detection, mambafcs, points, prompting, restoration, segman, sigma, unetr, vmunet    # noqa: F401
+from . import anomaly, detection, mambafcs, points, prompting, restoration, segman, sigma, unetr, vmunet  # noqa: F401
