@@ -16,6 +16,7 @@ __all__ = [
     "argument_names",
     "dispatch_modes_active",
     "guard_scalar",
+    "has_int8_products",
     "is_jit_tracing",
     "is_observed",
     "is_transformed",
@@ -95,6 +96,11 @@ def linear_pointwise():
         return None
     operator = torch.ops.mkldnn._linear_pointwise.default
     return lambda x, weight, bias: operator(x, weight, bias, "none", [], "")
+
+
+def has_int8_products() -> bool:
+    """Whether `torch._int_mm` is fast on this CPU: oneDNN has instructions for products of int8."""
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
 
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")

@@ -14,6 +14,7 @@ FLOORS = [
     {"zoo"},
     {"backbones"},
     {"heads"},
+    {"quantise"},
     {"media"},
     {"engine"},
     {"tasks"},

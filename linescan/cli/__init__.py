@@ -10,6 +10,7 @@ export.py      convert, embed
 train.py       train, evaluate
 measure.py     benchmark, directions
 compare.py     compare
+quantize.py    quantize
 demo.py        demo
 """
 
@@ -31,7 +32,7 @@ from .options import app
 __all__ = ["app", "main"]
 
 # In the order of --help.
-for module in ("show", "predict", "points", "explain", "export", "train", "measure", "compare", "demo"):
+for module in ("show", "predict", "points", "explain", "export", "train", "measure", "compare", "quantize", "demo"):
     import_module(f".{module}", __name__)
 
 

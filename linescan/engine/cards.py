@@ -24,6 +24,9 @@ from ..errors import InputError, one_line
 from ..media.clouds import PointPreprocess, ScanPreprocess
 from ..media.labels import class_names as names_of_data
 from ..media.preprocess import Preprocess
+from ..notices import notice
+from ..quantise import Recipe as Quantisation
+from ..quantise import arithmetic, restructure
 from .atomic import atomic
 
 __all__ = [
@@ -203,6 +206,8 @@ class ModelCard:
         classes: their names.
         preprocess: how images, or clouds, are made into its inputs.
         trained: what is known of the training (epoch, step, scores).
+        quantised: of a quantised model `method` and `bits`, as `linescan.quantise.Recipe` takes them, and `arithmetic`,
+            in words; else empty.
     """
 
     model: str
@@ -210,12 +215,15 @@ class ModelCard:
     classes: list[str]
     preprocess: Preprocess | PointPreprocess | ScanPreprocess
     trained: dict = field(default_factory=dict)
+    quantised: dict = field(default_factory=dict)
 
     def as_dict(self) -> dict:
         """Plain values, as a file has them; numbers that JSON has not are None."""
         values = asdict(self)
         values["trained"] = {k: v if not isinstance(v, float) or math.isfinite(v) else None
                              for k, v in self.trained.items()}  # fmt: skip
+        if not self.quantised:
+            del values["quantised"]
         return values
 
     @classmethod
@@ -225,7 +233,7 @@ class ModelCard:
         Raises:
             ValueError: something is missing, unknown, of another type, or out of range; the message names it.
         """
-        values = _table(values, "the card", ("model", "args", "classes", "preprocess"), ("trained",))
+        values = _table(values, "the card", ("model", "args", "classes", "preprocess"), ("trained", "quantised"))
         if not isinstance(values["model"], str) or not NAME.fullmatch(values["model"]):
             raise ValueError(f"model is a name, not {_shown(values['model'])}")
         args = _table(values["args"], "args")
@@ -242,7 +250,20 @@ class ModelCard:
         trained = _table(values.get("trained", {}), "trained")
         for key, value in trained.items():
             _check_plain(value, f"trained.{key}")
-        return cls(values["model"], args, list(classes), _preprocess(values["preprocess"]), trained)
+        preprocess = _preprocess(values["preprocess"])
+        return cls(values["model"], args, list(classes), preprocess, trained, _quantised(values.get("quantised", {})))
+
+
+def _quantised(values: object) -> dict:
+    if not _table(values, "quantised"):
+        return {}
+    values = _table(values, "quantised", ("method", "bits"), ("arithmetic",))
+    try:
+        Quantisation(values["method"], values["bits"])
+    except InputError as error:
+        raise ValueError(f"quantised: {one_line(error)}") from None
+    _check_plain(values.get("arithmetic", ""), "quantised.arithmetic")
+    return values
 
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")  # of models; never a path or an address
@@ -425,6 +446,10 @@ def _from_card(card: ModelCard, path: str | Path, args: dict) -> tuple[nn.Module
         if args:
             raise
         raise CheckpointError(f"{path}: its card is of no model: {error}") from None
+    if card.quantised:
+        method, bits = card.quantised["method"], card.quantised["bits"]
+        restructure(model, Quantisation(method, bits))
+        notice(f"{path}: quantised by {method} to {bits}; {arithmetic(model)}")
     load_state(model, state, path)
     classes = getattr(model, "num_classes", None)
     told_apart = 2 if classes == 1 else classes  # by one output

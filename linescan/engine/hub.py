@@ -33,6 +33,8 @@ def write_folder(folder: str | Path, model: nn.Module, card: ModelCard, licence:
     """
     if not timm.is_model(card.model.partition(".")[0]):
         raise InputError(f"{card.model} is not a classifier; only these have a folder that timm reads")
+    if card.quantised:
+        raise InputError("timm reads no quantised models; the file itself can be shared as it is")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights, config, readme = (folder / file for file in ("model.safetensors", "config.json", "README.md"))

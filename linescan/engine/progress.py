@@ -57,7 +57,9 @@ def show_table(table: Table) -> None:
 
 @contextmanager
 def progress_bar(description: str, total: int, done: int = 0, show: bool = True) -> Iterator[Callable[..., Any]]:
-    """A bar on the terminal; yields `advance(n=1, description=None)`. Silent where stderr is not a terminal."""
+    """A bar on the terminal; yields `advance(n=1, description=None, total=None)`; a new total replaces the first.
+
+    Silent where stderr is not a terminal."""
     if not (show and console.is_terminal):  # a disabled bar of rich 13 and 14 still ends in an empty line
         yield lambda *args, **kwargs: None
         return
@@ -68,7 +70,8 @@ def progress_bar(description: str, total: int, done: int = 0, show: bool = True)
     with Progress(*columns, console=console, transient=True, redirect_stdout=out.is_terminal) as progress:
         task = progress.add_task(visible(description), total=total, completed=done)
 
-        def advance(n: float = 1, description: str | None = None) -> None:
-            progress.update(task, advance=n, description=None if description is None else visible(description))
+        def advance(n: float = 1, description: str | None = None, total: int | None = None) -> None:
+            text = None if description is None else visible(description)
+            progress.update(task, advance=n, description=text, total=total)
 
         yield advance

@@ -58,6 +58,8 @@ class Task(nn.Module, ABC):
             return replace(recipe, model=recipe.model or recipe.default_model)
         if recipe.model and recipe.model.partition(".")[0] != card.model.partition(".")[0]:
             raise CheckpointError(f"{recipe.checkpoint} is a checkpoint of {card.model}, not of {recipe.model}")
+        if card.quantised:
+            raise CheckpointError(f"{recipe.checkpoint} is quantised; training starts from weights that are not")
         args = {name: value for name, value in card.args.items() if name not in ("num_classes", "in_chans")}
         return replace(recipe, model=recipe.model or card.model, model_args=args | recipe.model_args)
 
