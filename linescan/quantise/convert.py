@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -297,9 +298,11 @@ def layer_errors(model: nn.Module, batches: Iterable[Tensor], progress: Progress
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in layers}  # of errors and outputs, squared; inputs
 
     def compare(name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple, options: dict, output: Tensor) -> None:
+        def hook(module: nn.Module, args: tuple, options: dict, output: Any) -> None:
             with _rounding(module):
                 rounded = type(module).forward(module, *args, **options)
+            if isinstance(output, tuple):  # with the state
+                rounded, output = rounded[0], output[0]
             found = sums[name]
             found[0] += (rounded - output).double().square().sum()
             found[1] += output.double().square().sum()

@@ -210,7 +210,8 @@ class Quantiser(nn.Module):
             return
         for i, observer in enumerate(self.seen):
             if found := observer.range():
-                grid = fit_grid(*found, self.bits, self.symmetric, self.smallest)
+                least, most = found
+                grid = fit_grid(least, most, self.bits, self.symmetric, self.smallest)
                 self.scale[i], self.zero[i] = grid.scale, grid.zero
         self.start()
 
@@ -288,7 +289,7 @@ class Weight(nn.Module):
         super().__init__()
         self.bits, self.axes, self.symmetric, self.smallest = bits, axes, symmetric, smallest
         self.shape = value.shape
-        self.group = group if group and value[0].numel() % group == 0 and value.shape[-1] % group == 0 else 0
+        self.group = group if group and value.shape[-1] % group == 0 else 0
         self.value = nn.Parameter(value.detach().clone(), requires_grad=False)
         self.mode = "off"
 
