@@ -138,7 +138,7 @@ def test_files_bring_back_the_same_model(method, name, tmp_path):
         after = model(x)
     noise = ((after - before).norm() / before.norm()).item()
     assert 0 < noise < (0.6 if recipe.weight_bits == 4 else 0.2)
-    large = {k for k, v in model.state_dict().items() if v.is_floating_point() and v.numel() > 4000}
+    large = {k for k, v in model.state_dict().items() if v.is_floating_point() and v.numel() > 7000}
     assert method == "dynamic" or all(key.startswith("patch_embed") for key in large)
 
     how = {"method": method, "bits": recipe.bits, "arithmetic": arithmetic(model)}
