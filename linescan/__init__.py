@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .tasks.point_occupancy import SceneCompleter
     from .tasks.point_parts import PartSegmenter
     from .tasks.points import PointClassifier
+    from .tasks.prompt import Prompter
     from .tasks.restore import Restorer
     from .tasks.segment import Segmenter
     from .zoo import create_model, list_models
@@ -41,6 +42,7 @@ __all__ = [
     "InputError",
     "PartSegmenter",
     "PointClassifier",
+    "Prompter",
     "Restorer",
     "SceneCompleter",
     "Segmenter",
@@ -62,6 +64,7 @@ _HOMES = {
     "InputError": "errors",
     "PartSegmenter": "tasks.point_parts",
     "PointClassifier": "tasks.points",
+    "Prompter": "tasks.prompt",
     "Restorer": "tasks.restore",
     "SceneCompleter": "tasks.point_occupancy",
     "Segmenter": "tasks.segment",

@@ -3,7 +3,7 @@
 options.py     the application, and the options that several commands share
 names.py       names for shell completion
 show.py        list, info, doctor, routes
-predict.py     classify, segment, detect, restore, anomaly, change
+predict.py     classify, segment, detect, prompt, restore, anomaly, change
 points.py      points classify, points segment
 explain.py     explain
 export.py      convert, embed

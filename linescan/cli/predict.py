@@ -4,7 +4,7 @@ import io
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Callable, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Callable, Optional
 
 import typer
 
@@ -383,6 +383,109 @@ def change(
     answer_files(
         open_tool, [before], to, overlays, as_json, "looking for changes", kinds=("image",), partners=after
     )  # fmt: skip
+
+
+@command(
+    "linescan prompt photo.jpg --checkpoint runs/digits/best.safetensors --point 120,80",
+    "linescan prompt photo.jpg -c best.safetensors --point 120,80 --point 140,95 --negative 30,60 --json",
+    "linescan prompt photo.jpg -c best.safetensors --each --point 120,80 --box 200,40,330,210",
+    "linescan prompt photos -c best.safetensors --everything --grid 16 --out runs/all",
+)
+def prompt(
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IMAGE...",
+            help="Images, folders of them, patterns with * and **; - for a list on standard input.",
+            show_default=False,
+        ),
+    ],
+    point: Annotated[
+        Optional[list[str]], typer.Option(metavar="X,Y", help="A point on the object, in pixels; may be repeated.")
+    ] = None,
+    negative: Annotated[
+        Optional[list[str]],
+        typer.Option(metavar="X,Y", help="A point on what does not belong to the object; may be repeated."),
+    ] = None,
+    box: Annotated[
+        Optional[list[str]],
+        typer.Option(metavar="X0,Y0,X1,Y1", help="A box around the object: its left, top, right and bottom."),
+    ] = None,
+    each: Annotated[
+        bool, typer.Option("--each", help="Every --point and every --box is an object of its own; --negative is for "
+                           "all of them.")
+    ] = False,
+    everything: Annotated[
+        bool, typer.Option("--everything", help="All objects: a grid of points, whose masks are filtered.")
+    ] = False,
+    grid: Annotated[int, typer.Option(min=1, max=256, help="Of --everything: points along each side.")] = 32,
+    iou: Annotated[
+        float, typer.Option(min=0, max=1, help="Of --everything: the least IoU that the model expects of a mask.")
+    ] = 0.88,
+    stability: Annotated[
+        float, typer.Option(min=0, max=1, help="Of --everything: the least IoU of a mask drawn larger and smaller.")
+    ] = 0.95,
+    overlap: Annotated[
+        float, typer.Option(min=0, max=1, help="Of --everything: of two masks whose boxes have a higher IoU than this, "
+                            "the better one is kept.")
+    ] = 0.7,
+    model: Annotated[
+        Optional[str],
+        typer.Option("--model", "-m", help="A name of `linescan list --task prompting`; default: that of "
+                     "--checkpoint.", autocompletion=complete_models),
+    ] = None,
+    checkpoint: Checkpoint = None,
+    to: Out = Path("runs/prompt"),
+    overlays: Overlays = True,
+    device: Device = None,
+    precision: Precision = Floats.fp32,
+    batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="Images in one forward pass.")] = 1,
+    model_arg: ModelArgs = None,
+    as_json: Json = False,
+):  # fmt: skip
+    """Cut out what points and boxes show: a mask (PNG) for each object, its scores, and overlays.
+
+    All points and the box show one object, in every image; the image is encoded once for many objects.
+    A file that cannot be read, or in which a prompt lies outside, is named and skipped; the exit status is then 1.
+    """
+    points, negatives = (
+        [_coordinates(text, 2, option) for text in texts or ()]
+        for texts, option in ((point, "--point"), (negative, "--negative"))
+    )
+    boxes = [_coordinates(text, 4, "--box") for text in box or ()]
+    if everything and (points or negatives or boxes):
+        raise InputError("--everything finds all objects by itself, without --point, --negative and --box")
+    if not (everything or points or boxes):
+        raise InputError("say what to cut out: --point x,y, --box x0,y0,x1,y1, or --everything")
+    if len(boxes) > 1 and not each:
+        raise InputError("several boxes are several objects, which --each asks for")
+
+    def open_tool() -> tuple["Tool", "Writer"]:
+        from linescan.tasks.prompt import Everything, Prompt, PromptedMasks, Prompter
+
+        if everything:
+            prompts = Everything(grid, iou, stability, overlap)
+        elif each:
+            prompts = [Prompt([one], negatives) for one in points] + [Prompt((), negatives, one) for one in boxes]
+        else:
+            prompts = [Prompt(points, negatives, boxes[0] if boxes else None)]
+        args = {"device": device, "dtype": precision.dtype, "batch": batch, "prompts": prompts}
+        return Prompter(model, checkpoint, **args, **model_args(model_arg)), PromptedMasks(to)
+
+    answer_files(open_tool, paths, to, overlays, as_json, "segmenting", kinds=("image",))
+
+
+def _coordinates(text: str, count: int, option: str) -> tuple[Any, ...]:
+    """ "120,80" -> (120.0, 80.0)."""
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if len(numbers) != count:
+        wanted = "x,y" if count == 2 else "x0,y0,x1,y1"
+        raise InputError(f"{option} is {wanted} in pixels, as in {'120,80,300,240'[: 6 if count == 2 else None]}, "
+                         f"not {text!r}")  # fmt: skip
+    return numbers
 
 
 def _size(text: str | None, option: str) -> tuple[int, int] | None:

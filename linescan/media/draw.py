@@ -9,12 +9,14 @@ from typing import Iterable, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["default_palette", "draw_boxes", "draw_changes", "draw_comparison", "draw_labels", "draw_masks"]
+__all__ = ["default_palette", "draw_boxes", "draw_changes", "draw_comparison", "draw_labels", "draw_masks",
+           "draw_objects"]  # fmt: skip
 
 Colour = tuple[int, int, int]
 
 PAPER, INK = (250, 250, 248), (24, 24, 28)
 BEST, REST = (42, 157, 143), (214, 218, 225)  # squares beside the likeliest class, and beside others
+GOOD, BAD = (38, 166, 91), (214, 48, 49)  # points on objects, and beside them
 WIDEST = 1600  # comparisons
 SMALLEST = 384  # images whose longer side is below are enlarged, or no word would fit
 
@@ -115,6 +117,43 @@ def draw_boxes(
     counts = np.bincount(labels, minlength=len(classes)) if labels else np.zeros(len(classes), int)
     shown = [i for i in np.argsort(-counts, kind="stable") if counts[i]]
     return _with_legend(canvas, [(palette[i], f"{classes[i]} · {counts[i]}") for i in shown], legend_rows)
+
+
+def draw_objects(
+    image: Image.Image | np.ndarray,
+    masks: Iterable[np.ndarray],
+    points: np.ndarray = (),
+    negatives: np.ndarray = (),
+    boxes: np.ndarray = (),
+) -> Image.Image:
+    """The image with objects of no class, each in a colour of its own, and what they were shown by.
+
+    Args:
+        image: a PIL image, or (H, W, 3) bytes, RGB.
+        masks: of each object (H, W) bool, taken one by one; later ones are on top.
+        points: (N, 2) x, y of points on objects: green.
+        negatives: (N, 2) of points beside them: red.
+        boxes: (N, 4) left, top, right, bottom: white.
+
+    Returns:
+        An RGB image. One whose longer side is below 384 pixels is enlarged by a whole factor.
+
+    Raises:
+        ValueError: image and masks differ in size.
+    """
+    canvas, factor = _canvas(image)
+    pixels = np.array(canvas)
+    for i, mask in enumerate(masks):
+        _check_size("mask", np.shape(mask), canvas, factor)
+        _tint_instance(pixels, np.asarray(mask, bool), default_palette(i + 1)[i], factor)
+    canvas = Image.fromarray(pixels)
+    pen, line = ImageDraw.Draw(canvas), max(round(max(canvas.size) / 450), 1)
+    for left, top, right, bottom in np.asarray(boxes, float).reshape(-1, 4) * factor:
+        pen.rectangle((left, top, max(right - 1, left), max(bottom - 1, top)), outline=PAPER, width=line)
+    for places, colour in ((points, GOOD), (negatives, BAD)):
+        for x, y in (np.asarray(places, float).reshape(-1, 2) + 0.5) * factor:
+            pen.circle((x, y), 4 * line, fill=colour, outline=PAPER, width=line)
+    return canvas
 
 
 def draw_labels(

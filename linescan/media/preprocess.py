@@ -1,7 +1,7 @@
 """How a model wants its images."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Callable, Sequence
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..errors import InputError
 from .images import LARGE
@@ -75,6 +76,17 @@ class Preprocess:
     def normalised(self, images: Tensor) -> Tensor:
         """Bytes (..., C, H, W) of any size as the model wants them, float32."""
         return normalise(images, *(tuple(255 * v for v in of) for of in (self.mean, self.std)))
+
+    def fitted(self, image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
+        """All of an image in its own shape, and the height and width of what is not padding.
+
+        It is scaled to just fit into `size`, normalised, and padded with zeros at the right and below, (C, H, W).
+        """
+        height, width = self.size[1:]
+        scale = min(height / image.height, width / image.width)
+        sides = [min(max(round(side * scale), 1), most) for side, most in zip(image.size, (width, height))]
+        part = replace(self, size=(self.channels, sides[1], sides[0])).whole(image)
+        return F.pad(part, (0, width - sides[0], 0, height - sides[1])), (sides[1], sides[0])
 
     def transform(self, augment: str | None = None, erasing: float = 0.0, flip: float | None = None) -> "Transform":
         """PIL image -> normalised tensor (C, H, W), by timm's `create_transform`.

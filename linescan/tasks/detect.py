@@ -16,7 +16,7 @@ from ..media.find import Source
 from ..media.images import ImageLike
 from ..media.large import Pixels, open_pixels
 from .open import open_model
-from .results import Detections, Found
+from .results import Detections, Found, patch_of
 from .tool import Progress, Writer, silent
 from .windows import Size, WindowTool, bounded, positions, reduced_for_drawing
 
@@ -138,19 +138,9 @@ class Detector(WindowTool):
         limit = np.array([size[1], size[0], size[1], size[0]], np.float32)
         patches = None
         if found.masks is not None:
-            patches = [_patch(found.masks[i].numpy(), size, corner, scale) for i in order.tolist()]
+            patches = [patch_of(found.masks[i].numpy(), size, corner, scale) for i in order.tolist()]
         scores, labels = found.scores[order].numpy(), found.labels[order].numpy()
         return Detections(size, boxes.clip(0, limit), scores, labels, patches, self.classes)
-
-
-def _patch(mask: np.ndarray, size: Size, corner: Size, scale: int) -> tuple[int, int, np.ndarray]:
-    """What there is of a mask (h, w), and where in the image that is."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
-        return *corner, np.zeros((0, 0), bool)
-    top, left = corner[0] + rows[0] * scale, corner[1] + columns[0] * scale
-    part = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].repeat(scale, 0).repeat(scale, 1)
-    return int(top), int(left), part[: size[0] - top, : size[1] - left].copy()
 
 
 # -- what several windows have found ----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from ..media.draw import default_palette
 from ..media.images import LARGE
 from .windows import Size, thin
 
-__all__ = ["Detections", "Found", "dataset_names", "names_and_colours", "run_lengths"]
+__all__ = ["Detections", "Found", "dataset_names", "names_and_colours", "patch_of", "run_lengths"]
 
 
 @dataclass
@@ -98,6 +98,23 @@ class Detections:
                 result["segmentation"] = run_lengths(self.patches[i], self.size)
             results.append(result)
         return results
+
+
+def patch_of(mask: np.ndarray, size: Size, corner: Size = (0, 0), scale: int = 1) -> tuple[int, int, np.ndarray]:
+    """What there is of a mask, and where: (top, left, (h, w) bool) in an image of `size`.
+
+    Args:
+        mask: (h, w) bool of a part of the image, `scale` times smaller.
+        size: of the image.
+        corner: where the part starts, (top, left).
+        scale: by which the mask is smaller.
+    """
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return *corner, np.zeros((0, 0), bool)
+    top, left = corner[0] + rows[0] * scale, corner[1] + columns[0] * scale
+    part = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].repeat(scale, 0).repeat(scale, 1)
+    return int(top), int(left), part[: size[0] - top, : size[1] - left].copy()
 
 
 def run_lengths(patch: tuple[int, int, np.ndarray], size: Size) -> dict:
