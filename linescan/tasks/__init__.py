@@ -3,11 +3,13 @@
 Training: `base.Task` is what a task is, `recipes` holds the options of every task that `linescan train` knows.
 classify.py      images and videos (with the tool)
 distill.py       the same, with a teacher; teacher.py
+distill_encoder.py    maps of features that match a teacher's
 pretrain.py      masked pre-training
 
 Tools: `tool.Tool` and `tool.Writer` are what they share, `tool.run` applies them to files; windows.py slides over
 images of any size, results.py holds detections.
 segment.py, detect.py    masks and boxes; open.py and named.py find the models
+prompt.py                masks of what points and boxes show; prompt_training.py trains such models
 """
 
 from importlib import import_module

@@ -32,11 +32,13 @@ __all__ = [
     "ClassificationRecipe",
     "CloudRecipe",
     "DistillationRecipe",
+    "EncoderDistillationRecipe",
     "OccupancyRecipe",
     "PartsRecipe",
     "PointClassificationRecipe",
     "PointPretrainingRecipe",
     "PretrainingRecipe",
+    "PromptingRecipe",
     "RestorationRecipe",
     "ScanDetectionRecipe",
     "SegmentationRecipe",
@@ -130,6 +132,43 @@ class DistillationRecipe(ClassificationRecipe, _Taught):
         super().__post_init__()
         if not (self.teacher or self.teacher_checkpoint):
             raise InputError("--task distill needs --teacher, a model's name, or --teacher-checkpoint")
+
+
+@dataclass(frozen=True)
+class EncoderDistillationRecipe(_Taught):
+    """Train an image encoder without labels to match the map of features of a frozen teacher: RWKV-SAM's of SAM's.
+
+    The teacher is a model, or the folder of its features, where it cannot be had. What comes out is the whole model;
+    `--task prompting --checkpoint` or `--task classify --checkpoint` trains the rest.
+    """
+
+    task: ClassVar[str] = "distill-encoder"
+    implementation: ClassVar[str] = "linescan.tasks.distill_encoder:EncoderDistillationTask"
+    default_model: ClassVar[str] = "rwkvsam_small_prompt"
+    examples: ClassVar[tuple[str, ...]] = (
+        "linescan train --task distill-encoder --data photos --out runs/encoder --teacher samvit_base_patch16.sa1b",
+        "linescan train --task distill-encoder --data photos --out runs/encoder --features sam_features --bf16",
+        "linescan train --task prompting --data coco --out runs/coco --checkpoint runs/encoder/model.safetensors",
+    )
+
+    data: str = option(..., "`digits`; a folder of images, in folders or not; or one with train/ and val/ in it.", DATA,
+                       short="-d")  # fmt: skip
+    features: str | None = option(
+        None, "Instead of a teacher: a folder with NAME.npz for each image NAME.jpg of --data, folders alike; of one "
+        "array (channels, height, width) each.", DATA,
+    )  # fmt: skip
+    flip: float = option(0.5, "How often an image is mirrored; with --features never.", AUGMENT, UNIT)
+    epochs: int = option(24, "Times that each sample is seen.", OPTIMISER, COUNT, short="-e")
+    batch: int = option(2, "Images in one forward pass of a process.", OPTIMISER, COUNT, short="-b")
+    lr: float = option(1e-4, "Highest learning rate.", OPTIMISER, POSITIVE)
+    warmup: float = option(0.0, "Epochs in which the learning rate rises from 0.", OPTIMISER, NATURAL)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if bool(self.teacher or self.teacher_checkpoint) == bool(self.features):
+            raise InputError("--task distill-encoder needs --teacher, --teacher-checkpoint, or --features instead")
+        if self.features and self.data == "digits":
+            raise InputError("--features are of files, which the digits are not")
 
 
 @dataclass(frozen=True)
@@ -419,6 +458,40 @@ class ChangeRecipe(Recipe):
         return replace(self, pretrained=False, checkpoint=None, encoder_checkpoint=None)
 
 
+@dataclass(frozen=True)
+class PromptingRecipe(Recipe):
+    """Train a promptable segmentor, RWKV-SAM, on the masks of objects: clicks and boxes are drawn from them.
+
+    Held-out objects are scored with one click each, and with one box.
+    """
+
+    task: ClassVar[str] = "prompting"
+    implementation: ClassVar[str] = "linescan.tasks.prompt_training:PromptingTask"
+    default_model: ClassVar[str] = "rwkvsam_small_prompt"
+    judges: ClassVar[bool] = True
+    scored: ClassVar[str] = "`digits`, or a folder as for training; of each what is held out."
+    examples: ClassVar[tuple[str, ...]] = (
+        "linescan train --task prompting --data digits --out runs/prompt --model-arg img_size=96 --epochs 4 --batch 8 "
+        "--lr 5e-4",
+        "linescan train --task prompting --data coco --out runs/coco --checkpoint encoder.safetensors --bf16",
+        "linescan evaluate --task prompting --data digits --checkpoint runs/prompt/best.safetensors",
+        "linescan prompt photo.jpg --checkpoint runs/prompt/best.safetensors --point 120,80",
+    )
+
+    data: str = option(..., "`digits` (scenes of them); a folder with images/ and instances.json (COCO's) in it; one "
+                       "with such folders train/ and val/ in it; or COCO as it comes.", DATA, short="-d")  # fmt: skip
+    holdout: float = option(0.1, "Without --val: the share of images that is held out.", DATA,
+                            Range(above=0, below=1), scoring=True)  # fmt: skip
+    objects: int = option(8, "Objects of each image in a step: half of them shown by a click, half by a box.", DATA,
+                          Range(least=2))  # fmt: skip
+    flip: float = option(0.5, "How often an image is mirrored.", AUGMENT, UNIT)
+    epochs: int = option(12, "Times that each sample is seen.", OPTIMISER, COUNT, short="-e")
+    batch: int = option(4, "Images in one forward pass of a process.", OPTIMISER, COUNT, short="-b")
+    lr: float = option(1e-4, "Highest learning rate.", OPTIMISER, POSITIVE)
+    warmup: float = option(0.2, "Epochs in which the learning rate rises from 0.", OPTIMISER, NATURAL)
+    clip_grad: float | None = option(1.0, "Largest norm of the gradient.", OPTIMISER, POSITIVE)
+
+
 # -- point clouds -----------------------------------------------------------------------------------------------------
 
 
@@ -611,11 +684,13 @@ RECIPES: dict[str, type[Recipe]] = {
     for recipe in (
         ClassificationRecipe,
         DistillationRecipe,
+        EncoderDistillationRecipe,
         PretrainingRecipe,
         SegmentationRecipe,
         RestorationRecipe,
         AnomalyRecipe,
         ChangeRecipe,
+        PromptingRecipe,
         PointClassificationRecipe,
         PartsRecipe,
         PointPretrainingRecipe,

@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
 from linescan.checkpoint import CheckpointError  # noqa: E402
 from linescan.demos.killable import Training, read_log  # noqa: E402
-from linescan.demos.render import CLASSES, read_pixels, render, write_scenes  # noqa: E402
+from linescan.demos.render import CLASSES, read_pixels, write_scenes  # noqa: E402
 from linescan.demos.scenes import TASKS, configure, demo_dense  # noqa: E402
 from linescan.engine import atomic as files  # noqa: E402
+from linescan.engine.digit_scenes import render  # noqa: E402
 from linescan.engine.image_sets import Digits  # noqa: E402
 from linescan.openmmlab.resumable import load_from_disk  # noqa: E402
 

@@ -1,4 +1,4 @@
-# What the two trainings on digit scenes (linescan/demos/render.py) share: optimiser, log and checkpoints.
+# What the two trainings on digit scenes (linescan/engine/digit_scenes.py) share: optimiser, log and checkpoints.
 data_root = 'runs/demo-dense/data/'
 val_annotations = data_root + 'val/instances.json'
 size = (96, 96)
