@@ -41,10 +41,10 @@ def command(*args, module="linescan") -> list[str]:
 @pytest.fixture
 def linescan_command(tmp_path):
     """Runs the command in a process of its own, in an empty folder; returns what subprocess.run does."""
+    from .runs import linescan
 
-    def run(*args, **options) -> subprocess.CompletedProcess:
-        options = {"cwd": tmp_path, "env": ENVIRONMENT, "timeout": 300, **options}
-        return subprocess.run(command(*args), capture_output=True, text=True, **options)
+    def run(*args, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
+        return linescan(tmp_path, *args, **environment).end(timeout)
 
     return run
 

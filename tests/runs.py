@@ -1,10 +1,19 @@
-"""Runs of `linescan train` as processes: finished, killed, compared; and small clips to train on."""
+"""Runs of `linescan train` as processes: finished, killed, compared; and small clips to train on.
 
+The processes are forked from one that has imported linescan: torch and timm take seconds to import, a fork takes none.
+"""
+
+import os
 import random
 import signal
+import socket
 import subprocess
+import sys
 import time
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Callable
+from unittest import mock
 
 import numpy as np
 import torch
@@ -13,7 +22,73 @@ from PIL import Image
 from linescan.engine.image_sets import Digits
 from linescan.engine.metrics import read_metrics
 
-from .conftest import ENVIRONMENT, command
+from .conftest import ENVIRONMENT
+
+FORKS = get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["tests.runs", "linescan.tasks", "linescan.tasks.recipes", "linescan.cli.train", "linescan.cli.predict"]
+)
+
+
+def _begin(folder: Path, log: Path, environment: dict[str, str], target: Callable, args: tuple) -> None:
+    os.chdir(folder)
+    os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream, suffix in ((sys.stdout, ".out"), (sys.stderr, ".err")):
+        os.dup2(os.open(f"{log}{suffix}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
+    target(*args)
+
+
+def be_linescan(*args: str) -> None:
+    """All that `linescan ARGS` does, in this process."""
+    from linescan import cli
+
+    sys.argv = ["linescan", *args]
+    cli.main()
+
+
+class Forked:
+    """A process that has begun: `target(*args)` in a folder, with environment variables of its own."""
+
+    def __init__(self, folder: Path, target: Callable, *args, **environment: str):
+        self.log = folder / f".log{time.monotonic_ns()}"
+        self.process = FORKS.Process(target=_begin, args=(folder, self.log, environment, target, args))
+        with mock.patch.dict(os.environ, ENVIRONMENT):  # the process that all are forked from begins with the first
+            self.process.start()
+
+    def end(self, timeout: float = 600) -> subprocess.CompletedProcess:
+        """Waits for its end, and kills it where that takes longer."""
+        self.process.join(timeout)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        files = [Path(f"{self.log}{suffix}") for suffix in (".out", ".err")]
+        said = [file.read_text() for file in files if file.exists()] or ["", ""]
+        for file in files:
+            file.unlink(missing_ok=True)
+        return subprocess.CompletedProcess(self.process.name, self.process.exitcode, *said)
+
+
+def linescan(folder: Path, *args, **environment: str) -> Forked:
+    """`linescan ARGS` in a folder, begun."""
+    return Forked(folder, be_linescan, *map(str, args), **environment)
+
+
+def in_two(folder: Path, target: Callable, *args) -> list[subprocess.CompletedProcess]:
+    """`target(*args)` in two processes that find each other as those of torchrun do; both end well."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    two = [Forked(folder, target, *args, RANK=str(i), LOCAL_RANK=str(i), **common) for i in range(2)]
+    done = [process.end() for process in two]
+    assert done[0].returncode == done[1].returncode == 0, done[0].stderr + done[1].stderr
+    return done
+
+
+def train_as_two(folder: Path, *args) -> subprocess.CompletedProcess:
+    """`linescan ARGS` in two processes; returns what the first says."""
+    return in_two(folder, be_linescan, *map(str, args))[0]
 
 
 def same(a, b) -> bool:
@@ -50,10 +125,7 @@ def rows_of(run: Path) -> int:
 
 def finish(folder: Path, args: tuple, out: str, timeout: float = 600) -> subprocess.CompletedProcess:
     """Runs the command in `folder` to its end, resuming what there is."""
-    done = subprocess.run(
-        command(*args, "-o", out, "--resume"), cwd=folder, env=ENVIRONMENT, capture_output=True, text=True,
-        timeout=timeout,
-    )  # fmt: skip
+    done = linescan(folder, *args, "-o", out, "--resume").end(timeout)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -63,14 +135,12 @@ def kill_and_resume(folder: Path, args: tuple, out: str, times: int, rows: int) 
     run, dice, killed = folder / out, random.Random(), 0
     for _ in range(times):
         target = rows_of(run) + dice.randint(1, rows)
-        process = subprocess.Popen(
-            command(*args, "-o", out, "--resume"), cwd=folder, env=ENVIRONMENT, stderr=subprocess.DEVNULL
-        )
-        while process.poll() is None and rows_of(run) < target:
+        process = linescan(folder, *args, "-o", out, "--resume")
+        while process.process.is_alive() and rows_of(run) < target:
             time.sleep(0.001)
         time.sleep(dice.random() * 0.05)
-        process.send_signal(signal.SIGKILL)
-        killed += process.wait() == -signal.SIGKILL
+        process.process.kill()
+        killed += process.end().returncode == -signal.SIGKILL
     assert killed
     finish(folder, args, out)
 

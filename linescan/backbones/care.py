@@ -13,13 +13,13 @@ from typing import Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerScale, calculate_drop_path_rates, trunc_normal_
+from timm.layers import LayerScale, calculate_drop_path_rates
 from torch import Tensor, nn
 
 from ..checkpoint import fit_shapes, rename
 from ..errors import InputError
 from ..layers.blocks import Block, Stage, TokenMixer
-from ..layers.linear import linear
+from ..layers.linear import linear, trunc_normal_
 from ..layers.mlp import DepthwiseMlp
 from ..layers.norm import at_least_float32
 from ..layers.stems import ChannelsFirst, ImageStem, batch_norm, depthwise

@@ -15,7 +15,7 @@ from typing import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import calculate_drop_path_rates, resize_rel_pos_bias_table_simple, to_2tuple, trunc_normal_
+from timm.layers import calculate_drop_path_rates, resize_rel_pos_bias_table_simple, to_2tuple
 from timm.models.swin_transformer_v2 import window_partition, window_reverse
 from torch import Tensor, nn
 
@@ -23,7 +23,7 @@ from ..checkpoint import rename
 from ..errors import InputError
 from ..layers.attention import ShiftedWindowAttention, window_attention
 from ..layers.blocks import Block, Stage, TokenMixer
-from ..layers.linear import init_linear, linear
+from ..layers.linear import init_linear, linear, trunc_normal_
 from ..layers.mlp import Mlp
 from ..layers.pos_embed import resample_pos_embed
 from ..layers.stems import ConvDownsample, MapConv2d, PatchMerging, PatchStem, depthwise

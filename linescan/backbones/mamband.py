@@ -13,12 +13,13 @@ from math import isqrt, prod
 from typing import Sequence
 
 import torch
-from timm.layers import calculate_drop_path_rates, to_2tuple, trunc_normal_
+from timm.layers import calculate_drop_path_rates, to_2tuple
 from torch import Tensor, nn
 
 from ..checkpoint import rename
 from ..errors import InputError
 from ..layers.blocks import Block, Stage
+from ..layers.linear import trunc_normal_
 from ..layers.mamba import MambaMixer, stack_routes
 from ..layers.pos_embed import resample_volume
 from ..layers.stems import PatchMerging, pad_for_patches

@@ -13,14 +13,14 @@ from typing import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerScale, calculate_drop_path_rates, trunc_normal_
+from timm.layers import LayerScale, calculate_drop_path_rates
 from torch import Tensor, nn
 
 from ..checkpoint import fit_shapes, rename
 from ..errors import InputError
 from ..layers.attention import SelfAttention
 from ..layers.blocks import Block, Stage, TokenMixer
-from ..layers.linear import init_linear, linear
+from ..layers.linear import init_linear, linear, trunc_normal_
 from ..layers.mlp import Mlp
 from ..layers.s6 import S6Scan
 from ..layers.stems import ImageStem, MapConv2d, batch_norm

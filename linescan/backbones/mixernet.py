@@ -11,12 +11,12 @@ along which routes it reads, and how their outputs are merged are arguments. Blo
 
 from typing import Sequence
 
-from timm.layers import calculate_drop_path_rates, to_2tuple, trunc_normal_
+from timm.layers import calculate_drop_path_rates, to_2tuple
 from torch import Tensor, nn
 
 from ..errors import InputError, known
 from ..layers.blocks import Block, Stage
-from ..layers.linear import init_linear
+from ..layers.linear import init_linear, trunc_normal_
 from ..layers.mixers import MIXERS, Mixer
 from ..layers.mlp import Mlp
 from ..layers.stems import ConvDownsample, ConvStem

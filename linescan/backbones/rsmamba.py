@@ -15,13 +15,13 @@ from functools import partial
 from typing import Sequence
 
 import torch
-from timm.layers import calculate_drop_path_rates, to_2tuple, trunc_normal_
+from timm.layers import calculate_drop_path_rates, to_2tuple
 from torch import Tensor, nn
 
 from ..checkpoint import rename
 from ..errors import known
 from ..layers.blocks import Block
-from ..layers.linear import linear
+from ..layers.linear import linear, trunc_normal_
 from ..layers.mamba import MambaMixer, stack_routes
 from ..layers.stems import pad_for_patches
 from ..scans.multi_route import PathActivation

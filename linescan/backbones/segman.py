@@ -16,14 +16,14 @@ from typing import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import calculate_drop_path_rates, to_2tuple, trunc_normal_
+from timm.layers import calculate_drop_path_rates, to_2tuple
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..checkpoint import rename
 from ..errors import InputError
 from ..layers.blocks import Block, Stage, TokenMixer
-from ..layers.linear import linear
+from ..layers.linear import linear, trunc_normal_
 from ..layers.mlp import ConvMlp
 from ..layers.neighborhood import neighborhood_attention
 from ..layers.pos_embed import axial_rope, rotate_pairs

@@ -14,14 +14,14 @@ from typing import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import calculate_drop_path_rates, to_2tuple, trunc_normal_
+from timm.layers import calculate_drop_path_rates, to_2tuple
 from torch import Tensor, nn
 
 from .. import zoo
 from ..checkpoint import rename, strip_prefix
 from ..errors import InputError, known
 from ..layers.blocks import Block
-from ..layers.linear import init_linear
+from ..layers.linear import init_linear, trunc_normal_
 from ..layers.mamba import MambaMixer, stack_routes
 from ..layers.norm import RMSNorm, at_least_float32
 from ..layers.pos_embed import resample_frames, sinusoid_table

@@ -11,14 +11,14 @@ from functools import partial
 from typing import Callable, Sequence
 
 import torch
-from timm.layers import LayerScale, calculate_drop_path_rates, to_2tuple, trunc_normal_
+from timm.layers import LayerScale, calculate_drop_path_rates, to_2tuple
 from torch import Tensor, nn
 
 from ..checkpoint import rename
 from ..errors import InputError, known
 from ..layers.blocks import Block, Stage
 from ..layers.gla import BiGLA
-from ..layers.linear import init_linear
+from ..layers.linear import init_linear, trunc_normal_
 from ..layers.mlp import GatedMlp, Mlp
 from ..layers.norm import RMSNorm
 from ..layers.stems import ConvDownsample, ConvStem, PatchMerging

@@ -9,11 +9,12 @@ dense forms for segmentation and detection.
 """
 
 import torch
-from timm.layers import calculate_drop_path_rates, lecun_normal_, to_2tuple, trunc_normal_
+from timm.layers import calculate_drop_path_rates, lecun_normal_, to_2tuple
 from torch import Tensor, nn
 
 from ..checkpoint import rename
 from ..errors import InputError, known
+from ..layers.linear import trunc_normal_
 from ..layers.mamba import MambaMixer, TurnedBlock, stack_routes
 from ..layers.norm import RMSNorm, at_least_float32
 from ..layers.pos_embed import grid_rope, rotate_pairs

@@ -12,12 +12,12 @@ some distances one too long). For segmentation and detection it works with a `Vi
 
 from functools import partial
 
-from timm.layers import LayerScale, calculate_drop_path_rates, to_2tuple, trunc_normal_
+from timm.layers import LayerScale, calculate_drop_path_rates, to_2tuple
 from torch import Tensor, nn
 
 from ..checkpoint import rename
 from ..errors import InputError, known
-from ..layers.linear import init_linear
+from ..layers.linear import init_linear, trunc_normal_
 from ..layers.rwkv import HEAD_DIM, ChannelMix, QuadShift, RWKVBlock, SpatialMix, SpatialMix6, from_official
 from ..layers.stems import pad_to_multiple
 from .contract import DenseForm, PlainBackbone, check_images, register

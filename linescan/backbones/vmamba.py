@@ -13,12 +13,12 @@ from functools import partial
 from typing import Any, Callable, Iterator, Sequence
 
 import torch
-from timm.layers import calculate_drop_path_rates, get_act_layer, to_2tuple, trunc_normal_
+from timm.layers import calculate_drop_path_rates, get_act_layer, to_2tuple
 from torch import Tensor, nn
 
 from ..errors import InputError, known
 from ..layers.blocks import Block, Stage
-from ..layers.linear import init_linear
+from ..layers.linear import init_linear, trunc_normal_
 from ..layers.mlp import GatedMlp, Mlp
 from ..layers.s6 import CROSS, S6Scan
 from ..layers.ss2d import SS2D, SS2D_NAMES, CascadeSS2D, SSDScan

@@ -13,11 +13,11 @@ from typing import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, trunc_normal_
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from ..errors import InputError, known
-from .linear import linear
+from .linear import linear, trunc_normal_
 
 __all__ = ["MSDeformableAttention", "SpatialPrior", "ViTAdapter", "deformable_attention", "reference_points"]
 

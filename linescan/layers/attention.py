@@ -5,13 +5,13 @@
 
 import torch
 import torch.nn.functional as F
-from timm.layers import to_2tuple, trunc_normal_
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from ..errors import InputError
 from ..scans import routes
 from .blocks import TokenMixer
-from .linear import linear
+from .linear import linear, trunc_normal_
 from .neighborhood import neighborhood_attention
 
 __all__ = ["SelfAttention", "ShiftedWindowAttention", "fit_window", "sliding_attention", "window_attention"]

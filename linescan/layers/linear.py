@@ -1,13 +1,13 @@
 """Linear layers of models: ordinary `nn.Linear`s, computed on the fast path of `linescan.scans.matmul` on a CPU."""
 
+import timm.layers
 import torch
-from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from .._compat import is_observed
 from ..scans import matmul
 
-__all__ = ["init_linear", "linear"]
+__all__ = ["init_linear", "linear", "trunc_normal_"]
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
@@ -32,6 +32,11 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
     ):
         return layer(x)
     return matmul.linear(x, layer.weight, layer.bias)
+
+
+def trunc_normal_(x: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """timm's, in place; a tensor on the meta device, where it takes as long as a small model, is left as it is."""
+    return x if x.is_meta else timm.layers.trunc_normal_(x, mean, std)
 
 
 def init_linear(module: nn.Module) -> None:

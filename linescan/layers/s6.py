@@ -75,7 +75,9 @@ class S6Scan(TokenMixer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The published initialisation `init`."""
+        """The published initialisation `init`; nothing on the meta device."""
+        if self.x_proj.is_meta:
+            return
         bound = self.x_proj.shape[-1] ** -0.5
         nn.init.uniform_(self.x_proj, -bound, bound)
         nn.init.ones_(self.D)

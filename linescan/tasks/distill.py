@@ -9,12 +9,12 @@ What is matched, and where it is from:
 """
 
 import torch
-from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..engine.optimisers import groups_of
 from ..errors import InputError
+from ..layers.linear import trunc_normal_
 from ..layers.norm import RMSNorm
 from .classify import ClassificationTask
 from .recipes import DistillationRecipe

@@ -10,10 +10,10 @@ from PIL import Image
 from linescan.engine.image_sets import Digits
 from linescan.engine.metrics import read_metrics
 
-from ..conftest import ENVIRONMENT, SMALL, write_images
+from ..conftest import SMALL, write_images
 from ..tasks.test_classify import Bomb
 
-OFFLINE = {**ENVIRONMENT, "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
 
 
 @pytest.fixture
@@ -243,7 +243,7 @@ def test_divergence_gets_one_line_and_status_1(linescan_here, tmp_path):
 
 def test_published_weights_that_cannot_be_had(linescan_command, bad):
     """No network: one line, no traceback."""
-    done = linescan_command("classify", bad["PICTURE"], "-m", "vim_tiny_patch16_224", env=OFFLINE)
+    done = linescan_command("classify", bad["PICTURE"], "-m", "vim_tiny_patch16_224", **OFFLINE)
     assert done.returncode == 2 and "cannot build" in done.stderr and "Traceback" not in done.stderr
 
 

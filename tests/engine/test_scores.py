@@ -1,8 +1,6 @@
 """Scores over batches and processes."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -10,12 +8,12 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
-from linescan.engine.processes import Processes
+from linescan.engine.processes import Processes, processes
 from linescan.engine.scores import Evaluator, Totals, evaluate, precision
 from linescan.errors import InputError
 from linescan.tasks.classify import Accuracy
 
-from ..conftest import ENVIRONMENT
+from ..runs import in_two
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 
@@ -118,38 +116,25 @@ def test_half_precision():
         precision(ALONE.device, torch.float64)
 
 
-TWO = """
-import json, sys, torch
-from torch.utils.data import TensorDataset
-from linescan.engine.processes import processes
-from linescan.engine.scores import evaluate
-from linescan.tasks.classify import Accuracy
-from tests.engine.test_scores import Constant, Labelled, Ranking
-torch.manual_seed(0)
-count = int(sys.argv[1])
-logits, labels = torch.randn(count, 7), torch.randint(0, 7, (count,))
-with processes("cpu") as together:
-    a = evaluate(Accuracy(Labelled(logits, labels)), Constant(), together, batch=4)
-    b = evaluate(Ranking(TensorDataset(logits[:, 0], labels % 2)), Constant(), together, batch=4)
-    if together.rank == 1:
-        print(json.dumps([a.scores, a.samples, b.scores]))
-"""
+def _score(together: Processes, count: int) -> list:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(count, 7), torch.randint(0, 7, (count,))
+    accuracy = evaluate(Accuracy(Labelled(logits, labels)), Constant(), together, batch=4)
+    ranking = evaluate(Ranking(TensorDataset(logits[:, 0], labels % 2)), Constant(), together, batch=4)
+    return [accuracy.scores, accuracy.samples, ranking.scores]
+
+
+def _score_together(*counts: int) -> None:
+    with processes("cpu") as together:
+        print(json.dumps([_score(together, count) for count in counts]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [37, 2])
-def test_two_processes_score_as_one(count):
+def test_two_processes_score_as_one(tmp_path):
     """Sums and rows over processes, with unequal shares."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python"]
-    done = subprocess.run(
-        [*torchrun, sys.executable, "-c", TWO, str(count)],
-        env=ENVIRONMENT, cwd=ENVIRONMENT["PYTHONPATH"], capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    torch.manual_seed(0)
-    logits, labels = torch.randn(count, 7), torch.randint(0, 7, (count,))
-    accuracy = evaluate(Accuracy(Labelled(logits, labels)), Constant(), ALONE)
-    ranking = evaluate(Ranking(TensorDataset(logits[:, 0], labels % 2)), Constant(), ALONE)
-    scores, samples, auroc = json.loads(done.stdout)
-    assert scores == pytest.approx(accuracy.scores, rel=1e-6) and samples == count
-    assert auroc == pytest.approx(ranking.scores, nan_ok=True)
+    counts = (37, 2)
+    _, second = in_two(tmp_path, _score_together, *counts)
+    for count, (scores, samples, auroc) in zip(counts, json.loads(second.stdout), strict=True):
+        alone_scores, _, alone_auroc = _score(ALONE, count)
+        assert scores == pytest.approx(alone_scores, rel=1e-6) and samples == count
+        assert auroc == pytest.approx(alone_auroc, nan_ok=True)

@@ -14,7 +14,7 @@ from linescan.scans import causal_conv1d, selective_scan
 from linescan.scans.recurrence import backend
 
 from .tools import noise, table
-from .triton_tools import INTERPRETING, LIMITS, compiled, in_interpreter, interpret, outside_interpreter
+from .triton_tools import INTERPRETING, compiled, in_interpreter, interpret, outside_interpreter
 
 pytest.importorskip("triton")
 KERNELS = "linescan.scans.kernels.triton"
@@ -288,14 +288,11 @@ def other_launches():
 @outside_interpreter
 @pytest.mark.slow
 @pytest.mark.parametrize("function", ["launches", "other_launches"])
-@pytest.mark.parametrize("arch", LIMITS)
-def test_compiles(function, arch):
-    kernels = compiled(f"tests.scans.test_triton:{function}", arch)
-    names = {kernel["name"] for kernel in kernels}
-    assert names >= {"_scan", "_retreat", "_forward", "_backward"}
-    assert names >= {"_carry", "_adjoint"} or function == "launches"
-    for kernel in kernels:
-        assert kernel["shared"] <= LIMITS[arch], kernel
+def test_compiles(function):
+    for _, kernels in compiled(f"tests.scans.test_triton:{function}"):
+        names = {kernel["name"] for kernel in kernels}
+        assert names >= {"_scan", "_retreat", "_forward", "_backward"}
+        assert names >= {"_carry", "_adjoint"} or function == "launches"
 
 
 # -- tools/gpu_check.py -----------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from linescan.scans import gla, simple_gla, ssd, wkv6
 from linescan.scans.recurrence import backend
 
 from .tools import table
-from .triton_tools import CALLS, LIMITS, compiled, in_interpreter, interpret, outside_interpreter
+from .triton_tools import CALLS, compiled, in_interpreter, interpret, outside_interpreter
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
@@ -171,9 +171,6 @@ def launches():
 
 @outside_interpreter
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", LIMITS)
-def test_compiles(arch):
-    kernels = compiled("tests.scans.test_triton_gla:launches", arch)
-    assert {kernel["name"] for kernel in kernels} == {"_states", "_carry", "_outputs", "_gradients"}
-    for kernel in kernels:
-        assert kernel["shared"] <= LIMITS[arch], kernel
+def test_compiles():
+    for _, kernels in compiled("tests.scans.test_triton_gla:launches"):
+        assert {kernel["name"] for kernel in kernels} == {"_states", "_carry", "_outputs", "_gradients"}

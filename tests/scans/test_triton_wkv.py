@@ -10,7 +10,7 @@ from linescan.scans import bi_wkv
 from linescan.scans.recurrence import backend
 
 from .tools import noise, table
-from .triton_tools import CALLS, LIMITS, compiled, in_interpreter, interpret, outside_interpreter
+from .triton_tools import CALLS, compiled, in_interpreter, interpret, outside_interpreter
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
@@ -97,9 +97,6 @@ def launches():
 
 @outside_interpreter
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", LIMITS)
-def test_compiles(arch):
-    kernels = compiled("tests.scans.test_triton_wkv:launches", arch)
-    assert {kernel["name"] for kernel in kernels} == {"_totals", "_carry", "_read", "_gradients"}
-    for kernel in kernels:
-        assert kernel["shared"] <= LIMITS[arch], kernel
+def test_compiles():
+    for _, kernels in compiled("tests.scans.test_triton_wkv:launches"):
+        assert {kernel["name"] for kernel in kernels} == {"_totals", "_carry", "_read", "_gradients"}

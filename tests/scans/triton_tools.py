@@ -13,10 +13,9 @@ happen in a process of their own. A test file says
     def launches(): ...             # calls operators with CPU tensors of real sizes
 
     @outside_interpreter
-    @pytest.mark.parametrize("arch", LIMITS)
-    def test_compiles(arch):
-        for kernel in compiled("tests.scans.test_this_file:launches", arch):
-            assert kernel["shared"] <= LIMITS[arch]
+    def test_compiles():
+        for arch, kernels in compiled("tests.scans.test_this_file:launches"):
+            assert {kernel["name"] for kernel in kernels} == {"_forward", "_backward"}
 """
 
 import json
@@ -74,12 +73,19 @@ def interpret(file: str, *options: str) -> None:
     assert done.returncode == 0, done.stdout[-5000:]
 
 
-def compiled(launches: str, arch: int) -> list[dict]:
-    """The kernels that a function launches, compiled for an architecture; `launches` is "MODULE:FUNCTION"."""
-    command = [sys.executable, "-m", "tests.scans.triton_tools", launches, str(arch)]
+def compiled(launches: str) -> list[tuple[int, list[dict]]]:
+    """The kernels that a function launches, for every architecture of `LIMITS`; all fit its shared memory.
+
+    Args:
+        launches: "MODULE:FUNCTION".
+    """
+    command = [sys.executable, "-m", "tests.scans.triton_tools", launches, *map(str, LIMITS)]
     done = subprocess.run(command, env=_environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    for kernel in kernels:
+        assert kernel["shared"] <= LIMITS[kernel["arch"]], kernel
+    return [(arch, [kernel for kernel in kernels if kernel["arch"] == arch]) for arch in LIMITS]
 
 
 def main(launches: str, *archs: str) -> None:

@@ -3,7 +3,6 @@
 import csv
 import math
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +13,10 @@ import torch
 from linescan.engine.metrics import read_metrics
 from linescan.engine.processes import Processes
 from linescan.engine.recipe import Run
-from linescan.engine.training import Training
+from linescan.engine.training import Training, train
 from linescan.errors import InputError
 
-from ..conftest import ENVIRONMENT
-from ..runs import same, state_of
+from ..runs import Forked, in_two, same, state_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "add-a-task.md"
 TASK, USE = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
@@ -88,28 +86,21 @@ def test_the_best_is_the_highest_or_the_lowest(page, tmp_path):
         assert (last.read_bytes() == best.read_bytes()) == higher
 
 
-TWO = """
-import sys
-from denoise import DenoisingRecipe
-from linescan.engine.training import train
-scores = train(DenoisingRecipe("digits", epochs=1, batch=int(sys.argv[1])), sys.argv[2], device="cpu", log_every=1)
-"""
+def _denoise(batch: int, out: str) -> None:
+    sys.path.insert(0, ".")
+    from denoise import DenoisingRecipe
+
+    train(DenoisingRecipe("digits", epochs=1, batch=batch), out, device="cpu", log_every=1)
 
 
 @pytest.mark.slow
 def test_two_processes_score_alike(tmp_path):
     """Rows of scores are joined over processes; both write and say nothing twice."""
     (tmp_path / "denoise.py").write_text(TASK)
-    (tmp_path / "two.py").write_text(TWO)
-    environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}:{ENVIRONMENT['PYTHONPATH']}"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    for start, batch, out in (([sys.executable], "80", "one"), (torchrun, "40", "two")):
-        done = subprocess.run(
-            [*start, tmp_path / "two.py", batch, out], cwd=tmp_path, env=environment, capture_output=True, text=True,
-            timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert done.stderr.count("held out:") == 1
+    one = Forked(tmp_path, _denoise, 80, "one").end()
+    assert one.returncode == 0, one.stderr
+    for said in (one.stderr, "".join(process.stderr for process in in_two(tmp_path, _denoise, 40, "two"))):
+        assert said.count("held out:") == 1
     one, two = (read_metrics(tmp_path / out / "metrics.csv") for out in ("one", "two"))
     for a, b in zip(one, two, strict=True):
         for name in a.keys() - {"seconds"}:

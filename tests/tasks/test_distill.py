@@ -1,8 +1,6 @@
 """Distillation: what is matched, that the teacher stays as it is, and whole runs."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import timm
@@ -20,8 +18,7 @@ from linescan.media.preprocess import Preprocess
 from linescan.tasks.recipes import DistillationRecipe, read_recipe
 from linescan.tasks.teacher import Teacher
 
-from ..conftest import ENVIRONMENT
-from ..runs import contents, finish, kill_and_resume, same, state_of
+from ..runs import contents, finish, kill_and_resume, same, state_of, train_as_two
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -230,13 +227,8 @@ def test_two_processes_train_as_one(tmp_path, trained):
         "--teacher-checkpoint", str(trained / "model.safetensors"), "-m", VIT["model"],
         *(f"--model-arg={k}={v}" for k, v in VIT["model_args"].items()),
     ]  # fmt: skip
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    for start, batch, out in (([sys.executable, "-m"], "120", "one"), (torchrun, "60", "two")):
-        done = subprocess.run(
-            [*start, "linescan", *args, "-b", batch, "-o", str(tmp_path / out)], env=ENVIRONMENT, capture_output=True,
-            text=True, timeout=600,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+    finish(tmp_path, (*args, "-b", 120), "one")
+    train_as_two(tmp_path, *args, "-b", 60, "-o", "two")
     one, two = (read_metrics(tmp_path / out / "metrics.csv") for out in ("one", "two"))
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys()

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Mapping
 
 import torch
-from timm.layers import calculate_drop_path_rates, trunc_normal_
+from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
 
 from ... import zoo
@@ -20,6 +20,7 @@ from ...backbones.points.pointmamba import PointMamba, translate_blocks
 from ...checkpoint import rename
 from ...errors import InputError, known
 from ...layers.blocks import Block, run
+from ...layers.linear import trunc_normal_
 from ...layers.mamba import MambaMixer
 from ...layers.points import Lengths, Patches, gather
 from ...scans.routes import table
