@@ -3,6 +3,7 @@
 The processes are forked from one that has imported linescan: torch and timm take seconds to import, a fork takes none.
 """
 
+import multiprocessing
 import os
 import random
 import signal
@@ -10,7 +11,6 @@ import socket
 import subprocess
 import sys
 import time
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Callable
 from unittest import mock
@@ -24,7 +24,8 @@ from linescan.engine.metrics import read_metrics
 
 from .conftest import ENVIRONMENT
 
-FORKS = get_context("forkserver")
+METHOD = multiprocessing.get_start_method()
+FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     ["tests.runs", "linescan.tasks", "linescan.tasks.recipes", "linescan.cli.train", "linescan.cli.predict"]
 )
@@ -33,6 +34,7 @@ FORKS.set_forkserver_preload(
 def _begin(folder: Path, log: Path, environment: dict[str, str], target: Callable, args: tuple) -> None:
     os.chdir(folder)
     os.environ.update(environment)
+    multiprocessing.set_start_method(METHOD, force=True)  # of its own workers
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream, suffix in ((sys.stdout, ".out"), (sys.stderr, ".err")):
         os.dup2(os.open(f"{log}{suffix}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())

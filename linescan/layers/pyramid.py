@@ -46,14 +46,20 @@ class RescaledFeatures(nn.Module):
         else:
             raise InputError(f"a rescaled pyramid exists for patch sizes 16 and 8, not {patch_size}")
 
-        self.dim = dim
+        self.dim, self.patch_size = dim, patch_size
 
     def describe(self) -> tuple[list[int], list[int], list[str]]:
         """Channels, strides and modules of the maps."""
         return [self.dim] * 4, [4, 8, 16, 32], [f"fpn{i}" for i in (1, 2, 3, 4)]
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Four (B, dim, H, W) maps of one scale -> maps at strides 4, 8, 16, 32."""
+        """Four (B, dim, H, W) maps of one scale -> maps at strides 4, 8, 16, 32.
+
+        Raises:
+            InputError: maps without a cell of stride 32.
+        """
+        if min(maps[-1].shape[2:]) < 32 // self.patch_size:
+            raise InputError("a rescaled pyramid needs images of at least 32x32 pixels, its last map has stride 32")
         return [op(x) for op, x in zip((self.fpn1, self.fpn2, self.fpn3, self.fpn4), maps)]
 
 

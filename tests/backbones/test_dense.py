@@ -96,6 +96,8 @@ def test_necks_are_for_plain_backbones_of_their_stride(neck):
         dense("vmamba_tiny_s1l8", neck=neck)
     if neck == "rescaled":
         assert dense("vim_tiny_patch16_224", neck=neck, stride=8).strides == [4, 8, 16, 32]
+        with pytest.raises(ValueError, match="images of at least 32x32 pixels"):
+            dense("vim_tiny_patch16_224", neck=neck)(torch.zeros(1, 3, 16, 64))
     else:
         with pytest.raises(ValueError, match="pyramid exists for patch size 16, not 8|needs patches of 16 pixels"):
             dense("vim_tiny_patch16_224", neck=neck, stride=8)
