@@ -1,8 +1,6 @@
 """Changes: folders, training with resume and two processes, and the tool on pairs of all kinds."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -24,8 +22,7 @@ from linescan.media.preprocess import Preprocess
 from linescan.tasks.change import Change, ChangeTask
 from linescan.tasks.recipes import ChangeRecipe
 
-from ..conftest import ENVIRONMENT, command
-from ..runs import contents, kill_and_resume, same
+from ..runs import contents, kill_and_resume, same, train_as_two
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -229,11 +226,7 @@ def test_kill_9_and_two_processes(towns, tmp_path, linescan_here, monkeypatch):
     assert linescan_here(*args, "-o", "whole")[0] == 0
     kill_and_resume(tmp_path, args, "killed", times=1, rows=6)
     assert same(contents(tmp_path / "whole"), contents(tmp_path / "killed"))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    done = subprocess.run(
-        [*torchrun, *command(*args, "-o", "two")[2:]], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    train_as_two(tmp_path, *args, "-o", "two")
     [last] = [row for row in read_metrics(tmp_path / "two" / "metrics.csv") if row["step"] == 8 and "val_oa" in row]
     model, card = restore(checkpoint=tmp_path / "two" / "model.safetensors")
     judge = ChangeTask.judge(ChangeRecipe(str(towns)), model, card)

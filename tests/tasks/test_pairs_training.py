@@ -1,7 +1,5 @@
 """Training on two images of a scene with a small Sigma: published layouts, what is refused, whole runs."""
 
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -18,8 +16,7 @@ from linescan.errors import InputError
 from linescan.tasks.recipes import SegmentationRecipe
 from linescan.tasks.segment import SegmentationTask, Segmenter
 
-from ..conftest import ENVIRONMENT, command
-from ..runs import contents, finish, kill_and_resume, same
+from ..runs import contents, finish, kill_and_resume, same, train_as_two
 
 SMALL = {"depths": [1, 1, 1, 1], "dim": 32, "decoder_depths": [1, 1, 1], "drop_path_rate": 0.0}
 ARGS = tuple(f"--model-arg={key}={value}".replace(" ", "") for key, value in SMALL.items())
@@ -144,12 +141,7 @@ def test_it_learns_from_both_survives_kill_9_and_trains_in_two_processes(mfnet, 
     assert same(contents(tmp_path / "whole"), contents(tmp_path / "killed"))
     rows = read_metrics(tmp_path / "whole" / "metrics.csv")
     assert rows[-1]["val_accuracy"] > 0.7 and rows[0]["loss"] > 2 * rows[-2]["loss"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    done = subprocess.run(
-        [*torchrun, *command(*args, "--steps", "3", "--bf16", "-o", "two")[2:]], cwd=tmp_path, env=ENVIRONMENT,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    train_as_two(tmp_path, *args, "--steps", "3", "--bf16", "-o", "two")
     weights = tmp_path / "whole" / "best.safetensors"
     said = linescan_here("evaluate", "--task", "segmentation", "-d", mfnet, "-c", weights, "--workers", 0, "--device",
                          "cpu", "--json")  # fmt: skip

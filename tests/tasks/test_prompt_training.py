@@ -1,8 +1,6 @@
 """Training of promptable segmentors: data, prompts that are drawn, losses, runs that are killed and shared out."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -19,8 +17,7 @@ from linescan.errors import BrokenImage, InputError
 from linescan.media.preprocess import Preprocess
 from linescan.tasks.prompt_training import PromptingTask, Rounds
 from linescan.tasks.recipes import PromptingRecipe
-from tests.conftest import ENVIRONMENT, command
-from tests.runs import contents, finish, kill_and_resume, same, state_of
+from tests.runs import contents, finish, kill_and_resume, same, state_of, train_as_two
 
 MODEL = dict(img_size=48, dims=(8, 16, 32), depths=(1, 1, 2), dim=32)
 SMALL = tuple(part for key, value in MODEL.items() for part in ("--model-arg", f"{key}={json.dumps(value)}"))
@@ -200,11 +197,7 @@ def test_kill_9_and_two_processes(scenes, tmp_path, linescan_here):
     kill_and_resume(tmp_path, args, "killed", times=1, rows=8)
     assert same(contents(tmp_path / "whole"), contents(tmp_path / "killed"))
 
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    done = subprocess.run(
-        [*torchrun, *command(*args, "-o", "two")[2:]], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr  # an unused parameter would end it
+    train_as_two(tmp_path, *args, "-o", "two")  # an unused parameter would end it
     assert state_of(tmp_path / "two")["step"] == 12
 
     checkpoint = tmp_path / "whole" / "model.safetensors"

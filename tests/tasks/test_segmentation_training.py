@@ -1,7 +1,5 @@
 """Training segmentation models of the zoo: losses and scores by hand, sets with masks, whole runs."""
 
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,8 +18,7 @@ from linescan.errors import InputError
 from linescan.tasks.recipes import SegmentationRecipe
 from linescan.tasks.segment import MaskScores, SegmentationTask, Segmenter, cross_entropy, dice_loss
 
-from ..conftest import ENVIRONMENT, command
-from ..runs import contents, kill_and_resume, same
+from ..runs import contents, finish, kill_and_resume, same, train_as_two
 
 VMUNET = "dims=[32,64,128,256] depths=[1,1,1,1] depths_decoder=[1,1,1,1] heads=Z d_state=1 drop_path_rate=0".split()
 ARGS = tuple(word for arg in VMUNET for word in ("--model-arg", arg))
@@ -290,15 +287,10 @@ def test_killed_resumed_and_two_processes(isic, tmp_path):
         "--ema", "0.9", "--save-every", "2", "--evaluate-every", "6", "--log-every", "1", "--workers", "0", "--device",
         "cpu", "--bf16",
     )  # fmt: skip
-    done = subprocess.run(command(*args, "-o", "whole"), cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    finish(tmp_path, args, "whole")
     kill_and_resume(tmp_path, args, "killed", times=1, rows=4)
     assert same(contents(tmp_path / "whole"), contents(tmp_path / "killed"))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    done = subprocess.run(
-        [*torchrun, *command(*args, "-o", "two")[2:]], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    train_as_two(tmp_path, *args, "-o", "two")
     [last] = [row for row in read_metrics(tmp_path / "two" / "metrics.csv") if "val_dice" in row]
     model, card = restore(checkpoint=tmp_path / "two" / "model.safetensors")
     judge = SegmentationTask.judge(SegmentationRecipe(str(isic)), model, card)
