@@ -34,7 +34,7 @@ def demo(
 
     With --dense, a UPerNet (mmseg) and a Mask R-CNN (mmdet) instead, on digits in scenes. With --points, a PointMamba
     and a Mamba3D on digits as clouds of points. With --pixels, two small MambaIRv2, which denoise and enlarge
-    photographs, against plain filters.
+    photographs, against plain filters; a MambaAD that finds what does not belong; and a Sigma, which reads two images.
     """
     from linescan.extras import require
 

@@ -17,7 +17,7 @@ from ..engine.digit_scenes import scene_of
 from ..engine.image_sets import Digits
 from ..engine.progress import progress_bar
 
-__all__ = ["CLASSES", "PALETTE", "read_pixels", "write_scenes"]
+__all__ = ["CLASSES", "PALETTE", "as_palette", "read_pixels", "write_scenes"]
 
 CLASSES = ("canvas", *Digits.classes)
 PALETTE = [(38, 40, 56)] + [
@@ -45,9 +45,7 @@ def write_scenes(root: str | Path, split: str, count: int, size: int = 96, seed:
             scene = scene_of(digits, split, i, size, seed)
             name = f"{i:05}.png"
             Image.fromarray(scene.image).save(folder / "images" / name)
-            classes = Image.fromarray(scene.semantic, "P")
-            classes.putpalette(np.array(PALETTE, np.uint8).tobytes())
-            classes.save(folder / "masks" / name)
+            as_palette(scene.semantic).save(folder / "masks" / name)
             images.append({"id": i, "file_name": name, "width": size, "height": size})
             for label, mask, box in zip(scene.labels, scene.masks, scene.boxes):
                 rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
@@ -61,6 +59,13 @@ def write_scenes(root: str | Path, split: str, count: int, size: int = 96, seed:
     with atomic(path) as file:
         file.write(json.dumps({"images": images, "annotations": annotations, "categories": categories}).encode())
     return path
+
+
+def as_palette(classes: np.ndarray) -> Image.Image:
+    """Classes (H, W) as an image with the palette of scenes."""
+    image = Image.fromarray(classes, "P")
+    image.putpalette(np.array(PALETTE, np.uint8).tobytes())
+    return image
 
 
 def read_pixels(path: str | Path) -> np.ndarray:

@@ -6,13 +6,14 @@ enlarged, turned a little and chalked onto a dark canvas of two colours, texture
 
 import colorsys
 from dataclasses import dataclass
+from typing import NamedTuple, Sequence
 
 import numpy as np
 from PIL import Image
 
 from .image_sets import Digits
 
-__all__ = ["Scene", "render", "scene_of"]
+__all__ = ["Scene", "pair_of", "render", "render_pair", "scene_of"]
 
 SPLITS = ("train", "val")
 
@@ -83,33 +84,90 @@ def _written(pixels: np.ndarray, rng: np.random.Generator, room: int) -> np.ndar
     return chalk[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
-def render(digits: Digits, rng: np.random.Generator, size: int = 96, most: int = 4) -> Scene:
-    """A scene of 1 to `most` of `digits`, `size` pixels wide and high; boxes overlap by a tenth at the most."""
-    canvas = _texture(size, rng)[..., None]
-    first, second, colour = _colours(rng)
-    image = first + (second - first) * canvas + (canvas - 0.5) * 0.15
-    taken = np.zeros((size, size), bool)
-    labels, masks = [], []
+class Placed(NamedTuple):
+    """A digit in a scene.
+
+    Attributes:
+        label: the digit.
+        place: rows and columns of its chalk.
+        chalk: (h, w) from 0 to 1.
+    """
+
+    label: int
+    place: tuple[slice, slice]
+    chalk: np.ndarray
+
+
+def _arranged(digits: Digits, rng: np.random.Generator, size: int, most: int) -> list[Placed]:
+    """1 to `most` of `digits`, of which no two have a pixel in common; boxes overlap by a tenth at the most."""
+    taken, written = np.zeros((2, size, size), bool)
+    arranged: list[Placed] = []
     for attempt in range(10 * rng.integers(1, most + 1)):
-        if len(labels) > attempt // 10:
+        if len(arranged) > attempt // 10:
             continue  # ten attempts for each of them
         index = rng.integers(len(digits))
         chalk = _written(digits.pixels[index], rng, size)
         height, width = chalk.shape
         top, left = rng.integers(0, size - height + 1), rng.integers(0, size - width + 1)
         place = np.s_[top : top + height, left : left + width]
-        if taken[place].mean() > 0.1 or (labels and np.logical_or.reduce(masks)[place][chalk > 0].any()):
+        if taken[place].mean() > 0.1 or written[place][chalk > 0].any():
             continue
         taken[place] = True
-        mask = np.zeros((size, size), bool)
-        mask[place] = chalk > 0.5
+        written[place] |= chalk > 0.5
+        arranged.append(Placed(digits.labels[int(index)], place, chalk))
+    return arranged
+
+
+def _canvas(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Its texture (size, size, 1), its image (size, size, 3), and the colour of the chalk (3,)."""
+    canvas = _texture(size, rng)[..., None]
+    first, second, colour = _colours(rng)
+    return canvas, first + (second - first) * canvas + (canvas - 0.5) * 0.15, colour
+
+
+def _as_bytes(image: np.ndarray) -> np.ndarray:
+    return (255 * image).round().clip(0, 255).astype(np.uint8)
+
+
+def render(digits: Digits, rng: np.random.Generator, size: int = 96, most: int = 4) -> Scene:
+    """A scene of 1 to `most` of `digits`, `size` pixels wide and high; boxes overlap by a tenth at the most."""
+    canvas, image, colour = _canvas(rng, size)
+    return _painted(image, canvas, colour, arranged := _arranged(digits, rng, size, most), arranged)
+
+
+def _painted(
+    image: np.ndarray, canvas: np.ndarray, colour: np.ndarray, arranged: Sequence[Placed], seen: Sequence[Placed]
+) -> Scene:
+    """The scene of the digits that are `arranged`, of which those that are `seen` are chalked onto the canvas."""
+    for _, place, chalk in seen:
         image[place] += (colour + 0.1 * (canvas[place] - 0.5) - image[place]) * chalk[..., None]
-        labels.append(digits.labels[int(index)])
-        masks.append(mask)
-    image = (255 * image).round().clip(0, 255).astype(np.uint8)
-    return Scene(image, np.array(labels), np.array(masks))
+    masks = np.zeros((len(arranged), *image.shape[:2]), bool)
+    for mask, (_, place, chalk) in zip(masks, arranged):
+        mask[place] = chalk > 0.5
+    return Scene(_as_bytes(image), np.array([one.label for one in arranged]), masks)
+
+
+def render_pair(digits: Digits, rng: np.random.Generator, size: int = 96, most: int = 4) -> tuple[Scene, np.ndarray]:
+    """A scene, and what a thermal camera sees of it, (size, size) of 16 bits: about half of the digits are warm, and
+    not to be seen in the image; the others are chalked, and as cold as the canvas."""
+    arranged = _arranged(digits, rng, size, most)
+    warm = rng.random(len(arranged)) < 0.5
+    canvas, image, colour = _canvas(rng, size)
+    chalked = [one for one, hidden in zip(arranged, warm) if not hidden]
+    heat = 0.1 + 0.3 * _texture(size, rng)
+    for (_, place, chalk), hot in zip(arranged, warm):
+        if hot:
+            heat[place] += (rng.uniform(0.7, 0.9) - heat[place]) * chalk
+    return _painted(image, canvas, colour, arranged, chalked), (65535 * heat.clip(0, 1)).round().astype(np.uint16)
 
 
 def scene_of(digits: Digits, split: str, number: int, size: int = 96, seed: int = 0) -> Scene:
     """Scene `number` of "train" or "val": it depends on these, the seed and the size alone."""
     return render(digits, np.random.default_rng((seed, SPLITS.index(split), number)), size)
+
+
+def pair_of(
+    digits: Digits, split: str, number: int, size: int = 96, seed: int = 0, most: int = 4
+) -> tuple[Scene, np.ndarray]:
+    """Scene `number` as `scene_of` has it, and what a thermal camera sees of it; see `render_pair`."""
+    return render_pair(digits, np.random.default_rng((seed, SPLITS.index(split), number)), size, most)

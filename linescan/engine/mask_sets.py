@@ -128,9 +128,12 @@ def find_scenes(folder: Path, images: int = 1) -> list[Scene]:
         InputError: a folder is missing or empty, or a file has no partner.
     """
     places = [folder / name for name in ("images", "extra")[:images]]
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder")
     if not (places[0].is_dir() and (folder / "masks").is_dir()):
+        published = ", ".join(f"{one.images}, {one.extra} and {one.masks} ({one.data})" for one in LAYOUTS)
         raise InputError(f"{folder} has no images/ and masks/ in it; train/images and train/masks as ISIC's sets have "
-                         "them are read, too")  # fmt: skip
+                         f"them are read, too, and of pairs {published}")  # fmt: skip
     named = [_by_name(place) for place in places]
     masks = _by_name(folder / "masks")
     partner = {name: next((masks[name + end] for end in ENDINGS if name + end in masks), None) for name in named[0]}

@@ -48,6 +48,17 @@ def test_a_mask_is_that_of_both_images(seg):
     np.testing.assert_array_equal(seg.draw(seg.open((rgb, grey)), mask), seg.draw(rgb, mask))
 
 
+def test_the_second_image_is_read_as_grey_of_whatever_kind(seg, tmp_path):
+    rgb, grey = images()
+    luma = np.asarray(Image.fromarray(rgb).convert("L"))
+    np.testing.assert_array_equal(seg([(rgb, rgb)])[0], seg([(rgb, luma)])[0])
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    Image.fromarray(grey).save(tmp_path / "grey.jpg", quality=100)
+    [mask] = seg([(rgb, grey)])
+    np.testing.assert_array_equal(seg([(rgb, tmp_path / "deep.png")])[0], mask)
+    assert (seg([(rgb, tmp_path / "grey.jpg")])[0] == mask).mean() > 0.9
+
+
 def test_windows_cut_both_images_alike(seg, weights):
     rgb, grey = images(64, 96)
     tool = Segmenter("sigma_tiny", weights, device="cpu", window=(64, 48), stride=48, **SMALL)

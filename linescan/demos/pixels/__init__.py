@@ -19,6 +19,7 @@ __all__ = ["PARTS", "demo_pixels"]
 PARTS = {
     "restoration": "noise taken away, images enlarged, and how",
     "anomaly": "what is pasted into textures, found without having seen any",
+    "pairs": "digits in two images of a scene, of which neither shows all",
 }
 """The parts, in this order, and what the folder of each holds."""
 
