@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .tasks.prompt import Prompter
     from .tasks.restore import Restorer
     from .tasks.segment import Segmenter
+    from .tasks.segment_volumes import VolumeSegmenter
     from .zoo import create_model, list_models
 
 __version__ = "0.1.0"
@@ -46,6 +47,7 @@ __all__ = [
     "Restorer",
     "SceneCompleter",
     "Segmenter",
+    "VolumeSegmenter",
     "create_model",
     "list_models",
     "load_checkpoint",
@@ -68,6 +70,7 @@ _HOMES = {
     "Restorer": "tasks.restore",
     "SceneCompleter": "tasks.point_occupancy",
     "Segmenter": "tasks.segment",
+    "VolumeSegmenter": "tasks.segment_volumes",
     "create_model": "zoo",
     "list_models": "zoo",
     "load_checkpoint": "checkpoint",

@@ -97,6 +97,7 @@ def classify(
     "linescan segment photos 'more/**/*.png' drive.mp4 --model segman_seg_tiny --checkpoint segman.pth -o out",
     "linescan segment orthophoto.tif --model my_config.py -c best.pth --window 1024 --batch 8 --precision fp16",
     "linescan segment lesions --checkpoint runs/isic18/best.safetensors",
+    "linescan segment abdomen.nii.gz --model mamband_unetr_small -c mamband-s.pt --precision bf16 --batch 4",
     "linescan segment night/rgb --extra night/thermal --model sigma_tiny.mfnet --checkpoint sigma_tiny_mfnet.pth",
 )
 def segment(
@@ -129,18 +130,25 @@ def segment(
 ):  # fmt: skip
     """Say what each pixel of images and videos shows: masks (PNG) and overlays with a legend.
 
+    A model for volumes reads NIfTI files and .npy: labels on the grid of each file, and pictures of three planes.
     A file that cannot be read is named and skipped; the exit status is then 1.
     """
     sizes = {"window": _size(window, "--window"), "stride": _size(stride, "--stride")}
 
     def open_tool() -> tuple["Tool", "Writer"]:
         from linescan.tasks.segment import Masks, Segmenter
+        from linescan.tasks.segment_volumes import LabelFiles, VolumeSegmenter, segments_volumes
 
-        args = {"device": device, "dtype": precision.dtype, "batch": batch, "strict": strict}
+        args: dict = {"device": device, "dtype": precision.dtype, "batch": batch}
+        if segments_volumes(model, checkpoint):
+            side = _side(sizes)
+            volumes = VolumeSegmenter(model, checkpoint, **args, window=side, **model_args(model_arg))
+            return volumes, LabelFiles(to, volumes)
+        args["strict"] = strict
         tool = Segmenter(model, checkpoint, **args, **sizes, **model_args(model_arg))
         return tool, Masks(to, tool.classes, tool.palette)
 
-    kinds = ("image", "video") if extra is None else ("image",)
+    kinds = ("image", "video", "volume") if extra is None else ("image",)
     answer_files(open_tool, paths, to, overlays, as_json, "segmenting", kinds=kinds, partners=extra)
 
 
@@ -486,6 +494,13 @@ def _coordinates(text: str, count: int, option: str) -> tuple[Any, ...]:
         raise InputError(f"{option} is {wanted} in pixels, as in {'120,80,300,240'[: 6 if count == 2 else None]}, "
                          f"not {text!r}")  # fmt: skip
     return numbers
+
+
+def _side(sizes: dict[str, tuple[int, int] | None]) -> int | None:
+    """The side of the cubes that volumes are read in."""
+    if sizes["stride"] or (sizes["window"] and len(set(sizes["window"])) > 1):
+        raise InputError("volumes are read in cubes that overlap by half: --window is one number, without --stride")
+    return sizes["window"][0] if sizes["window"] else None
 
 
 def _size(text: str | None, option: str) -> tuple[int, int] | None:

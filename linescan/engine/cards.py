@@ -24,6 +24,7 @@ from ..errors import InputError, one_line
 from ..media.clouds import PointPreprocess, ScanPreprocess
 from ..media.labels import class_names as names_of_data
 from ..media.preprocess import Preprocess
+from ..media.volumes import VolumePreprocess
 from ..notices import notice
 from ..quantise import Recipe as Quantisation
 from ..quantise import arithmetic, restructure
@@ -204,7 +205,7 @@ class ModelCard:
     Attributes:
         model, args: `linescan.create_model(model, **args)` builds it.
         classes: their names.
-        preprocess: how images, or clouds, are made into its inputs.
+        preprocess: how images, clouds or volumes are made into its inputs.
         trained: what is known of the training (epoch, step, scores).
         quantised: of a quantised model `method` and `bits`, as `linescan.quantise.Recipe` takes them, and `arithmetic`,
             in words; else empty.
@@ -213,7 +214,7 @@ class ModelCard:
     model: str
     args: dict
     classes: list[str]
-    preprocess: Preprocess | PointPreprocess | ScanPreprocess
+    preprocess: Preprocess | PointPreprocess | ScanPreprocess | VolumePreprocess
     trained: dict = field(default_factory=dict)
     quantised: dict = field(default_factory=dict)
 
@@ -335,7 +336,12 @@ def _numbers(value: Any, what: str, count: int) -> tuple[float, ...]:
     return tuple(value)
 
 
-def _preprocess(values: object) -> Preprocess | PointPreprocess | ScanPreprocess:
+def _preprocess(values: object) -> Preprocess | PointPreprocess | ScanPreprocess | VolumePreprocess:
+    if isinstance(values, dict) and "spacing" in values:
+        try:
+            return VolumePreprocess(**_table(values, "preprocess", ("spacing", "intensity", "window")))
+        except (InputError, TypeError) as error:
+            raise ValueError(f"preprocess: {one_line(error)}") from None
     if isinstance(values, dict) and "scan_features" in values:
         try:
             return ScanPreprocess(**_table(values, "preprocess", ("scan_features",)))
@@ -423,6 +429,8 @@ def restore(name: str | None = None, checkpoint: str | Path | None = None, **arg
     if entry and entry.task == "segmentation":
         known = names_of_data(entry.data) if entry.data and "num_classes" not in args else None
         return model, ModelCard(name, args, known or [], segmentor_preprocess(entry))
+    if entry and entry.task == "volume-segmentation":
+        return model, ModelCard(name, args, [], VolumePreprocess(**entry.preprocess))
     if entry and "up" in entry.preprocess:
         preprocess = points_of(entry)
     elif entry and "scan_features" in entry.preprocess:

@@ -84,6 +84,8 @@ class MambaNDUNETR(nn.Module):
         InputError: `depth` is not of these numbers, or `forward` gets no volumes of these channels.
     """
 
+    classifiers = ("out",)
+
     def __init__(
         self,
         img_size: int | tuple[int, int, int] = 96,
@@ -187,6 +189,7 @@ register(
         "mamband_unetr_base_64": _btcv("b-64", 768, 64, 84.7),
     },
     task="volume-segmentation",
+    preprocess={"spacing": (1.5, 1.5, 2.0), "intensity": (-175.0, 250.0), "window": 96},
     inputs=((1, 96, 96, 96),),
     first_conv=("encoder.patch_embed", "encoder1.conv1", "encoder1.conv3"),
     classifier="out",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Callable, Iterable, Iterator, NamedTuple, Sequence, TextIO
 
 from ..errors import InputError
-from .formats import is_cloud, is_hidden, is_image, is_video
+from .formats import is_cloud, is_hidden, is_image, is_video, is_volume
 
 __all__ = ["KINDS", "Source", "find", "find_clouds", "find_images", "find_videos", "pair", "walk"]
 
@@ -23,9 +23,12 @@ def _files(belongs: Callable[[str], bool]) -> Callable[[str, list[str], list[str
     return lambda folder, folders, files: (os.path.join(folder, name) for name in files if belongs(name))
 
 
-KINDS = {"image": _files(is_image), "video": _files(is_video), "frames": _frame_folder, "cloud": _files(is_cloud)}
+KINDS = {
+    "image": _files(is_image), "video": _files(is_video), "frames": _frame_folder, "cloud": _files(is_cloud),
+    "volume": _files(is_volume),
+}  # fmt: skip
 """What can be found in a folder: image files, video files, folders that are videos (one image for each frame),
-and point clouds."""
+point clouds, and volumes."""
 
 
 class Source(NamedTuple):

@@ -1,10 +1,10 @@
-"""Which files are images, videos and point clouds: by their suffix, and what is read at all."""
+"""Which files are images, videos, point clouds and volumes: by their suffix, and what is read at all."""
 
 from pathlib import Path
 
 from PIL import Image
 
-__all__ = ["CONTAINERS", "image_formats", "is_cloud", "is_hidden", "is_image", "is_video"]
+__all__ = ["CONTAINERS", "image_formats", "is_cloud", "is_hidden", "is_image", "is_video", "is_volume"]
 
 # Formats that Pillow hands to another program (EPS to Ghostscript), to the system (WMF) or to nothing (the stubs),
 # and those that are documents with images in them.
@@ -44,6 +44,11 @@ def is_video(path: str | Path) -> bool:
 def is_cloud(path: str | Path) -> bool:
     """Whether a file is a point cloud or a mesh by its suffix."""
     return Path(path).suffix.lower() in _CLOUDS
+
+
+def is_volume(path: str | Path) -> bool:
+    """Whether a file is a volume by its suffix: .nii, .nii.gz or .npy."""
+    return str(path).lower().endswith((".nii", ".nii.gz", ".npy"))
 
 
 def is_hidden(path: str | Path) -> bool:

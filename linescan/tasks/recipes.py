@@ -42,6 +42,7 @@ __all__ = [
     "RestorationRecipe",
     "ScanDetectionRecipe",
     "SegmentationRecipe",
+    "VolumeSegmentationRecipe",
     "read_recipe",
 ]
 
@@ -289,6 +290,52 @@ class SegmentationRecipe(Recipe):
         if len(parts) > 2 or not all(part.isdecimal() and int(part) for part in parts):
             raise InputError(f"--size must be as in 256 or 480x640 (height x width), not {self.size!r}")
         return int(parts[0]), int(parts[-1])
+
+
+@dataclass(frozen=True)
+class VolumeSegmentationRecipe(Recipe):
+    """Train a Mamba-ND with UNETR's decoder, which says what each voxel of a volume is.
+
+    It trains on cubes, half of which have their middle in an organ, mirrored, turned, brighter and darker at random,
+    and is scored on whole volumes.
+    """
+
+    task: ClassVar[str] = "volume-segmentation"
+    implementation: ClassVar[str] = "linescan.tasks.segment_volumes:VolumeSegmentationTask"
+    default_model: ClassVar[str] = "mamband_unetr_small"
+    judges: ClassVar[bool] = True
+    scored: ClassVar[str] = "A folder as for training; what is held out there is scored."
+    examples: ClassVar[tuple[str, ...]] = (
+        "linescan train --task volume-segmentation --data btcv --out runs/btcv --bf16 --evaluate-every 50",
+        "linescan train --task volume-segmentation --data hearts --out runs/hearts --spacing 1 1 1 --intensity 0 1500 "
+        "--window 64",
+        "linescan evaluate --task volume-segmentation --data btcv --checkpoint runs/btcv/best.safetensors",
+        "linescan segment abdomen.nii.gz --checkpoint runs/btcv/best.safetensors",
+    )
+
+    data: str = option(..., "A folder with dataset.json in it, as BTCV and the Medical Segmentation Decathlon have it; "
+                       "or such a file.", DATA, short="-d")  # fmt: skip
+    val: str | None = option(None, "As --data; what is held out there is scored instead.", DATA)
+    holdout: float = option(0.1, "The share of volumes that is held out, where the list does not say which.", DATA,
+                            Range(above=0, below=1), scoring=True)  # fmt: skip
+    spacing: tuple[float, float, float] | None = option(
+        None, "Millimetres from voxel to voxel that volumes are resampled to; default: the checkpoint's, or the "
+        "model's (1.5 1.5 2).", DATA, POSITIVE, metavar="X Y Z",
+    )  # fmt: skip
+    intensity: tuple[float, float] | None = option(
+        None, "What becomes 0 and what 1; default: the checkpoint's, or the model's (-175 250, for CT).", DATA,
+        Range(), metavar="LOW HIGH",
+    )  # fmt: skip
+    window: int | None = option(None, "Side of the cubes; default: the checkpoint's, or the model's (96).", DATA,
+                                Range(least=16, most=1024))  # fmt: skip
+    repeats: int = option(4, "Cubes of each volume in an epoch.", AUGMENT, COUNT)
+    dice_weight: float = option(1.0, "Of the Dice loss beside cross-entropy.", LOSS, NATURAL)
+
+    epochs: int = option(5000, "Times that each volume is seen.", OPTIMISER, COUNT, short="-e")
+    batch: int = option(4, "Cubes in one forward pass of a process.", OPTIMISER, COUNT, short="-b")
+    lr: float = option(1e-4, "Highest learning rate.", OPTIMISER, POSITIVE)
+    weight_decay: float = option(1e-5, "Weight decay.", OPTIMISER, NATURAL)
+    warmup: float = option(50.0, "Epochs in which the learning rate rises from 0.", OPTIMISER, NATURAL)
 
 
 @dataclass(frozen=True)
@@ -687,6 +734,7 @@ RECIPES: dict[str, type[Recipe]] = {
         EncoderDistillationRecipe,
         PretrainingRecipe,
         SegmentationRecipe,
+        VolumeSegmentationRecipe,
         RestorationRecipe,
         AnomalyRecipe,
         ChangeRecipe,

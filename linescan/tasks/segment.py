@@ -40,8 +40,8 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """The mean over all pixels whose class is known.
 
     Args:
-        logits: (B, C, H, W) of C classes; of one channel, the logits of the second of two.
-        target: (B, H, W), the class, or 255.
+        logits: (B, C, H, W), or (B, C, X, Y, Z), of C classes; of one channel, the logits of the second of two.
+        target: (B, H, W) or (B, X, Y, Z), the class, or 255.
     """
     known = target != IGNORED
     if logits.shape[1] == 1:
@@ -60,10 +60,10 @@ def dice_loss(logits: Tensor, target: Tensor, smooth: float = 1.0) -> Tensor:
         logits, target: as for `cross_entropy`.
         smooth: added to both, so that a class that an image has not costs nothing where it is not found either.
     """
-    count = logits.shape[1]
+    count, axes = logits.shape[1], logits.ndim - 2
     numbers = torch.arange(count, device=target.device) if count > 1 else torch.ones(1, device=target.device)
     shares = (logits.softmax(1) if count > 1 else logits.sigmoid()) * (target != IGNORED)[:, None]
-    truth = (target[:, None] == numbers[:, None, None]).to(shares)
+    truth = (target[:, None] == numbers.view(-1, *[1] * axes)).to(shares)
     shares, truth = shares.flatten(2), truth.flatten(2)
     return (1 - (2 * (shares * truth).sum(-1) + smooth) / (shares.sum(-1) + truth.sum(-1) + smooth)).mean()
 
