@@ -78,7 +78,7 @@ def test_where_prompts_and_masks_lie_in_the_network(weights, photo, monkeypatch)
     assert torch.allclose(given[0]["points"], torch.tensor([[[32.0, 16], [0, 8]]]))
     assert given[0]["labels"].tolist() == [[1, 0]]
     assert torch.allclose(given[0]["boxes"], torch.tensor([[16.0, 0, 64, 24]]))
-    assert found.scores.tolist() == [1.0]
+    assert found.scores.tolist() == [1.0] and found.stability.tolist() == [1.0]
     left, top, right, bottom = found.boxes[0]
     assert abs(left - 100) <= 2 and top == 0 and right == 200 and abs(bottom - 37.5) <= 2
 
@@ -104,9 +104,11 @@ class Squares(nn.Module):
             if (row, column) == (0, 0):
                 scores[-1] = [0.5]
             if (row, column) == (0, 1):
-                mask.clamp_(-0.5, 0.5)  # a mask without firm edges
+                mask.clamp_(-0.5, 1.5)  # firm inside, but its surroundings are not
             if (row, column) == (1, 0):
                 mask.fill_(-9)
+            if (row, column) == (3, 3):
+                mask[12, 12:] = 0.5  # of 16 pixels 4 are not sure: stability 12/16
         return logits, torch.tensor(scores)
 
 
@@ -120,12 +122,14 @@ def test_everything_keeps_what_is_good_steady_and_distinct(weights):
     prompter.module = Squares(4)
     prompter.set_image(np.zeros((128, 128, 3), np.uint8))
     found = prompter.predict(Everything(side=8))  # four points in each of 16 cells
-    assert len(found) == 13 and (np.diff(found.scores) <= 0).all() and (found.areas >= 1000).all()  # corners are round
+    assert len(found) == 12 and (np.diff(found.scores) <= 0).all() and (found.areas >= 1000).all()  # corners are round
     assert not found.masks[:, :32, :64].any() and not found.masks[:, 32:64, :32].any()
-    assert found.masks.sum(0).max() == 1 and np.allclose(found.scores[0], 0.9 + 0.01 * 120 / 128)
-    assert len(prompter.predict(Everything(8, iou=0.4))) == 14
+    assert found.masks.sum(0).max() == 1 and np.allclose(found.scores[0], 0.9 + 0.01 * 104 / 128)
+    assert len(prompter.predict(Everything(8, iou=0.4))) == 13
+    assert len(prompter.predict(Everything(8, stability=0.75))) == 13
+    assert len(prompter.predict(Everything(8, stability=0.76))) == 12
     assert len(prompter.predict(Everything(8, stability=0))) == 14
-    assert len(prompter.predict(Everything(8, overlap=1))) == 13 * 4
+    assert len(prompter.predict(Everything(8, overlap=1))) == 12 * 4
     assert len(prompter.predict(Everything(8, iou=1))) == 0
 
 

@@ -140,6 +140,36 @@ def test_corrections_lie_where_the_answer_is_wrong():
     assert masks[2, y, x]
 
 
+def test_two_rounds_of_prompts(monkeypatch):
+    """A click, then a click more; a box, then the box with a click and the first answer."""
+    task = PromptingTask(PromptingRecipe("digits", model="rwkvsam_small_prompt", model_args=MODEL, objects=2))
+    batch = task.data.collate([task.data[i] for i in range(2)])
+    masks, prompter, given = batch["masks"], task.model.prompter, []
+    empty = torch.full((2, 1, 12, 12), -9.0)
+
+    def decode(features, **prompts):
+        given.append((features, prompts))
+        return empty, torch.zeros(2, 1)
+
+    monkeypatch.setattr(prompter, "decode", decode)
+    encoded = prompter.encode(batch["input"])
+    monkeypatch.setattr(prompter, "encode", lambda x: encoded)
+    task.model(batch)
+    for features, _ in given:
+        assert torch.equal(features.embedding, encoded.embedding) and torch.equal(features.stride4, encoded.stride4)
+    click, box, clicks, better = (prompts for _, prompts in given)
+    assert click.keys() == {"points"} and torch.equal(click["points"][:, 0], batch["points"][::2])
+    assert box.keys() == {"boxes"} and torch.equal(box["boxes"], batch["boxes"][1::2])
+    assert torch.equal(clicks["points"][:, 0], batch["points"][::2]) and clicks["labels"].tolist() == [[1, 1]] * 2
+    assert torch.equal(better["boxes"], box["boxes"]) and better["masks"] is not None and better["labels"].all()
+    for points, own in ((clicks["points"][:, 1], masks[::2]), (better["points"][:, 0], masks[1::2])):
+        assert all(mask[y, x] for mask, (x, y) in zip(own, points.int().tolist()))  # nothing was found: it is missed
+
+    empty = -empty  # now everything is found: the next click lies beside
+    task.model(batch)
+    assert given[6][1]["labels"].tolist() == [[1, 0]] * 2 and given[7][1]["labels"].tolist() == [[0]] * 2
+
+
 def test_losses_and_gradients():
     torch.manual_seed(0)
     task = PromptingTask(PromptingRecipe("digits", model="rwkvsam_small_prompt", model_args=MODEL, objects=3))
