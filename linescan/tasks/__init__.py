@@ -10,6 +10,7 @@ Tools: `tool.Tool` and `tool.Writer` are what they share, `tool.run` applies the
 images of any size, results.py holds detections.
 segment.py, detect.py    masks and boxes; open.py and named.py find the models
 prompt.py                masks of what points and boxes show; prompt_training.py trains such models
+restore.py, anomaly.py, change.py    tasks with their training and their tools in one file
 """
 
 from importlib import import_module

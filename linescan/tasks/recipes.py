@@ -500,6 +500,11 @@ class ChangeRecipe(Recipe):
     decay_every: float = option(27.0, "Epochs between two falls of step.", OPTIMISER, POSITIVE)
     warmup: float = option(0.0, "Epochs in which the learning rate rises from 0.", OPTIMISER, NATURAL)
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.crop <= 32 and self.batch == 1:
+            raise InputError("--crop 32 needs a --batch of 2 or more: one pixel is left of a pair, and no norm of one")
+
     def resumed(self) -> "ChangeRecipe":
         """The recipe of a run that goes on, whose weights are all in its state."""
         return replace(self, pretrained=False, checkpoint=None, encoder_checkpoint=None)

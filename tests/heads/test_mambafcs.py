@@ -101,3 +101,13 @@ def test_own_files_load_and_other_classes_leave_the_head(model, tmp_path):
     torch.save(model.state_dict() | {"aux_clf.more": torch.zeros(1)}, tmp_path / "more.pth")
     with pytest.raises(linescan.CheckpointError, match="1 unexpected .first: semantic_head.more"):
         linescan.load_checkpoint(other, tmp_path / "more.pth")
+
+
+@torch.no_grad()
+def test_export_and_the_meta_device(model):
+    x = images(1, 3, 64, 48)
+    exported = torch.export.export(model, tuple(x)).module()
+    for ours, theirs in zip(exported(*x), model(*x)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    with torch.device("meta"):
+        assert MambaFCS(4, **SMALL).eval()(*torch.randn(2, 1, 3, 32, 32)).after.shape == (1, 4, 32, 32)

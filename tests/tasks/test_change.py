@@ -16,12 +16,15 @@ from linescan.engine.processes import Processes
 from linescan.engine.scores import evaluate
 from linescan.engine.training import train
 from linescan.errors import CheckpointError, InputError
+from linescan.heads.mambafcs import Changes
 from linescan.media.align import shift_between
 from linescan.media.labels import SECOND
 from linescan.media.preprocess import Preprocess
 from linescan.tasks.change import Change, ChangeTask
 from linescan.tasks.recipes import ChangeRecipe
 
+from ..conftest import REPOSITORY
+from ..parity.recipe import noise as golden_noise
 from ..runs import contents, kill_and_resume, same, train_as_two
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -166,6 +169,27 @@ def test_a_small_run_finds_changes_and_names_them(trained, towns, tmp_path, line
     assert len((tmp_path / "report" / "pairs.csv").read_text().splitlines()) == 6
 
 
+def test_the_loss_is_the_published_sum(towns):
+    """Of the golden data's logits; `sek` is that of all calls but the first."""
+    data = REPOSITORY / "tests" / "parity" / "data"
+    manifest = json.loads((data / "mambafcs__losses_and_metrics.json").read_text())
+    with np.load(data / "mambafcs__losses_and_metrics.npz") as arrays:
+        change, *labels = (torch.from_numpy(arrays[f"label_{name}"]).long() for name in ("cd", "t1", "t2"))
+
+    def logits(name, target, classes):
+        noise = golden_noise(name, (len(target), classes, *target.shape[1:]), manifest["salt"])
+        return torch.from_numpy(2 * noise + 1.5 * np.eye(classes)[target].transpose(0, 3, 1, 2))
+
+    answers = Changes(logits("pred_cd", change, 2), logits("pred_t1", labels[0], 7), logits("pred_t2", labels[1], 7))
+    task = ChangeTask(ChangeRecipe(str(towns), model="mambafcs_base", model_args=SMALL))
+    batch = {"before": None, "after": None, "change": change, "labels": torch.stack(labels, 1)}
+    found = task(lambda before, after: answers, batch)
+    values = manifest["values"]
+    wanted = values["total_with_first_call"] + 0.5 * (values["sek_loss_later_calls"] - values["sek_loss_first_call"])
+    assert found["loss"].item() == pytest.approx(wanted, rel=1e-5)
+    assert found["similarity"].item() == pytest.approx(values["similarity"], rel=1e-5)
+
+
 def test_other_classes_and_changes_alone(trained, tmp_path):
     _, out = trained
     for i in range(4):
@@ -289,6 +313,8 @@ def test_shifts():
     changed[20:50, 10:40] = 7
     assert shift_between(first, changed) == (0, 0)
     other = dice.integers(0, 255, first.shape).astype(np.uint8)
+    large = dice.integers(0, 255, (4, 256, 256, 3))  # in which some place is always higher than the middle
+    assert [shift_between(*pair) for pair in zip(large, large[1:])] == [None] * 3
     assert shift_between(first, other) is None and shift_between(first, np.full_like(first, 9)) is None
 
 
