@@ -68,7 +68,7 @@ class MambaND(HierarchicalBackbone):
         drop_path_rate: stochastic depth, from 0 at the first layer to this at the last.
     """
 
-    default_out_indices = (-1,)
+    default_out_indices = (-3, -2, -1)  # as timm has it for plain models
 
     def __init__(
         self,

@@ -150,6 +150,7 @@ def test_the_two_published_forms_of_clips():
     assert one.patch_embed.weight.shape[2:] == (2, 16, 16) and other.patch_embed.weight.shape[2:] == (1, 16, 16)
 
 
-def test_features_of_models_with_fewer_stages_than_four():
-    model = timm.create_model("mamband_small_patch16_224", features_only=True, depths=(1,))
-    assert [tuple(y.shape) for y in model(torch.zeros(1, 3, 64, 64))] == [(1, 384, 4, 4)]
+def test_features_by_default_are_the_last_three_layers():
+    model = timm.create_model("mamband_small_patch16_224", features_only=True, depths=(4,))
+    assert model.feature_info.out_indices == (1, 2, 3)
+    assert [tuple(y.shape) for y in model(torch.zeros(1, 3, 64, 64))] == 3 * [(1, 384, 4, 4)]
