@@ -92,7 +92,8 @@ def quantising(
             advance(1, description=f"{method} {bits}")
     made, text = table(rows), io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([Row._fields, *rows])
-    show(made)
+    for line in made.splitlines():
+        show(line)
     for path in write_all(to, {"table.md": made.encode(), "table.csv": text.getvalue().encode()}):
         say(str(path))
     if page:

@@ -346,19 +346,22 @@ def _rounding(module: nn.Module) -> Iterator[None]:
 
 
 def _is_integer(module: nn.Module) -> bool:
+    """Whether a layer's products are made in int8, where it is."""
     if not isinstance(module, QuantisedLinear):
         return False
     weight = module.weights["weight"]
-    probe = torch.zeros(1, weight.shape[-1])
+    probe = torch.zeros(1, weight.shape[-1], device=weight.codes.device)
     return integer_product(probe, module.acts["x"], weight) is not None
 
 
 def arithmetic(model: nn.Module) -> str:
-    """In which arithmetic a quantised model runs on this machine's CPU, in a few words."""
+    """In which arithmetic a quantised model runs where it is, in a few words."""
     layers = [m for m in model.modules() if isinstance(m, QuantisedLinear)]
     integer = sum(map(_is_integer, layers))
-    others = any(isinstance(m, (QuantisedScan, QuantisedConv)) for m in model.modules())
-    first = f"{integer} of {len(layers)} linear layers in int8"
-    return f"{first}, {'scans and convolutions' if others else 'all else'} in float32" + (
-        ", simulated" if others else ""
-    )
+    simulated = ["the other linear layers"] if 0 < integer < len(layers) else [] if integer else ["linear layers"]
+    if any(isinstance(m, QuantisedScan) for m in model.modules()):
+        simulated.append("scans")
+    if any(isinstance(m, (QuantisedConv, QuantisedMamba)) for m in model.modules()):
+        simulated.append("convolutions")
+    words = [f"{integer} of {len(layers)} linear layers in int8"] if integer else []
+    return "; ".join(words + ([f"{', '.join(simulated)} simulated in float32"] if simulated else []))

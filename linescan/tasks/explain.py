@@ -93,6 +93,8 @@ class Explainer(Classifier):
         super().__init__(model, checkpoint, **args)
         if self.clips:
             raise InputError(f"{self.card.model} reads videos; explanations are for models of images")
+        if self.card.quantised:
+            raise InputError("a quantised model has no gradients to explain it by; explain the one it was made from")
         if not all(0 <= share <= 1 for share in place):
             raise InputError(f"a place is two shares of the width and the height, 0 to 1, not {place}")
         self.place, self.layer, self.label = place, layer, None if label is None else self._index(label)

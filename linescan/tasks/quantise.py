@@ -186,6 +186,7 @@ def _report(result: Quantised, to: Path) -> list[Path]:
     return paths
 
 
+NAMES = {"mixer": "mixer, with all inside"}
 COLOURS = {"linear": GOOD, "conv": "#e9c46a", "scan": BAD, "mixer": BAD}
 
 
@@ -202,13 +203,15 @@ def draw(result: Quantised, file: BinaryIO) -> None:
     axis.set_yticks(places, [e.layer for e in layers])
     axis.invert_yaxis()
     axis.set_ylim(len(layers) - 0.4, -0.6)
+    axis.set_axisbelow(True)
     plain(axis, "x")
     axis.tick_params(axis="y", labelsize=6.5, colors=INK)
     axis.set_xlabel("signal over rounding noise in the output of the layer by itself, dB (more is better)", color=GREY)
-    axis.set_title(
-        f"{result.model}, {result.recipe.method} {result.recipe.bits}", loc="left", color=INK, weight="bold"
-    )  # fmt: skip
+    title = f"{result.model}, {result.recipe.method} {result.recipe.bits}"
+    axis.set_title(title, loc="left", color=INK, weight="bold")
     kinds = [kind for kind in COLOURS if any(e.kind == kind for e in layers)]
-    axis.legend(handles=[Patch(color=COLOURS[kind], label=kind) for kind in kinds], frameon=False, fontsize=8,
-                loc="lower right")  # fmt: skip
+    patches = [Patch(color=COLOURS[kind], label=NAMES.get(kind, kind)) for kind in kinds]
+    figure.legend(
+        handles=patches, frameon=False, fontsize=8, labelcolor=INK, loc="outside lower right", ncols=len(kinds)
+    )
     figure.savefig(file, format="png")

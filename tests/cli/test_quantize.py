@@ -52,6 +52,7 @@ def test_from_a_file_to_a_smaller_one_that_all_commands_read(digits, linescan_he
 
     for args, line in (
         (["quantize", "-c", out, "--method", "dynamic", "-o", tmp_path / "twice.safetensors"], "is quantised already"),
+        (["explain", images / "circle" / "0.png", "-c", out], "a quantised model has no gradients"),
         (["convert", out, "-o", tmp_path / "folder"], "timm reads no quantised models"),
         (["train", "--data", "digits", "--checkpoint", out, "-o", tmp_path / "run"], "training starts from weights"),
     ):
