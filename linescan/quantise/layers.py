@@ -6,6 +6,7 @@ still an `nn.Linear`, and a quantised mixer runs the code of its system. Weights
 """
 
 from functools import cache
+from itertools import repeat
 from typing import Any, Callable
 
 import torch
@@ -160,6 +161,7 @@ class StatesTimesC(nn.Module):
         gate: what is multiplied by the output is gate(z).
     """
 
+    NUMBERS = 2**24  # that states are made of at a time
     turned_states = False
     turned_channels = False
 
@@ -174,7 +176,20 @@ class StatesTimesC(nn.Module):
         *, route: RouteLike, merge: str | None, delta_softplus: bool, initial_state: Tensor | None = None,
         return_final_state: bool = False,
     ):  # fmt: skip
-        """As `selective_scan`, of tokens (B, K or 1, L, D); B and C without groups."""
+        """As `selective_scan`, of tokens (B, K or 1, L, D); B and C without groups. Samples take turns, for memory."""
+        size = max(1, self.NUMBERS // (len(A) * u.shape[2] * A[0].numel()))
+        own = route if route is not None and route.ndim == 3 else None
+        parts = [repeat(None) if x is None else x.split(size) for x in (u, delta, B, C, z, own, initial_state)]
+        outputs, states = [], []
+        for u_i, delta_i, B_i, C_i, z_i, route_i, state_i in zip(*parts):
+            table = route if route_i is None else route_i
+            y, state = self.some(u_i, delta_i, A, B_i, C_i, D, z_i, dt_bias, delta_softplus, table, merge, state_i)
+            outputs.append(y)
+            states.append(state)
+        return (torch.cat(outputs), torch.cat(states)) if return_final_state else torch.cat(outputs)
+
+    def some(self, u, delta, A, B, C, D, z, dt_bias, delta_softplus, route, merge, initial_state):
+        """The output and the last states of a few samples."""
         dim, n = A.shape[-2:]
         one = torch.ones_like(delta[..., :1])
         h, last = selective_scan(
@@ -193,8 +208,7 @@ class StatesTimesC(nn.Module):
             y = rotate_back(y)
         y = y * self.smooth.to(y) + D[:, None] * u
         y = y if z is None else y * self.gate(z)
-        y = y.sum(1) if merge == "sum" else y
-        return (y, last.squeeze(-1).unflatten(-1, (dim, n))) if return_final_state else y
+        return y.sum(1) if merge == "sum" else y, last.squeeze(-1).unflatten(-1, (dim, n))
 
     @staticmethod
     def quantise(act: nn.Module, h: Tensor) -> Tensor:

@@ -201,6 +201,10 @@ def test_states_are_rounded_per_token_and_passed_on():
         again = scan(tokens, initial_state=state)
     assert torch.allclose(first, whole) and not torch.allclose(again, whole)
     assert state[1].shape == (2, 2, 96, 16)
+    scan.along.recurrence.NUMBERS = 1  # one sample after the other
+    with torch.no_grad():
+        alone, last = scan(tokens, initial_state=state, return_final_state=True)
+    assert torch.allclose(alone, again) and last[1].shape == state[1].shape
     freeze(model, Recipe())
     errors = {e.layer: e for e in layer_errors(model, [x])}
     assert errors["blocks.0.mixer"].kind == "mixer" and errors["blocks.0.mixer.in_proj"].kind == "linear"
