@@ -24,15 +24,16 @@ class NormAndLinear(nn.Module):
         self.ln, self.fc = nn.LayerNorm(48), nn.Linear(48, 96)
 
 
-def hadamards(module, inputs):
+def hadamards(module, inputs, manifest):
     x, signs = inputs["x"], inputs["signs"].sign()
-    found = {f"H{n}": hadamard(n).to(x) for n in (8, 12, 16, 20, 24, 28, 36, 40, 48, 192, 384)}
-    return found | {"x192_H": rotate(x), "signs192": hadamard(192, signs).to(x)}
+    n, names = x.shape[-1], [entry["name"] for entry in manifest["outputs"]]
+    found = {name: hadamard(int(name[1:])).to(x) for name in names if name.startswith("H")}
+    return found | {f"x{n}_H": rotate(x), f"signs{n}": hadamard(n, signs).to(x)}
 
 
 def karhunen_loeve(module, inputs):
     x, mix = inputs["x"], inputs["mix"]
-    x = x @ (mix * torch.logspace(0, -2, 48, dtype=x.dtype)[:, None]) + 0.3
+    x = x @ (mix * torch.logspace(0, -2, x.shape[-1], dtype=x.dtype)[:, None]) + 0.3
     covariance = x.double().T.cov()
     K = klt(covariance).to(x)
     return {
@@ -52,7 +53,7 @@ def smooth(module, inputs):
     before = fc(ln(x))
     s = smoothing(act, fc.weight.abs().amax(0), least=1e-5).to(x)
     results = {"scales": s, "ln_weight": ln.weight / s, "ln_bias": ln.bias / s, "fc_weight": fc.weight * s}
-    after = nn.functional.layer_norm(x, (48,), results["ln_weight"], results["ln_bias"], ln.eps)
+    after = nn.functional.layer_norm(x, x.shape[-1:], results["ln_weight"], results["ln_bias"], ln.eps)
     return results | {"output_before": before, "output": after @ results["fc_weight"].T + fc.bias}
 
 
