@@ -97,7 +97,7 @@ def by_difference(data: Path) -> dict[str, float]:
 
 
 def rendered_changes(
-    steps: Annotated[int, typer.Option(min=1)] = 300,
+    steps: Annotated[int, typer.Option(min=1)] = 240,
     to: Annotated[Path, typer.Option("--out", "-o", help="The folder for everything.")] = Path("runs/rendered-changes"),
 ):
     """Train a small Mamba-FCS on rendered landscapes, and draw what it finds."""
@@ -118,7 +118,7 @@ def rendered_changes(
     table = np.array(found["confusion"])
     two = torch.tensor([[table[0, 0], table[0, 1:].sum()], [table[1:, 0].sum(), table[1:, 1:].sum()]])
     scores = {
-        "Mamba-FCS, small": {name: found[name] for name in ("oa", "f_scd", "miou", "sek")} | two_class_scores(two),
+        "Mamba-FCS, small": two_class_scores(two) | {name: found[name] for name in ("oa", "f_scd", "miou", "sek")},
         "difference of colours": by_difference(data),
     }
     with atomic(to / "results.json") as file:
