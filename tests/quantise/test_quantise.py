@@ -17,6 +17,7 @@ from linescan.quantise.convert import freeze, layer_errors, transform
 from linescan.quantise.layers import QuantisedLinear, QuantisedScan, StatesTimesC, become, integer_product
 from linescan.quantise.quantisers import MinMax, MovingPercentile, Percentile, Quantiser, Weight, fit_grid
 from linescan.quantise.transforms import ClassRows
+from linescan.scans import routes, selective_scan
 
 SMALL = {
     "vim_tiny_patch16_224": {"img_size": 32, "embed_dim": 48, "depth": 2},
@@ -210,6 +211,21 @@ def test_states_are_rounded_per_token_and_passed_on():
     assert errors["blocks.0.mixer"].kind == "mixer" and errors["blocks.0.mixer.in_proj"].kind == "linear"
     assert errors["blocks.0.mixer.in_proj"].largest > 0
     assert all(m.mode == "on" for m in model.modules() if isinstance(m, (Quantiser, Weight)))
+
+
+@pytest.mark.parametrize("numbers", [1, 2**24])
+def test_a_scan_in_two_steps_is_the_scan(numbers):
+    def rand(*shape):
+        return torch.randn(*shape, dtype=torch.float64)
+
+    product = StatesTimesC(6, nn.Identity(), nn.Identity()).double()
+    product.NUMBERS, product.turned_channels = numbers, True
+    inputs = rand(2, 1, 5, 6), rand(2, 2, 5, 6), -rand(2, 6, 4).exp(), rand(2, 2, 5, 4), rand(2, 2, 5, 4), rand(2, 6)
+    z, bias, state = rand(2, 1, 5, 6), rand(2, 6), rand(2, 2, 6, 4)
+    options = {"route": routes.table("row, -row", (1, 5)), "merge": "sum", "delta_softplus": True}
+    options |= {"initial_state": state, "return_final_state": True}
+    for ours, theirs in zip(product(*inputs, z, bias, **options), selective_scan(*inputs, z, bias, **options)):
+        assert torch.allclose(ours, theirs, atol=1e-12)
 
 
 def test_what_cannot_be_quantised():
