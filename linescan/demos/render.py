@@ -17,13 +17,14 @@ from ..engine.digit_scenes import scene_of
 from ..engine.image_sets import Digits
 from ..engine.progress import progress_bar
 
-__all__ = ["CLASSES", "PALETTE", "as_palette", "read_pixels", "write_scenes"]
+__all__ = ["CLASSES", "PALETTE", "WORDS", "as_palette", "read_pixels", "write_scenes", "write_words"]
 
 CLASSES = ("canvas", *Digits.classes)
 PALETTE = [(38, 40, 56)] + [
     tuple(round(255 * c) for c in colorsys.hsv_to_rgb(d / 10, 0.62 + 0.2 * (d % 2), 0.98 - 0.16 * (d % 2)))
     for d in range(10)
 ]  # fmt: skip
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 def write_scenes(root: str | Path, split: str, count: int, size: int = 96, seed: int = 0) -> Path:
@@ -66,6 +67,23 @@ def as_palette(classes: np.ndarray) -> Image.Image:
     image = Image.fromarray(classes, "P")
     image.putpalette(np.array(PALETTE, np.uint8).tobytes())
     return image
+
+
+def write_words(path: str | Path, dim: int = 64) -> None:
+    """Writes the digits' names with embeddings of unit length at right angles (`linescan.tasks.prompts`).
+
+    They stand for those of a text encoder; any one can tell ten words apart.
+
+    Args:
+        path: a .npz or a .safetensors.
+        dim: of the embeddings, 10 or more.
+    """
+    from torch import Generator, linalg, randn
+
+    from ..tasks.prompts import write_embeddings
+
+    basis = linalg.qr(randn(dim, len(WORDS), generator=Generator().manual_seed(0)))[0]
+    write_embeddings(path, WORDS, basis.T)
 
 
 def read_pixels(path: str | Path) -> np.ndarray:

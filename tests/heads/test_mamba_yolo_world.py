@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 import linescan
 from linescan.errors import InputError
-from linescan.heads.detection.mamba_yolo_world import GuidedScan, MambaYOLOWorld
+from linescan.heads.detection.mamba_yolo_world import GuidedScan, MambaYOLOWorld, as_guide
 from linescan.layers.mamba import Mamba2Mixer
 
 SMALL = {
@@ -82,6 +82,13 @@ def test_a_guide_is_read_first_on_every_route():
                 expected[place] += (h @ C + scan.D[k] * u.view(2, 4)).flatten()
         torch.testing.assert_close(state[0, k].mT, h)
     torch.testing.assert_close(y.flatten(1, 2)[0], expected)
+
+
+def test_guides_pass_no_gradient_on():
+    state = torch.randn(2, 4, 3, 5, 7, requires_grad=True)  # (B, routes, heads, N, P)
+    guide = as_guide(state)
+    assert guide.shape == (2, 4 * 3 * 7, 5) and not guide.requires_grad
+    torch.testing.assert_close(guide[1, 2 * 21 + 1 * 7 + 6, 4], state[1, 2, 1, 4, 6].detach())
 
 
 @torch.no_grad()
