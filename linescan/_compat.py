@@ -4,7 +4,7 @@ Importing this file imports torch alone. A release that changes one of them brea
 """
 
 from contextlib import contextmanager
-from typing import Iterator
+from typing import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ __all__ = [
     "linear_pointwise",
     "mmengine_flop_handles",
     "plain_shape",
+    "scan",
     "unwatched",
 ]
 
@@ -88,6 +89,13 @@ def guard_scalar(size) -> int:
 def argument_names(operator: torch._ops.OpOverload) -> list[str]:
     """Names of the arguments of a registered operator."""
     return [argument.name for argument in operator._schema.arguments]
+
+
+def scan(body: Callable, states: Sequence, tokens: Sequence, others: tuple) -> Sequence[torch.Tensor]:
+    """torch's loop over the first axis of `tokens`, as one operator of a graph: body(*states, *tokens, *others)."""
+    from torch._higher_order_ops.scan import scan_op
+
+    return scan_op(body, list(states), list(tokens), others)
 
 
 def linear_pointwise():

@@ -8,6 +8,7 @@ A recurrence is written once, as a plain function over inputs that already stand
   (`linescan.scans.visits` says what tables mean),
 - is differentiable: an implementation without a backward of its own is differentiated by running it again,
 - has a fake (shape-only) form, so that `torch.compile` and `torch.export` see one operator,
+- is made of standard operators where `torch.onnx.export` traces it (`linescan.scans.exported`),
 - computes in float32 for half-precision inputs, with autocast off inside, and in float64 for float64 inputs,
 - picks the fastest implementation for the device at run time, or the one that `backend` forces.
 
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from .._compat import is_jit_tracing, is_transformed, is_watched, plain_shape, unwatched
+from . import exported
 from .layout import Layout
 from .visits import read, visited, write
 
@@ -172,6 +174,7 @@ class Recurrence:
         self.implementations: dict[str, Implementation] = {}
         self.register("reference", self._through_route(definition))
         self._nothing = Implementation(self._without_steps)
+        self._exported: Callable = lambda *inputs: exported.in_pieces(self, inputs)
         self._make_operator()
         _recurrences[self.name] = self
 
@@ -228,6 +231,15 @@ class Recurrence:
         self.implementations["chunked"].backward = self._backward_through_route(core)
         return core
 
+    def exported(self, core: Callable) -> Callable:
+        """Decorator: the form that graphs of standard operators have, where it is not the definition in a loop.
+
+        A function with the definition's own signature (inputs in time order) that changes nothing in place and whose
+        operations do not multiply with the length: it has `exported.loop` for that.
+        """
+        self._exported = core
+        return core
+
     def pick(self, name: str, *call) -> Implementation:
         """The implementation `name`, or with "" the fastest that supports the call."""
         if not name:
@@ -247,7 +259,7 @@ class Recurrence:
         self.layout.check_devices(call[:-2], route)  # kernels check devices themselves
         return implementation
 
-    def _in_time_order(self, inputs, route: Tensor | None) -> list:
+    def _in_time_order(self, inputs, route: Tensor | None, read: Callable = read) -> list:
         """The inputs as a definition takes them: token inputs (B, K, S, ...), floating ones in the compute dtype."""
         compute = self._compute_dtype(inputs)
         batch, routes, _ = self._visited(inputs, route)
@@ -274,12 +286,12 @@ class Recurrence:
         states = [first.new_zeros(shape, dtype=dtype) for shape in self.layout.shapes(inputs, route)[1]]
         return states if self.empty is None else list(self.empty(*states))
 
-    def _through_route(self, core: Callable) -> Callable:
+    def _through_route(self, core: Callable, read: Callable = read, write: Callable = write) -> Callable:
         """A time-ordered function as one in grid order, computing in at least float32."""
 
         def forward(*args):
             *inputs, route, merge = args
-            ordered = self._in_time_order(inputs, route)
+            ordered = self._in_time_order(inputs, route, read)
             output, state = core(*self._with_states(ordered, inputs, route))
             output = write(output, route, self._visited(inputs, route)[2], merge)
             return output.to(self._tokens(inputs)[0].dtype), state
@@ -450,6 +462,8 @@ class Recurrence:
 
     def _watched(self, inputs, route: Tensor | None, merge: bool) -> tuple:
         """A call that is compiled, traced, transformed, or seen by a dispatch mode or a tensor subclass."""
+        if torch.onnx.is_in_onnx_export():
+            return self._export(inputs, route, merge)
         if torch.compiler.is_compiling():  # the fake form checks the arguments
             expansions = self.layout.expansions(inputs, self._visited(inputs, route)[1])
             setting = _traced_setting
@@ -470,6 +484,14 @@ class Recurrence:
         call = *inputs, route, merge
         with torch.autocast(inputs[0].device.type, enabled=False):
             return _flat(self.pick("reference", *call).forward(*call))
+
+    def _export(self, inputs, route: Tensor | None, merge: bool) -> tuple:
+        """The call in standard operators, for graphs that run elsewhere."""
+        inputs = self.layout.check(inputs, route).fill(inputs)
+        inputs = [x.detach() if isinstance(x, Tensor) else x for x in inputs]  # else the loop is traced for a backward
+        forward = self._through_route(self._exported, exported.read, exported.write)
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            return _flat(forward(*inputs, route, merge))
 
     def _dispatch(self, inputs, route: Tensor | None, merge: bool, name: str) -> tuple:
         """The operator, through torch's dispatcher."""

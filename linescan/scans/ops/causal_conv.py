@@ -64,6 +64,16 @@ def _chunked_backward(grad, grad_state, x, weight, bias, silu, initial_state):
     return [*grads, grad_x[:, :, :before].mT]
 
 
+@_causal_conv1d.exported
+def _exported(x, weight, bias, silu, initial_state):
+    length = x.shape[2]
+    x, views, taps = _windows(x, weight, initial_state)
+    y = sum([view * tap for view, tap in zip(views, taps)])
+    if bias is not None:
+        y = y + bias[:, None]
+    return F.silu(y) if silu else y, x[:, :, length:].mT
+
+
 @public(_causal_conv1d)
 def causal_conv1d(
     x: Tensor,

@@ -142,6 +142,9 @@ def _full(position: int) -> list[tuple[int, int]]:
     return [(b, position >> b + 1 << b + 1) for b in range(position.bit_length()) if position >> b & 1]
 
 
+_log_linear_attention.exported(_log_linear_attention.definition)  # every token merges other buckets: no equal pieces
+
+
 @public(_log_linear_attention)
 def log_linear_attention(
     q: Tensor,
@@ -245,6 +248,9 @@ def _log_linear_gated_delta_rule_chunked(q, k, v, g, beta, lam, scale, initial_s
     for bit, first in _full(end):
         state[bit] = next((x for begin, x in buckets if begin == first), state[bit])
     return join(torch.stack(outputs, 3), length), torch.stack(state, 2)
+
+
+_log_linear_gated_delta_rule.exported(_log_linear_gated_delta_rule.definition)
 
 
 @public(_log_linear_gated_delta_rule)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..chunks import numbers_at_a_time
+from ..exported import loop
 from ..matmul import project_routes, project_routes_backward
 from ..recurrence import public, recurrence
 
@@ -209,6 +210,30 @@ def _chunked_backward(grad, grad_state, *inputs):
         grads.append(grad_delta.sum(2).sum(0))
     grads.append(_channels_first(torch.cat(grad_state)))
     return narrow(grads, *inputs)
+
+
+@_selective_scan.exported
+def _exported(*inputs):
+    """All but the states is done for every token, or every piece of tokens, at once; channels stand last."""
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state = widen(*inputs)
+    groups = B.shape[-2]
+    step = _step_sizes(delta, delta_bias, delta_softplus)
+
+    def by_group(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (groups, 1, -1))  # (B, K, T, G, 1, D/G)
+
+    def body(states, tokens, others):
+        (state,), (step, x, B, C), (A,) = states, tokens, others
+        decays, added = (step * A[:, None]).exp(), x * B.unsqueeze(-1)
+        after = []
+        for decay, new in zip(decays.unbind(2), added.unbind(2)):
+            state = decay * state + new
+            after.append(state)
+        return [state], [(C.unsqueeze(-2) @ torch.stack(after, 2)).squeeze(-2)]
+
+    first, A = (x.unflatten(-2, (groups, -1)).mT for x in (initial_state, A))  # (B, K, G, N, D/G), (K, G, N, D/G)
+    (last,), (y,) = loop(body, [first], [by_group(step), by_group(step * u), B, C], [A])
+    return _output(y.flatten(-2), u, D, z), _channels_first(last)
 
 
 @public(_selective_scan)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..exported import in_pieces
 from ..recurrence import given_states, public, recurrence
 
 __all__ = ["titans_memory"]
@@ -143,6 +144,12 @@ def _titans_memory_chunked(
         outputs.append(answers[:, :, :, front : front + q_p.shape[3]])
         lead = 0
     return torch.cat(outputs, 3).transpose(2, 3), (weights, momentum, base, gradient, gates)
+
+
+@_titans_memory.exported
+def _titans_memory_exported(*inputs):
+    chunk, per_batch = inputs[6:8]
+    return in_pieces(_titans_memory, inputs, chunk * per_batch)
 
 
 @public(_titans_memory)

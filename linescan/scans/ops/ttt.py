@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..._compat import plain_shape
+from ..exported import in_pieces
 from ..recurrence import check_arguments, given_states, public, recurrence
 
 __all__ = ["ttt_linear", "ttt_linear_fla"]
@@ -94,6 +95,11 @@ def _ttt_linear_chunked(
         if q_p.shape[3] and position % mini_batch == 0:
             start, pending = start - rate_p[:, :, :, -1:] * pending, torch.zeros_like(pending)
     return torch.cat(outputs, 3).transpose(2, 3), (start, pending)
+
+
+@_ttt_linear.exported
+def _ttt_linear_exported(*inputs):
+    return in_pieces(_ttt_linear, inputs, inputs[_ttt_linear.parameters.index("mini_batch")])
 
 
 @public(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..chunks import linear_scan, running_max, steps_at_a_time
+from ..exported import loop
 from ..recurrence import public, recurrence
 
 __all__ = ["wkv4", "bi_wkv"]
@@ -129,6 +130,19 @@ def _bi_wkv_chunked(k, v, w, u, chunk=None):
     past = [x[..., :-1, :] for x in _running_sum(k, v, w, chunk=chunk)]
     future = [x[..., 1:, :] for x in _running_sum(k, v, w, reverse=True, chunk=chunk)]
     return _quotient(u[:, None] + k, v, past, future), None
+
+
+@_bi_wkv.exported
+def _bi_wkv_exported(k, v, w, u):
+    def body(states, tokens, others):  # puts out the sum before each token
+        sums, total = [], states
+        for k_t, v_t in zip(*(x.unbind(2) for x in tokens)):
+            sums.append(total)
+            total = _add_token(total, k_t, v_t, *others)
+        return total, [torch.stack(parts, 2) for parts in zip(*sums)]
+
+    (_, past), (_, future) = (loop(body, _empty_sum(k), (k, v), (w,), reverse=reverse) for reverse in (False, True))
+    return _mean(u[:, None] + k, v, past, future), None
 
 
 @public(_wkv4)

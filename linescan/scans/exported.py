@@ -1,0 +1,146 @@
+"""Recurrences in standard operators, for graphs that run where linescan is not: ONNX.
+
+While `torch.onnx.export` traces a model, each recurrence is what it is here. Inputs are gathered into time order with
+the route table, a loop (`Scan` in ONNX) carries the states over pieces of time, and the outputs are gathered back. The
+graph has the size of one piece, whatever the length and the batch.
+
+A recurrence needs nothing for that: its definition, called on a few tokens at a time with the states between, is the
+body of the loop. Where more can be done for all tokens at once, or the recurrence reads them in both directions, it has
+a form of its own: `Recurrence.exported`.
+"""
+
+from typing import TYPE_CHECKING, Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._compat import scan
+from . import visits
+
+if TYPE_CHECKING:
+    from .recurrence import Recurrence
+
+__all__ = ["in_pieces", "loop", "read", "write"]
+
+STEPS = 4  # of a piece; measured in ONNX Runtime: the loop's own work counts little from there on
+
+
+def loop(
+    body: Callable,
+    states: Sequence[Tensor],
+    tokens: Sequence[Tensor],
+    others: Sequence[Tensor] = (),
+    size: int = STEPS,
+    reverse: bool = False,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Carries states over pieces of `size` tokens.
+
+    Args:
+        body: (states, tokens, others) -> (states, outputs), all lists of tensors, of one piece (B, K, size, ...). It
+            changes nothing in place. Tokens of zeros fill the last piece: the final states count where these leave them
+            alone.
+        states: before the first token, of the shapes that `body` returns.
+        tokens: (B, K, T, ...).
+        others: tensors that are the same for every piece.
+        reverse: from the last token to the first; `body` then gets its pieces in that order.
+
+    Returns:
+        The states after the last piece, and the outputs (B, K, T, ...).
+    """
+    length = tokens[0].shape[2]
+
+    def split(x: Tensor) -> Tensor:  # (B, K, T, ...) -> (pieces, B, K, size, ...)
+        x = x.flip(2) if reverse else x
+        if size > 1:
+            x = F.pad(x, (0, 0) * (x.ndim - 3) + (0, -length % size))
+        return x.unflatten(2, (-1, size)).movedim(2, 0)
+
+    def step(*given: Tensor) -> list[Tensor]:
+        carried, rest = given[: len(states)], given[len(states) :]
+        after, outputs = body(carried, rest[: len(tokens)], rest[len(tokens) :])
+        # What a loop carries must not be a view, and look like what it began with.
+        return [*(x.clone(memory_format=torch.contiguous_format) for x in after), *outputs]
+
+    begin = [x.clone(memory_format=torch.contiguous_format) for x in states]
+    results = scan(step, begin, [split(x) for x in tokens], tuple(others))
+    outputs = [y.movedim(0, 2).flatten(2, 3)[:, :, :length] for y in results[len(states) :]]
+    return list(results[: len(states)]), [y.flip(2) if reverse else y for y in outputs]
+
+
+def in_pieces(recurrence: "Recurrence", inputs: Sequence, size: int = STEPS) -> tuple:
+    """A definition in a loop, from inputs in time order to (output, final state).
+
+    Where the definition counts tokens, `size` is a multiple of the period that it counts in. What is left of the tokens after whole pieces is one more, shorter piece: only the definition itself may say what
+    padding would do to the states. Where their number is not known, a piece is one token.
+    """
+    layout, inputs = recurrence.layout, list(inputs)
+    token_at = [at for at in layout.token_positions if inputs[at] is not None]
+    state_at = layout.state_positions
+    other_at = [
+        at for at, x in enumerate(inputs) if isinstance(x, Tensor) and at not in token_at and at not in state_at
+    ]
+    length = inputs[token_at[0]].shape[2]
+    if not isinstance(length, int):
+        size = 1
+
+    def define(states: Sequence[Tensor], tokens: Sequence[Tensor], others: Sequence[Tensor]):
+        given = list(inputs)
+        for positions, values in ((state_at, states), (token_at, tokens), (other_at, others)):
+            for at, x in zip(positions, values):
+                given[at] = x
+        output, state = recurrence.definition(*given)
+        return list(state) if isinstance(state, tuple) else [state], [output]
+
+    states, tokens, others = ([inputs[at] for at in positions] for positions in (state_at, token_at, other_at))
+    rest = length % size if size > 1 else 0
+    outputs = []
+    if not isinstance(length, int) or length >= size:
+        whole = [x[:, :, : length - rest] for x in tokens] if rest else tokens
+        states, outputs = loop(define, states, whole, others, size)
+    if rest:
+        states, last = define(states, [x[:, :, length - rest :] for x in tokens], others)
+        outputs += last
+    return torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0], tuple(states) if len(states) > 1 else states[0]
+
+
+# -- routes -----------------------------------------------------------------------------------------------------------
+# As `visits.read` and `visits.write`, for tables that serve every sample: their indices do not depend on the batch, so
+# that a runtime makes them once, when it loads the graph.
+
+
+def _columns(table: Tensor, per_route: int, shared: bool) -> Tensor:
+    """Indices into tokens (B, K * per_route, ...) for a table (K, ...) of tokens of each route."""
+    if not shared:
+        table = table + per_route * torch.arange(table.shape[0], device=table.device)[:, None]
+    return table.flatten()
+
+
+def _place(mask: Tensor, x: Tensor) -> Tensor:
+    """(K, T) against x (B, K, T, ...)."""
+    return mask.reshape(1, *mask.shape, *[1] * (x.ndim - 3))
+
+
+def read(x: Tensor, route: Tensor | None) -> Tensor:
+    """Gathers tokens into time order: x (B, K or 1, L, ...), route (K, S) or (B, K, S) -> (B, K, S, ...)."""
+    if route is None or route.ndim == 3:
+        return visits.read(x, route)
+    table = route.long()
+    token = torch.where(table < 0, (-2 - table).clamp_min(0), table)
+    columns = _columns(token, x.shape[2], x.shape[1] == 1)
+    out = x.flatten(1, 2).index_select(1, columns).unflatten(1, table.shape)
+    return out.masked_fill(_place(table == -1, x), 0)
+
+
+def write(y: Tensor, route: Tensor | None, length: int, merge: bool) -> Tensor:
+    """Puts time-ordered outputs back: y (B, K, S, ...) -> (B, K, L, ...), or with `merge` their sum (B, L, ...)."""
+    if route is None or route.ndim == 3:
+        return visits.write(y, route, length, merge)
+    table = route.long()
+    routes, steps = table.shape
+    slots = torch.where(table < 0, length, table)  # one more slot takes what is dropped
+    times = torch.arange(steps, device=y.device).expand(routes, steps)
+    step = table.new_full((routes, length + 1), -1).scatter(1, slots, times)[:, :-1]
+    out = y.flatten(1, 2).index_select(1, _columns(step.clamp_min(0), steps, False)).unflatten(1, step.shape)
+    out = out.masked_fill(_place(step < 0, y), 0)
+    return out.sum(1) if merge else out
