@@ -6,11 +6,13 @@ does not have to download torch. Where they do not compile, the package is insta
 """
 
 import sys
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
+KERNELS = "linescan.scans.kernels._cpu"
 FOLDER = "linescan/scans/kernels/cpu"
 
 
@@ -31,13 +33,18 @@ class BuildKernels(build_ext):
             raise
 
 
-class PlatformWheel(bdist_wheel):
+class Wheel(bdist_wheel):
+    """For every Python of a platform; for every platform where it came out without the kernels."""
+
     def get_tag(self):
+        if not Path(self.bdist_dir, *KERNELS.split(".")).with_suffix(".so").exists():
+            self.root_is_pure = True
+            return "py3", "none", "any"
         return "py3", "none", super().get_tag()[2]
 
 
 kernels = Extension(
-    "linescan.scans.kernels._cpu",
+    KERNELS,
     sources=[f"{FOLDER}/{name}.cpp" for name in ("ops", "points", "avx512", "avx2", "baseline")],
     depends=[
         f"{FOLDER}/{name}.h"
@@ -62,5 +69,5 @@ kernels = Extension(
 setup(
     # The vectors are an extension of GCC and clang; with another compiler the torch form serves.
     ext_modules=[] if sys.platform == "win32" else [kernels],
-    cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": Wheel},
 )

@@ -6,7 +6,7 @@ show.py        list, info, doctor, routes
 predict.py     classify, segment, detect, prompt, restore, anomaly, change
 points.py      points classify, points segment
 explain.py     explain
-export.py      convert, embed
+export.py      convert, export, embed
 train.py       train, evaluate
 measure.py     benchmark, directions
 compare.py     compare

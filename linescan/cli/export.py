@@ -1,5 +1,6 @@
-"""Weights and features for other programs."""
+"""Weights, packages and features for other programs."""
 
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -42,6 +43,52 @@ def convert(
     network, card = restore(model, checkpoint, **model_args(model_arg))
     for path in write_folder(to, network, card, licence):
         say(str(path))
+
+
+class Format(str, Enum):
+    """Names of `linescan.engine.packages.FORMATS`."""
+
+    onnx = "onnx"
+    pt2 = "pt2"
+    trace = "torchscript-trace"
+
+
+@command(
+    "linescan export vim_tiny_patch16_224 --out vim.onnx",
+    "linescan export vmamba_tiny_s1l8 -c mine.pth --model-arg num_classes=10 --model-arg img_size=384 --out mine.onnx",
+    "linescan export -c runs/flowers/best.safetensors --format pt2 --out flowers.pt2",
+    "linescan classify vim.onnx cat.jpg",
+)
+def export(
+    name: Annotated[Optional[str], typer.Argument(metavar="[MODEL]", help="A name of `linescan list`, or of timm; not "
+                                                  "needed with a checkpoint that linescan has written.")] = None,
+    to: Annotated[Optional[Path], typer.Option("--out", "-o", help="The file. Default: MODEL and the suffix.")] = None,
+    format: Annotated[Format, typer.Option(help="onnx runs anywhere; pt2 (compiled for this processor) and "
+                                           "torchscript-trace run in torch.")] = Format.onnx,
+    checkpoint: Checkpoint = None,
+    precision: Precision = Floats.fp32,
+    model_arg: ModelArgs = None,
+):  # fmt: skip
+    """Write a classifier as one file for other runtimes, with its preprocessing and the names of its classes.
+
+    Batches may have any size; images have the size of the model (`--model-arg img_size=384` for another). What was
+    written is run once, and its answers are compared with the model's. `linescan classify FILE IMAGE` runs it.
+    """
+    from linescan.engine.cards import restore
+    from linescan.engine.packages import FORMATS, export_package
+    from linescan.media.preprocess import Preprocess
+    from linescan.tasks.classify import check_classifier
+
+    suffix = FORMATS[format.value]
+    if name is None and checkpoint is None:
+        raise InputError("name a model (`linescan list` shows them), or a checkpoint with --checkpoint")
+    to = to or Path(f"{name or checkpoint.stem}{suffix}")
+    network, card = restore(name, checkpoint, **model_args(model_arg))
+    check_classifier(network, card.model)
+    if not isinstance(card.preprocess, Preprocess):
+        raise InputError(f"{card.model} reads point clouds; models of images and videos can be exported")
+    error = export_package(network, card, to, format.value, precision.dtype)
+    say(f"{to}: {to.stat().st_size / 1e6:.1f} MB, its answers differ from the model's by at most {error:.0e}")
 
 
 @command(

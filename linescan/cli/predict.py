@@ -50,6 +50,7 @@ Overlays = Annotated[bool, typer.Option("--overlays/--no-overlays", help="Draw w
     "linescan classify runs/demo/images --checkpoint runs/demo/model.safetensors --topk 3",
     "linescan classify 'photos/**/*.jpg' --checkpoint model.safetensors --out labelled",
     "find . -name '*.png' | linescan classify - --checkpoint model.safetensors --json > labels.json",
+    "linescan classify vim.onnx cat.jpg",
     "linescan classify clip.mp4 --model videomamba_video_tiny_patch16_224.k400_f16 --views 4x3",
 )
 def classify(
@@ -73,13 +74,24 @@ def classify(
     batch: Batch = 32,
     model_arg: ModelArgs = None,
     strict: Strict = False,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Open a package that is a program (.pt2, .ts): it could do anything.")
+    ] = False,
     as_json: Json = False,
 ):
     """Name what images and videos show.
 
     A model of images reads videos frame by frame; a model of videos reads video files and folders of frames.
+    The first PATH may be a package of `linescan export` (.onnx, .pt2, .ts) in place of --model.
     A file that cannot be read is named and skipped; the exit status is then 1.
     """
+
+    if model is None and checkpoint is None and Path(paths[0]).suffix in (".onnx", ".pt2", ".ts"):
+        checkpoint, *paths = Path(paths[0]), *paths[1:]
+        if not paths:
+            raise InputError(
+                f"name the images that {checkpoint} is to classify: linescan classify {checkpoint} PATH..."
+            )
 
     def open_tool() -> tuple["Tool", "Writer"]:
         from linescan.media.video import Views
@@ -87,6 +99,7 @@ def classify(
 
         args = model_args(model_arg) | {"views": Views.parse(views) if views else None}
         args |= {"device": device, "dtype": precision.dtype, "batch": batch, "topk": topk, "strict": strict}
+        args |= {"trust": trust}
         return Classifier(model, checkpoint, **args), Labels()
 
     answer_files(open_tool, paths, to, to is not None, as_json, "classifying")

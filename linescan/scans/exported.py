@@ -71,8 +71,9 @@ def loop(
 def in_pieces(recurrence: "Recurrence", inputs: Sequence, size: int = STEPS) -> tuple:
     """A definition in a loop, from inputs in time order to (output, final state).
 
-    Where the definition counts tokens, `size` is a multiple of the period that it counts in. What is left of the tokens after whole pieces is one more, shorter piece: only the definition itself may say what
-    padding would do to the states. Where their number is not known, a piece is one token.
+    Where the definition counts tokens, `size` is a multiple of the period that it counts in. What is left of the tokens
+    after whole pieces is one more, shorter piece: only the definition itself may say what padding would do to the
+    states. Where their number is not known, a piece is one token.
     """
     layout, inputs = recurrence.layout, list(inputs)
     token_at = [at for at in layout.token_positions if inputs[at] is not None]

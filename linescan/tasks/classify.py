@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ..engine.cards import ModelCard, preprocess_of, restore
 from ..engine.image_sets import Digits, Folder, classes_of, open_data
+from ..engine.packages import Package, is_package, open_package
 from ..engine.samples import Samples, reader
 from ..engine.scores import Evaluator, Totals
 from ..errors import InputError
@@ -89,18 +90,19 @@ class Classifier(Tool):
 
     Args:
         model: a timm name. Not needed with a checkpoint that linescan has written: it knows its model and its classes.
-        checkpoint: a file of weights; without it, the published ones are fetched.
-        device: by default CUDA where there is one.
+        checkpoint: a file of weights, or a package of `linescan export`; without it, the published weights are fetched.
+        device: by default CUDA where there is one. Packages run on the CPU.
         dtype: torch.bfloat16 or torch.float16 for half precision.
         batch: images (of videos: frames) in one forward pass.
         topk: how many classes an answer has.
         views: of a video model: how many clips are taken from a video, and how many crops of each; the answer is their
             mean.
         strict: refuse videos that are cut short or damaged, instead of answering what can be read.
+        trust: open a package that is a program (`linescan.engine.packages.open_package`).
         args: of the model.
 
     Raises:
-        InputError, CheckpointError: see `linescan.engine.cards.restore`.
+        InputError, CheckpointError: see `linescan.engine.cards.restore`, and `open_package`.
     """
 
     def __init__(
@@ -114,9 +116,14 @@ class Classifier(Tool):
         topk: int = 5,
         views: tuple[int, int] | None = None,
         strict: bool = False,
+        trust: bool = False,
         **args,
     ):
-        network, card = restore(model, checkpoint, **args)
+        if is_package(checkpoint):
+            network, card = open_package(checkpoint, trust)
+            device = _fixed(model, device, dtype, args)
+        else:
+            network, card = restore(model, checkpoint, **args)
         check_classifier(network, card.model)
         frames = getattr(network, "num_frames", 0)
         if not isinstance(card.preprocess, Preprocess):
@@ -147,7 +154,10 @@ class Classifier(Tool):
         """What there is to know of this tool, by name."""
         size = " x ".join(map(str, self.card.preprocess.size))
         seen = f"{self.clips.frames} frames of {size}" if self.clips else size
-        return super().facts() | {"classes": f"{len(self.classes)} classes", "input": seen}
+        facts = super().facts()
+        if isinstance(self.module, Package):
+            del facts["parameters"]
+        return facts | {"classes": f"{len(self.classes)} classes", "input": seen}
 
     # -- images --------------------------------------------------------------------------------------------------------
 
@@ -244,6 +254,14 @@ class Classifier(Tool):
         for image in frames:
             image.thumbnail((LARGEST_DRAWING // 4, LARGEST_DRAWING // 4))
         return Image.fromarray(np.concatenate([np.asarray(image) for image in frames], 1))
+
+
+def _fixed(model: str | None, device: str | None, dtype: torch.dtype, args: dict) -> str:
+    """The device of a package. Raises InputError for anything that was decided when it was exported."""
+    given = {"model": model, "device": None if device == "cpu" else device, "precision": dtype != torch.float32, **args}
+    if changed := [name for name, value in given.items() if value]:
+        raise InputError(f"a package is used as it was exported, on the CPU: {', '.join(changed)} cannot be given")
+    return "cpu"
 
 
 def check_classifier(network: nn.Module, name: str) -> None:

@@ -2,6 +2,8 @@
 
 import shutil
 
+import numpy as np
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -70,3 +72,42 @@ def test_cuda_graphs_capture_a_forward():
             got = model(x)
         graph.replay()
         assert torch.allclose(got, want, atol=1e-4)
+
+
+# -- ONNX -------------------------------------------------------------------------------------------------------------
+
+# One block (a stage), an image that is not square, and what is small.
+FAMILIES = {
+    "vim_tiny_patch16_224": dict(depth=1, img_size=(32, 48), embed_dim=32),
+    "local_vim_tiny_middle_cls_token": dict(depth=1, img_size=(32, 48), embed_dim=32),
+    "vmamba_tiny_s1l8": dict(depths=(1, 1), dims=16),
+    "local_vssm_tiny": dict(depths=(1, 1), dims=16),
+    "vig_tiny": dict(depth=1, img_size=(32, 48)),
+    "vrwkv_tiny": dict(depth=1, img_size=(32, 48)),
+    "vrwkv6_tiny": dict(depth=1, img_size=(32, 48)),
+    "mambavision_tiny": dict(depths=(1, 1, 2, 1), dims=16),
+    "rsmamba_base": dict(depth=1, img_size=(32, 48), embed_dim=32),
+    "scan_tiny": dict(depth=1, img_size=(32, 48), embed_dim=32, mixer="ssd", routes=("row", "-row", "hilbert")),
+}
+
+
+def in_onnx_runtime(model, path, *shapes, batches=(1, 3), tolerance=1e-4):
+    """Exports with a dynamic batch, and holds the answers for other batches against the model's."""
+    inputs = tuple(torch.randn(2, *shape) for shape in shapes)
+    batch = tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs)
+    with torch.no_grad():  # else torch takes the batch of some models for fixed
+        torch.onnx.export(model, inputs, dynamo=True, dynamic_shapes=batch, verbose=False).save(path)
+    session = onnxruntime.InferenceSession(path)
+    for batch in batches:
+        inputs = [torch.randn(batch, *shape) for shape in shapes]
+        with torch.no_grad():
+            want = model(*inputs).numpy()
+        [got] = session.run(None, {i.name: x.numpy() for i, x in zip(session.get_inputs(), inputs)})
+        assert got.shape == want.shape and np.abs(got - want).max() <= tolerance * max(1, np.abs(want).max())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_onnx_runtime_gives_the_eager_result(name, tmp_path):
+    in_onnx_runtime(small(name, **FAMILIES[name]), tmp_path / "model.onnx", (3, 32, 48))

@@ -1,0 +1,110 @@
+"""linescan export and packages: another runtime gives the model's answers, and nothing from outside is trusted."""
+
+import json
+import shutil
+import zipfile
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+
+from linescan import Classifier
+from linescan.engine.cards import restore
+from linescan.engine.packages import export_package, open_package
+from linescan.errors import CheckpointError, InputError
+
+
+@pytest.fixture(scope="module")
+def packed(trained, tmp_path_factory):
+    """The digits' model, its card, and a package of ONNX."""
+    network, card = restore(None, trained / "model.safetensors")
+    path = tmp_path_factory.mktemp("packages") / "digits.onnx"
+    assert export_package(network, card, path, "onnx") < 1e-5
+    assert [file.name for file in path.parent.iterdir()] == [path.name], "nothing else is left"
+    return network, card, path
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "eight [x].png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 9), np.uint8)).save(path)
+    return path
+
+
+def test_a_package_classifies_as_its_model_does(linescan_here, trained, packed, image, tmp_path):
+    _, card, path = packed
+    want = Classifier(checkpoint=trained / "model.safetensors", device="cpu")(image)
+    status, out, _ = linescan_here("classify", path, image, "--json", "--topk", 10)
+    assert status == 0
+    [answer] = json.loads(out)
+    assert [guess["label"] for guess in answer["answer"]] == [guess.label for guess in want] or len(want) == 5
+    tool = Classifier(checkpoint=path)
+    torch.testing.assert_close(tool(image).probabilities, want.probabilities, rtol=1e-4, atol=1e-5)
+    assert tool.card == card and tool.classes == card.classes and "parameters" not in tool.facts()
+    for given in (dict(device="cuda"), dict(model="vim_tiny_patch16_224"), dict(dtype=torch.float16), dict(depth=3)):
+        with pytest.raises(InputError, match="as it was exported"):
+            Classifier(checkpoint=path, **given)
+    assert linescan_here("classify", path)[0] == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_export_is_a_command(linescan_here, trained, image, tmp_path):
+    out = tmp_path / "deep" / "digits.ts"
+    args = ("export", "-c", trained / "model.safetensors", "--format", "torchscript-trace", "--out", out)
+    status, _, said = linescan_here(*args)
+    assert status == 0 and "its answers differ" in said
+    status, _, said = linescan_here("classify", out, image)
+    assert status == 2 and "--trust" in said and len(said.splitlines()) == 1
+    assert linescan_here("classify", out, image, "--trust")[0] == 0
+    for wrong, says in (
+        (("export",), "name a model"),
+        ((*args[:-1], tmp_path / "digits.onnx"), "*.ts"),
+        ((*args, "--precision", "fp16"), "float16 as onnx"),
+    ):
+        status, _, said = linescan_here(*wrong)
+        assert status == 2 and says in said
+
+
+def test_float16_graphs_take_and_give_float32(packed, tmp_path):
+    network, card, _ = packed
+    error = export_package(network, card, tmp_path / "half.onnx", "onnx", torch.float16)
+    assert 0 < error < 2e-2
+    types = {tensor.data_type for tensor in onnx.load(tmp_path / "half.onnx").graph.initializer}
+    assert onnx.TensorProto.FLOAT16 in types
+
+
+def test_files_from_outside_are_refused_in_one_line(packed, tmp_path):
+    _, _, path = packed
+    (tmp_path / "broken.onnx").write_bytes(path.read_bytes()[:1000])
+    (tmp_path / "empty.onnx").write_bytes(b"")
+    plain = onnx.load(path)
+    del plain.metadata_props[:]
+    onnx.save(plain, tmp_path / "plain.onnx")
+    entry = plain.metadata_props.add()
+    entry.key, entry.value = "linescan", '{"model": "../../etc", "args": {}, "classes": [], "preprocess": {}}'
+    onnx.save(plain, tmp_path / "evil.onnx")
+    entry.value = "[" * 100_000
+    onnx.save(plain, tmp_path / "deep.onnx")
+    (tmp_path / "broken.pt2").write_bytes(b"PK not a zip")
+    with zipfile.ZipFile(tmp_path / "other.ts", "w") as archive:
+        archive.writestr("other/data.pkl", b"cos\nsystem\n(S'false'\ntR.")
+    files = "broken.onnx", "empty.onnx", "plain.onnx", "evil.onnx", "deep.onnx", "broken.pt2", "other.ts", "no.ts"
+    for name in files:
+        with pytest.raises(CheckpointError) as error:
+            open_package(tmp_path / name, trust=True)
+        assert name in str(error.value) and len(str(error.value).splitlines()) == 1, name
+    with pytest.raises(InputError, match="--trust"):
+        open_package(tmp_path / "other.ts")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor compiles C++")
+def test_a_compiled_package_classifies_as_its_model_does(packed, image, tmp_path):
+    network, card, path = packed
+    assert export_package(network, card, tmp_path / "digits.pt2", "pt2") < 1e-4
+    with pytest.raises(InputError, match="--trust"):
+        Classifier(checkpoint=tmp_path / "digits.pt2")
+    got = Classifier(checkpoint=tmp_path / "digits.pt2", trust=True)(image).probabilities
+    torch.testing.assert_close(got, Classifier(checkpoint=path)(image).probabilities, rtol=1e-4, atol=1e-5)
