@@ -6,11 +6,11 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+import tomllib
 
 import linescan
 from linescan.scans.kernels import cpu

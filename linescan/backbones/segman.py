@@ -128,7 +128,9 @@ class AttentionMixer(LocalMixer):
         if bias is not None:
             bias = resize_bias(bias, q.shape[2])[None].to(q.dtype)
         x = F.scaled_dot_product_attention(q, k, o, attn_mask=bias, scale=1.0)
-        return x.transpose(1, 2).flatten(2).unflatten(1, grid), None
+        # A copy, not a view: the strides that attention gives are not the same while a graph is exported.
+        x = x.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+        return x.flatten(2).unflatten(1, grid), None
 
 
 def resize_bias(bias: Tensor, tokens: int) -> Tensor:
