@@ -57,7 +57,7 @@ def _frames(card: ModelCard) -> int:
     entry = zoo.find(card.model) if zoo.is_model(card.model) else None
     if entry is None or len(entry.inputs[0]) != 4:
         return 0
-    return (entry.args | card.args).get("num_frames", entry.inputs[0][1])
+    return {**entry.args, **card.args}.get("num_frames", entry.inputs[0][1])
 
 
 def is_package(path: str | Path | None) -> bool:
