@@ -85,9 +85,9 @@ FAMILIES = {
     "vig_tiny": dict(depth=1, img_size=(32, 48)),
     "vrwkv_tiny": dict(depth=1, img_size=(32, 48)),
     "vrwkv6_tiny": dict(depth=1, img_size=(32, 48)),
-    "mambavision_tiny": dict(depths=(1, 1, 2, 1), dims=16),
+    "mambavision_tiny": dict(depths=(1, 1, 1, 1)),
     "rsmamba_base": dict(depth=1, img_size=(32, 48), embed_dim=32),
-    "scan_tiny": dict(depth=1, img_size=(32, 48), embed_dim=32, mixer="ssd", routes=("row", "-row", "hilbert")),
+    "scan_tiny": dict(depth=1, img_size=(32, 48), embed_dim=32),
 }
 
 
