@@ -60,7 +60,7 @@ class Format(str, Enum):
     "linescan classify vim.onnx cat.jpg",
 )
 def export(
-    name: Annotated[Optional[str], typer.Argument(metavar="[MODEL]", help="A name of `linescan list`, or of timm; not "
+    name: Annotated[Optional[str], typer.Argument(metavar="MODEL", help="A name of `linescan list`, or of timm; not "
                                                   "needed with a checkpoint that linescan has written.")] = None,
     to: Annotated[Optional[Path], typer.Option("--out", "-o", help="The file. Default: MODEL and the suffix.")] = None,
     format: Annotated[Format, typer.Option(help="onnx runs anywhere; pt2 (compiled for this processor) and "
