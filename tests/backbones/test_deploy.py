@@ -110,4 +110,5 @@ def in_onnx_runtime(model, path, *shapes, batches=(1, 3), tolerance=1e-4):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_onnx_runtime_gives_the_eager_result(name, tmp_path):
-    in_onnx_runtime(small(name, **FAMILIES[name]), tmp_path / "model.onnx", (3, 32, 48))
+    size = (64, 64) if name == "mambavision_tiny" else (32, 48)  # a grid of 2 would be taken for the batch
+    in_onnx_runtime(small(name, **FAMILIES[name]), tmp_path / "model.onnx", (3, *size))
