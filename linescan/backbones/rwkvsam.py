@@ -20,7 +20,7 @@ from ..checkpoint import fit_shapes, rename
 from ..errors import InputError
 from ..layers.blocks import Block, Stage, run
 from ..layers.linear import init_linear, linear
-from ..layers.rwkv import ChannelMix, KernelMix, QuadShift, RWKVBlock, SpatialMix, from_official, ramp
+from ..layers.rwkv import ChannelMix, KernelMix, Place, QuadShift, RWKVBlock, SpatialMix, from_official
 from ..layers.stems import ImageStem, MapConv2d, channels_first
 from .contract import DenseForm, HierarchicalBackbone, register
 
@@ -189,7 +189,7 @@ class RWKVSAM(HierarchicalBackbone):
 
         first, second, third = dims
         self.stages = nn.ModuleList([convolutions(first, first, depths[0]), convolutions(first, second, depths[1])])
-        places = [i / max(depths[2] - 1, 1) for i in range(depths[2])]
+        places = [Place(i, depths[2]) for i in range(depths[2])]
         blocks = [
             RWKVBlock(
                 third,
@@ -211,19 +211,8 @@ class RWKVSAM(HierarchicalBackbone):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """The published initialisation: RWKV's mixes by channel and block; all other layers have torch's own."""
+        """The published initialisation: all layers but the classifier have torch's own, and RWKV's mixes theirs."""
         init_linear(self.head)
-        blocks = self.stages[2].blocks
-        for i, block in enumerate(blocks):
-            left = 1 - i / len(blocks)
-            place = i / max(len(blocks) - 1, 1)
-            near, gates = ramp(self.dims[2], left), ramp(self.dims[2], 0.5 * left)
-            with torch.no_grad():
-                for blend, value in (
-                    (block.mixer.mix_k, near), (block.mixer.mix_v, near + 0.3 * place), (block.mixer.mix_r, gates),
-                    (block.mlp.mix_k, near), (block.mlp.mix_r, near),
-                ):  # fmt: skip
-                    blend.copy_(value)
 
     @classmethod
     def timm_sizes(cls, height: int, width: int, args: dict) -> dict:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..checkpoint import rename
 from ..errors import InputError, known
 from ..layers.linear import init_linear, trunc_normal_
-from ..layers.rwkv import HEAD_DIM, ChannelMix, QuadShift, RWKVBlock, SpatialMix, SpatialMix6, from_official
+from ..layers.rwkv import HEAD_DIM, ChannelMix, Place, QuadShift, RWKVBlock, SpatialMix, SpatialMix6, from_official
 from ..layers.stems import pad_to_multiple
 from .contract import DenseForm, PlainBackbone, check_images, register
 
@@ -86,7 +86,7 @@ class VisionRWKV(PlainBackbone):
         self.pos_drop = nn.Dropout(drop_rate)
         mixer = SpatialMix6 if version == 6 else SpatialMix
         shift = partial(QuadShift, embed_dim // HEAD_DIM if version == 6 else 1, shift_gamma, shift_pixels)
-        places = [i / max(depth - 1, 1) for i in range(depth)]
+        places = [Place(i, depth) for i in range(depth)]
         self.blocks = nn.ModuleList(
             RWKVBlock(
                 embed_dim,
@@ -95,7 +95,7 @@ class VisionRWKV(PlainBackbone):
                 post_norm=post_norm,
                 scale_layer=None if init_values is None else partial(LayerScale, init_values=init_values),
                 drop_path=rate,
-                pre_norm=place == 0,
+                pre_norm=place.index == 0,
             )
             for place, rate in zip(places, calculate_drop_path_rates(drop_path_rate, depth))
         )

@@ -1,6 +1,6 @@
 """The blocks of Vision-RWKV: shifts, spatial mixes of versions 4 and 6, channel mix (arXiv 2403.02308)."""
 
-from typing import Mapping
+from typing import Mapping, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +17,13 @@ from .linear import linear
 __all__ = [
     "ChannelMix",
     "KernelMix",
+    "Place",
     "QuadShift",
     "RWKVBlock",
     "SpatialMix",
     "SpatialMix6",
     "TokenShift",
     "from_official",
-    "ramp",
 ]
 
 HEAD_DIM = 64  # channels per head of VRWKV6
@@ -73,6 +73,28 @@ class TokenShift(nn.Module):
         return F.pad(x[:, :-1], (0, 0, 1, 0))
 
 
+class Place(NamedTuple):
+    """Where a block stands, of how many: what RWKV starts from depends on it.
+
+    Attributes:
+        index: its number.
+        total: how many blocks there are.
+    """
+
+    index: int
+    total: int
+
+    @property
+    def depth(self) -> float:
+        """0 for the first block, 1 for the last."""
+        return self.index / max(self.total - 1, 1)
+
+    @property
+    def left(self) -> float:
+        """1 for the first block, 1 / total for the last."""
+        return 1 - self.index / self.total
+
+
 def ramp(dim: int, power: float) -> Tensor:
     """(h / dim) ** power for channels h = 0..dim - 1."""
     return (torch.arange(dim, dtype=torch.float32) / dim) ** power
@@ -97,19 +119,19 @@ class SpatialMix(TokenMixer):
     Args:
         dim: channels.
         shift: the neighbours.
-        depth: place of the block from 0 to 1, for the initialisation.
+        place: of the block, for the initialisation.
         key_norm: LayerNorm of Bi-WKV's output.
     """
 
-    def __init__(self, dim: int, shift: QuadShift, depth: float, key_norm: bool = False):
+    def __init__(self, dim: int, shift: QuadShift, place: Place, key_norm: bool = False):
         super().__init__()
         self.shift = shift
         self.along = MultiRoute(bi_wkv, None)  # the weights fall with the distance on both sides: one route is enough
-        self.decay = nn.Parameter(-5 + 8 * decay_ramp(dim, depth)[None])  # (routes, dim), as the first below
+        self.decay = nn.Parameter(-5 + 8 * decay_ramp(dim, place.depth)[None])  # (routes, dim), as the first below
         self.first = nn.Parameter(torch.full((1, dim), 0.3).log() + 0.5 * ripple(dim))
-        self.mix_k = nn.Parameter(ramp(dim, 1 - depth)[None, None])
-        self.mix_v = nn.Parameter(self.mix_k.detach() + 0.3 * depth)
-        self.mix_r = nn.Parameter(ramp(dim, 0.5 * (1 - depth))[None, None])
+        self.mix_k = nn.Parameter(ramp(dim, place.left)[None, None])
+        self.mix_v = nn.Parameter(self.mix_k.detach() + 0.3 * place.depth)
+        self.mix_r = nn.Parameter(ramp(dim, 0.5 * place.left)[None, None])
         self.key = nn.Linear(dim, dim, bias=False)
         self.value = nn.Linear(dim, dim, bias=False)
         self.receptance = nn.Linear(dim, dim, bias=False)
@@ -146,7 +168,7 @@ class SpatialMix6(TokenMixer):
     Args:
         dim: channels, a multiple of `head_dim`.
         shift: the neighbours, a `QuadShift` or a `TokenShift`.
-        depth: place of the block from 0 to 1, for the initialisation.
+        place: of the block, for the initialisation.
         key_norm: LayerNorm of the states' readout, before the norm of the heads.
         mix_rank: rank of the blends' dependence on the token.
         decay_rank: rank of the decays' dependence.
@@ -157,7 +179,7 @@ class SpatialMix6(TokenMixer):
         self,
         dim: int,
         shift: nn.Module,
-        depth: float,
+        place: Place,
         key_norm: bool = False,
         mix_rank: int = 32,
         decay_rank: int = 64,
@@ -167,16 +189,17 @@ class SpatialMix6(TokenMixer):
         self.shift = shift
         self.along = MultiRoute(bi_wkv6, None)
         self.num_heads = dim // head_dim
-        near = 1 - ramp(dim, 1 - depth)
-        gates = 1 - ramp(dim, 0.5 * (1 - depth))
+        near = 1 - ramp(dim, place.left)
+        gates = 1 - ramp(dim, 0.5 * place.left)
         self.mix_x = nn.Parameter(near[None, None].clone())
-        self.mix = nn.Parameter(torch.stack([near, near, near - 0.3 * depth, gates, gates])[:, None])  # w, k, v, r, g
+        mixes = near, near, near - 0.3 * place.depth, gates, gates  # of w, k, v, r and g
+        self.mix = nn.Parameter(torch.stack(mixes)[:, None])
         self.mix_w1 = nn.Parameter(torch.empty(dim, 5 * mix_rank).uniform_(-1e-4, 1e-4))
         self.mix_w2 = nn.Parameter(torch.empty(5, mix_rank, dim).uniform_(-1e-4, 1e-4))
-        self.decay = nn.Parameter(-6 + 5 * decay_ramp(dim, depth)[None, None])
+        self.decay = nn.Parameter(-6 + 5 * decay_ramp(dim, place.depth)[None, None])
         self.decay_w1 = nn.Parameter(torch.empty(dim, decay_rank).uniform_(-1e-4, 1e-4))
         self.decay_w2 = nn.Parameter(torch.empty(decay_rank, dim).uniform_(-1e-4, 1e-4))
-        bonus = depth * (1 - torch.arange(dim) / max(dim - 1, 1)) + 0.1 * ripple(dim)
+        bonus = place.depth * (1 - torch.arange(dim) / max(dim - 1, 1)) + 0.1 * ripple(dim)
         self.bonus = nn.Parameter(bonus.unflatten(0, (self.num_heads, head_dim)))
         self.receptance = nn.Linear(dim, dim, bias=False)
         self.key = nn.Linear(dim, dim, bias=False)
@@ -217,17 +240,17 @@ class ChannelMix(nn.Module):
     Args:
         dim: channels.
         shift: the neighbours.
-        depth: place of the block from 0 to 1, for the initialisation.
+        place: of the block, for the initialisation.
         key_norm: LayerNorm of the hidden channels.
         ratio: hidden channels as a multiple of `dim`.
     """
 
-    def __init__(self, dim: int, shift: nn.Module, depth: float, key_norm: bool = False, ratio: int = 4):
+    def __init__(self, dim: int, shift: nn.Module, place: Place, key_norm: bool = False, ratio: int = 4):
         super().__init__()
         hidden = ratio * dim
         self.shift = shift
-        self.mix_k = nn.Parameter(ramp(dim, 1 - depth)[None, None])
-        self.mix_r = nn.Parameter(ramp(dim, 1 - depth)[None, None])
+        self.mix_k = nn.Parameter(ramp(dim, place.left)[None, None])
+        self.mix_r = nn.Parameter(ramp(dim, place.left)[None, None])
         self.key = nn.Linear(dim, hidden, bias=False)
         self.key_norm = nn.LayerNorm(hidden) if key_norm else nn.Identity()
         self.receptance = nn.Linear(dim, dim, bias=False)

@@ -9,7 +9,7 @@ import linescan
 from linescan.backbones.feature_maps import dense_backbone
 from linescan.backbones.vision_rwkv import VisionRWKV
 from linescan.layers.adapter import MSDeformableAttention, deformable_attention, reference_points
-from linescan.layers.rwkv import QuadShift, SpatialMix, SpatialMix6
+from linescan.layers.rwkv import Place, QuadShift, SpatialMix, SpatialMix6
 
 TINY = dict(img_size=64, embed_dim=32, depth=4, num_classes=5)
 ADAPTER = dict(type="adapter", num_heads=4, ratio=0.5, width=8)
@@ -52,7 +52,7 @@ def test_quad_shift_reads_the_four_neighbours(grid, heads, gamma, pixels, classe
 
 def test_spatial_mix_is_the_dense_sum_of_the_paper():
     grid, dim = (3, 4), 8
-    mix = seeded(SpatialMix, dim, QuadShift(), 0.5, key_norm=True).double()
+    mix = seeded(SpatialMix, dim, QuadShift(), Place(1, 3), key_norm=True).double()
     x = torch.randn(2, 12, dim, dtype=torch.float64)
     near = mix.shift(x, grid)
     k, v, r = (
@@ -68,7 +68,7 @@ def test_spatial_mix_is_the_dense_sum_of_the_paper():
 
 def test_spatial_mix_of_version_6_token_by_token():
     grid, dim = (2, 3), 128
-    mix = seeded(SpatialMix6, dim, QuadShift(2), 0.5).double()
+    mix = seeded(SpatialMix6, dim, QuadShift(2), Place(1, 3)).double()
     x = torch.randn(1, 6, dim, dtype=torch.float64)
     step = mix.shift(x, grid) - x
     low = torch.tanh((x + step * mix.mix_x) @ mix.mix_w1).split(32, -1)
@@ -231,19 +231,19 @@ def test_published_initialisation():
     torch.manual_seed(0)
     first, middle, last = timm.create_model("vrwkv_tiny", depth=3).blocks
     channel = torch.arange(192)
-    for block, depth in ((first, 0.0), (middle, 0.5), (last, 1.0)):
+    for block, depth, left in ((first, 0.0, 1.0), (middle, 0.5, 2 / 3), (last, 1.0, 1 / 3)):
         mix = block.mixer
         assert torch.allclose(mix.decay[0], -5 + 8 * (channel / 191) ** (0.7 + 1.3 * depth))
-        assert torch.allclose(mix.mix_k[0, 0], (channel / 192) ** (1 - depth))
+        assert torch.allclose(mix.mix_k[0, 0], (channel / 192) ** left)
         assert torch.allclose(mix.mix_v - mix.mix_k, torch.tensor(0.3 * depth))
-        assert torch.allclose(mix.mix_r[0, 0], (channel / 192) ** (0.5 - 0.5 * depth))
+        assert torch.allclose(mix.mix_r[0, 0], (channel / 192) ** (0.5 * left))
         assert torch.allclose(block.mlp.mix_r, mix.mix_k)
         want = torch.tensor([0.3, 0.3, 0.3]).log() + torch.tensor([0.0, 0.5, -0.5])
         assert torch.allclose(mix.first[0, :3], want)
         assert mix.key.weight.std().item() == pytest.approx(0.02, rel=0.05)
     middle = timm.create_model("vrwkv6_tiny", depth=3).blocks[1].mixer
-    assert torch.allclose(middle.mix[:3, 0, 48].flatten(), 0.5 - torch.tensor([0, 0, 0.15]))
-    assert torch.allclose(middle.mix[3:, 0, 48], torch.tensor(1 - 0.25**0.25))
+    assert torch.allclose(middle.mix[:3, 0, 48].flatten(), 1 - 0.25 ** (2 / 3) - torch.tensor([0, 0, 0.15]))
+    assert torch.allclose(middle.mix[3:, 0, 48], torch.tensor(1 - 0.25 ** (1 / 3)))
     assert middle.decay[0, 0, 0] == -6 and middle.decay[0, 0, -1] == -1
     assert torch.allclose(middle.bonus[0, :3], 0.5 * (1 - channel[:3] / 191) + torch.tensor([0, 0.1, -0.1]))
     assert 0.9e-4 < middle.decay_w1.abs().max() <= 1e-4

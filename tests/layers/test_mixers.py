@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from linescan.layers.gla import BiGLA
 from linescan.layers.mamba import MambaMixer
 from linescan.layers.mixers import MIXERS, Attention, Mixer
-from linescan.layers.rwkv import QuadShift, SpatialMix, SpatialMix6
+from linescan.layers.rwkv import Place, QuadShift, SpatialMix, SpatialMix6
 from linescan.layers.s6 import S6Scan
 from linescan.layers.ss2d import SS2D, CascadeSS2D, MapScan, SSDScan
 from linescan.scans import routes, selective_scan
@@ -95,7 +95,7 @@ def test_what_reads_all_tokens_at_once_has_no_state(name):
 
 @pytest.mark.parametrize("mix", [SpatialMix, SpatialMix6])
 def test_rwkv_reads_a_grid_and_has_no_state(mix):
-    mixer = shaken(mix(64, QuadShift(1), 0.5))
+    mixer = shaken(mix(64, QuadShift(1), Place(1, 3)))
     x = tokens(1, 12, 64)
     assert mixer(x, (3, 4)).shape == x.shape and not torch.allclose(mixer(x, (3, 4)), mixer(x, (4, 3)))
     with pytest.raises(ValueError, match="it has no state"):

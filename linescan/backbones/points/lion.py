@@ -11,7 +11,7 @@ is halved and empty voxels are added around the strongest ones, so that features
 """
 
 from functools import partial
-from typing import Callable, Mapping, NamedTuple, Sequence
+from typing import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from ...layers.mamba import MambaMixer, stack_routes
 from ...layers.mlp import GatedMlp, Mlp
 from ...layers.norm import RMSNorm
 from ...layers.pos_embed import rotate_pairs
-from ...layers.rwkv import ChannelMix, RWKVBlock, SpatialMix6, TokenShift, from_official
+from ...layers.rwkv import ChannelMix, Place, RWKVBlock, SpatialMix6, TokenShift, from_official
 from ...layers.sparse import Sites, SparseTensor, SubmanifoldConv, from_spconv, scatter, unique_cells
 from ...scans import causal_conv1d, mlstm, retention, ttt_linear
 from ...scans.routes import group_table, table, window_order
@@ -241,13 +241,6 @@ class TTTBlock(Block):
         return x + self.mlp(self.norm2(x))
 
 
-class Place(NamedTuple):
-    """Where an operator stands: its number, and how many there are; their ratio sets what RWKV starts from."""
-
-    index: int
-    total: int
-
-
 def mamba(dim: int, place: Place, drop_path: float, **args) -> nn.Module:
     """Mamba forwards and backwards (arXiv 2312.00752), normalised behind."""
     return Block(dim, GroupMamba(dim, "row, -row", **args), post_norm=True, drop_path=drop_path)
@@ -261,11 +254,10 @@ def retnet(dim: int, place: Place, drop_path: float, num_heads: int = 4) -> nn.M
 
 def rwkv(dim: int, place: Place, drop_path: float, num_heads: int = 4) -> nn.Module:
     """RWKV-6 (arXiv 2404.05892), its recurrence on both sides, its shifts from the token before."""
-    depth = place.index / (place.total - 1)
     return RWKVBlock(
         dim,
-        SpatialMix6(dim, TokenShift(), depth, head_dim=dim // num_heads),
-        ChannelMix(dim, TokenStep(), depth),
+        SpatialMix6(dim, TokenShift(), place, head_dim=dim // num_heads),
+        ChannelMix(dim, TokenStep(), place),
         scale_layer=partial(LayerScale, init_values=1e-5),
         drop_path=drop_path,
         pre_norm=place.index == 0,

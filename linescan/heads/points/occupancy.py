@@ -19,7 +19,7 @@ from ...checkpoint import rename
 from ...errors import InputError
 from ...layers.norm import at_least_float32
 from ...layers.points import Lengths
-from ...layers.rwkv import ChannelMix, KernelMix, QuadShift, RWKVBlock, SpatialMix, from_official
+from ...layers.rwkv import ChannelMix, KernelMix, Place, QuadShift, RWKVBlock, SpatialMix, from_official
 from ...layers.sparse import Sites, SparseTensor, SubmanifoldConv, from_spconv, scatter, unique_cells, voxelize
 from ...zoo import register
 
@@ -40,8 +40,8 @@ class MapRWKV(RWKVBlock):
     """
 
     def __init__(self, dim: int, kernel: bool):
-        mixer = (KernelMix if kernel else SpatialMix)(dim, QuadShift(), 0.0)
-        super().__init__(dim, mixer, ChannelMix(dim, QuadShift(), 0.0), pre_norm=True)
+        mixer = (KernelMix if kernel else SpatialMix)(dim, QuadShift(), Place(0, 1))
+        super().__init__(dim, mixer, ChannelMix(dim, QuadShift(), Place(0, 1)), pre_norm=True)
 
     def forward(self, x: Tensor) -> Tensor:
         grid = x.shape[-2:]
