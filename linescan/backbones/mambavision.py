@@ -108,7 +108,7 @@ def to_windows(x: Tensor, window: int) -> Tensor:
 def from_windows(x: Tensor, window: int, grid: tuple[int, int]) -> Tensor:
     """Undoes `to_windows`: (B * windows, window^2, C) -> (B, H, W, C), of the grid (H, W)."""
     rows, columns = (-(-side // window) for side in grid)
-    x = x.view(len(x) // (rows * columns), rows, columns, window, window, x.shape[-1]).transpose(2, 3)
+    x = x.unflatten(0, (-1, rows, columns)).unflatten(3, (window, window)).transpose(2, 3)
     return x.flatten(3, 4).flatten(1, 2)[:, : grid[0], : grid[1]]
 
 

@@ -75,9 +75,9 @@ def window_attention(
         # Four axes, (B * n, heads, N, d): what fast kernels and ONNX know.
         q_, k_, v_ = (x.flatten(1, 2)[:, tokens.clamp_min(0)].transpose(2, 3).flatten(0, 1) for x in (q, k, v))
         if mask is not None:
-            mask = mask.expand(len(q), *mask.shape).flatten(0, 1) if mask.ndim == 4 else mask[None]
+            mask = mask.expand(q.shape[0], *mask.shape).flatten(0, 1) if mask.ndim == 4 else mask[None]
         y = F.scaled_dot_product_attention(q_, k_, v_, attn_mask=mask)
-        return y.transpose(1, 2).unflatten(0, (len(q), -1)).flatten(1, 2)
+        return y.transpose(1, 2).unflatten(0, (q.shape[0], tokens.shape[0])).flatten(1, 2)
 
     outputs = [attend(parts[0], bias)]
     for tokens in parts[1:]:
