@@ -150,7 +150,8 @@ def _attend(q, k, v, window, bias, scale) -> Tensor:
         bias = q.new_zeros(1, 2 * window[0] - 1, 2 * window[1] - 1)
     bias = F.pad(bias.to(q.dtype), (0, 1, 0, 1), value=float("-inf"))
     rows, columns = (_Tiles.along(n, side, q.device) for n, side in zip((height, width), window))
-    weights = max(1, len(q)) * heads * rows.bias[0].numel() * columns.bias.numel()  # of one row of blocks
+    batch = 1 if torch.compiler.is_compiling() else len(q)  # a graph serves every batch
+    weights = max(1, batch) * heads * rows.bias[0].numel() * columns.bias.numel()  # of one row of blocks
     step = max(1, _BUDGET // weights)
     strips = [rows.part(slice(i, i + step)) for i in range(0, len(rows.query), step)]
     if len(strips) == 1:
