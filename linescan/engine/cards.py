@@ -460,8 +460,8 @@ def _from_card(card: ModelCard, path: str | Path, args: dict) -> tuple[nn.Module
         notice(f"{path}: quantised by {method} to {bits}; {arithmetic(model)}")
     load_state(model, state, path)
     classes = getattr(model, "num_classes", None)
-    told_apart = 2 if classes == 1 else classes  # by one output
-    if card.classes and classes is not None and told_apart != len(card.classes):
+    told_apart = (1, 2) if classes == 1 else (classes,)  # one output finds one class, or tells two apart
+    if card.classes and classes is not None and len(card.classes) not in told_apart:
         raise CheckpointError(f"{path}: its card names {len(card.classes)} classes, its model has {classes}")
     if args.get("img_size") is not None:
         size = (card.preprocess.channels, *_sides(args["img_size"]))

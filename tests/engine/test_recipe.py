@@ -16,7 +16,8 @@ from linescan.tasks.recipes import RECIPES, ClassificationRecipe, read_recipe
 
 from ..conftest import ENVIRONMENT
 
-NEEDED = {"distill": {"teacher": "vit_tiny_patch16_224"}}
+TEACHER = {"teacher": "vit_tiny_patch16_224"}
+NEEDED = {"distill": TEACHER, "distill-encoder": TEACHER}
 
 
 def make(task: str, **values) -> Recipe:

@@ -57,7 +57,7 @@ def test_one_missing_path_among_good_ones(tmp_path):
     ]
     with pytest.raises(InputError, match="no images are given"):
         find([], ["image"])
-    with pytest.raises(InputError, match="image, video, frames, cloud, not 'sound'"):
+    with pytest.raises(InputError, match="image, video, frames, cloud, volume, not 'sound'"):
         find(["x"], ["sound"])
 
 
