@@ -316,7 +316,7 @@ def test_fine_tuning_to_other_organs_and_the_python_side(btcv, tmp_path):
     assert torch.equal(task.model.encoder1.conv1.weight, before.encoder1.conv1.weight)
     assert task.model.out.out_channels == 4 and task.data.preprocess.window == 16
     batch = torch.utils.data.default_collate([task.data[0], task.data[1]])
-    # oneDNN's bfloat16 gradient of a convolution over 2x2x2 voxels reads memory that nothing was written to (torch 2.11).
+    # oneDNN (torch 2.11): the bfloat16 gradient of a convolution over 2x2x2 voxels reads memory that was never written.
     with torch.backends.mkldnn.flags(enabled=False), torch.autocast("cpu", torch.bfloat16):
         task(task.model, batch)["loss"].backward()
     assert all(p.grad.isfinite().all() for p in task.model.parameters())
