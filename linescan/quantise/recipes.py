@@ -1,11 +1,11 @@
 """What is quantised how: the methods, and the numbers of bits.
 
-mambaquant  MambaQuant, Xu et al., ICLR 2025, arXiv 2501.13484; github.com/MambaQuant/MambaQuant (no licence is given)
-quamba      Quamba, Chiang et al., ICLR 2025, arXiv 2410.13229; github.com/enyac-group/Quamba (UT Austin Research
-            Licence, not for commercial use). Of language models; here its algorithm for images, with two directions.
-dynamic     int8 linear layers with a scale for each token, without calibration; all else stays as it is.
-naive       the plain grids of MambaQuant's quantiser with one min-max scale for each tensor: what the others are
-            compared with.
+- mambaquant: MambaQuant, Xu et al., ICLR 2025, arXiv 2501.13484; github.com/MambaQuant/MambaQuant (without a licence).
+- quamba: Quamba, Chiang et al., ICLR 2025, arXiv 2410.13229; github.com/enyac-group/Quamba (UT Austin Research Licence,
+  not for commercial use). Of language models; here its algorithm for images, with two directions.
+- dynamic: int8 linear layers with a scale for each token, without calibration; all else stays as it is.
+- naive: the plain grids of MambaQuant's quantiser with one min-max scale for each tensor: what the others are compared
+  with.
 
 Written from the papers.
 """
