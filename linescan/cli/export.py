@@ -75,14 +75,14 @@ def export(
     written is run once, and its answers are compared with the model's. `linescan classify FILE IMAGE` runs it.
     """
     from linescan.engine.cards import restore
-    from linescan.engine.packages import FORMATS, export_package
+    from linescan.engine.packages import FORMATS, expect_suffix, export_package
     from linescan.media.preprocess import Preprocess
     from linescan.tasks.classify import check_classifier
 
-    suffix = FORMATS[format.value]
     if name is None and checkpoint is None:
         raise InputError("name a model (`linescan list` shows them), or a checkpoint with --checkpoint")
-    to = to or Path(f"{name or checkpoint.stem}{suffix}")
+    to = to or Path(f"{name or checkpoint.stem}{FORMATS[format.value]}")
+    expect_suffix(to, format.value)  # before weights are fetched
     network, card = restore(name, checkpoint, **model_args(model_arg))
     check_classifier(network, card.model)
     if not isinstance(card.preprocess, Preprocess):

@@ -62,7 +62,7 @@ def build(name: str, **args) -> nn.Module:
     """
     own = zoo.is_model(name.partition(".")[0])
     if not own and not timm.is_model(name):
-        near = get_close_matches(name, [*zoo.list_models(), *timm.list_models()], 3)
+        near = get_close_matches(name, {*zoo.list_models(), *timm.list_models()}, 3)
         raise InputError(
             f"unknown model {name!r}; " + (f"near it: {', '.join(near)}" if near else "`linescan list` shows all")
         )

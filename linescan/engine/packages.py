@@ -26,7 +26,7 @@ from ..extras import require
 from .atomic import atomic
 from .cards import ModelCard
 
-__all__ = ["FORMATS", "Package", "export_package", "is_package", "open_package"]
+__all__ = ["FORMATS", "Package", "expect_suffix", "export_package", "is_package", "open_package"]
 
 FORMATS = {"onnx": ".onnx", "pt2": ".pt2", "torchscript-trace": ".ts"}
 """The suffix of each format; a file is taken for what its suffix says."""
@@ -65,6 +65,14 @@ def is_package(path: str | Path | None) -> bool:
     return path is not None and Path(path).suffix.lower() in FORMATS.values()
 
 
+def expect_suffix(path: Path, format: str) -> str:
+    """The suffix of a format; raises InputError where the path has another."""
+    suffix = FORMATS[known("format", format, FORMATS)]
+    if path.suffix.lower() != suffix:
+        raise InputError(f"a package of the format {format} is a file *{suffix}, not {path.name}")
+    return suffix
+
+
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
@@ -100,9 +108,7 @@ def export_package(
             cannot be exported, or the package answers something else.
     """
     path = Path(path)
-    suffix = FORMATS[known("format", format, FORMATS)]
-    if path.suffix.lower() != suffix:
-        raise InputError(f"a package of the format {format} is a file *{suffix}, not {path.name}")
+    suffix = expect_suffix(path, format)
     if dtype not in TOLERANCE or dtype == torch.float16 and format != "onnx":
         raise InputError(f"packages are float32, or float16 as onnx, not {dtype} as {format}")
     size = card.preprocess.size

@@ -61,6 +61,7 @@ def test_export_is_a_command(linescan_here, trained, image, tmp_path):
     for wrong, says in (
         (("export",), "name a model"),
         ((*args[:-1], tmp_path / "digits.onnx"), "*.ts"),
+        (("export", "vim_tiny_patch16_224", "--out", tmp_path / "vim.ts"), "*.onnx"),  # before weights are fetched
         ((*args, "--precision", "fp16"), "float16 as onnx"),
     ):
         status, _, said = linescan_here(*wrong)
