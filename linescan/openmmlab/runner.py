@@ -1,6 +1,7 @@
 """Training from OpenMMLab configs, with MMEngine's Runner."""
 
 import os
+import time
 from pathlib import Path
 from typing import Sequence
 
@@ -76,6 +77,8 @@ def train_config(
 
     cfg.work_dir = str(work_dir or cfg.get("work_dir") or Path("runs") / Path(name).stem)
     cfg.resume = resume or cfg.get("resume", False)
+    if "visualizer" in cfg:  # MMEngine finds visualisers by name: a second run of a process would log into the first's
+        cfg.visualizer.name = f"{cfg.work_dir}-{time.monotonic_ns()}"
     if "LOCAL_RANK" in os.environ:
         cfg.launcher = "pytorch"
         _join_on_cpus(cfg)
