@@ -9,7 +9,7 @@ from PIL import Image
 
 from ..errors import visible
 
-__all__ = ["bars", "figure", "page", "shade", "table"]
+__all__ = ["bars", "figure", "figures", "page", "shade", "table"]
 
 _STYLE = """
   body { margin: 2em auto; max-width: 72em; padding: 0 1em; background: #fafaf8; color: #18181c;
@@ -72,6 +72,11 @@ def figure(image: Image.Image, caption: str, emphasis: str = "", side: int = 336
     bold = f" <b>{_text(emphasis)}</b>" if emphasis else ""
     said = f"<figcaption>{_text(caption)}{bold}</figcaption>"
     return f'<figure><img src="data:image/jpeg;base64,{data}" alt="">{said}</figure>'
+
+
+def figures(made: Iterable[str]) -> str:
+    """What `figure` made, side by side."""
+    return f'<div class="many">{"".join(made)}</div>'
 
 
 def bars(heights: Sequence[float | None], widths: Sequence[float], across: str, up: str) -> str:

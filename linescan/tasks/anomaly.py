@@ -23,11 +23,11 @@ from ..media.arrays import write_array
 from ..media.find import Source
 from ..media.heat import draw_heat
 from ..media.images import load_image
-from ..media.page import figure, page, table
+from ..media.page import figure, figures, page, table
 from ..media.preprocess import Preprocess
 from .base import Task, build_model
 from .recipes import AnomalyRecipe
-from .report import csv_bytes
+from .report import WORST, csv_bytes
 from .tool import Progress, Tool, Writer, expect_finite, silent
 
 __all__ = ["Anomaly", "AnomalyDetector", "AnomalyMaps", "AnomalyScores", "AnomalyTask", "threshold_of"]
@@ -136,11 +136,11 @@ class AnomalyScores(Evaluator):
         names = [name for name in self.names if name not in ("score", "threshold")]
         cells = [[category, *(f"{scores.get(name, np.nan):.4f}" for name in names)] for category, scores in
                  by_category.items()]  # fmt: skip
-        missed = [i for i in order[::-1] if label[i] and score[i] <= threshold][:MOST_SHOWN]
-        alarms = [i for i in order if not label[i]][:MOST_SHOWN]
+        missed = [i for i in order[::-1] if label[i] and score[i] <= threshold][:WORST]
+        alarms = [i for i in order if not label[i]][:WORST]
 
         def shown(chosen: list[int]) -> str:
-            return _many(
+            return figures(
                 figure(self.data.preview(int(index[i])), images[index[i]].path.name, f"{score[i]:.4f}") for i in chosen
             )
 
@@ -218,9 +218,6 @@ def _size_of(checkpoint: str | None) -> tuple[int, int] | None:
 
 
 # -- the user's side --------------------------------------------------------------------------------------------------
-
-MOST_SHOWN = 48
-"""Images on a page of the worst."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -363,7 +360,7 @@ class AnomalyMaps(Writer):
             write_array(file, answer.map[..., None], format="TIFF")
         said = str(source.path) if frame is None else f"{source.path}, frame {frame}"
         one = answer.score, -len(self.rows), replace(answer, map=answer.map.copy()), said
-        if len(self.worst) < MOST_SHOWN:
+        if len(self.worst) < WORST:
             heappush(self.worst, one)
         elif one > self.worst[0]:
             heapreplace(self.worst, one)
@@ -396,13 +393,13 @@ class AnomalyMaps(Writer):
             else f", {sum(row[2] for row in rows)} of them above the threshold {threshold:.4f}."
         )
         worst = sorted(self.worst, key=lambda one: one[:2], reverse=True)
-        figures = (
+        made = (
             figure(pair, Path(said).name, f"{score:.4f}")
             for score, _, answer, said in worst
             for pair in [_beside(answer.image, answer.drawn())]
         )
         shown = [
-            (f"The {len(worst)} highest scores", "Each image, and where it differs from normal ones.", _many(figures))
+            (f"The {len(worst)} highest scores", "Each image, and where it differs from normal ones.", figures(made))
         ]
         contents = {
             "scores.csv": csv_bytes(["image", "score", "anomalous"], rows),
@@ -416,7 +413,3 @@ def _beside(left: Image.Image, right: Image.Image) -> Image.Image:
     sheet.paste(left.resize(right.size), (0, 0))
     sheet.paste(right, (right.width + 4, 0))
     return sheet
-
-
-def _many(figures) -> str:
-    return f'<div class="many">{"".join(figures)}</div>'

@@ -26,12 +26,12 @@ from ..media.find import Source
 from ..media.images import ImageLike
 from ..media.labels import SECOND, class_names
 from ..media.large import PairedPixels, Pixels, blank, open_pixels, write_mask
-from ..media.page import figure, page, table
+from ..media.page import page, table
 from ..media.preprocess import Preprocess
 from ..zoo import fetch, find, is_model
 from .base import Task, build_model
 from .recipes import ChangeRecipe
-from .report import csv_bytes
+from .report import WORST, csv_bytes, previews
 from .segment import Segmenter, cross_entropy
 from .tool import Progress, Writer, silent
 from .windows import Size, WindowTool, reduced_for_drawing, thin
@@ -94,13 +94,10 @@ class ChangeScores(Evaluator):
         head = ["found \\ there", *self.classes]
         cells = [[name, *row] for name, row in zip(self.classes, pixels)]
         listed = [(self.data.names[index[i]], f"{iou[i]:.4f}") for i in order]
-        figures = (
-            figure(self.data.preview(index[i]), Path(self.data.names[index[i]]).name, f"{iou[i]:.4f}")
-            for i in order[:MOST_SHOWN]
-        )
+        worst = previews(self.data, ((index[i], iou[i]) for i in order[:WORST]))
         sections = [
             ("Pixels", "Rows are what was found, columns what is there; of both dates.", table(head, cells)),
-            ("Worst pairs", "By the IoU of what has changed.", f'<div class="many">{"".join(figures)}</div>'),
+            ("Worst pairs", "By the IoU of what has changed.", worst),
         ]
         contents = {
             "report.html": page(title, f"{len(index)} pairs. {self.describe(scores)}.", sections),
@@ -108,10 +105,6 @@ class ChangeScores(Evaluator):
             "pairs.csv": csv_bytes(["pair", "iou"], listed),
         }
         return {"classes": list(self.classes), "confusion": pixels}, write_all(folder, contents)
-
-
-MOST_SHOWN = 48
-"""Pairs on a page of the worst."""
 
 
 class ChangeTask(Task):

@@ -12,12 +12,12 @@ import numpy as np
 from PIL import Image
 
 from ..engine.atomic import write_all
-from ..media.page import bars, figure, page, shade, table
+from ..media.page import bars, figure, figures, page, shade, table
 
-__all__ = ["Report", "csv_bytes"]
+__all__ = ["WORST", "Report", "csv_bytes", "previews"]
 
 BINS = 15  # of the calibration, as in the paper
-WORST = 48  # mistakes that are shown
+WORST = 48  # samples that a page shows
 MATRIX = 60  # classes, up to which the page shows the whole confusion matrix
 PAIRS = 30  # pairs of classes that are confused most, and are listed
 
@@ -205,7 +205,7 @@ class Report:
         said = f"{len(self.worst)} samples are taken for another class" + (
             f"; the {len(shown)} surest of the mistakes:" if len(shown) < len(self.worst) else ", the surest first."
         )
-        figures = (
+        made = (
             figure(
                 image(i),
                 f"{Path(self.names[i]).name}: {self.classes[self.labels[i]]}, taken for",
@@ -213,7 +213,17 @@ class Report:
             )
             for i in shown.tolist()
         )
-        return "Worst mistakes", said, f'<div class="many">{"".join(figures)}</div>'
+        return "Worst mistakes", said, figures(made)
+
+
+def previews(data, worth: Iterable[tuple[int, float]]) -> str:
+    """Samples of a page, side by side, with their names and what they are worth.
+
+    Args:
+        data: has `preview(index)` and `names`.
+        worth: of each sample that is shown, its index and score.
+    """
+    return figures(figure(data.preview(i), Path(data.names[i]).name, f"{score:.4f}") for i, score in worth)
 
 
 def csv_bytes(head: Sequence[str], rows: Iterable[Sequence]) -> bytes:

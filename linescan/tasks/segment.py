@@ -21,12 +21,12 @@ from ..media.draw import draw_masks
 from ..media.find import Source
 from ..media.images import ImageLike
 from ..media.large import PairedPixels, Pixels, blank, open_pixels, write_mask
-from ..media.page import figure, page, table
+from ..media.page import page, table
 from .base import Task, build_model
 from .named import SegmentorInput, expect_segmentor, of_all_classes
 from .open import open_model
 from .recipes import SegmentationRecipe
-from .report import csv_bytes
+from .report import WORST, csv_bytes, previews
 from .tool import Progress, Writer, expect_finite, silent
 from .windows import Block, Size, WindowTool, bounded, enlarge, reduced_for_drawing, slide, thin
 
@@ -79,10 +79,6 @@ def _scores_of_classes(confusion: np.ndarray) -> dict[str, np.ndarray]:
             "sensitivity": right / (right + missed),
             "specificity": (total - right - missed - wrong) / (total - right - missed),
         }
-
-
-MOST_SHOWN = 48
-"""Images on a page of the worst."""
 
 
 class MaskScores(Evaluator):
@@ -151,12 +147,11 @@ class MaskScores(Evaluator):
         index, worth = totals["index"].numpy(), totals["worth"].numpy()
         order = np.argsort(worth, kind="stable")  # those without a score last
         listed = [(self.data.names[index[i]], f"{worth[i]:.4f}") for i in order]
-        shown = [i for i in order if np.isfinite(worth[i])][:MOST_SHOWN]
-        figures = (figure(self.data.preview(int(index[i])), Path(self.data.names[index[i]]).name, f"{worth[i]:.4f}")
-                   for i in shown)  # fmt: skip
+        shown = [i for i in order if np.isfinite(worth[i])][:WORST]
+        worst = previews(self.data, ((int(index[i]), worth[i]) for i in shown))
         sections = [
             ("Classes", "Over the pixels of all images.", table(head, cells)),
-            ("Images with the lowest IoU", "With their true masks.", f'<div class="many">{"".join(figures)}</div>'),
+            ("Images with the lowest IoU", "With their true masks.", worst),
         ]
         contents = {
             "report.html": page(title, f"{len(order)} images. {self.describe(scores)}.", sections),

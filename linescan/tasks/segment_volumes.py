@@ -18,12 +18,12 @@ from ..engine.scores import Evaluator, Totals
 from ..errors import InputError
 from ..media.draw import default_palette, draw_masks
 from ..media.find import Source
-from ..media.page import figure, page, table
+from ..media.page import page, table
 from ..media.volumes import Volume, VolumePreprocess, read_volume, write_labels
 from ..zoo import Entry, find, is_model
 from .base import Task, build_model
 from .recipes import VolumeSegmentationRecipe
-from .report import csv_bytes
+from .report import csv_bytes, previews
 from .segment import cross_entropy, dice_loss
 from .tool import Progress, Tool, Writer, expect_finite, silent
 from .windows import positions
@@ -133,11 +133,10 @@ class OrganDice(Evaluator):
         rows = [[Path(self.data.names[index[i]]).name, *(f"{v:.4f}" for v in (means[i], *dice[i]))] for i in order]
         scores = self.scores(totals)
         rows.append(["mean", *(f"{scores[name]:.4f}" for name in self.names)])
-        shown = (figure(self.data.preview(int(index[i])), Path(self.data.names[index[i]]).name, f"{means[i]:.4f}")
-                 for i in order[:12])  # fmt: skip
+        worst = previews(self.data, ((int(index[i]), means[i]) for i in order[:12]))
         sections = [
             ("Volumes", "Dice of each organ; nan where a volume has none of it.", table(head, rows)),
-            ("Volumes with the lowest Dice", "With their true labels.", f'<div class="many">{"".join(shown)}</div>'),
+            ("Volumes with the lowest Dice", "With their true labels.", worst),
         ]
         contents = {
             "report.html": page(title, f"{len(order)} volumes. {self.describe(scores)}.", sections),

@@ -346,7 +346,7 @@ def test_whole_images_are_resized_and_normalised_as_by_torchvision():
 
 
 def test_the_page_holds_the_highest_scores(tmp_path, monkeypatch):
-    monkeypatch.setattr("linescan.tasks.anomaly.MOST_SHOWN", 3)
+    monkeypatch.setattr("linescan.tasks.anomaly.WORST", 3)
     writer, scores = AnomalyMaps(tmp_path), [0.3, 0.9, 0.1, 0.5, 0.7, 0.2]
     for i, score in enumerate(scores):
         map = np.zeros((4, 6), np.float32)
