@@ -84,7 +84,10 @@ def shrink(cfg):
             if "num_shared_convs" in head:
                 head.num_shared_convs, head.conv_out_channels = 1, 32
         model.roi_head.mask_head.num_convs = 1
-        model.test_cfg.rpn.max_per_img = 10
+        model.train_cfg.rpn_proposal.max_per_img = model.test_cfg.rpn.max_per_img = 10
+        rcnn = model.train_cfg.rcnn
+        for stage in rcnn if isinstance(rcnn, list) else [rcnn]:
+            stage.sampler.num = 8
     return cfg
 
 
