@@ -13,7 +13,6 @@ import sys
 import time
 from pathlib import Path
 from typing import Callable
-from unittest import mock
 
 import numpy as np
 import torch
@@ -33,7 +32,7 @@ FORKS.set_forkserver_preload(
 
 def _begin(folder: Path, log: Path, environment: dict[str, str], target: Callable, args: tuple) -> None:
     os.chdir(folder)
-    os.environ.update(environment)
+    os.environ.update(ENVIRONMENT | environment)
     multiprocessing.set_start_method(METHOD, force=True)  # of its own workers
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream, suffix in ((sys.stdout, ".out"), (sys.stderr, ".err")):
@@ -55,8 +54,7 @@ class Forked:
     def __init__(self, folder: Path, target: Callable, *args, **environment: str):
         self.log = folder / f".log{time.monotonic_ns()}"
         self.process = FORKS.Process(target=_begin, args=(folder, self.log, environment, target, args))
-        with mock.patch.dict(os.environ, ENVIRONMENT):  # the process that all are forked from begins with the first
-            self.process.start()
+        self.process.start()
 
     def end(self, timeout: float = 600) -> subprocess.CompletedProcess:
         """Waits for its end, and kills it where that takes longer."""

@@ -1,6 +1,5 @@
 """Trainings of a demo, each in a process and on a core of its own."""
 
-import multiprocessing
 import os
 import sys
 import time
@@ -10,6 +9,7 @@ from typing import Mapping
 import torch
 
 from ..engine.metrics import read_metrics
+from ..engine.processes import beginner
 from ..engine.progress import progress_bar, say
 from ..engine.recipe import Recipe
 from ..engine.training import train
@@ -27,7 +27,7 @@ def train_all(trainings: Mapping[Path, Recipe], together: int = 2) -> None:
     Raises:
         RuntimeError: a training failed; its log is named.
     """
-    spawn, waiting, running = multiprocessing.get_context("spawn"), dict(trainings), {}
+    context, waiting, running = beginner(), dict(trainings), {}
     logs = ", ".join(str(out / "training.log") for out in trainings)
     say(f"{len(trainings)} trainings, {together} at a time; their logs: {logs}")
     for out in trainings:
@@ -40,7 +40,7 @@ def train_all(trainings: Mapping[Path, Recipe], together: int = 2) -> None:
             while waiting or running:
                 while waiting and len(running) < together:
                     out = next(iter(waiting))
-                    running[out] = spawn.Process(target=_train, args=(waiting.pop(out), out), daemon=True)
+                    running[out] = context.Process(target=_train, args=(waiting.pop(out), out), daemon=True)
                     running[out].start()
                 time.sleep(0.2)
                 for out, process in list(running.items()):

@@ -1,8 +1,10 @@
-"""One process or many: the few things that differ when `torchrun` starts several."""
+"""One process or many: the few things that differ when `torchrun` starts several, and how runs of their own begin."""
 
+import multiprocessing
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.context import BaseContext
 from typing import Iterator
 
 import torch
@@ -10,7 +12,7 @@ import torch.distributed as dist
 
 from ..errors import InputError
 
-__all__ = ["Processes", "processes", "pick_device"]
+__all__ = ["Processes", "beginner", "pick_device", "processes"]
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -87,3 +89,16 @@ def processes(device: str | None = None) -> Iterator[Processes]:
         yield Processes(dist.get_rank(), count, where)
     finally:
         dist.destroy_process_group()
+
+
+def beginner() -> BaseContext:
+    """The context of `multiprocessing` for runs in processes of their own.
+
+    They are forked from a process that has imported linescan and has done nothing else, where the system can do so:
+    the imports take seconds, a fork takes none. CUDA does not outlive a fork: beside a GPU each process imports anew.
+    """
+    if torch.cuda.is_available() or "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["linescan", "linescan.engine.training"])
+    return context

@@ -176,9 +176,11 @@ def train_all(
     Returns:
         An outcome for each variant, and one score, for its name and direction; None where no run came to an end.
     """
+    from ..engine.processes import beginner
+
     outcomes = [Outcome(variant) for variant in made]
     before, os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS"), "1"
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin)
+    pool = ProcessPoolExecutor(jobs, beginner(), _begin)
     kind = None
     try:
         runs: dict[Future[Score], tuple[Outcome, int]] = {}
