@@ -1,5 +1,6 @@
 """What several test folders share: the `linescan` command as a user runs it, and small sets of images."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -20,6 +21,12 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 def pytest_collection_modifyitems(items) -> None:
     """Slow tests first: workers take one test at a time (Makefile), so the quick ones fill up the end evenly."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish() -> None:
+    """Tests and what they import stay to the end: a garbage collection need not look through them each time."""
+    gc.collect()
+    gc.freeze()
 
 
 # One thread: sums in the same order everywhere, and tests that share the cores fairly.

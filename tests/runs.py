@@ -6,6 +6,7 @@ The processes are forked from one that has imported linescan: torch and timm tak
 import multiprocessing
 import os
 import random
+import runpy
 import signal
 import socket
 import subprocess
@@ -46,6 +47,13 @@ def be_linescan(*args: str) -> None:
 
     sys.argv = ["linescan", *args]
     cli.main()
+
+
+def be_script(path: Path, *args: str) -> None:
+    """All that `python PATH ARGS` does, in this process."""
+    sys.argv = [str(path), *args]
+    sys.path.insert(0, str(Path(path).parent))
+    runpy.run_path(str(path), run_name="__main__")
 
 
 class Forked:

@@ -1,13 +1,11 @@
-"""A minute of tools/fuzz.py: files damaged by chance, and hostile ones, are answered or refused in one line."""
+"""Seconds of tools/fuzz.py: files damaged by chance, and hostile ones, are answered or refused in one line."""
 
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from .conftest import ENVIRONMENT
+from .runs import Forked, be_script
 
 SCRIPT = Path(__file__).parents[1] / "tools" / "fuzz.py"
 
@@ -15,8 +13,7 @@ SCRIPT = Path(__file__).parents[1] / "tools" / "fuzz.py"
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["checkpoints", "cards", "images", "videos"])
 def test_damaged_files_end_in_one_line(kind, tmp_path):
-    command = [sys.executable, SCRIPT, kind, "--count", "1000", "--seconds", "6"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT, timeout=300)
+    done = Forked(tmp_path, be_script, SCRIPT, kind, "--count", "1000", "--seconds", "4").end(300)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert " refused, " in done.stdout and " used" in done.stdout
 
