@@ -39,17 +39,6 @@ def test_exported_graphs_hold_one_operator_a_scan(name):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor compiles C++")
-def test_a_package_made_ahead_of_time_gives_the_eager_result(tmp_path):
-    model, x = small("vim_tiny_patch16_224", depth=1, img_size=64), torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        program = torch.export.export(model, (x,))
-        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "vim.pt2"))
-        packaged = torch._inductor.aoti_load_package(path)
-        assert torch.allclose(packaged(x), model(x), atol=1e-5)
-
-
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor compiles C++")
 def test_inductor_trains_like_eager():
     model, x = small("vim_tiny_patch16_224", depth=1, img_size=64), torch.randn(2, 3, 64, 64)
@@ -81,7 +70,7 @@ FAMILIES = {
     "vim_tiny_patch16_224": dict(depth=1, img_size=(32, 48), embed_dim=32),
     "local_vim_tiny_middle_cls_token": dict(depth=1, img_size=(32, 48), embed_dim=32),
     "vmamba_tiny_s1l8": dict(depths=(1, 1), dims=16),
-    "local_vssm_tiny": dict(depths=(1, 1), dims=16),
+    "local_vssm_tiny": dict(depths=(1,), dims=16),
     "vig_tiny": dict(depth=1, img_size=(32, 48)),
     "vrwkv_tiny": dict(depth=1, img_size=(32, 48)),
     "vrwkv6_tiny": dict(depth=1, img_size=(32, 48)),
