@@ -18,6 +18,7 @@ from .triton_tools import INTERPRETING, compiled, in_interpreter, interpret, out
 
 pytest.importorskip("triton")
 KERNELS = "linescan.scans.kernels.triton"
+HERE = Path(__file__).parent
 
 
 # -- numbers ----------------------------------------------------------------------------------------------------------
@@ -209,9 +210,9 @@ def test_conv_in_half_precision(module, dtype):
 
 @outside_interpreter
 @pytest.mark.slow
-@pytest.mark.parametrize("op", ["scan", "conv"])
-def test_in_the_interpreter(op):
-    interpret(__file__, "-k", f"test_{op}")
+@pytest.mark.parametrize("files", ["test_triton.py", "test_triton_*.py"])
+def test_in_the_interpreter(files):
+    interpret(*sorted(HERE.glob(files)))
 
 
 # -- what surrounds the kernels ---------------------------------------------------------------------------------------
@@ -297,7 +298,7 @@ def test_compiles(function):
 
 # -- tools/gpu_check.py -----------------------------------------------------------------------------------------------
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "gpu_check.py"
+TOOL = HERE.parents[1] / "tools" / "gpu_check.py"
 
 
 @outside_interpreter

@@ -7,13 +7,7 @@ import torch
 
 from linescan.layers.points import _farthest_loop
 
-from .triton_tools import compiled, in_interpreter, interpret, outside_interpreter
-
-
-@outside_interpreter
-@pytest.mark.slow
-def test_in_the_interpreter():
-    interpret(__file__)
+from .triton_tools import compiled, in_interpreter, outside_interpreter
 
 
 def call(batch, length, count, dtype, limit=float("inf"), step=0.0):

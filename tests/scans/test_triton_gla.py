@@ -14,7 +14,7 @@ from linescan.scans import gla, simple_gla, ssd, wkv6
 from linescan.scans.recurrence import backend
 
 from .tools import table
-from .triton_tools import CALLS, compiled, in_interpreter, interpret, outside_interpreter
+from .triton_tools import CALLS, compiled, in_interpreter, outside_interpreter
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
@@ -94,12 +94,6 @@ def compare(op, inputs, route=None, merge=None, dtype=torch.float32, final=True)
         assert got[key].shape == exact.shape
         gap = ((got[key].double() - exact).abs().max() / exact.abs().max().clamp_min(1e-3)).item()
         assert gap <= (1e-5 if key == "state" else TOLERANCE[dtype]), f"{key} differs by {gap:.1e}"
-
-
-@outside_interpreter
-@pytest.mark.slow
-def test_in_the_interpreter():
-    interpret(__file__)
 
 
 @in_interpreter

@@ -10,15 +10,9 @@ from linescan.scans import bi_wkv
 from linescan.scans.recurrence import backend
 
 from .tools import noise, table
-from .triton_tools import CALLS, compiled, in_interpreter, interpret, outside_interpreter
+from .triton_tools import CALLS, compiled, in_interpreter, outside_interpreter
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-
-
-@outside_interpreter
-@pytest.mark.slow
-def test_in_the_interpreter():
-    interpret(__file__)
 
 
 def make(B, Kt, K, L, D):

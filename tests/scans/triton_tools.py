@@ -6,9 +6,7 @@ happen in a process of their own. A test file says
     @in_interpreter
     def test_something(): ...       # runs where TRITON_INTERPRET=1, and is not there otherwise
 
-    @outside_interpreter
-    def test_in_the_interpreter():
-        interpret(__file__)         # this very file
+and is found by test_triton.py's test_in_the_interpreter, which has all such files run. What is compiled says
 
     def launches(): ...             # calls operators with CPU tensors of real sizes
 
@@ -65,9 +63,9 @@ def outside_interpreter(test):
     return None if INTERPRETING else test
 
 
-def interpret(file: str, *options: str) -> None:
-    """Runs the tests of a file that are for the interpreter, with options of pytest."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", file, *options]
+def interpret(*files: Path) -> None:
+    """Runs the tests of some files that are for the interpreter."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *map(str, files)]
     environment = _environment(TRITON_INTERPRET="1")
     done = subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:]
