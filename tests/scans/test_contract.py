@@ -344,6 +344,9 @@ def test_padding_alone_takes_steps(case, name):
 # -- graphs -----------------------------------------------------------------------------------------------------------
 
 
+OPCHECKS = ("test_aot_dispatch_dynamic", "test_autograd_registration", "test_faketensor", "test_schema")
+
+
 @operators
 def test_opcheck(case):
     """Schema, fake form, autograd registration and compilation with symbolic sizes."""
@@ -359,7 +362,8 @@ def test_opcheck(case):
         with Record():
             case(case.make(length=5), route, merge)
         args = [x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in seen[-1]]
-        torch.library.opcheck(operator, args)
+        skipped = {"test_aot_dispatch_dynamic"} if route is None else set()  # which takes long
+        torch.library.opcheck(operator, args, test_utils=sorted(set(OPCHECKS) - skipped))
 
 
 @every
@@ -412,7 +416,7 @@ def test_a_graph_traced_at_one_size_fails_at_another(case, how, name):
     module = Wrapped(case, list(inputs), table("permutation", 2, 2, 4))
     tensors = tuple(inputs.values())
     with backend(name):
-        traced = torch.jit.trace(module, tensors) if how == "jit" else make_fx(module)(*tensors)
+        traced = torch.jit.trace(module, tensors, check_trace=False) if how == "jit" else make_fx(module)(*tensors)
     torch.testing.assert_close(list(traced(*tensors)), list(module(*tensors)))
     with pytest.raises((RuntimeError, ValueError)):
         traced(*case.make(length=5, without=case.states).values())
