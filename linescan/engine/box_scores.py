@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..layers.boxes import Boxes, corners, iou_3d
-from .scene_sets import SceneSamples, project
+from ..layers.boxes import Boxes, corners, iou_3d, points_in_boxes
+from .scene_sets import ATTRIBUTES, SceneSamples, project
 from .scores import Evaluator, Totals
 
-__all__ = ["BoxScores", "Found", "average_precision", "kitti_precision", "nuscenes_scores"]
+__all__ = ["BoxScores", "Found", "Objects", "average_precision", "kitti_precision", "nuscenes_scores"]
 
 RECALLS = 40  # positions of recall at which KITTI reads precision
 LEVELS = ("easy", "moderate", "hard")
@@ -102,11 +102,41 @@ REACH = {
     "car": 50, "truck": 50, "bus": 50, "trailer": 50, "construction_vehicle": 50, "pedestrian": 40, "motorcycle": 40,
     "bicycle": 40, "traffic_cone": 30, "barrier": 30,
 }  # fmt: skip
-"""How far from the car boxes of a class count, in metres."""
+"""How far from the middle of the car boxes of a class count, in metres."""
 
 DISTANCES = (0.5, 1.0, 2.0, 4.0)
-WITHOUT = {"traffic_cone": ("orient", "vel"), "barrier": ("vel",)}
+ERRORS = ("trans", "scale", "orient", "vel", "attr")
+WITHOUT = {"traffic_cone": ("orient", "vel", "attr"), "barrier": ("vel", "attr")}
 """Errors that a class does not have."""
+
+MOVING = 0.2  # m/s
+ATTRIBUTES_OF = {
+    **dict.fromkeys(("car", "construction_vehicle", "trailer", "truck"), ("vehicle.parked", "vehicle.moving")),
+    **dict.fromkeys(("bicycle", "motorcycle"), ("cycle.without_rider", "cycle.with_rider")),
+    "bus": ("vehicle.stopped", "vehicle.moving"),
+    "pedestrian": ("pedestrian.standing", "pedestrian.moving"),
+}
+"""The attribute that a box of a class most likely has, where it stands and where it moves (as OpenPCDet tells it)."""
+
+
+class Objects(NamedTuple):
+    """Boxes in one scan, as nuScenes compares them.
+
+    Attributes:
+        boxes: (N, 9); velocities of NaN are not known.
+        labels: (N,) classes.
+        attributes: (N,) numbers of `linescan.engine.scene_sets.ATTRIBUTES`, -1 for none.
+        scores: (N,), of boxes that were found.
+    """
+
+    boxes: np.ndarray
+    labels: np.ndarray
+    attributes: np.ndarray
+    scores: np.ndarray
+
+    def only(self, rows: np.ndarray) -> "Objects":
+        """Some of them, by an index or a mask."""
+        return Objects(*(x[rows] for x in self))
 
 
 def average_precision(hits: np.ndarray, total: int) -> tuple[float, np.ndarray]:
@@ -127,88 +157,91 @@ def average_precision(hits: np.ndarray, total: int) -> tuple[float, np.ndarray]:
 
 
 def nuscenes_scores(
-    found: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
-    truth: Sequence[tuple[np.ndarray, np.ndarray]],
+    found: Sequence[Objects],
+    truth: Sequence[Objects],
     classes: Sequence[str],
+    distances: Sequence[float] = DISTANCES,
 ) -> dict[str, float]:
-    """mAP and NDS of nuScenes' detection task, in per cent, and the mean errors of right boxes.
+    """mAP and NDS of nuScenes' detection task, in per cent, and the mean errors of right boxes, as its devkit has them.
 
-    Attributes are not told, so that their error is 1, which the NDS includes.
+    A class of which there is nothing counts as one that is never found.
 
     Args:
-        found: for each scan boxes (D, 9), scores and classes.
-        truth: for each scan boxes (G, 9) and classes.
+        found: of each scan; of several boxes with one score the last one comes first.
+        truth: of each scan.
         classes: their names.
+        distances: up to which a box is right, in metres: AP is the mean over them, errors are those of 2 m.
     """
-    precisions, errors = [], {name: [] for name in ("trans", "scale", "orient", "vel")}
+    precisions, errors = [], {name: [] for name in ERRORS}
     for c, name in enumerate(classes):
-        reach = REACH.get(name, 50)
-        own = [(b[near], s[near]) for b, s, k in found for near in [_within(b, reach) & (k == c)]]
-        there = [b[_within(b, reach) & (k == c)] for b, k in truth]
-        total = sum(map(len, there))
-        if not total:
-            continue
-        scan = np.concatenate([np.full(len(s), i) for i, (_, s) in enumerate(own)])
-        boxes, scores = (np.concatenate(parts) for parts in zip(*own))
-        order = np.argsort(-scores, kind="stable")
-        for distance in DISTANCES:
-            hits, pairs = _match(boxes[order], scan[order], there, distance)
-            ap, _ = average_precision(hits, total)
-            precisions.append(ap)
-            if distance == 2.0:
-                means = _errors(pairs, hits, total, half_turn=name == "barrier")
-                for error, value in means.items():
-                    if error not in WITHOUT.get(name, ()):
-                        errors[error].append(value)
+        own, there = ([scan.only(scan.labels == c) for scan in side] for side in (found, truth))
+        total = sum(len(scan.labels) for scan in there)
+        scan = np.concatenate([np.full(len(s.labels), i) for i, s in enumerate(own)])
+        boxes = Objects(*(np.concatenate(parts) for parts in zip(*own)))
+        order = np.argsort(boxes.scores, kind="stable")[::-1]
+        boxes, scan = boxes.only(order), scan[order]
+        for distance in distances:
+            hits, _ = _match(boxes.boxes, scan, there, distance)
+            precisions.append(average_precision(hits, total)[0])
+        hits, pairs = _match(boxes.boxes, scan, there, 2.0)
+        means = _errors(boxes, hits, pairs, total, half_turn=name == "barrier")
+        for error in set(ERRORS) - set(WITHOUT.get(name, ())):
+            errors[error].append(means[error])
     means = {name: float(np.mean(values)) if values else 1.0 for name, values in errors.items()}
     mean_ap = float(np.mean(precisions)) if precisions else 0.0
     rest = sum(1 - min(1, error) for error in means.values())
-    return {"map": 100 * mean_ap, "nds": 10 * (5 * mean_ap + rest), **{f"m{n[0]}e": v for n, v in means.items()}}
-
-
-def _within(boxes: np.ndarray, reach: float) -> np.ndarray:
-    return np.hypot(boxes[:, 0], boxes[:, 1]) <= reach
+    return {"map": 100 * mean_ap, "nds": 10 * (5 * mean_ap + rest), **{f"ma{n[0]}e": v for n, v in means.items()}}
 
 
 def _match(
-    boxes: np.ndarray, scan: np.ndarray, there: Sequence[np.ndarray], distance: float
-) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
-    """Which boxes are right, best first, each with the nearest one that is still free; and the pairs."""
-    free = [np.ones(len(truth), bool) for truth in there]
+    boxes: np.ndarray, scan: np.ndarray, there: Sequence[Objects], distance: float
+) -> tuple[np.ndarray, Objects]:
+    """Which boxes are right, best first, each with the nearest one that is still free; and these."""
+    free = [np.ones(len(truth.labels), bool) for truth in there]
     hits, pairs = np.zeros(len(boxes), bool), []
     for i, (box, s) in enumerate(zip(boxes, scan)):
         if not free[s].any():
             continue
-        away = np.where(free[s], np.hypot(*(there[s][:, :2] - box[:2]).T), np.inf)
+        away = np.where(free[s], np.hypot(*(there[s].boxes[:, :2] - box[:2]).T), np.inf)
         best = away.argmin()
         if away[best] < distance:
             free[s][best], hits[i] = False, True
-            pairs.append((box, there[s][best]))
-    return hits, pairs
+            pairs.append(there[s].only(slice(best, best + 1)))
+    return hits, Objects(*(np.concatenate(parts) for parts in zip(*pairs or [truth.only(slice(0)) for truth in there])))
 
 
-def _errors(pairs: list, hits: np.ndarray, total: int, half_turn: bool) -> dict[str, float]:
+def _errors(boxes: Objects, hits: np.ndarray, pairs: Objects, total: int, half_turn: bool) -> dict[str, float]:
     """Mean errors of right boxes up to each recall, averaged over recalls above 0.1 that are reached; 1 if none is."""
-    recall = hits.cumsum()[hits] / total if len(hits) else np.zeros(0)
-    if not len(recall) or recall[-1] <= 0.1:
-        return dict.fromkeys(("trans", "scale", "orient", "vel"), 1.0)
-    found, there = (np.stack(side) for side in zip(*pairs))
+    nothing = dict.fromkeys(ERRORS, 1.0)
+    if not hits.any():
+        return nothing
+    recall = hits.cumsum() / total
+    score = np.interp(np.linspace(0, 1, 101), recall, boxes.scores, right=0)
+    reached = np.flatnonzero(score)
+    last = reached[-1] if len(reached) else 0
+    if last < 11:
+        return nothing
+    right = boxes.only(hits)
+    found, there = right.boxes, pairs.boxes
     shared = np.minimum(found[:, 3:6], there[:, 3:6]).prod(1)
     union = found[:, 3:6].prod(1) + there[:, 3:6].prod(1) - shared
     period = math.pi if half_turn else 2 * math.pi
     turn = np.abs((found[:, 6] - there[:, 6] + period / 2) % period - period / 2)
+    wrong = (right.attributes != pairs.attributes).astype(float)
     each = {
         "trans": np.hypot(*(found[:, :2] - there[:, :2]).T),
         "scale": 1 - shared / union,
         "orient": turn,
         "vel": np.hypot(*(found[:, 7:9] - there[:, 7:9]).T),
+        "attr": np.where(pairs.attributes < 0, np.nan, wrong),
     }
-    places = np.linspace(0, 1, 101)
-    last = int(np.flatnonzero(places <= recall[-1] + 1e-9)[-1])
     means = {}
     for name, values in each.items():
-        running = values.cumsum() / np.arange(1, len(values) + 1)
-        means[name] = float(np.interp(places, recall, running)[11 : last + 1].mean()) if last > 10 else 1.0
+        known = ~np.isnan(values)
+        running = np.nancumsum(values) / np.maximum(known.cumsum(), 1)
+        if not known.any():
+            running = np.ones(len(values))
+        means[name] = float(np.interp(score[::-1], right.scores[::-1], running[::-1])[::-1][11 : last + 1].mean())
     return means
 
 
@@ -218,9 +251,9 @@ def _errors(pairs: list, hits: np.ndarray, total: int, half_turn: bool) -> dict[
 class BoxScores(Evaluator):
     """Average precision of boxes, by the metrics that are official for the layout of the data.
 
-    KITTI's: in 3D at 40 positions of recall for each class, of moderate difficulty; "map" is the mean
-    over the classes of which there is something, the others have 0. nuScenes':
-    mAP, NDS and mean errors.
+    KITTI's: in 3D at 40 positions of recall for each class, of moderate difficulty; "map" is the mean over the classes
+    of which there is something, the others have 0. nuScenes': mAP, NDS and the mean errors of translation, scale,
+    orientation, velocity and attributes (mATE, mASE, mAOE, mAVE, mAAE); attributes are told by class and speed.
 
     Args:
         data: items of `SceneSamples`.
@@ -235,24 +268,44 @@ class BoxScores(Evaluator):
         scenes = data.scenes
         self.classes, self.thresholds, self.style = list(scenes.classes), scenes.thresholds, scenes.style
         if self.style == "nuscenes":
-            self.names = ("map", "nds", "mte", "mse", "moe", "mve")
+            self.names = ("map", "nds", *(f"ma{name[0]}e" for name in ERRORS))
         else:
             self.names = ("map", *(f"ap_{name}" for name in self.classes))
 
     def measure(self, model: nn.Module, batch: Any, totals: Totals) -> None:
-        answers = [found.cpu() for found in model.detect(batch["points"], batch["lengths"])]
-        for found, boxes, labels, levels, camera, index in zip(
-            answers, batch["boxes"], batch["labels"], batch["levels"], batch["camera"], batch["index"]
-        ):
-            totals.keep(
-                found=self.rows(index, found.boxes, found.labels, found.scores, pixels(found, camera.cpu().numpy())),
-                there=self.rows(index, boxes.cpu(), labels.cpu(), levels.cpu(), torch.zeros(len(boxes))),
-            )
+        found = [boxes.cpu() for boxes in model.detect(batch["points"], batch["lengths"])]
+        for i, index in enumerate(batch["index"]):
+            own = {name: batch[name][i].cpu() for name in ("boxes", "labels", "levels", "attributes", "camera")}
+            near, near_too = torch.ones(len(found[i])) > 0, own["labels"] > -3
+            attributes = torch.full((len(found[i]),), -1)
+            if self.style == "nuscenes":
+                around = batch["ego"][i].cpu(), batch["racks"][i].cpu()
+                near = self.counts(found[i].boxes, found[i].labels, *around)
+                near_too = self.counts(own["boxes"], own["labels"], *around) & (own["levels"] < 3)
+                attributes = self.attributes(found[i])
+            high = pixels(found[i], own["camera"].numpy())
+            none = torch.zeros(len(own["boxes"]))
+            there = self.rows(index, own["boxes"], own["labels"], own["levels"], none, own["attributes"])
+            boxes = self.rows(index, found[i].boxes, found[i].labels, found[i].scores, high, attributes)
+            totals.keep(found=boxes[near], there=there[near_too])
+
+    def counts(self, boxes: Tensor, labels: Tensor, ego: Tensor, racks: Tensor) -> Tensor:
+        """Which boxes nuScenes counts, (N,) bool: of a class, near the car, and no bicycles in racks for them."""
+        reach = boxes.new_tensor([REACH.get(name, 50) for name in self.classes])[labels]
+        near = torch.linalg.vector_norm(boxes[:, :2] - ego.to(boxes), dim=1) < reach
+        kept = torch.tensor([name in ("bicycle", "motorcycle") for name in self.classes])[labels]
+        return (labels >= 0) & near & ~(kept & points_in_boxes(boxes, racks.to(boxes)).any(0))
+
+    def attributes(self, found: Boxes) -> Tensor:
+        """The numbers of the attributes of boxes, by class and speed; -1 for classes without."""
+        table = [[ATTRIBUTES.index(name) for name in ATTRIBUTES_OF.get(own, ())] or [-1, -1] for own in self.classes]
+        moves = torch.linalg.vector_norm(found.boxes[:, 7:9], dim=1) > MOVING
+        return torch.tensor(table)[found.labels, moves.long()]
 
     @staticmethod
-    def rows(index: int, boxes: Tensor, labels: Tensor, value: Tensor, pixels: Tensor) -> Tensor:
-        """(N, 13): the scan, class, a value, height in pixels, and the box."""
-        facts = [torch.full((len(boxes),), index), labels, value, pixels]
+    def rows(index: int, boxes: Tensor, labels: Tensor, value: Tensor, pixels: Tensor, attributes: Tensor) -> Tensor:
+        """(N, 14): the scan, class, a value, height in pixels, attribute, and the box."""
+        facts = [torch.full((len(boxes),), index), labels, value, pixels, attributes]
         boxes = torch.cat([boxes, boxes.new_zeros(len(boxes), 9 - boxes.shape[1])], 1)
         return torch.cat([torch.stack([f.double() for f in facts], 1), boxes.double()], 1)
 
@@ -261,12 +314,9 @@ class BoxScores(Evaluator):
         scans = sorted(set(found[:, 0].tolist()) | set(there[:, 0].tolist()))
         parts = [(found[found[:, 0] == s], there[there[:, 0] == s]) for s in scans]
         if self.style == "nuscenes":
-            truth = [t[(t[:, 1] >= 0) & (t[:, 2] < 3)] for _, t in parts]
-            return nuscenes_scores(
-                [(f[:, 4:].numpy(), f[:, 2].numpy(), f[:, 1].numpy()) for f, _ in parts],
-                [(t[:, 4:].numpy(), t[:, 1].numpy()) for t in truth],
-                self.classes,
-            )
+            both = [[Objects(*(x.numpy() for x in (side[:, 5:], side[:, 1], side[:, 4], side[:, 2]))) for side in pair]
+                    for pair in parts]  # fmt: skip
+            return nuscenes_scores([pair[0] for pair in both], [pair[1] for pair in both], self.classes)
         precisions = [self.precision(parts, c, 1) for c in range(len(self.classes))]
         known = [value for value in precisions if value == value]
         mean = float(np.mean(known)) if known else 0.0
@@ -280,7 +330,7 @@ class BoxScores(Evaluator):
             found = found[found[:, 1] == label]
             there = there[(there[:, 1] == label) | (there[:, 1] == -2 - label)]
             ignored = (there[:, 1] != label) | (there[:, 2] > level)
-            overlaps = iou_3d(found[:, 4:11], there[:, 4:11]).numpy()
+            overlaps = iou_3d(found[:, 5:12], there[:, 5:12]).numpy()
             small = found[:, 3].numpy() < (40, 25, 25)[level]
             scans.append(Found(overlaps, found[:, 2].numpy(), ignored.long().numpy(), small))
         return kitti_precision(scans, self.thresholds[label])

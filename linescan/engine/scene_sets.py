@@ -7,7 +7,8 @@ metres.
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,9 +25,11 @@ from ..media.labels import class_names
 from ..media.points import PointCloud, read_points
 from .cloud_sets import DigitClouds
 from .image_sets import split
+from .progress import progress_bar
+from .scene_objects import Labelled, ObjectBank
 
-__all__ = ["SCENE_AUGMENTATIONS", "DigitStreet", "KittiScenes", "NuScenes", "Scene", "SceneAugment", "SceneSamples",
-           "SceneSet", "open_scenes"]  # fmt: skip
+__all__ = ["ATTRIBUTES", "SCENE_AUGMENTATIONS", "DigitStreet", "KittiScenes", "NuScenes", "Scene", "SceneAugment",
+           "SceneSamples", "SceneSet", "open_scenes"]  # fmt: skip
 
 LIMIT = 2**21
 """Points of a scan that are kept."""
@@ -43,6 +46,9 @@ class Scene:
         levels: (M,) int64: from which difficulty on a box counts; 3 for never. Of KITTI 0 is easy, 1 moderate, 2 hard.
         age: (N,) seconds since each point was measured, or None.
         camera: (3, 4) from the scanner's coordinates to pixels, where there is one.
+        attributes: (M,) int64 numbers of `ATTRIBUTES`, -1 for none; or None.
+        ego: (2,) where the middle of the car is, as nuScenes has it; or None.
+        racks: (R, 7) boxes of bicycle racks, as of nuScenes; or None.
     """
 
     cloud: PointCloud
@@ -51,6 +57,9 @@ class Scene:
     levels: np.ndarray
     age: np.ndarray | None = None
     camera: np.ndarray | None = None
+    attributes: np.ndarray | None = None
+    ego: np.ndarray | None = None
+    racks: np.ndarray | None = None
 
 
 class SceneSet(ABC):
@@ -61,6 +70,10 @@ class SceneSet(ABC):
         names: what to call each scan in messages.
         thresholds: for each class, the IoU from which on a box is found.
         style: which metrics are the official ones: "kitti" (average precision by overlap) or "nuscenes".
+        augment: how its scans are usually changed in training, in words of `SCENE_AUGMENTATIONS`.
+        scaling, shifting: how far scans are scaled and shifted.
+        pasted: for each class how many there are in a scan once others have been pasted into it.
+        root: the folder of the data, where there is one.
         in_memory: whether reading takes no time.
     """
 
@@ -68,6 +81,11 @@ class SceneSet(ABC):
     names: Sequence[str]
     thresholds: Sequence[float]
     style: str = "kitti"
+    augment: str = "flip+rotate+scale"
+    scaling: float = 0.05
+    shifting: float = 0.2
+    pasted: Mapping[str, int] = {}
+    root: Path | None = None
     in_memory: bool = False
 
     def __len__(self) -> int:
@@ -101,9 +119,11 @@ class KittiScenes(SceneSet):
 
     classes = tuple(class_names("KITTI") or ())
     thresholds = (0.7, 0.5, 0.5)
+    augment = "paste+mirror+rotate+scale"
+    pasted = {"Car": 20, "Pedestrian": 15, "Cyclist": 15}
 
     def __init__(self, folder: Path, frames: Sequence[str]):
-        self.folder, self.frames = folder, list(frames)
+        self.folder, self.frames, self.root = folder, list(frames), folder.parent
         self.names = [str(folder / "velodyne" / f"{frame}.bin") for frame in self.frames]
 
     def scene(self, index: int) -> Scene:
@@ -201,6 +221,13 @@ NUSCENES_KINDS = {
 """The class of each category that has one in nuScenes' detection task."""
 
 
+ATTRIBUTES = (
+    "pedestrian.moving", "pedestrian.sitting_lying_down", "pedestrian.standing", "cycle.with_rider",
+    "cycle.without_rider", "vehicle.moving", "vehicle.parked", "vehicle.stopped",
+)  # fmt: skip
+"""What nuScenes says of objects beside their class."""
+
+
 def turned(quaternion: Sequence[float]) -> np.ndarray:
     """The rotation (3, 3) of a quaternion (w, x, y, z)."""
     w, x, y, z = np.array(quaternion, np.float64) / np.linalg.norm(quaternion)
@@ -237,6 +264,12 @@ class NuScenes(SceneSet):
     classes = tuple(class_names("nuScenes") or ())
     thresholds = (0.5,) * 10
     style = "nuscenes"
+    augment = "paste+flip+rotate+scale+shift"
+    scaling, shifting = 0.1, 0.5
+    pasted = {
+        "car": 2, "truck": 3, "construction_vehicle": 7, "bus": 4, "trailer": 6, "barrier": 2, "motorcycle": 6,
+        "bicycle": 6, "pedestrian": 2, "traffic_cone": 2,
+    }  # fmt: skip
 
     def __init__(self, root: Path, tables: str, scenes: Sequence[str] | None = None, sweeps: int = 10):
         self.root, self.folder, self.sweeps = root, root / tables, sweeps
@@ -255,6 +288,10 @@ class NuScenes(SceneSet):
         kinds = {token: row["name"] for token, row in rows["category"].items()}
         self.kind = {token: kinds[row["category_token"]] for token, row in rows["instance"].items()}
         self.annotations = self.table("sample_annotation")
+        self.attribute: dict[str, int] = {}
+        if (self.folder / "attribute.json").is_file():
+            named = {token: row["name"] for token, row in self.table("attribute").items()}
+            self.attribute = {token: ATTRIBUTES.index(name) for token, name in named.items() if name in ATTRIBUTES}
         self.boxes_of: dict[str, list[dict]] = {}
         for row in self.annotations.values():
             self.boxes_of.setdefault(row["sample_token"], []).append(row)
@@ -291,13 +328,26 @@ class NuScenes(SceneSet):
                 break
             row = self.scans[row["prev"]]
         cloud = PointCloud(np.concatenate(points).astype(np.float32), np.concatenate(intensity))
-        boxes, labels, levels = self.objects(key["sample_token"], from_world)
-        return Scene(cloud, boxes, labels, levels, np.concatenate(age))
+        rows = self.boxes_of.get(key["sample_token"], [])
+        racks = [row for row in rows if self.kind[row["instance_token"]] == "static_object.bicycle_rack"]
+        found = [attributes[0] for row in rows for attributes in [[*row.get("attribute_tokens", ()), ""]]]
+        ego = np.linalg.inv(pose(self.sensor[key["calibrated_sensor_token"]]))[:2, 3]
+        boxes, labels, levels = self.objects(rows, from_world)
+        return Scene(
+            cloud,
+            boxes,
+            labels,
+            levels,
+            np.concatenate(age),
+            attributes=np.array([self.attribute.get(token, -1) for token in found], np.int64),
+            ego=ego,
+            racks=self.objects(racks, from_world)[0][:, :7],
+        )
 
-    def objects(self, sample: str, from_world: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def objects(self, rows: Sequence[Mapping], from_world: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Boxes with velocities, classes, and 3 as the level of boxes without a point."""
         boxes, labels, levels = [], [], []
-        for row in self.boxes_of.get(sample, []):
+        for row in rows:
             centre = from_world @ [*row["translation"], 1]
             turn = from_world[:3, :3] @ turned(row["rotation"])
             width, length, height = row["size"]
@@ -309,11 +359,11 @@ class NuScenes(SceneSet):
         return np.array(boxes, np.float32).reshape(-1, 9), np.array(labels, np.int64), np.array(levels, np.int64)
 
     def velocity(self, row: Mapping) -> np.ndarray:
-        """Metres per second in the map's axes, by where the object is before and after; 0 where that is not known."""
+        """Metres per second in the map's axes, by where the object is before and after; NaN where it is not known."""
         ends = [self.annotations.get(row[name], row) for name in ("prev", "next")]
         first, last = (self.samples[end["sample_token"]]["timestamp"] * 1e-6 for end in ends)
         if not 0 < last - first <= 1.5 * (2 if ends[0] is not row and ends[1] is not row else 1):
-            return np.zeros(3)
+            return np.full(3, np.nan)
         return np.subtract(ends[1]["translation"], ends[0]["translation"]) / (last - first)
 
 
@@ -428,10 +478,12 @@ def _parts(folder: Path, names: Sequence[str], fraction: float, what: str) -> tu
 # -- samples ----------------------------------------------------------------------------------------------------------
 
 SCENE_AUGMENTATIONS = {
+    "paste": "objects of other scans added",
     "flip": "mirrored along x, along y, or both",
+    "mirror": "left and right exchanged, for scans of what is in front",
     "rotate": "about the z axis by up to 45 degrees",
-    "scale": "by a factor from 0.95 to 1.05",
-    "shift": "along each axis by noise of deviation 0.2 m",
+    "scale": "by a factor from 0.95 to 1.05, of nuScenes from 0.9 to 1.1",
+    "shift": "along each axis by noise of deviation 0.2 m, of nuScenes 0.5 m",
 }
 """What can be done to a scene in training, and how far."""
 
@@ -440,34 +492,41 @@ class SceneAugment:
     """Changes scenes at random, points and boxes alike, with torch's generator.
 
     Args:
-        words: names of `SCENE_AUGMENTATIONS` joined by "+"; "none" for none.
+        words: names of `SCENE_AUGMENTATIONS` joined by "+"; "none" for none. "paste" is for `SceneSamples` to do.
+        scaling: how much a factor differs from 1 at most.
+        shifting: deviation in metres.
 
     Raises:
         InputError: an unknown word.
     """
 
-    def __init__(self, words: str):
+    def __init__(self, words: str, scaling: float = 0.05, shifting: float = 0.2):
         self.words = [] if words == "none" else [word.strip() for word in words.split("+")]
         if unknown := [word for word in self.words if word not in SCENE_AUGMENTATIONS]:
             there = ", ".join(SCENE_AUGMENTATIONS)
             raise InputError(
                 f"unknown augmentation {unknown[0]!r} of scenes; there are: {there}, joined by +, and none"
             )
+        self.scaling, self.shifting = scaling, shifting
 
     def __call__(self, rows: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Points (N, 3 or more) and boxes (M, 7 or 9) -> the same, changed."""
         rows, boxes = rows.clone(), boxes.clone()
         for word in self.words:
-            getattr(self, f"_{word}")(rows, boxes)
+            if word != "paste":
+                getattr(self, f"_{word}")(rows, boxes)
         return rows, boxes
 
     def _flip(self, rows: Tensor, boxes: Tensor) -> None:
         for axis in range(2):
-            if torch.rand(()) < 0.5:
-                rows[:, axis] *= -1
-                boxes[:, axis] *= -1
-                boxes[:, 6] = (torch.pi if axis == 0 else 0) - boxes[:, 6]
-                boxes[:, 7 + axis : 8 + axis] *= -1
+            self._mirror(rows, boxes, axis)
+
+    def _mirror(self, rows: Tensor, boxes: Tensor, axis: int = 1) -> None:
+        if torch.rand(()) < 0.5:
+            rows[:, axis] *= -1
+            boxes[:, axis] *= -1
+            boxes[:, 6] = (torch.pi if axis == 0 else 0) - boxes[:, 6]
+            boxes[:, 7 + axis : 8 + axis] *= -1
 
     def _rotate(self, rows: Tensor, boxes: Tensor) -> None:
         angle = (torch.rand(()) - 0.5) * torch.pi / 2
@@ -480,32 +539,42 @@ class SceneAugment:
             boxes[:, 7:] = boxes[:, 7:] @ matrix.T
 
     def _scale(self, rows: Tensor, boxes: Tensor) -> None:
-        factor = torch.empty(()).uniform_(0.95, 1.05)
+        factor = torch.empty(()).uniform_(1 - self.scaling, 1 + self.scaling)
         rows[:, :3] *= factor
         boxes[:, :6] *= factor
         boxes[:, 7:] *= factor
 
     def _shift(self, rows: Tensor, boxes: Tensor) -> None:
-        step = 0.2 * torch.randn(3)
+        step = self.shifting * torch.randn(3)
         rows[:, :3] += step
         boxes[:, :3] += step
 
 
 class SceneSamples(Dataset):
-    """Items {"points": (N, channels), "boxes": (M, 7 or 9), "labels", "levels", "index"}; batches have packed points.
+    """Items {"points": (N, channels), "boxes": (M, 7 or 9), "labels", "levels", ...}; batches have packed points.
 
-    In training boxes without a class are left out.
+    In training boxes without a class are left out, and of nuScenes those without a point; what is not known of
+    velocities is 0.
 
     Args:
         scenes: the set.
         preprocess: how the model wants its scans.
         augment: in training: what is done to them; None as in evaluation.
+        pasting: epochs in which objects are pasted, where `augment` says so; None for all.
+
+    Attributes:
+        epoch: the number of the epoch, from 0.
     """
 
-    def __init__(self, scenes: SceneSet, preprocess: ScanPreprocess, augment: str | None = None):
-        self.scenes, self.preprocess = scenes, preprocess
-        self.augment = None if augment is None else SceneAugment(augment)
+    epoch = 0
+
+    def __init__(
+        self, scenes: SceneSet, preprocess: ScanPreprocess, augment: str | None = None, pasting: int | None = None
+    ):
+        self.scenes, self.preprocess, self.pasting = scenes, preprocess, pasting
+        self.augment = None if augment is None else SceneAugment(augment, scenes.scaling, scenes.shifting)
         self.in_memory = scenes.in_memory
+        self.bank = self.cut_objects() if self.augment and "paste" in self.augment.words else None
 
     @property
     def names(self) -> Sequence[str]:
@@ -523,20 +592,51 @@ class SceneSamples(Dataset):
     def __len__(self) -> int:
         return len(self.scenes)
 
-    def __getitem__(self, index: int) -> dict:
-        scene = self.scenes.scene(index)
+    def cut_objects(self) -> ObjectBank:
+        """The objects of all scans; kept in the folder `linescan` of that of the data, where it can be written."""
+
+        def scans() -> Iterator[Labelled]:
+            for i in range(len(self)):
+                with suppress(InputError):  # named when it is trained on
+                    yield self.labelled(i, self.scenes.scene(i))
+
+        def cut() -> ObjectBank:
+            with progress_bar("cutting out objects", len(self)) as advance:
+                return ObjectBank.cut(scans(), advance)
+
+        if self.scenes.root is None:
+            return cut()
+        how = self.preprocess.scan_features, getattr(self.scenes, "sweeps", 1)
+        facts = {"scans": [Path(name).name for name in self.names], "how": how}
+        return ObjectBank.kept(self.scenes.root / "linescan", facts, cut)
+
+    def labelled(self, index: int, scene: Scene) -> Labelled:
+        """The points of a scene as the model reads them, and its boxes."""
         try:
             rows = self.preprocess.rows(scene.cloud)
         except InputError as error:
             raise InputError(f"{self.names[index]}: {error}") from None
         if scene.age is not None and "time" in self.preprocess.scan_features:
             rows[:, 3 + self.preprocess.scan_features.index("time")] = torch.from_numpy(scene.age)
-        boxes, labels, levels = (torch.from_numpy(x) for x in (scene.boxes, scene.labels, scene.levels))
+        return Labelled(rows, *(torch.from_numpy(x) for x in (scene.boxes, scene.labels, scene.levels)))
+
+    def __getitem__(self, index: int) -> dict:
+        scene = self.scenes.scene(index)
+        scan = self.labelled(index, scene)
         if self.augment is not None:
-            rows, boxes = self.augment(rows, boxes)
-            boxes, labels, levels = boxes[labels >= 0], labels[labels >= 0], levels[labels >= 0]
-        return {"points": rows, "boxes": boxes, "labels": labels, "levels": levels, "index": index,
-                "camera": torch.from_numpy(np.zeros((0, 4)) if scene.camera is None else scene.camera)}  # fmt: skip
+            if self.bank is not None and (self.pasting is None or self.epoch < self.pasting):
+                wanted = {self.scenes.classes.index(name): n for name, n in self.scenes.pasted.items()}
+                scan = self.bank.paste(scan, wanted)
+            rows, boxes = self.augment(scan.rows, scan.boxes)
+            known = scan.labels >= 0
+            if self.scenes.style == "nuscenes":
+                known &= scan.levels < 3
+            return {"points": rows, "boxes": boxes[known].nan_to_num(0), "labels": scan.labels[known], "index": index}
+        none = {"camera": (0, 4), "ego": (2,), "racks": (0, 7)}
+        beside = {name: np.zeros(shape) if (x := getattr(scene, name)) is None else x for name, shape in none.items()}
+        beside["attributes"] = np.full(len(scan.labels), -1) if scene.attributes is None else scene.attributes
+        return {"points": scan.rows, "boxes": scan.boxes, "labels": scan.labels, "levels": scan.levels, "index": index,
+                **{name: torch.from_numpy(x) for name, x in beside.items()}}  # fmt: skip
 
     @staticmethod
     def collate(samples: Sequence[Mapping]) -> dict:

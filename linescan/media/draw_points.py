@@ -258,7 +258,7 @@ def _splat(
     height, width = shape
     picture = np.full((height * width, 3), PAPER, np.float32)
     near = np.full(height * width, -np.inf)
-    corner = np.floor(place).astype(np.int64)
+    corner = np.floor(place.clip(-1e6, 1e6)).astype(np.int64)
     inside = ((corner > -9) & (corner < (width + 9, height + 9))).all(1)
     order = np.flatnonzero(inside)[np.argsort(depth[inside], kind="stable")]  # of several in a pixel the last remains
     corner, depth, colours = corner[order], depth[order], colours[order]

@@ -4,7 +4,7 @@
     .pcd            ASCII, binary or compressed (pypcd4)
     .las .laz       (laspy)
     .npy .npz       (N, columns), or arrays named points, normals, colours, intensity, labels
-    .txt .xyz .pts .asc .csv    a point a line
+    .txt .xyz .pts .asc .csv    a point a line; of .pts with seven columns the last three are colours
     .bin            float32 rows: KITTI's and SemanticKITTI's x y z intensity; nuScenes' (.pcd.bin) with the ring
     .off .obj .stl  meshes: points sampled on the surface, with its normals (trimesh)
 
@@ -13,6 +13,7 @@ the file, with a seed, so that memory does not grow with the file. Whatever is l
 """
 
 import logging
+import re
 import struct
 import zipfile
 from contextlib import contextmanager
@@ -108,6 +109,7 @@ def read_points(
     if unknown := [name for name in names if name not in (*_COLUMNS, "-")]:
         raise InputError(f"unknown column {unknown[0]!r}; there are: {' '.join(_COLUMNS)} and -")
     with _reading(path):
+        _expect_own_bytes(path)
         table = _READERS[path.suffix.lower()](path, names, min(samples, limit), seed)
         if not table.total:
             raise BrokenCloud(f"{path}: holds no points")
@@ -154,6 +156,22 @@ def _draw(total: int, limit: int, seed: int) -> np.ndarray | None:
         return None
     runs = (np.arange(limit) + np.random.default_rng(seed).random(limit)) * (total / limit)
     return np.minimum(runs.astype(np.int64), total - 1)
+
+
+_FIRST_BYTES = {
+    b"\x93NUMPY": (".npy",), b"PK\x03\x04": (".npz",), b"LASF": (".las", ".laz"), b"ply\n": (".ply",),
+    b"ply\r\n": (".ply",), b"# .PCD": (".pcd",), b"\x89PNG": (".png",), b"\xff\xd8\xff": (".jpg",), b"%PDF": (".pdf",),
+}  # fmt: skip
+"""What files of a format begin with."""
+
+
+def _expect_own_bytes(path: Path) -> None:
+    """Raises BrokenCloud for a file that is of another format than its name says."""
+    with open(path, "rb") as file:
+        head = file.read(8)
+    for first, suffixes in _FIRST_BYTES.items():
+        if head.startswith(first) and path.suffix.lower() not in suffixes:
+            raise BrokenCloud(f"{path}: not a {path.suffix} file: its first bytes are those of a {suffixes[0]} file")
 
 
 @contextmanager
@@ -215,7 +233,7 @@ def _assemble(path: Path, read: dict[str, np.ndarray] | np.ndarray, names: list[
             shape = "x".join(map(str, read.shape))
             want = f"{len(names)} columns" if names else "at least 3 columns"
             raise BrokenCloud(f"{path}: a table of {shape} {read.dtype}; a cloud has rows of numbers, {want} each")
-        names = names or _guess(read)
+        names = names or _guess(read, path.suffix.lower() == ".pts")
         if unused := read.shape[1] - sum(name != "-" for name in names):
             notes.append(f"{unused} of {read.shape[1]} columns are not used")
         read = {name: read[:, i] for i, name in enumerate(names) if name != "-"}
@@ -253,8 +271,8 @@ def _assemble(path: Path, read: dict[str, np.ndarray] | np.ndarray, names: list[
     return cloud
 
 
-def _guess(table: np.ndarray) -> list[str]:
-    """What the columns of a table without names are; see `read_points`."""
+def _guess(table: np.ndarray, pts: bool = False) -> list[str]:
+    """What the columns of a table without names are; see `read_points`. In .pts colours come last."""
     count = table.shape[1]
     names, sample = ["x", "y", "z"], table[:1000]
 
@@ -264,7 +282,7 @@ def _guess(table: np.ndarray) -> list[str]:
 
     if count >= 6 and np.allclose((sample[:, 3:6].astype(float) ** 2).sum(1), 1, atol=0.02):
         names += ["nx", "ny", "nz"]
-    elif count >= 6 and colours(3):
+    elif count >= 6 and colours(3) and not (pts and count == 7 and colours(4)):
         names += ["r", "g", "b"]
     elif count >= 4:
         names.append("intensity")
@@ -484,6 +502,9 @@ def _las_chunks(path: Path, points: int) -> int:
 
 
 def _npy(path: Path, names, samples, seed) -> _Table:
+    with open(path, "rb") as file:
+        if file.read(6) not in (b"\x93NUMPY", b""):
+            raise BrokenCloud(f"{path}: not a .npy file")
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     if array.ndim == 0 or (array.dtype.names is None and array.ndim != 2):
         shape = "x".join(map(str, array.shape)) or "a single value"
@@ -581,11 +602,15 @@ def _mesh(path: Path, names, samples, seed) -> _Table:
     trimesh = _package("trimesh", path)
     if path.stat().st_size > _LARGEST_WHOLE:
         raise BrokenCloud(f"{path}: a mesh of {path.stat().st_size / 2**30:.1f} GiB, 2 at most; simplify it")
+    promised = _promised(path)
     with open(path, "rb") as file:  # by handle: files that a mesh names are not looked for
         mesh = trimesh.load(file, file_type=path.suffix.lower()[1:], process=False, skip_materials=True)
     if isinstance(mesh, trimesh.Scene):
         mesh = mesh.to_mesh() if mesh.geometry else trimesh.Trimesh()
     vertices = np.asarray(mesh.vertices, np.float64).reshape(-1, 3)
+    faces = len(getattr(mesh, "faces", ()))
+    if len(vertices) < promised[0] or faces < promised[1]:
+        raise BrokenCloud(f"{path}: cut short, {faces:,} of {promised[1]:,} faces are there")
     if not len(getattr(mesh, "faces", ())):  # an .obj or .off of points alone
         return _Table(len(vertices), lambda rows: vertices if rows is None else vertices[rows])
     if not np.isfinite(vertices[mesh.faces]).all():
@@ -596,6 +621,28 @@ def _mesh(path: Path, names, samples, seed) -> _Table:
     table = np.concatenate((points, mesh.face_normals[face]), 1)
     notes = [f"{samples:,} points sampled on {len(mesh.faces):,} faces"]
     return _Table(samples, lambda rows: _named(table, ("x", "y", "z", "nx", "ny", "nz")), notes)
+
+
+def _promised(path: Path) -> tuple[int, int]:
+    """How many vertices and faces a mesh is to have, at least, by its header. Raises BrokenCloud: it has no end."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(1 << 12)
+        file.seek(max(size - 256, 0))
+        tail = file.read()
+    if path.suffix.lower() == ".off":
+        words = b" ".join(line.partition(b"#")[0] for line in head.splitlines())
+        counts = re.match(rb"\s*[A-Z4n]*OFF\s*(\d+)\s+(\d+)\s", words)
+        return (int(counts[1]), int(counts[2])) if counts else (0, 0)
+    if path.suffix.lower() == ".stl":
+        if head.lstrip().startswith(b"solid") and b"facet" in head:
+            if b"endsolid" not in tail:
+                raise BrokenCloud(f"{path}: cut short, it has no end")
+        elif size >= 84:
+            faces = int.from_bytes(head[80:84], "little")
+            if size < 84 + 50 * faces:
+                raise BrokenCloud(f"{path}: cut short, {(size - 84) // 50:,} of {faces:,} faces are there")
+    return 0, 0
 
 
 # -- text -------------------------------------------------------------------------------------------------------------

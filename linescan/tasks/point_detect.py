@@ -149,7 +149,8 @@ class ScanDetectionTask(Task):
         self.model = build_model(recipe, **self.args)
         if self.model.num_classes != len(self.classes):
             raise InputError(f"the data have {len(self.classes)} classes, the model {self.model.num_classes}")
-        self.data = SceneSamples(scenes, self.preprocess, recipe.augment)
+        pasting = None if recipe.steps else max(recipe.epochs - recipe.unpasted, 0)
+        self.data = SceneSamples(scenes, self.preprocess, recipe.augment or scenes.augment, pasting)
         self.evaluator = BoxScores(SceneSamples(held_out, self.preprocess))
 
     @classmethod

@@ -695,8 +695,12 @@ class ScanDetectionRecipe(Recipe):
     data: str = option(..., "`digits` (as a street); KITTI's folder, with training/velodyne in it; or nuScenes', with "
                        "v1.0-trainval or v1.0-mini.", DATA, short="-d")  # fmt: skip
     sweeps: int = option(10, "Of nuScenes: scans that are joined.", DATA, COUNT, scoring=True)
-    augment: str = option("flip+rotate+scale", "Words joined by +: flip (in x and y), rotate, scale, shift; or none.",
-                          AUGMENT)  # fmt: skip
+    augment: str | None = option(
+        None, "Words joined by +: paste (objects of other scans), flip (in x and y), mirror (left and right), rotate, "
+        "scale, shift; or none. Default: of KITTI paste+mirror+rotate+scale, of nuScenes "
+        "paste+flip+rotate+scale+shift.", AUGMENT,
+    )  # fmt: skip
+    unpasted: int = option(4, "Last epochs, in which nothing is pasted.", AUGMENT, NATURAL)
     epochs: int = option(80, "Times that each sample is seen.", OPTIMISER, COUNT, short="-e")
     batch: int = option(2, "Scans in one forward pass of a process.", OPTIMISER, COUNT, short="-b")
     lr: float = option(3e-3, "Highest learning rate.", OPTIMISER, POSITIVE)

@@ -204,6 +204,10 @@ def test_text(tmp_path, cloud, suffix, delimiter, columns):
     path = tmp_path / f"a{suffix}"
     rows = [delimiter.join(f"{v:.0f}" if w else f"{v:.7g}" for v, w in zip(row, whole)) for row in table]
     path.write_text("".join(f"{row}\n" for row in ([str(COUNT)] if suffix == ".pts" else []) + rows))
+    if suffix == ".pts" and columns == "xyzcl":  # scanners write whole intensities, then colours
+        found = read_points(path)
+        assert np.array_equal(np.column_stack([found.intensity, found.colours]), table[:, 3:]) and found.labels is None
+        return
     check(read_points(path), cloud, *COLUMNS[columns][1:])
 
 
@@ -364,7 +368,9 @@ PCD = "FIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nCOUNT 1 1 1\nWIDTH {0}\nHEIGHT 1\nP
         ("a.las", "", "not a .las file, or damaged"),
         ("a.laz", "LASFxxxx" * 99, "not a .laz file, or damaged"),
         ("a.npy", "", "not a .npy file, or damaged"),
-        ("a.npy", "rubbish", "not a .npy file, or damaged"),
+        ("a.npy", "rubbish", "not a .npy file"),
+        ("a.npy", "ply\n", "not a .npy file: its first bytes are those of a .ply file"),
+        ("a.bin", b"\x93NUMPY" + b"1" * 26, "its first bytes are those of a .npy file"),
         ("a.npz", "rubbish", "not a .npz file, or damaged"),
         ("a.txt", "", "holds no points"),
         ("a.txt", "# nothing\n", "holds no points"),
@@ -385,6 +391,9 @@ PCD = "FIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nCOUNT 1 1 1\nWIDTH {0}\nHEIGHT 1\nP
         ("a.off", "OFF\n3 1 0\n0 0 0\n1 1 1\n2 2 2\n3 0 1 2\n", "a mesh without area"),
         ("a.off", "OFF\n3 1 0\n0 0 nan\n1 1 1\n2 0 2\n3 0 1 2\n", "corners of its faces have no finite coordinates"),
         ("a.off", "OFF\n3 1 0\n0 0 0\n1 1 1\n2 0 2\n3 0 1 7\n", "not a .off file, or damaged"),
+        ("a.off", "OFF\n3 2 0\n0 0 0\n1 1 1\n2 0 2\n3 0 1 2\n", "cut short, 1 of 2 faces are there"),
+        ("a.stl", b" " * 80 + b"\2\0\0\0" + b"\0" * 60, "cut short, 1 of 2 faces are there"),
+        ("a.stl", "solid a\nfacet normal 0 0 1\nouter loop\n", "cut short, it has no end"),
         ("a.obj", "rubbish", "holds no points|damaged"),
         ("a.stl", "rubbish", "holds no points|damaged"),
     ],

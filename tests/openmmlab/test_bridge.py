@@ -29,7 +29,10 @@ SMALL = {
     "vmamba": {"model": "vmamba_tiny_s1l8", "depths": [1, 1, 2, 1], "dims": 8},
     "vim": {"model": "vim_tiny_patch16_224", "img_size": 64, "embed_dim": 32, "depth": 4, "out_indices": [0, 1, 2, 3]},
     "vrwkv": {
-        "model": "vrwkv_tiny", "embed_dim": 32, "depth": 4, "neck": {"type": "adapter", "num_heads": 4, "width": 8}
+        "model": "vrwkv_tiny",
+        "embed_dim": 32,
+        "depth": 4,
+        "neck": {"type": "adapter", "num_heads": 4, "width": 8},
     },
     "vig": {"model": "vig_tiny", "embed_dim": 48, "depth": 4, "num_heads": 3},
 }
@@ -198,6 +201,7 @@ def test_layer_decay_says_what_it_lacks():
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------
+
 
 def classifier_of(stem, tmp_path):
     """The official file of a golden case, and the classifier that it fills."""

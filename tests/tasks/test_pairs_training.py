@@ -1,6 +1,5 @@
 """Training on two images of a scene with a small Sigma: published layouts, what is refused, whole runs."""
 
-
 import numpy as np
 import pytest
 import torch

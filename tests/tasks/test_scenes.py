@@ -2,6 +2,8 @@
 
 import json
 import math
+import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +12,15 @@ import torch
 from typer.testing import CliRunner
 
 from linescan.cli import app
-from linescan.engine.box_scores import BoxScores, Found, average_precision, kitti_precision, nuscenes_scores
+from linescan.engine.box_scores import BoxScores, Found, Objects, average_precision, kitti_precision, nuscenes_scores
 from linescan.engine.cards import read_card
 from linescan.engine.processes import Processes
 from linescan.engine.recipe import Run
 from linescan.engine.scene_sets import (
+    ATTRIBUTES,
     DigitStreet,
+    KittiScenes,
+    NuScenes,
     SceneAugment,
     SceneSamples,
     kitti_level,
@@ -25,7 +30,7 @@ from linescan.engine.scene_sets import (
 from linescan.engine.scores import Totals
 from linescan.engine.training import Training
 from linescan.errors import InputError
-from linescan.layers.boxes import Boxes, iou_3d, points_in_boxes
+from linescan.layers.boxes import Boxes, iou_3d, overlap_bev, points_in_boxes
 from linescan.media.clouds import ScanPreprocess
 from linescan.tasks.point_detect import BoxDetector
 from linescan.tasks.recipes import ScanDetectionRecipe
@@ -50,7 +55,7 @@ def cars(seed, count=3):
     dice = np.random.default_rng(seed)
     boxes, parts = [], [np.column_stack([dice.uniform(0, 25, 500), dice.uniform(-12, 12, 500), np.zeros(500)])]
     for i in range(count):
-        box = np.array([6 + 6 * i, dice.uniform(-3, 3), 0.8, 3.9, 1.6, 1.56, dice.uniform(-3, 3)])
+        box = np.array([6 + 6 * i, (i + 1) * dice.uniform(-3, 3), 0.8, 3.9, 1.6, 1.56, dice.uniform(-3, 3)])
         local = (dice.random((150, 3)) - 0.5) * box[3:6]
         cos, sin = math.cos(box[6]), math.sin(box[6])
         x, y = local[:, 0] * cos - local[:, 1] * sin, local[:, 0] * sin + local[:, 1] * cos
@@ -94,7 +99,8 @@ def nuscenes(tmp_path_factory):
     """nuScenes' folder: two scenes of two key frames with a scan between them; the car drives and turns."""
     root = tmp_path_factory.mktemp("data") / "nuscenes"
     tables: dict[str, list] = {name: [] for name in (
-        "ego_pose", "calibrated_sensor", "category", "instance", "sample", "sample_data", "scene", "sample_annotation"
+        "ego_pose", "calibrated_sensor", "category", "instance", "sample", "sample_data", "scene", "sample_annotation",
+        "attribute",
     )}  # fmt: skip
     (root / "samples" / "LIDAR_TOP").mkdir(parents=True)
     (root / "sweeps" / "LIDAR_TOP").mkdir(parents=True)
@@ -102,7 +108,8 @@ def nuscenes(tmp_path_factory):
     sensor = {"token": "s", "translation": [0.9, 0.0, 1.8], "rotation": quaternion(-math.pi / 2)}
     tables["calibrated_sensor"].append(sensor)
     tables["category"].append({"token": "c0", "name": "vehicle.car"})
-    tables["category"].append({"token": "c1", "name": "animal"})
+    tables["category"].append({"token": "c1", "name": "static_object.bicycle_rack"})
+    tables["attribute"] += [{"token": "t0", "name": "vehicle.moving"}, {"token": "t1", "name": "vehicle.parked"}]
     for scene in range(2):
         tables["scene"].append({"token": f"scene{scene}", "name": f"scene-{scene:04}"})
         points, boxes = cars(20 + scene)
@@ -142,8 +149,10 @@ def nuscenes(tmp_path_factory):
                 tables["sample_annotation"].append({
                     "token": f"a{scene}{step}{k}", "sample_token": sample, "instance_token": f"i{scene}{k}",
                     "translation": [x + 100, y + 50, z], "size": [width, length, height], "rotation": quaternion(angle),
-                    "prev": f"a{scene}0{k}" if step else "", "next": "" if step else f"a{scene}2{k}",
+                    "prev": f"a{scene}0{k}" if step and k < 2 else "",
+                    "next": "" if step or k == 2 else f"a{scene}2{k}",
                     "num_lidar_pts": 0 if k == 1 else 9, "num_radar_pts": 0,
+                    "attribute_tokens": [f"t{k}"] if k < 2 else [],
                 })  # fmt: skip
     for name, rows in tables.items():
         (root / "v1.0-mini" / f"{name}.json").write_text(json.dumps(rows))
@@ -185,7 +194,9 @@ def test_nuscenes_is_read(nuscenes):
     older = points_in_boxes(rows[scene.age > 0], boxes)
     assert (older.sum(1)[1:] >= 140).all() and older.sum(1)[0] < 140  # what stands, and what has moved
     speed = np.hypot(*scene.boxes[:, 7:].T)
-    np.testing.assert_allclose(speed, [5, 0, 0], atol=1e-4)
+    np.testing.assert_allclose(speed, [5, 0, np.nan], atol=1e-4)  # the last one is seen once
+    assert scene.attributes.tolist() == [5, 6, -1] and scene.ego == pytest.approx([0, -0.9])
+    np.testing.assert_allclose(scene.racks[0, 3:6], [3.9, 1.6, 1.56], rtol=1e-5)
     item = SceneSamples(train, ScanPreprocess(("intensity", "time")))[1]
     assert item["points"].shape[1] == 5 and item["points"][:, 4].max() == pytest.approx(0.25)
 
@@ -249,24 +260,61 @@ def test_kittis_average_precision():
     assert kitti_precision(right, 0.95) == 0
 
 
+def objects(boxes, labels, scores=0.9, attributes=-1):
+    full = np.full(len(boxes), 0)
+    return Objects(np.array(boxes, float), np.array(labels) + full, full + attributes, full + scores)
+
+
 def test_nuscenes_scores():
-    truth = [(np.array([[x, 0, 0, 4, 2, 1.5, 0.3, 1, 0], [x, 9, 0, 4, 2, 1.5, 0.3, 1, 0.0]]), np.array([0, 0]))
-             for x in (5.0, 10, 60)]  # fmt: skip
-    classes = ("car", "traffic_cone")
-    same_ = [(b, np.full(2, 0.9), k) for b, k in truth]
-    scores = nuscenes_scores(same_, truth, classes)
-    assert scores["map"] == pytest.approx(100) and scores["nds"] == pytest.approx(90)  # attributes are not told
-    moved = [(b + np.array([0.7, 0, 0, 0, 0, 0, 0.2, 0, 0.5]), s, k) for b, s, k in same_]
+    truth = [
+        objects([[x, 0, 0, 4, 2, 1.5, 0.3, 1, 0], [x, 9, 0, 4, 2, 1.5, 0.3, 1, 0.0]], 0, 1 / x * np.array([1, 0.9]))
+        for x in (5.0, 10, 60)
+    ]
+    classes = ("car",)
+    scores = nuscenes_scores(truth, truth, classes)
+    assert scores["map"] == pytest.approx(100) and scores["maae"] == 1 and scores["nds"] == pytest.approx(90)
+    moved = [s._replace(boxes=s.boxes + np.array([0.7, 0, 0, 0, 0, 0, 0.2, 0, 0.5])) for s in truth]
     scores = nuscenes_scores(moved, truth, classes)
     assert scores["map"] == pytest.approx(75)  # 0.7 m is too far for the first of four distances
-    assert scores["mte"] == pytest.approx(0.7) and scores["moe"] == pytest.approx(0.2)
-    assert scores["mve"] == pytest.approx(0.5) and scores["mse"] == pytest.approx(0, abs=1e-9)
-    smaller = [(b * np.array([1, 1, 1, 0.5, 1, 1, 1, 1, 1]), s, k) for b, s, k in same_]
-    assert nuscenes_scores(smaller, truth, classes)["mse"] == pytest.approx(0.5)
-    nothing = [(np.zeros((0, 9)), np.zeros(0), np.zeros(0, int))] * 3
+    assert scores["mate"] == pytest.approx(0.7) and scores["maoe"] == pytest.approx(0.2)
+    assert scores["mave"] == pytest.approx(0.5) and scores["mase"] == pytest.approx(0, abs=1e-9)
+    unknown = [s._replace(boxes=s.boxes + np.array([[0] * 9, [0] * 7 + [np.nan] * 2])) for s in truth]
+    assert nuscenes_scores(moved, unknown, classes)["mave"] == pytest.approx(0.5)
+    smaller = [s._replace(boxes=s.boxes * np.array([1, 1, 1, 0.5, 1, 1, 1, 1, 1])) for s in truth]
+    assert nuscenes_scores(smaller, truth, classes)["mase"] == pytest.approx(0.5)
+    named = [s._replace(attributes=np.array([5, 6])) for s in truth]
+    half = [s._replace(attributes=np.array([5, 5])) for s in truth]
+    assert nuscenes_scores(half, named, classes)["maae"] == pytest.approx(0.5, abs=0.2)
+    nothing = [objects(np.zeros((0, 9)), 0)] * 3
     assert nuscenes_scores(nothing, truth, classes)["nds"] == 0
+    assert nuscenes_scores(truth, truth, ("car", "bus"))["map"] == pytest.approx(50)  # as its devkit has it
     ap, curve = average_precision(np.array([True, False, True, True]), 4)
     assert curve[0] == 1 and ap == pytest.approx(0.5, abs=0.02) and average_precision(np.array([False]), 4)[0] == 0
+
+
+def test_nuscenes_scores_are_those_of_its_devkit():
+    """The random boxes of nuscenes-devkit's own test, and the NDS that it states for them."""
+    kinds = {"pedestrian": (0, 3), "motorcycle": (3, 2), "bicycle": (3, 2), "traffic_cone": (-1, 0), "barrier": (-1, 0)}
+    names = ("car", "truck", "bus", "trailer", "construction_vehicle", *kinds)
+    dice, chance = np.random.RandomState(42), random.Random(42)
+    sides = [[[] for _ in range(30)] for _ in "tf"]
+    for label, name in enumerate(names):
+        first, count = kinds.get(name, (5, 3))
+        for side, (boxes, reach) in zip(sides, ((3, 15), (25, 10))):
+            for scan in side:
+                for _ in range(boxes):
+                    place, size, turn = dice.rand(2) * reach, dice.rand(3) * 4, turned(dice.rand(4))
+                    speed, score = dice.rand(3)[:2] * 4, chance.random()
+                    attribute = first + (dice.randint(0, count) if count else 0)
+                    chance.random()
+                    box = (*place, 0, *size, math.atan2(turn[1, 0], turn[0, 0]), *speed)
+                    scan.append((box, label, attribute, score))
+    truth, found = ([Objects(*map(np.array, zip(*scan))) for scan in side] for side in sides)
+    scores = nuscenes_scores(found, truth, names, distances=(2, 2, 2, 2))
+    assert scores["nds"] / 100 == pytest.approx(0.08606662159639042, abs=1e-14)
+    wanted = {"mate": 1.307616585704357, "mase": 0.8349830962574011, "maoe": 0.7255479846417405,
+              "mave": 2.1003983950915357, "maae": 0.608533883112375}  # fmt: skip
+    assert {name: scores[name] for name in wanted} == pytest.approx(wanted, abs=1e-12)
 
 
 def test_the_evaluator_counts_what_the_layout_says(kitti, nuscenes):
@@ -297,7 +345,76 @@ def test_the_evaluator_counts_what_the_layout_says(kitti, nuscenes):
             if want:
                 assert scores["map"] == scores["ap_Car"] == want and scores["ap_Cyclist"] == 0
                 continue
-            assert 25 < scores["map"] < 100  # the car without a point does not count, and is found nevertheless
+            # The car without a point does not count, and is found nevertheless; of nine classes there is nothing.
+            assert 2.5 < scores["map"] < 10 and scores["mate"] == pytest.approx(0.9)
+            assert scores["maae"] == pytest.approx(7 / 8)  # that one drives at 5 m/s: its attribute is told
+
+
+def test_nuscenes_counts_what_is_near_the_car_and_in_no_rack(nuscenes):
+    evaluator = BoxScores(SceneSamples(open_scenes(str(nuscenes), 0.5)[1], ScanPreprocess(("intensity", "time"))))
+    labels = torch.tensor([evaluator.classes.index(name) for name in ("car", "car", "bicycle", "bicycle", "car")])
+    boxes = torch.zeros(5, 9)
+    boxes[:, 0] = torch.tensor([50.5, 51.5, 20, 30, 20])
+    racks = torch.tensor([[19.0, 1, 0, 4, 3, 2, 0.3]])
+    near = evaluator.counts(boxes, labels, torch.tensor([1.0, 0]), racks)
+    assert near.tolist() == [True, False, False, True, True]  # the one in the rack, and no car for that
+    boxes[:, 7] = torch.tensor([0.3, 0.1, 0.3, 0.1, 0])
+    told = evaluator.attributes(Boxes(boxes, torch.ones(5), labels))
+    assert [ATTRIBUTES[i].partition(".")[2] for i in told] == [
+        "moving", "parked", "with_rider", "without_rider", "parked"
+    ]  # fmt: skip
+
+
+# -- objects of other scans --------------------------------------------------------------------------------------------
+
+
+def test_objects_are_pasted_where_there_is_room(kitti, tmp_path):
+    root = tmp_path / "kitti"
+    shutil.copytree(kitti, root)
+    train, _ = open_scenes(str(root))
+    samples = SceneSamples(train, ScanPreprocess(), "paste", pasting=2)
+    assert len(samples.bank) == 12 and len(list((root / "linescan").iterdir())) == 2  # no vans
+    again = SceneSamples(train, ScanPreprocess(), "paste", pasting=2)
+    assert isinstance(again.bank.points, np.memmap)
+    plain = SceneSamples(train, ScanPreprocess(), "none")
+    more = 0
+    for i in range(len(train)):
+        torch.manual_seed(i)
+        item, before = samples[i], plain[i]
+        torch.manual_seed(i)
+        assert torch.equal(again[i]["points"], item["points"])
+        boxes = item["boxes"]
+        more += len(boxes) - len(before["boxes"])
+        assert len(boxes) == len(item["labels"]) and torch.equal(boxes[: len(before["boxes"])], before["boxes"])
+        inside = points_in_boxes(item["points"], boxes)
+        assert (overlap_bev(boxes, boxes) > 0).sum() == len(boxes) and (inside.sum(1) > 100).all()
+        where = [(train.scene(n).boxes[:, :3] == box[:3].numpy()).all(1).any() for box in boxes for n in range(6)]
+        assert sum(where) == len(boxes)  # at its own place, of one of the six scans
+    assert more > 0
+    samples.epoch = 2
+    assert len(samples[0]["boxes"]) == len(plain[0]["boxes"])
+    paths = sorted((root / "linescan").iterdir())
+    paths[0].write_bytes(paths[0].read_bytes()[:-40])
+    with pytest.raises(InputError, match="is damaged, delete both"):
+        SceneSamples(train, ScanPreprocess(), "paste")
+
+
+def test_only_what_is_around_is_mirrored_along_its_way():
+    """A scan of what is in front stays in front."""
+    assert "mirror" in KittiScenes.augment and "flip" not in KittiScenes.augment.split("+")
+    points, boxes = (torch.from_numpy(x).float() for x in cars(0))
+    seen = set()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        rows, found = SceneAugment("mirror")(points, boxes)
+        assert torch.equal(rows[:, [0, 2]], points[:, [0, 2]]) and torch.equal(found[:, 0], boxes[:, 0])
+        seen.add(bool(torch.equal(rows[:, 1], -points[:, 1])))
+        before, after = (points_in_boxes(*pair).sum(1) for pair in ((points, boxes), (rows, found)))
+        assert torch.equal(before, after)
+    assert seen == {True, False}
+    street = SceneAugment("scale+shift", NuScenes.scaling, NuScenes.shifting)
+    sizes = torch.stack([street(points, boxes)[1][0, 3] / boxes[0, 3] for _ in range(60)])
+    assert sizes.min() < 0.95 and sizes.max() > 1.05
 
 
 # -- training, scores, files ------------------------------------------------------------------------------------------
@@ -347,7 +464,7 @@ def test_nuscenes_trains(nuscenes, tmp_path):
     own = {**TINY, "head_args": head, "stride": 1}
     recipe = ScanDetectionRecipe(str(nuscenes), model="lion_mamba_nuscenes", model_args=own, holdout=0.5, epochs=2)
     scores = Training(recipe, tmp_path / "run", Processes(0, 1, torch.device("cpu")), Run(workers=0)).run()
-    assert set(scores) == {"map", "nds", "mte", "mse", "moe", "mve"}
+    assert set(scores) == {"map", "nds", "mate", "mase", "maoe", "mave", "maae"}
     assert all(math.isfinite(value) for value in scores.values())
 
 
