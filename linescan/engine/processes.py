@@ -4,13 +4,15 @@ import multiprocessing
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing.context import BaseContext
-from typing import Iterator
+from typing import TYPE_CHECKING, Iterator
 
 import torch
 import torch.distributed as dist
 
 from ..errors import InputError
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext, SpawnContext
 
 __all__ = ["Processes", "beginner", "pick_device", "processes"]
 
@@ -91,7 +93,7 @@ def processes(device: str | None = None) -> Iterator[Processes]:
         dist.destroy_process_group()
 
 
-def beginner() -> BaseContext:
+def beginner() -> "SpawnContext | ForkServerContext":
     """The context of `multiprocessing` for runs in processes of their own.
 
     They are forked from a process that has imported linescan and has done nothing else, where the system can do so:
