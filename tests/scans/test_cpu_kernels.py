@@ -27,6 +27,9 @@ from linescan.scans import (
 from linescan.scans.kernels import backend_info, cpu
 
 compiled = pytest.mark.skipif(cpu.missing() is not None, reason=f"CPU kernels {cpu.missing()}")
+whole = pytest.mark.skipif(
+    not hasattr(torch.ops.linescan_cpu, "matrix_scan_backward"), reason="CPU kernels missing or of older sources"
+)
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
 
 
@@ -45,6 +48,14 @@ def instructions(request):
     if cpu.instruction_set(request.param) != request.param:
         pytest.skip(f"this processor has no {request.param}")
     yield request.param
+    cpu.instruction_set(before)
+
+
+@pytest.fixture
+def sets():
+    """All instruction sets that this processor has, for tests whose expected results take longer than the kernels."""
+    before = cpu.instruction_set()
+    yield [name for name in cpu.LANES if cpu.instruction_set(name) == name]
     cpu.instruction_set(before)
 
 
@@ -97,13 +108,11 @@ def conv_inputs(batch, routes, length, channels, width, extras=True, shared=True
     return inputs
 
 
-def results(function, inputs, name, gradients=True, **options):
-    """Output, final state and, unless told otherwise, all gradients, with the implementation `name`."""
+def results(function, inputs, name, **options):
+    """Output, final state and all gradients with the implementation `name`."""
     leaves = {key: x.detach().requires_grad_() for key, x in inputs.items()}
     with backend(name):
         output, state = function(**leaves, **options, return_final_state=True)
-        if not gradients:
-            return {"output": output.detach(), "state": state.detach()}
         generator = torch.Generator().manual_seed(0)
         weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in (output, state)]
         grads = torch.autograd.grad([output, state], list(leaves.values()), weights)
@@ -113,14 +122,18 @@ def results(function, inputs, name, gradients=True, **options):
 PARAMETERS = ("A", "D", "delta_bias", "delta_weight", "dt_bias", "weight", "bias", "initial_state")
 
 
-def assert_agrees(function, inputs, dtype=torch.float32, **options):
+def assert_agrees(function, inputs, dtype=torch.float32, sets=("",), **options):
+    """The kernel, with each of the instruction sets, agrees with the definition in float64."""
     parameters = {key for key, x in inputs.items() if key in PARAMETERS or (key == "u" and function is wkv6)}
     rounded = {key: x.to(torch.float32 if key in parameters else dtype) for key, x in inputs.items()}
     expected = results(function, {key: x.double() for key, x in rounded.items()}, "reference", **options)
-    for key, got in results(function, rounded, "cpu", **options).items():
-        assert got.dtype == (rounded[key].dtype if key in rounded else torch.float32 if key == "state" else dtype), key
-        error = (got.double() - expected[key]).abs().max() / expected[key].abs().max().clamp_min(1e-3)
-        assert error < TOLERANCE[dtype], f"{key}: relative error {error:.1e}"
+    for name in sets:
+        cpu.instruction_set(name)
+        for key, got in results(function, rounded, "cpu", **options).items():
+            wanted = rounded[key].dtype if key in rounded else torch.float32 if key == "state" else dtype
+            assert got.dtype == wanted, key
+            error = (got.double() - expected[key]).abs().max() / expected[key].abs().max().clamp_min(1e-3)
+            assert error < TOLERANCE[dtype], f"{name} {key}: relative error {error:.1e}"
 
 
 # -- the selective scan -----------------------------------------------------------------------------------------------
@@ -312,78 +325,89 @@ SHAPES = [
     (2, 3, 35, 4, 17, 33, True, "padded", "sum"),
     (2, 2, 131, 2, 32, 32, False, "permuted", None),  # more than a piece of time
     (2, 2, 70, 4, 5, 16, True, "per sample", "sum"),
-    (1, 1, 38, 1, 70, 130, True, "padded", None),  # more than a tile of coefficients
+    (1, 1, 66, 2, 70, 270, True, "padded", None),  # more than a tile of coefficients, and small pieces of time
     (1, 2, 3, 1, 32, 48, False, "none", None),  # less than a block
 ]
 
 
-@compiled
+@whole
 @pytest.mark.parametrize("name", MATRICES)
-def test_matrix_states(name, instructions):
+def test_matrix_states(name, sets):
     for *sizes, shared, kind, merge in SHAPES:
         function, inputs = heads(name, *sizes, shared=shared)
         route = orders(sizes[1], sizes[2], kind, sizes[0])
-        assert_agrees(function, inputs, gradients=False, route=route, merge=merge)
+        assert_agrees(function, inputs, sets=sets, route=route, merge=merge)
 
 
-@compiled
+@whole
 @pytest.mark.parametrize("name", MATRICES)
-def test_matrix_states_half(name, instructions):
+def test_matrix_states_half(name, sets):
     function, inputs = heads(name, length=24, keys=20)
     for dtype in (torch.bfloat16, torch.float16):
-        assert_agrees(function, inputs, dtype, gradients=False, route=orders(2, 24, "padded").int(), merge="sum")
+        assert_agrees(function, inputs, dtype, sets, route=orders(2, 24, "padded").int(), merge="sum")
 
 
-@compiled
-@pytest.mark.parametrize("name", MATRICES)
-def test_gradients_of_matrix_states_are_those_of_the_chunked_form(name):
-    function, inputs = heads(name)
-    inputs = {key: x.float() for key, x in inputs.items()}
-    options = dict(route=orders(2, 37, "padded"), merge="sum")
-    expected = results(function, inputs, "chunked", **options)
-    for key, got in results(function, inputs, "cpu", **options).items():
-        if key in inputs:
-            assert torch.equal(got, expected[key]), key
-
-
-@compiled
+@whole
 @pytest.mark.parametrize("name", ["gla", "simple_gla", "wkv6", "gated_delta_rule", "kda", "dplr"])
-def test_delicate_decays_of_matrix_states(name, instructions):
+def test_delicate_decays_of_matrix_states(name, sets):
     """Long memories and strong decays, over a long sequence: exp of a negated sum of 64 of them would overflow."""
     for decay in (-1e-4, -5.0, -50.0, -1e4):
         function, inputs = heads(name, 1, 1, 300, 2, 16, 16, decay=decay)
-        assert_agrees(function, inputs, gradients=False)
+        assert_agrees(function, inputs, sets=sets)
 
 
-@compiled
+@whole
+@pytest.mark.parametrize("name", ["gla", "simple_gla", "wkv6", "kda", "dplr"])
+def test_small_gradients_of_decays_have_their_digits(name, sets):
+    """Of a gate that lets nearly nothing through, too, though what is read and written beside it is large."""
+    function, inputs = heads(name, 1, 1, 40, 1, 16, 16)
+    gate = "w" if name == "wkv6" else "g"
+    inputs[gate] = (
+        torch.where(torch.arange(40) % 5 == 2, -14.0, -0.1).double()[:, None, None].expand(40, 1, 16)[None, None]
+    )
+    if name == "simple_gla":
+        inputs[gate] = inputs[gate][..., 0]
+    inputs = {key: x.float() for key, x in inputs.items()}
+    expected = results(function, {key: x.double() for key, x in inputs.items()}, "reference")[gate][0, 0, 2::5]
+    for instructions in sets:
+        cpu.instruction_set(instructions)
+        got = results(function, inputs, "cpu")[gate][0, 0, 2::5]
+        assert expected.abs().max() < 1e-3 and (got - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@whole
 @pytest.mark.parametrize("name", ["gla", "wkv6", "kda", "dplr"])
 def test_a_decay_of_minus_infinity_forgets(name, instructions):
     function, inputs = heads(name, 1, 1, 9, 1, 16, 16)
     inputs = {key: x.float() for key, x in inputs.items()}
     gate = "w" if name == "wkv6" else "g"
     inputs[gate][:, :, 4] = -torch.inf
-    got = results(function, inputs, "cpu", gradients=False)
+    got = results(function, inputs, "cpu")
     assert all(x.isfinite().all() for x in got.values())
     if name != "dplr":  # which writes what it read before the decay
         tail = {key: x[:, :, 4:] if key not in ("initial_state", "u") else x for key, x in inputs.items()}
         empty = torch.zeros_like(inputs["initial_state"])
-        again = results(function, tail | {"initial_state": empty}, "cpu", gradients=False)
+        again = results(function, tail | {"initial_state": empty}, "cpu")
         assert torch.equal(again["state"], got["state"])
 
 
-@compiled
+@whole
 def test_matrix_states_are_read_in_place():
-    """Queries, keys and values out of one tensor, gates with the routes among the channels."""
+    """Queries, keys and values out of one tensor, gates with the routes among the channels, a gradient of one row."""
     _, inputs = heads("gla", 2, 2, 30, 2, 16, 16)
     inputs = {key: x.float() for key, x in inputs.items()} | {"v": inputs["v"][:, :1].float()}
     packed = torch.cat([inputs[key] for key in "qkv"], -1).flatten(3)
     q, k, v = packed.unflatten(3, (2, 48)).split(16, -1)
     gates = inputs["g"].transpose(1, 2).contiguous().transpose(1, 2)
     route = orders(2, 30, "padded")
-    expected = results(gla, inputs, "cpu", gradients=False, route=route)
-    strided = inputs | {"q": q, "k": k, "v": v, "g": gates}
-    for key, got in results(gla, strided, "cpu", gradients=False, route=route.short()).items():
+    expected = results(gla, inputs, "cpu", route=route)
+    for key, got in results(gla, inputs | {"q": q, "k": k, "v": v, "g": gates}, "cpu", route=route.short()).items():
         assert torch.equal(got, expected[key]), key
+    leaf, other = (inputs["q"].clone().requires_grad_() for _ in range(2))
+    gla(**inputs | {"q": leaf}, merge="sum").sum().backward()  # an expanded gradient
+    with backend("chunked"):
+        gla(**inputs | {"q": other}, merge="sum").sum().backward()
+    torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-4, atol=1e-4)
 
 
 # -- promises ---------------------------------------------------------------------------------------------------------
@@ -394,10 +418,10 @@ def test_threads_do_not_change_a_bit():
     """Enough work that two threads share it."""
     scan = {key: x.float() for key, x in scan_inputs(1, 2, 100, 200, 2, 16).items()}
     conv = {key: x.float() for key, x in conv_inputs(2, 2, 200, 300, 4, shared=False).items()}
-    matrices = {name: heads(name, 1, 2, 100, 4, 32, 64) for name in MATRICES}
+    matrices = {name: heads(name, 1, 2, 100, 4, 32, 64) for name in MATRICES}  # each again with the same bits
     threads, outcomes = torch.get_num_threads(), []
     try:
-        for count in (1, 2, 3, 16):
+        for count in (1, 2, 3, 16, 1):
             torch.set_num_threads(count)
             outcomes.append(
                 results(selective_scan, scan, "cpu", route=orders(2, 100, "padded"), merge="sum", delta_softplus=True)
@@ -405,7 +429,7 @@ def test_threads_do_not_change_a_bit():
             )
             for name, (function, inputs) in matrices.items():
                 inputs = {key: x.float() for key, x in inputs.items()}
-                got = results(function, inputs, "cpu", gradients=False, route=orders(2, 100, "padded"), merge="sum")
+                got = results(function, inputs, "cpu", route=orders(2, 100, "padded"), merge="sum")
                 outcomes[-1] |= {f"{name} {key}": x for key, x in got.items()}
     finally:
         torch.set_num_threads(threads)

@@ -223,12 +223,32 @@ def _matrix_inputs(rule, *inputs):
     return rule, *rows, gate, beta, *parameters, scale, normalize, _parameter(initial_state), _table(route), merge
 
 
-def _matrix_forward(rule, given, route, merge, y, state):
-    """Fills y and the final state from the arguments that are there, by name."""
+def _matrix_call(rule, given, route, merge):
+    """The kernel's arguments from those that are there, by name."""
     inputs = map(given.get, (*_OF_TOKENS, *_OF_HEADS))
     scale, normalize, initial_state = given.get("scale", 1.0), given.get("normalize", False), given["initial_state"]
-    call = rule, *inputs, scale, normalize, initial_state, route, merge
+    return rule, *inputs, scale, normalize, initial_state, route, merge
+
+
+def _matrix_forward(rule, given, route, merge, y, state):
+    """Fills y and the final state."""
+    call = _matrix_call(rule, given, route, merge)
     _run(torch.ops.linescan_cpu.matrix_scan.default, call, _matrix_inputs, y, state)
+
+
+def _matrix_backward(rule, given, route, merge, grad_output, grad_state) -> dict[str, Tensor]:
+    """Gradients, in float32, of the tensors among `given` by name; of q and k one for every head of v."""
+    heads = given["v"].shape[3]
+    grads = {name: _like(x) for name, x in given.items() if isinstance(x, Tensor)}
+    for name in ("q", "k"):
+        if given[name].shape[3] != heads:
+            batch, routes, length, _, keys = given[name].shape
+            grads[name] = grads[name].new_empty(batch, routes, length, heads, keys)
+    names = (*_OF_TOKENS, *_OF_HEADS, "initial_state")
+    others = _rows(grad_output), _parameter(grad_state), *map(grads.get, names)
+    call = _matrix_call(rule, given, route, merge)
+    _run(torch.ops.linescan_cpu.matrix_scan_backward.default, call, _matrix_inputs, *others)
+    return grads
 
 
 def _register_matrix(op: Recurrence, rule: int, names: str) -> None:
@@ -242,11 +262,19 @@ def _register_matrix(op: Recurrence, rule: int, names: str) -> None:
         _matrix_forward(rule, dict(zip(keys, inputs)), route, merge, sums, state)
         return sums.to(y.dtype), state
 
-    _register_forward(op, forward)
+    def backward(grad_output, grad_state, *args):
+        *inputs, route, merge = args
+        given = dict(zip(keys, inputs))
+        grads = _matrix_backward(rule, given, route, merge, grad_output, grad_state)
+        return _finish(*zip(*((grads[key], x) for key, x in given.items() if isinstance(x, Tensor))))
+
+    _register_both(op, forward, backward)
 
 
-def _register_forward(op: Recurrence, forward) -> None:
-    op.register("cpu", forward, "chunked", _supports, partial(_check, op), kernel=True)
+def _register_both(op: Recurrence, forward, backward) -> None:
+    """A library that was compiled before there was a backward leaves it to the chunked form."""
+    there = hasattr(torch.ops.linescan_cpu, "matrix_scan_backward")
+    op.register("cpu", forward, backward if there else "chunked", _supports, partial(_check, op), kernel=True)
 
 
 def _ssd_gates(dt, A, dt_bias, dt_softplus, dt_min, dt_max):
@@ -256,30 +284,54 @@ def _ssd_gates(dt, A, dt_bias, dt_softplus, dt_min, dt_max):
     return A[:, None] * step, step, (A[:, None] * idle)[0, :, 0]
 
 
+def _ssd_given(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, initial_state):
+    gate, step, idle = _ssd_gates(dt, A, dt_bias, dt_softplus, dt_min, dt_max)
+    return {"q": C, "k": B, "v": x, "gate": gate, "beta": step, "skip": D, "idle": idle, "initial_state": initial_state}
+
+
+def _gated(y: Tensor, z: Tensor, merge: bool) -> Tensor:
+    y = y * F.silu(z.float())
+    return y.sum(1) if merge else y
+
+
 def _ssd_forward(*args):
-    x, dt, A, B, C, D, z, dt_bias, *limits, initial_state, route, merge = args
-    gate, step, idle = _ssd_gates(dt, A, dt_bias, *limits)
-    given = {
-        "q": C,
-        "k": B,
-        "v": x,
-        "gate": gate,
-        "beta": step,
-        "skip": D,
-        "idle": idle,
-        "initial_state": initial_state,
-    }
-    y, state = _ssd.new_outputs(*args[:-1], merge and z is None)
+    *inputs, route, merge = args
+    z = inputs[6]
+    y, state = _ssd.new_outputs(*inputs, route, merge and z is None)
     sums = y.float() if merge or z is not None else y
-    _matrix_forward(GATED, given, route, merge and z is None, sums, state)
-    if z is not None:
-        sums *= F.silu(z.float())
-        sums = sums.sum(1) if merge else sums
-    return sums.to(y.dtype), state
+    _matrix_forward(GATED, _ssd_given(*inputs), route, merge and z is None, sums, state)
+    return (sums if z is None else _gated(sums, z, merge)).to(y.dtype), state
+
+
+def _ssd_backward(grad_output, grad_state, *args):
+    *inputs, route, merge = args
+    x, dt, A, B, C, D, z, dt_bias, *limits, initial_state = inputs
+    leaves = [None if y is None else y.detach().float().requires_grad_() for y in (dt, A, dt_bias)]
+    with torch.enable_grad():
+        given = _ssd_given(x, *leaves[:2], B, C, D, z, leaves[2], *limits, initial_state)
+    of_z = None
+    if z is not None:  # the outputs before their gate are made again
+        y, state = _ssd.new_outputs(*inputs, route, False)
+        y = y.float()
+        _matrix_forward(GATED, given, route, False, y, state)
+        with torch.enable_grad():
+            before, gate = (t.detach().float().requires_grad_() for t in (y, z))
+            grad_output, of_z = torch.autograd.grad(_gated(before, gate, merge), (before, gate), grad_output.float())
+    grads = _matrix_backward(GATED, given, route, merge and z is None, grad_output, grad_state)
+    names = ("gate", "beta", "idle")
+    wanted = [y for y in leaves if y is not None]
+    of_leaves = iter(torch.autograd.grad([given[name] for name in names], wanted, [grads[name] for name in names]))
+    of_dt, of_A, of_bias = (None if y is None else next(of_leaves) for y in leaves)
+    of_B, of_C = (
+        grads[name] if grads[name].shape == y.shape else grads[name].unflatten(3, (y.shape[3], -1)).sum(4)
+        for name, y in (("k", B), ("q", C))
+    )
+    made = (grads["v"], of_dt, of_A, of_B, of_C, grads.get("skip"), of_z, of_bias, grads.get("initial_state"))
+    return _finish(made, (x, dt, A, B, C, D, z, dt_bias, initial_state))
 
 
 _missing = _load()
-_register_forward(_ssd, _ssd_forward)
+_register_both(_ssd, _ssd_forward, _ssd_backward)
 _register_matrix(_gla, GATED, "q k v gate scale initial_state")
 _register_matrix(_simple_gla, GATED, "q k v gate scale initial_state")
 _register_matrix(_linear_attention, GATED, "q k v scale normalize initial_state")

@@ -42,7 +42,7 @@ static float multiply_add(int64_t rounds) {
 const Kernels LINESCAN_JOIN(LINESCAN_ISA, _kernels) = {
     LINESCAN_STRING(LINESCAN_ISA), LINESCAN_ISA::scan_forward,  LINESCAN_ISA::scan_backward,
     LINESCAN_ISA::conv_forward,    LINESCAN_ISA::conv_backward, LINESCAN_ISA::matrix_forward,
-    LINESCAN_ISA::unary,           LINESCAN_ISA::multiply_add,
+    LINESCAN_ISA::matrix_backward, LINESCAN_ISA::unary,         LINESCAN_ISA::multiply_add,
 };
 
 }  // namespace linescan

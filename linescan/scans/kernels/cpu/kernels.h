@@ -137,10 +137,16 @@ struct Matrix {
   View q, k, v, a, b, gate, beta;  // groups are heads
   Parameter bonus, skip, idle, initial;  // (K, H, N), (K, H), (K, H): the log decay of a padding token; a state
   Route route;
+  // forward
   int64_t width = 0;  // columns of a unit of work
   int64_t parts() const { return (M + width - 1) / width; }
   Target y;
   Parameter state;
+  // backward
+  View dy;
+  Parameter dstate, dinitial;
+  Target dq, dk, dv, da, db, dgate, dbeta;
+  float *partial_bonus = nullptr, *partial_skip = nullptr, *partial_idle = nullptr;  // (B, K, H, N), (B, K, H) twice
 };
 
 enum class Unary : int { exp, softplus, sigmoid };
@@ -152,6 +158,7 @@ struct Kernels {
   void (*conv_forward)(const Conv&, int64_t begin, int64_t end);
   void (*conv_backward)(const Conv&, int64_t begin, int64_t end);
   void (*matrix_forward)(const Matrix&, int64_t begin, int64_t end);
+  void (*matrix_backward)(const Matrix&, int64_t begin, int64_t end);
   void (*unary)(Unary, const float* x, float* y, int64_t n);
   float (*multiply_add)(int64_t rounds);
 };

@@ -24,11 +24,12 @@ LINESCAN_INLINE void each(const F& f) {
 
 // What a token does, in order: reads that are not AFTER the decay, the decay, the other reads, and writes; reads see the
 // token's OWN write too, where told. TIED: the first read and the first write are of the same rows. DEPENDENT: the first
-// write takes columns gamma (first read - base). BONUS: rows are weighed in what a token reads of its own write.
+// write takes columns gamma (first read - base). BONUS: rows are weighed in what a token reads of its own write. PRE:
+// writes that the token's decay meets too.
 struct Gated {  // S = diag(a) S + k v^T, o = S^T q
   static constexpr int READS = 1, WRITES = 1;
   static constexpr bool DEPENDENT = false, TIED = false, BONUS = false;
-  static constexpr bool AFTER[2] = {true}, OWN[2][2] = {{true}};
+  static constexpr bool AFTER[2] = {true}, PRE[2] = {}, OWN[2][2] = {{true}};
 };
 struct Late : Gated {  // o = (S + diag(u) k v^T)^T q, then S = diag(a) S + k v^T
   static constexpr bool AFTER[2] = {false}, BONUS = true;
@@ -36,17 +37,33 @@ struct Late : Gated {  // o = (S + diag(u) k v^T)^T q, then S = diag(a) S + k v^
 struct Delta {  // P = diag(a) S, S = P + beta k (v - P^T k)^T, o = S^T q
   static constexpr int READS = 2, WRITES = 1;
   static constexpr bool DEPENDENT = true, TIED = true, BONUS = false;
-  static constexpr bool AFTER[2] = {true, true}, OWN[2][2] = {{false}, {true}};
+  static constexpr bool AFTER[2] = {true, true}, PRE[2] = {}, OWN[2][2] = {{false}, {true}};
 };
 struct LowRank {  // S = diag(a) S + b (S^T c)^T + k v^T, o = S^T q
   static constexpr int READS = 2, WRITES = 2;
   static constexpr bool DEPENDENT = true, TIED = false, BONUS = false;
-  static constexpr bool AFTER[2] = {false, true}, OWN[2][2] = {{}, {true, true}};
+  static constexpr bool AFTER[2] = {false, true}, PRE[2] = {}, OWN[2][2] = {{}, {true, true}};
+};
+
+// The same without outputs: of the reads only those that writes depend on.
+template <class F>
+struct Silent : F {
+  static constexpr int READS = F::DEPENDENT;
+};
+
+// The adjoint, a recurrence of the same kind from the last token to the first: what was written with is read with, and
+// the other way round. Its reads come before the decay, its writes before (PRE) or after it.
+template <class F>
+struct Adjoint {
+  static constexpr int READS = F::WRITES, WRITES = F::READS;
+  static constexpr bool DEPENDENT = F::DEPENDENT, BONUS = F::BONUS;
+  static constexpr bool AFTER[2] = {}, PRE[2] = {F::AFTER[0], F::AFTER[1]},
+                        OWN[2][2] = {{F::OWN[0][0], F::OWN[1][0]}, {F::OWN[0][1], F::OWN[1][1]}};
 };
 
 // Whether a state only ever takes more in.
 template <class F, bool DECAY>
-constexpr bool ADDS_UP = !DECAY && !F::DEPENDENT;
+constexpr bool ADDS_UP = !DECAY && std::is_same_v<F, Gated>;
 
 // Scores of a block, write by write: for every read those of a later read with an earlier write, then the token's own.
 constexpr int PAIRS = BLOCK * (BLOCK - 1) / 2;
@@ -57,13 +74,15 @@ constexpr int scores_before(int read, int write) {
   return count;
 }
 template <class F>
-constexpr int SCORES = (scores_before<F>(F::READS, F::WRITES - 1) + W - 1) / W * W;  // of a write, as whole vectors
+constexpr int SCORES = (scores_before<F>(F::READS, F::WRITES - 1) + W) / W * W;  // of a write, as whole vectors, not none
 template <class F>
 constexpr int score(int read, int write, int t, int s) {
   return SCORES<F> * write + scores_before<F>(read, write) + (t == s ? PAIRS + t : t * (t - 1) / 2 + s);
 }
 template <class F>
 constexpr int LINES = (F::READS + F::WRITES) * BLOCK + 1;  // of coefficients
+template <class F>
+constexpr int SLOTS = F::READS > 0 ? F::READS : 1;  // an array must not be empty
 
 // -- a block of tokens --------------------------------------------------------------------------------------------------
 
@@ -97,6 +116,13 @@ struct Walk {
 // Tokens of a block, and those a while later, whose rows are called from memory.
 struct Block {
   int64_t at[BLOCK], later[BLOCK];
+
+  Block(int64_t start, int64_t count, bool back) {
+    for (int t = 0; t < BLOCK; ++t) {
+      const int64_t i = start + t, j = i + AHEAD < count ? i + AHEAD : count - 1;
+      at[t] = back ? count - 1 - i : i, later[t] = back ? count - 1 - j : j;
+    }
+  }
 
   __attribute__((always_inline)) float* row(const Rows& rows, int t, int64_t begin, int64_t end) const {
     const float* other = rows[later[t]];
@@ -132,7 +158,7 @@ static void make_decays(const Walk& s, const Block& block) {
 template <class F, bool DECAY>
 __attribute__((noinline)) static void weigh(const Walk& s, const Block& block, float* __restrict scores) {
   const int64_t(&at)[BLOCK] = block.at;
-  const float *of_x[F::READS][BLOCK], *of_y[BLOCK];
+  const float *of_x[SLOTS<F>][BLOCK], *of_y[BLOCK];
   each<BLOCK>([&](auto t) LINESCAN_STAGE {
     each<F::READS>([&](auto r) LINESCAN_STAGE { of_x[r][t] = block.row(s.x[r], t, 0, s.stride); });
   });
@@ -142,7 +168,7 @@ __attribute__((noinline)) static void weigh(const Walk& s, const Block& block, f
     each<BLOCK>([&](auto t) LINESCAN_STAGE { of_y[t] = block.row(s.y[w], t, 0, s.stride); });
     for (int64_t i = 0; i < s.stride; i += W) {
       float* lines = s.coefficients + i / PITCH * PITCH * LINES<F> + i % PITCH;
-      V decay[BLOCK], x[F::READS][BLOCK];
+      V decay[BLOCK], x[SLOTS<F>][BLOCK];
       each<BLOCK>([&](auto t) LINESCAN_STAGE {
         each<F::READS>([&](auto r) LINESCAN_STAGE {
           x[r][t] = load(of_x[r][t] + i);
@@ -176,6 +202,7 @@ __attribute__((noinline)) static void weigh(const Walk& s, const Block& block, f
             sums[score<F>(r, w, from, from) - SCORES<F> * w] +=
                 x[r][from] * (F::BONUS ? y * load(s.bonus + i) : y);
         });
+        if (DECAY && F::PRE[w]) y *= decay[from];
         each<BLOCK - 1 - from>([&](auto later) LINESCAN_STAGE {
           constexpr std::integral_constant<int, from + 1 + later> t;
           meet(t, false);
@@ -190,15 +217,22 @@ __attribute__((noinline)) static void weigh(const Walk& s, const Block& block, f
   });
 }
 
-// out[c] = sum over the rows of coefficient c times the state; VECTORS of its columns.
-template <int COUNT, int VECTORS, int ALL>
-LINESCAN_INLINE void read(int64_t rows, int64_t pitch, const float* state, const float* lines, V (&out)[COUNT][VECTORS]) {
+// out[c] = sum over the rows of coefficient c times the state; VECTORS of its columns. MEET: and `flow` that of the state
+// times another one.
+template <bool MEET, int COUNT, int VECTORS, int ALL>
+LINESCAN_INLINE void read(int64_t rows, int64_t pitch, const float* state, const float* lines, V (&out)[COUNT][VECTORS],
+                          const float* other = nullptr, V* flow = nullptr) {
   each<COUNT>([&](auto c) LINESCAN_STAGE { each<VECTORS>([&](auto l) LINESCAN_STAGE { out[c][l] = V{}; }); });
+  if (MEET) each<VECTORS>([&](auto l) LINESCAN_STAGE { flow[l] = V{}; });
   for (int64_t first = 0; first < rows; first += PITCH, lines += PITCH * ALL) {
     const int64_t some = rows - first < PITCH ? rows - first : PITCH;
     for (int64_t i = 0; i < some; ++i, state += pitch) {
       V row[VECTORS];
       each<VECTORS>([&](auto l) LINESCAN_STAGE { row[l] = load(state + l * W); });
+      if constexpr (MEET) {
+        each<VECTORS>([&](auto l) LINESCAN_STAGE { flow[l] += row[l] * load(other + l * W); });
+        other += pitch;
+      }
       each<COUNT>([&](auto c) LINESCAN_STAGE {
         const V x = splat(lines[c * PITCH + i]);
         each<VECTORS>([&](auto l) LINESCAN_STAGE { out[c][l] += x * row[l]; });
@@ -207,23 +241,23 @@ LINESCAN_INLINE void read(int64_t rows, int64_t pitch, const float* state, const
   }
 }
 
-// state = decay state + sum over c of coefficient c times z[c]; the decay is the line after them.
-template <bool DECAY, int COUNT, int VECTORS, int ALL>
-LINESCAN_INLINE void write(int64_t rows, int64_t pitch, float* state, const float* lines,
-                           const V (&z)[COUNT][VECTORS]) {
+// to = decay state + sum over c of coefficient c times z[c]; the decay is the line after them, or `whole` with COLUMNS.
+template <bool DECAY, bool COLUMNS, int COUNT, int VECTORS, int ALL>
+LINESCAN_INLINE void write(int64_t rows, int64_t pitch, const float* state, float* to, const float* lines,
+                           const V (&z)[COUNT][VECTORS], const V* whole = nullptr) {
   for (int64_t first = 0; first < rows; first += PITCH, lines += PITCH * ALL) {
     const int64_t some = rows - first < PITCH ? rows - first : PITCH;
-    for (int64_t i = 0; i < some; ++i, state += pitch) {
+    for (int64_t i = 0; i < some; ++i, state += pitch, to += pitch) {
       V row[VECTORS];
       each<VECTORS>([&](auto l) LINESCAN_STAGE {
         row[l] = load(state + l * W);
-        if (DECAY) row[l] *= splat(lines[COUNT * PITCH + i]);
+        if (DECAY) row[l] *= COLUMNS ? whole[l] : splat(lines[COUNT * PITCH + i]);
       });
       each<COUNT>([&](auto c) LINESCAN_STAGE {
         const V y = splat(lines[c * PITCH + i]);
         each<VECTORS>([&](auto l) LINESCAN_STAGE { row[l] += y * z[c][l]; });
       });
-      each<VECTORS>([&](auto l) LINESCAN_STAGE { store(state + l * W, row[l]); });
+      each<VECTORS>([&](auto l) LINESCAN_STAGE { store(to + l * W, row[l]); });
     }
   }
 }
@@ -234,9 +268,11 @@ __attribute__((noinline)) static void sweep(const Walk& s, const Block& block, i
                                             const float* __restrict scores) {
   const int64_t(&at)[BLOCK] = block.at;
   constexpr int64_t WIDTH = VECTORS * W;
-  V out[F::READS * BLOCK][VECTORS], z[F::WRITES * BLOCK][VECTORS];
+  V out[SLOTS<F> * BLOCK][VECTORS], z[F::WRITES * BLOCK][VECTORS];
+  float* const state = s.state + column;
   const auto vectors = [](const auto& f) LINESCAN_STAGE { each<VECTORS>(f); };
-  read<F::READS * BLOCK, VECTORS, LINES<F>>(s.rows, s.columns, s.state + column, s.coefficients, out);
+  if constexpr (F::READS > 0)
+    read<false, F::READS * BLOCK, VECTORS, LINES<F>>(s.rows, s.columns, state, s.coefficients, out);
   each<BLOCK>([&](auto t) LINESCAN_STAGE {
     each<F::WRITES>([&](auto w) LINESCAN_STAGE {
       if (F::DEPENDENT && w == 0) return;
@@ -270,8 +306,8 @@ __attribute__((noinline)) static void sweep(const Walk& s, const Block& block, i
       }
     });
   });
-  write<DECAY, F::WRITES * BLOCK, VECTORS, LINES<F>>(s.rows, s.columns, s.state + column,
-                                                     s.coefficients + F::READS * BLOCK * PITCH, z);
+  write<DECAY, false, F::WRITES * BLOCK, VECTORS, LINES<F>>(s.rows, s.columns, state, state,
+                                                            s.coefficients + F::READS * BLOCK * PITCH, z);
 }
 
 // The same without decays and dependent writes: rows of the state go from token to token in a register, and there is
@@ -302,29 +338,32 @@ __attribute__((noinline)) static void add_up(const Walk& s, const Block& block, 
   });
 }
 
-// The first `count` tokens, whole blocks of them.
+// As many vectors of a state's columns as registers hold.
+template <class F>
+constexpr int SIDE_BY_SIDE = W == 16 || (F::READS <= 1 && F::WRITES == 1) ? 2 : 1;
+
+// Calls f(integral_constant<int, vectors>, first column) for all columns.
+template <int VECTORS, class F>
+LINESCAN_INLINE void across(int64_t columns, const F& f) {
+  int64_t column = 0;
+  for (; column + VECTORS * W <= columns; column += VECTORS * W) f(std::integral_constant<int, VECTORS>(), column);
+  if constexpr (VECTORS > 1)
+    for (; column < columns; column += W) f(std::integral_constant<int, 1>(), column);
+}
+
+// The first `count` tokens, whole blocks of them; `back` from the last to the first.
 template <class F, bool DECAY>
-static void walk(const Walk& s, int64_t count) {
-  constexpr int VECTORS = W == 16 ? 2 : F::READS == 1 && F::WRITES == 1 ? 2 : 1;  // as many as registers hold
+static void walk(const Walk& s, int64_t count, bool back = false) {
   alignas(64) float scores[SCORES<F> * F::WRITES];
   for (int64_t start = 0; start < count; start += BLOCK) {
-    Block block;
-    for (int t = 0; t < BLOCK; ++t) {
-      const int64_t at = start + t;
-      block.at[t] = at, block.later[t] = at + AHEAD < count ? at + AHEAD : count - 1;
-    }
-    if (DECAY) make_decays(s, block);
+    const Block block(start, count, back);
+    if (DECAY && s.gate) make_decays(s, block);
     if constexpr (ADDS_UP<F, DECAY>) {
-      int64_t column = 0;
-      for (; column + VECTORS * W <= s.columns; column += VECTORS * W) add_up<VECTORS>(s, block, column);
-      for (; column < s.columns; column += W) add_up<1>(s, block, column);
+      across<2>(s.columns, [&](auto vectors, int64_t column) { add_up<vectors()>(s, block, column); });
     } else {
       weigh<F, DECAY>(s, block, scores);
-      int64_t column = 0;
-      for (; column + VECTORS * W <= s.columns; column += VECTORS * W)
-        sweep<F, DECAY, VECTORS>(s, block, column, scores);
-      if constexpr (VECTORS > 1)
-        for (; column < s.columns; column += W) sweep<F, DECAY, 1>(s, block, column, scores);
+      across<SIDE_BY_SIDE<F>>(
+          s.columns, [&](auto vectors, int64_t column) { sweep<F, DECAY, vectors()>(s, block, column, scores); });
     }
   }
 }
@@ -348,49 +387,50 @@ static T* take(Arena& arena, int64_t count) {
   return reinterpret_cast<T*>(arena.take(count * int64_t(sizeof(T) / 4)));
 }
 
-// out[t] = x_t . (sum + y_0 + ... + y_t), which also adds up the sum; for whole vectors of t.
-__attribute__((noinline)) static void running_dots(int64_t count, int64_t n, const Rows& x, const Rows& y,
-                                                   float* __restrict sum, float* __restrict out) {
+// out[t] = x_t . y_t, or RUNNING x_t . (sum + y_0 + ... + y_t), which also adds up the sum; for whole vectors of t.
+template <bool RUNNING>
+__attribute__((noinline)) static void dots(int64_t count, int64_t n, const Rows& x, const Rows& y, float* __restrict sum,
+                                           float* __restrict out) {
   for (int64_t first = 0; first < count; first += W) {
     const int64_t some = count - first < W ? count - first : W;
     alignas(64) float lanes[W * W];
     for (int64_t t = some; t < W; ++t) store(lanes + t * W, V{});
     for (int64_t i = 0; i < n; i += W) {
-      V other = load(sum + i);
+      V other = RUNNING ? load(sum + i) : V{};
       for (int64_t t = 0; t < some; ++t) {
-        other += load(y[first + t] + i);
+        other = RUNNING ? other + load(y[first + t] + i) : load(y[first + t] + i);
         const V product = load(x[first + t] + i) * other;
         store(lanes + t * W, i ? load(lanes + t * W) + product : product);
       }
-      store(sum + i, other);
+      if (RUNNING) store(sum + i, other);
     }
     store(out + first, lane_sums<W>(lanes));
   }
 }
 
-constexpr int64_t ROOM = 128;  // tokens whose rows are looked up at a time, whole blocks
+constexpr int64_t ROOM = 128;  // tokens whose rows are looked up at a time, whole blocks; in the backward at least
 
 // What a unit of work reads of its tokens, filled up to whole blocks with tokens that do nothing.
 struct Tokens {
-  int64_t n, m;
+  int64_t n, m, room;
   float *of_q, *of_k, *of_written, *of_v, *of_a, *of_b, *of_gate;  // rows that cannot be read where they stand
   float *gamma, *numbers, *blank, *dropped, *bonus, *carry;
   int64_t *reads, *writes, *order;  // `order` counts up: rows one after the other
   Rows q, k, written, v, a, b;      // `written`: the keys times beta, where a rule writes them so
 
-  Tokens(Arena& arena, const Matrix& s, int64_t columns)
-      : n(whole_vectors(s.N)), m(whole_vectors(columns)), of_q(rows(arena, n)),
+  Tokens(Arena& arena, const Matrix& s, int64_t columns, int64_t room)
+      : n(whole_vectors(s.N)), m(whole_vectors(columns)), room(room), of_q(rows(arena, n)),
         of_k(rows(arena, n)), of_written(rows(arena, n)), of_v(rows(arena, m)), of_a(rows(arena, n)),
-        of_b(rows(arena, n)), of_gate(rows(arena, n)), gamma(arena.take(ROOM + W)),
-        numbers(arena.take(ROOM + W)), blank(arena.take(n > m ? n : m)), dropped(arena.take(n > m ? n : m)),
-        bonus(arena.take(n)), carry(arena.take(n)), reads(take<int64_t>(arena, ROOM)),
-        writes(take<int64_t>(arena, ROOM)), order(take<int64_t>(arena, ROOM)) {
+        of_b(rows(arena, n)), of_gate(rows(arena, n)), gamma(arena.take(room + W)),
+        numbers(arena.take(room + W)), blank(arena.take(n > m ? n : m)), dropped(arena.take(n > m ? n : m)),
+        bonus(arena.take(n)), carry(arena.take(n)), reads(take<int64_t>(arena, room)),
+        writes(take<int64_t>(arena, room)), order(take<int64_t>(arena, room)) {
     if (arena.counts()) return;
     zero(blank, n > m ? n : m);
-    for (int64_t t = 0; t < ROOM; ++t) order[t] = t, gamma[t] = 1.0f;
+    for (int64_t t = 0; t < room; ++t) order[t] = t, gamma[t] = 1.0f;
   }
 
-  float* rows(Arena& arena, int64_t width) const { return arena.take(ROOM * width); }
+  float* rows(Arena& arena, int64_t width) const { return arena.take(room * width); }
   Rows in_place(float* data, int64_t width) const { return {data, width, order, dropped}; }
 
   // Rows of an input, where they stand if they are whole vectors of float32, else in a buffer.
@@ -404,9 +444,9 @@ struct Tokens {
 
   void fetch(const Matrix& s, int64_t b, int64_t k, int64_t h, int64_t column, int64_t width, int64_t t0, int64_t count);
 
-  // The recurrence as it goes, without its outputs. `decay`: room for the decays.
+  // The recurrence as it goes, without its outputs. `decay`: room for the decays, or those that were `made` before.
   template <class F, bool DECAY>
-  Walk start(const Matrix& s, int64_t b, int64_t k, int64_t h, int64_t count, float* decay);
+  Walk start(const Matrix& s, int64_t b, int64_t k, int64_t h, int64_t count, float* decay, bool made);
   static int64_t decays(int64_t rows) { return rows / BLOCK * (BLOCK + 1); }
 };
 
@@ -433,14 +473,14 @@ void Tokens::fetch(const Matrix& s, int64_t b, int64_t k, int64_t h, int64_t col
 }
 
 template <class F, bool DECAY>
-Walk Tokens::start(const Matrix& s, int64_t b, int64_t k, int64_t h, int64_t count, float* decay) {
+Walk Tokens::start(const Matrix& s, int64_t b, int64_t k, int64_t h, int64_t count, float* decay, bool made) {
   Walk w;
   w.rows = s.N, w.stride = n, w.columns = m;
   if (F::TIED) w.x[0] = this->k, w.base = v;
   else w.x[0] = a, w.y[0] = this->b;
   w.x[F::READS - 1] = q, w.y[F::WRITES - 1] = written, w.z[F::WRITES - 1] = v;
   w.decay = decay, w.gamma = gamma, w.bonus = bonus, w.skip = s.skip ? *(s.skip.at(b, k) + h) : 0.0f;
-  if (!DECAY) return w;
+  if (!DECAY || made) return w;
   const int64_t padded = whole_blocks(count);
   w.carry = carry, w.single = s.gates == 1;
   if (!w.single) {
@@ -454,11 +494,17 @@ Walk Tokens::start(const Matrix& s, int64_t b, int64_t k, int64_t h, int64_t cou
   return w;
 }
 
-// A state (rows, columns), its rows `pitch` apart, to one of whole vectors, and back. Without: zero.
-static void unpack(const float* x, int64_t rows, int64_t columns, int64_t pitch, float* out) {
-  const int64_t wide = whole_vectors(columns);
-  zero(out, rows * wide);
-  for (int64_t i = 0; x && i < rows; ++i) std::memcpy(out + i * wide, x + i * pitch, columns * 4);
+// A state (rows, columns), its rows `pitch` apart, to one of whole vectors, or on its side; and back. Without: zero.
+static void unpack(const float* x, int64_t rows, int64_t columns, int64_t pitch, bool side, float* out) {
+  const int64_t wide = whole_vectors(side ? rows : columns);
+  zero(out, (side ? columns : rows) * wide);
+  if (x && side && rows % W == 0 && columns % W == 0) {
+    for (int64_t i = 0; i < rows; i += W)
+      for (int64_t j = 0; j < columns; j += W) transpose(x + i * pitch + j, pitch, 1.0f, out + j * wide + i, wide);
+  } else {
+    for (int64_t i = 0; x && i < rows; ++i)
+      for (int64_t j = 0; j < columns; ++j) out[side ? j * wide + i : i * wide + j] = x[i * pitch + j];
+  }
 }
 static void pack(const float* x, int64_t rows, int64_t columns, int64_t pitch, float* out) {
   for (int64_t i = 0; i < rows; ++i) std::memcpy(out + i * pitch, x + i * whole_vectors(columns), columns * 4);
@@ -471,19 +517,19 @@ static void column(const float* state, int64_t rows, int64_t pitch, float* out) 
 
 constexpr float SMALLEST = 1e-10f;  // added to what outputs are divided by
 
-static int64_t coefficients(int64_t rows) { return (rows + PITCH - 1) / PITCH * PITCH * LINES<LowRank>; }
+static int64_t coefficients_of(int64_t rows) { return (rows + PITCH - 1) / PITCH * PITCH * LINES<LowRank>; }
 static float* of_head(const Parameter& x, int64_t b, int64_t k, int64_t at) { return x ? x.at(b, k) + at : nullptr; }
 
-// -- a unit of work -----------------------------------------------------------------------------------------------------
+// -- forward ------------------------------------------------------------------------------------------------------------
 
 struct ForwardRoom {
   Tokens tokens;
   float *decay, *of_y, *state, *lines, *sum, *divisor;
 
   ForwardRoom(Arena& arena, const Matrix& s)
-      : tokens(arena, s, s.width), decay(arena.take(Tokens::decays(ROOM) * tokens.n)),
+      : tokens(arena, s, s.width, ROOM), decay(arena.take(Tokens::decays(ROOM) * tokens.n)),
         of_y(tokens.rows(arena, tokens.m)), state(arena.take(s.N * tokens.m)),
-        lines(arena.take(coefficients(s.N))), sum(arena.take(tokens.n)), divisor(arena.take(ROOM + W)) {}
+        lines(arena.take(coefficients_of(s.N))), sum(arena.take(tokens.n)), divisor(arena.take(ROOM + W)) {}
 };
 
 template <class F, bool DECAY>
@@ -499,7 +545,7 @@ static void matrix_forward_as(const Matrix& s, int64_t begin, int64_t end) {
     for (int64_t k = k0; k < k1; ++k) {
       const float* initial = of_head(s.initial, b, k, h * s.N * pitch);
       float* last = s.state.at(b, k) + h * s.N * pitch;
-      unpack(initial ? initial + first : nullptr, s.N, width, pitch, room.state);
+      unpack(initial ? initial + first : nullptr, s.N, width, pitch, false, room.state);
       if (s.normalize) column(initial ? initial + s.M : nullptr, s.N, pitch, room.sum);
       if (s.bonus) column(s.bonus.at(b, k) + h * s.N, s.N, 1, tokens.bonus);
       zero(tokens.carry, tokens.n);
@@ -509,7 +555,7 @@ static void matrix_forward_as(const Matrix& s, int64_t begin, int64_t end) {
       for (int64_t t0 = 0; t0 < s.S; t0 += ROOM) {
         const int64_t count = s.S - t0 < ROOM ? s.S - t0 : ROOM;
         tokens.fetch(s, b, k, h, first, width, t0, count);
-        Walk forth = tokens.start<F, DECAY>(s, b, k, h, count, room.decay);
+        Walk forth = tokens.start<F, DECAY>(s, b, k, h, count, room.decay, false);
         forth.state = room.state, forth.coefficients = room.lines, forth.columns = whole_vectors(width);
         forth.scale = s.scale;
         const Rows y = direct ? Rows{reinterpret_cast<float*>(target.view.at(b, k, 0, channel)), target.view.token,
@@ -518,7 +564,7 @@ static void matrix_forward_as(const Matrix& s, int64_t begin, int64_t end) {
         forth.out[F::READS - 1] = y;
         walk<F, DECAY>(forth, whole_blocks(count));
         if (s.normalize) {
-          running_dots(count, tokens.n, tokens.q, tokens.k, room.sum, room.divisor);
+          dots<true>(count, tokens.n, tokens.q, tokens.k, room.sum, room.divisor);
           for (int64_t t = 0; t < count; t += W)
             store(room.divisor + t, 1.0f / (s.scale * load(room.divisor + t) + SMALLEST));
           for (int64_t t = 0; t < count; ++t)
@@ -546,4 +592,391 @@ static void with_rule(const Matrix& s, const F& f) {
 
 static void matrix_forward(const Matrix& s, int64_t begin, int64_t end) {
   with_rule(s, [&](auto rule, auto decay) { matrix_forward_as<decltype(rule), decay()>(s, begin, end); });
+}
+
+// -- backward -----------------------------------------------------------------------------------------------------------
+
+// Three walks through a piece of time, after one through all of it that leaves the states at the pieces' begins and, of
+// rules with dependent writes, what these wrote. The adjoint goes back from the last token: its reads are the gradients of
+// what was written. The other two take states on their side, with values as rows and keys as columns: there the reads of
+// the recurrence are the gradients of x, and those of its adjoint are the gradients of y.
+//
+// A log decay's gradient is the sum of all that passes through it, from a write before it (or the state that enters its
+// block) to a read after it (or the gradient of the state that leaves the block): products of decays, none of which is
+// ever divided by, and no differences. So it has as many digits as the other gradients, be the decay 0 or 1.
+
+template <class F>
+constexpr int SIDE = (F::READS + F::WRITES) * BLOCK;  // lines of values: gradients of reads, then columns of writes
+
+// Lines of a block, and their scores: the gradients of a token's reads times the columns that tokens up to it write.
+template <class F>
+__attribute__((noinline)) static void line_up(const Walk& s, const Rows (&dz)[2], int64_t first, int64_t m,
+                                              float* __restrict all, float* __restrict scores) {
+  const float* rows[SIDE<F>];
+  float factor[SIDE<F>];
+  each<BLOCK>([&](auto t) LINESCAN_STAGE {
+    each<F::READS>([&](auto r) LINESCAN_STAGE {
+      rows[r * BLOCK + t] = dz[r][first + t], factor[r * BLOCK + t] = F::DEPENDENT && r == 0 ? s.gamma[first + t] : 1.0f;
+    });
+    each<F::WRITES>([&](auto w) LINESCAN_STAGE {
+      constexpr int line = (F::READS + w) * BLOCK + t;
+      rows[line] = s.z[w][first + t], factor[line] = F::DEPENDENT && w == 0 ? s.gamma[first + t] : 1.0f;
+    });
+  });
+  each<F::WRITES>([&](auto w) LINESCAN_STAGE {
+    V sums[SCORES<F>];
+    each<SCORES<F>>([&](auto i) LINESCAN_STAGE { sums[i] = V{}; });
+    for (int64_t j = 0; j < m; j += W) {
+      float* lines = all + j / PITCH * PITCH * SIDE<F> + j % PITCH;
+      if constexpr (w == 0)
+        each<SIDE<F>>([&](auto c) LINESCAN_STAGE { store(lines + c * PITCH, factor[c] * load(rows[c] + j)); });
+      each<BLOCK>([&](auto from) LINESCAN_STAGE {
+        const V z = load(lines + ((F::READS + w) * BLOCK + from) * PITCH);
+        each<F::READS>([&](auto r) LINESCAN_STAGE {
+          each<BLOCK - from>([&](auto later) LINESCAN_STAGE {
+            constexpr int t = from + later;
+            if constexpr (t > from || F::OWN[r][w])
+              sums[score<F>(r, w, t, from) - SCORES<F> * w] += load(lines + (r * BLOCK + t) * PITCH) * z;
+          });
+        });
+      });
+    }
+    for (int i = 0; i < SCORES<F>; i += W)
+      store(scores + SCORES<F> * w + i, lane_sums<W>(reinterpret_cast<const float*>(sums + i)));
+  });
+}
+
+// A block of a state on its side.
+struct Turn {
+  int64_t first, rows, columns;  // token; values; keys as whole vectors
+  const float *lines, *from, *met;  // the state before the block, for the adjoint also the recurrence's
+  float *to, *flow, *const *read;  // the state after it; the two states times each other, decayed; what is read
+};
+
+// Takes VECTORS of the keys through a block: the recurrence, or BACK its adjoint.
+template <class F, bool DECAY, bool BACK, int VECTORS>
+__attribute__((noinline)) static void turn(const Walk& s, const Turn& turn, int64_t column) {
+  constexpr int READS = BACK ? F::WRITES : F::READS, WRITES = BACK ? F::READS : F::WRITES;
+  constexpr int OF_READS = BACK ? F::READS * BLOCK : 0, OF_WRITES = BACK ? 0 : F::READS * BLOCK;
+  const auto vectors = [](const auto& f) LINESCAN_STAGE { each<VECTORS>(f); };
+  V out[READS * BLOCK][VECTORS], z[WRITES * BLOCK][VECTORS], flow[VECTORS], whole[VECTORS];
+  read<DECAY && BACK, READS * BLOCK, VECTORS, SIDE<F>>(turn.rows, turn.columns, turn.from + column,
+                                                       turn.lines + OF_READS * PITCH, out, turn.met + column, flow);
+  // Decays from the block's begin to before and after each token's, and from there to the block's end.
+  V before[BLOCK + 1][VECTORS], after[BLOCK + 1][VECTORS];
+  vectors([&](auto l) LINESCAN_STAGE { before[0][l] = after[BLOCK][l] = splat(1.0f); });
+  if constexpr (DECAY) {
+    const auto decay = [&](int t, auto l) LINESCAN_STAGE {
+      return load(s.decay_of(turn.first + t, turn.columns) + column + l * W);
+    };
+    each<BLOCK>([&](auto t) LINESCAN_STAGE {
+      constexpr int back = BLOCK - 1 - t;
+      vectors([&](auto l) LINESCAN_STAGE {
+        before[t + 1][l] = t == 0 ? decay(t, l) : before[t][l] * decay(t, l);
+        after[back][l] = t == 0 ? decay(back, l) : after[back + 1][l] * decay(back, l);
+      });
+    });
+    vectors([&](auto l) LINESCAN_STAGE {
+      whole[l] = load(s.decay_of_block(turn.first, turn.columns) + column + l * W);
+      if (BACK) store(turn.flow + column + l * W, whole[l] * flow[l]);
+    });
+  }
+  const auto decayed = [&](V x, bool write, auto i, auto t, auto l) LINESCAN_STAGE {
+    return !DECAY ? x : x * (write ? after[t + 1][l] : before[t + F::AFTER[i]][l]);
+  };
+  each<BLOCK>([&](auto t) LINESCAN_STAGE {
+    each<READS>([&](auto r) LINESCAN_STAGE {
+      float* row = turn.read[r] + (turn.first + t) * turn.columns + column;
+      vectors([&](auto l) LINESCAN_STAGE { store(row + l * W, decayed(out[r * BLOCK + t][l], BACK, r, t, l)); });
+    });
+    each<WRITES>([&](auto w) LINESCAN_STAGE {
+      const float* row = (BACK ? s.x[w] : s.y[w])[turn.first + t] + column;
+      vectors([&](auto l) LINESCAN_STAGE { z[w * BLOCK + t][l] = decayed(load(row + l * W), !BACK, w, t, l); });
+    });
+  });
+  write<DECAY, true, WRITES * BLOCK, VECTORS, SIDE<F>>(turn.rows, turn.columns, turn.from + column, turn.to + column,
+                                                       turn.lines + OF_WRITES * PITCH, z, whole);
+}
+
+// Gradients of a block's x, y and log decays, where so far those stand that pass from and to other blocks.
+template <class F, bool DECAY>
+__attribute__((noinline)) static void conclude(const Walk& s, const Turn& turn, const float* scores, float* const* dx,
+                                               float* const* dy, float* dgate, float* of_bonus) {
+  const int64_t n = turn.columns, first = turn.first;
+  for (int64_t i = 0; i < n; i += W) {
+    V x[F::READS][BLOCK], y[F::WRITES][BLOCK], of_x[F::READS][BLOCK], of_y[F::WRITES][BLOCK], gate[BLOCK];
+    const V bonus = F::BONUS ? load(s.bonus + i) : splat(1.0f);
+    each<BLOCK>([&](auto t) LINESCAN_STAGE {
+      const int64_t at = (first + t) * n + i;
+      each<F::READS>([&](auto r) LINESCAN_STAGE { x[r][t] = load(s.x[r][first + t] + i), of_x[r][t] = load(dx[r] + at); });
+      each<F::WRITES>([&](auto w) LINESCAN_STAGE { y[w][t] = load(s.y[w][first + t] + i), of_y[w][t] = load(dy[w] + at); });
+      if (DECAY) gate[t] = load(turn.flow + i);
+    });
+    if constexpr (DECAY) {  // through the block's begin or its end
+      V read = {}, written = {};
+      each<BLOCK>([&](auto t) LINESCAN_STAGE {
+        constexpr int back = BLOCK - 1 - t;
+        each<2>([&](auto late) LINESCAN_STAGE {
+          each<F::READS>([&](auto r) LINESCAN_STAGE {
+            if constexpr (F::AFTER[r] != bool(late)) read += x[r][back] * of_x[r][back];
+          });
+          if (late == 0) gate[back] += read;
+        });
+        gate[t] += written;
+        each<F::WRITES>([&](auto w) LINESCAN_STAGE { written += y[w][t] * of_y[w][t]; });
+      });
+    }
+    each<F::WRITES>([&](auto w) LINESCAN_STAGE {
+      each<BLOCK>([&](auto from) LINESCAN_STAGE {
+        each<F::READS>([&](auto r) LINESCAN_STAGE {
+          if constexpr (F::OWN[r][w]) {
+            const V weight = bonus * scores[score<F>(r, w, from, from)];
+            of_x[r][from] += weight * y[w][from], of_y[w][from] += weight * x[r][from];
+          }
+        });
+        V decay = splat(1.0f), written = y[w][from], of_written = {};
+        const auto meet = [&](auto t, bool after) LINESCAN_STAGE {
+          each<F::READS>([&](auto r) LINESCAN_STAGE {
+            if (F::AFTER[r] != after) return;
+            const float weight = scores[score<F>(r, w, t, from)];
+            of_x[r][t] += weight * written;
+            of_written += weight * (DECAY ? decay * x[r][t] : x[r][t]);
+            if constexpr (DECAY) {
+              const V passes = weight * (x[r][t] * written);
+              each<BLOCK - 1 - from>([&](auto later) LINESCAN_STAGE {
+                constexpr int between = from + 1 + later;
+                if (between < t + after) gate[between] += passes;
+              });
+            }
+          });
+        };
+        each<BLOCK - 1 - from>([&](auto later) LINESCAN_STAGE {
+          constexpr std::integral_constant<int, from + 1 + later> t;
+          meet(t, false);
+          if constexpr (DECAY) {
+            const V next = load(s.decay_of(first + t, n) + i);
+            decay *= next, written *= next;
+          }
+          meet(t, true);
+        });
+        of_y[w][from] += of_written;
+      });
+    });
+    if constexpr (F::BONUS) {
+      V sum = load(of_bonus + i);
+      each<BLOCK>([&](auto t) LINESCAN_STAGE { sum += scores[score<F>(0, 0, t, t)] * (x[0][t] * y[0][t]); });
+      store(of_bonus + i, sum);
+    }
+    each<BLOCK>([&](auto t) LINESCAN_STAGE {
+      const int64_t at = (first + t) * n + i;
+      each<F::READS>([&](auto r) LINESCAN_STAGE { store(dx[r] + at, of_x[r][t]); });
+      each<F::WRITES>([&](auto w) LINESCAN_STAGE { store(dy[w] + at, of_y[w][t]); });
+      if (DECAY) store(dgate + at, gate[t]);
+    });
+  }
+}
+
+constexpr int64_t CACHE = 512 << 10;  // bytes of states that are kept at a time
+
+// Tokens of a piece: so many that the states at their blocks' begins stay in the cache, but as long as the sequence is not
+// so long that those at the pieces' begins would need more room.
+static int64_t piece_of(const Matrix& s) {
+  const int64_t fits = CACHE / (4 * whole_vectors(s.N) * s.M) * BLOCK;
+  int64_t length = fits < 4 * BLOCK ? 4 * BLOCK : fits > ROOM ? ROOM : fits;
+  while (length * length < BLOCK * s.S) length *= 2;
+  const int64_t pieces = (s.S + length - 1) / length;
+  return whole_blocks((s.S + pieces - 1) / pieces);
+}
+
+struct BackwardRoom {
+  Tokens tokens;
+  int64_t pieces, blocks;
+  // For all pieces: decays; first reads - base of dependent writes; states and sums of keys at their begins.
+  float *decay, *kept, *states, *sums;
+  // For a piece.
+  float *out, *dz[2], *dx[2], *dy[2], *dgate, *numbers, *divisor, *lines, *scores, *trail;
+  float *state, *back, *back_side, *coefficients, *flow, *sum, *of_sum, *of_bonus;
+
+  BackwardRoom(Arena& arena, const Matrix& s)
+      : tokens(arena, s, s.M, piece_of(s)), pieces((s.S + tokens.room - 1) / tokens.room), blocks(tokens.room / BLOCK) {
+    const int64_t n = tokens.n, m = tokens.m, all = pieces * tokens.room, side = s.M * n;
+    const bool depends = s.rule == Rule::delta || s.rule == Rule::low_rank;
+    decay = arena.take(s.gates ? Tokens::decays(all) * n : 0), kept = arena.take(depends ? all * m : 0);
+    states = arena.take(pieces * s.N * m), sums = arena.take(pieces * n);
+    out = tokens.rows(arena, m), dgate = tokens.rows(arena, n);
+    for (int i = 0; i < 2; ++i)
+      dz[i] = tokens.rows(arena, m), dx[i] = tokens.rows(arena, n), dy[i] = tokens.rows(arena, n);
+    numbers = arena.take(tokens.room + W), divisor = arena.take(tokens.room + W);
+    lines = arena.take(blocks * line_room(s)), scores = arena.take(blocks * SCORE_ROOM);
+    trail = arena.take(s.gates ? (blocks + 1) * side : side);
+    state = arena.take(s.N * m), back = arena.take(s.N * m), back_side = arena.take(side);
+    coefficients = arena.take(coefficients_of(s.N));
+    flow = arena.take(n), sum = arena.take(n), of_sum = arena.take(n), of_bonus = arena.take(n);
+  }
+
+  static constexpr int64_t SCORE_ROOM = 2 * SCORES<LowRank>;
+  static int64_t line_room(const Matrix& s) { return (s.M + PITCH - 1) / PITCH * PITCH * SIDE<LowRank>; }
+};
+
+// One sample, head and route.
+template <class F, bool DECAY>
+struct Backward {
+  static constexpr int READ = F::READS - 1, WRITE = F::WRITES - 1;
+
+  const Matrix& s;
+  BackwardRoom& room;
+  const int64_t b, k, h;
+  Tokens& tokens = room.tokens;
+  const int64_t n = tokens.n, m = tokens.m, pitch = s.M + s.normalize, area = s.N * m;
+  const float* initial = of_head(s.initial, b, k, h * s.N * pitch);
+  const float* dstate = of_head(s.dstate, b, k, h * s.N * pitch);
+  float* dinitial = of_head(s.dinitial, b, k, h * s.N * pitch);
+
+  // A piece of time.
+  int64_t t0 = 0, count = 0, padded = 0;
+  Walk forth{};
+
+  void run() {
+    zero(tokens.carry, n);
+    if (s.bonus) column(s.bonus.at(b, k) + h * s.N, s.N, 1, tokens.bonus), zero(room.of_bonus, n);
+    if (s.normalize) column(initial ? initial + s.M : nullptr, s.N, pitch, room.sum);
+    if (s.normalize) column(dstate ? dstate + s.M : nullptr, s.N, pitch, room.of_sum);
+    float &skip = s.partial_skip[(b * s.K + k) * s.H + h], &idle = s.partial_idle[(b * s.K + k) * s.H + h];
+    skip = idle = 0.0f;
+
+    unpack(initial, s.N, s.M, pitch, false, room.state);
+    for (int64_t piece = 0; piece < room.pieces; ++piece) go_forth(piece);
+    unpack(dstate, s.N, s.M, pitch, false, room.back), unpack(dstate, s.N, s.M, pitch, true, room.back_side);
+    for (int64_t piece = room.pieces - 1; piece >= 0; --piece) go_back(piece, skip, idle);
+
+    if (dinitial) pack(room.back, s.N, s.M, pitch, dinitial);
+    for (int64_t i = 0; dinitial && s.normalize && i < s.N; ++i) dinitial[i * pitch + s.M] = room.of_sum[i];
+    if (s.bonus) std::memcpy(s.partial_bonus + ((b * s.K + k) * s.H + h) * s.N, room.of_bonus, s.N * 4);
+  }
+
+  void fetch(int64_t piece, bool first) {
+    t0 = piece * tokens.room, count = s.S - t0 < tokens.room ? s.S - t0 : tokens.room, padded = whole_blocks(count);
+    tokens.fetch(s, b, k, h, 0, s.M, t0, count);
+    forth = tokens.start<F, DECAY>(s, b, k, h, count, room.decay + Tokens::decays(t0) * n, !first);
+    forth.coefficients = room.coefficients;
+    if (F::DEPENDENT) forth.z[0] = tokens.in_place(room.kept + t0 * m, m);
+  }
+
+  void go_forth(int64_t piece) {
+    fetch(piece, true);
+    std::memcpy(room.states + piece * area, room.state, area * 4);
+    if (s.normalize) {
+      std::memcpy(room.sums + piece * n, room.sum, n * 4);
+      for (int64_t t = 0; t < count; ++t)
+        for (int64_t i = 0; i < n; i += W) store(room.sum + i, load(room.sum + i) + load(tokens.k[t] + i));
+    }
+    if (F::DEPENDENT || piece + 1 < room.pieces) {
+      Walk silent = forth;
+      silent.state = room.state, silent.out[0] = forth.z[0];
+      walk<Silent<F>, DECAY>(silent, padded);
+    } else if (DECAY) {
+      for (int64_t t = 0; t < padded; t += BLOCK) make_decays(forth, Block(t, padded, false));
+    }
+  }
+
+  void give(const Target& target, int64_t width, int64_t stride, const float* rows) const {
+    if (target) scatter(target.of_route(k), b, k, h * width, tokens.reads, count, width, stride, rows);
+  }
+
+  void go_back(int64_t piece, float& skip, float& idle) {
+    fetch(piece, false);
+    const Rows dy = tokens.read(s.dy, b, k, h, 0, tokens.writes, padded, s.M, room.out), out = tokens.in_place(room.out, m);
+    if (s.normalize) {
+      std::memcpy(room.sum, room.sums + piece * n, n * 4);
+      dots<true>(count, n, tokens.q, tokens.k, room.sum, room.divisor);
+      for (int64_t t = 0; t < count; ++t) room.divisor[t] = s.scale * room.divisor[t] + SMALLEST;
+    }
+    for (int64_t t = 0; t < padded; ++t) {
+      const float factor = s.normalize && t < count ? s.scale / room.divisor[t] : s.scale;
+      for (int64_t j = 0; j < m; j += W) store(out[t] + j, factor * load(dy[t] + j));
+    }
+
+    Walk adjoint = forth;
+    adjoint.state = room.back, adjoint.base = {};
+    std::swap(adjoint.x[0], adjoint.y[0]), std::swap(adjoint.x[1], adjoint.y[1]);
+    adjoint.z[READ] = out;
+    for (int i = 0; i < 2; ++i) adjoint.out[i] = tokens.in_place(room.dz[i], m);
+    walk<Adjoint<F>, DECAY>(adjoint, padded, true);
+
+    const Rows dz[2] = {READ ? adjoint.out[0] : out, out};
+    const int64_t side = s.M * n, lines = BackwardRoom::line_room(s);
+    for (int64_t t = 0; t < padded; t += BLOCK)
+      line_up<F>(forth, dz, t, m, room.lines + t / BLOCK * lines, room.scores + t / BLOCK * BackwardRoom::SCORE_ROOM);
+    unpack(room.states + piece * area, s.N, s.M, m, true, room.trail);
+    for (int64_t t = 0; t < padded; t += BLOCK) {
+      float *from = room.trail + (DECAY ? t / BLOCK * side : 0), *to = from + (DECAY ? side : 0);
+      const Turn block = {t, s.M, n, room.lines + t / BLOCK * lines, from, nullptr, to, nullptr, room.dx};
+      across<SIDE_BY_SIDE<F>>(
+          n, [&](auto vectors, int64_t column) { turn<F, DECAY, false, vectors()>(forth, block, column); });
+    }
+    for (int64_t t = padded - BLOCK; t >= 0; t -= BLOCK) {
+      const Turn block = {t, s.M, n, room.lines + t / BLOCK * lines, room.back_side,
+                          room.trail + (DECAY ? t / BLOCK * side : 0), room.back_side, room.flow, room.dy};
+      across<SIDE_BY_SIDE<F>>(
+          n, [&](auto vectors, int64_t column) { turn<F, DECAY, true, vectors()>(forth, block, column); });
+      const float* scores = room.scores + t / BLOCK * BackwardRoom::SCORE_ROOM;
+      conclude<F, DECAY>(forth, block, scores, room.dx, room.dy, room.dgate, room.of_bonus);
+      if (s.skip) each<BLOCK>([&](auto i) { skip += scores[score<F>(READ, WRITE, i, i)]; });
+    }
+    finish(adjoint.out, idle);
+  }
+
+  // What is left to do row by row: divisors, beta, gates of whole heads; and the way back along the route.
+  void finish(const Rows (&dz)[2], float& idle) {
+    const Rows dx = tokens.in_place(room.dx[READ], n), dy = tokens.in_place(room.dy[WRITE], n);
+    if (F::TIED)
+      for (int64_t i = 0; i < padded * n; i += W) store(dy.first + i, load(dy.first + i) + load(room.dx[0] + i));
+    if (s.normalize) {  // to q by the sum of keys so far, to k by a sum from behind
+      dots<false>(count, n, tokens.q, dx, nullptr, room.numbers);
+      for (int64_t t = 0; t < count; ++t) room.numbers[t] *= -s.scale / room.divisor[t];
+      for (int64_t i = 0; i < n; i += W) {
+        V sum = load(room.sums + t0 / tokens.room * n + i), of_sum = load(room.of_sum + i);
+        for (int64_t t = 0; t < count; ++t) {
+          sum += load(tokens.k[t] + i);
+          store(dx[t] + i, load(dx[t] + i) + room.numbers[t] * sum);
+        }
+        for (int64_t t = count - 1; t >= 0; --t) {
+          of_sum += room.numbers[t] * load(tokens.q[t] + i);
+          store(dy[t] + i, load(dy[t] + i) + of_sum);
+        }
+        store(room.of_sum + i, of_sum);
+      }
+    }
+    if (s.beta) {  // a dependent write has the factor -beta
+      const float sign = F::TIED ? -1.0f : 1.0f;
+      const Rows& scaled = F::TIED ? dz[0] : dy;
+      const int64_t width = F::TIED ? m : n;
+      dots<false>(count, width, F::TIED ? forth.z[0] : tokens.k, scaled, nullptr, room.numbers);
+      for (int64_t t = 0; t < count; ++t) {
+        room.numbers[t] *= sign;
+        for (int64_t j = 0; j < width; j += W) store(scaled[t] + j, load(scaled[t] + j) * (sign * tokens.gamma[t]));
+      }
+      give(s.dbeta, 1, 1, room.numbers);
+    }
+    if (s.gates == 1) {
+      for (int64_t i = 0; i < n; ++i) room.flow[i] = 1.0f;
+      dots<false>(count, n, tokens.in_place(room.dgate, n), {room.flow, 0, tokens.order}, nullptr, room.numbers);
+      for (int64_t t = 0; t < count; ++t) idle += tokens.reads[t] < 0 ? room.numbers[t] : 0.0f;
+      give(s.dgate, 1, 1, room.numbers);
+    } else {
+      give(s.dgate, s.N, n, room.dgate);
+    }
+    give(s.dv, s.M, m, dz[WRITE].first);
+    give(s.dq, s.N, n, dx.first), give(s.dk, s.N, n, dy.first);
+    if (READ && !F::TIED) give(s.da, s.N, n, room.dx[0]);
+    if (WRITE) give(s.db, s.N, n, room.dy[0]);
+  }
+};
+
+static void matrix_backward(const Matrix& s, int64_t begin, int64_t end) {
+  BackwardRoom room = place<BackwardRoom>(s);
+  with_rule(s, [&](auto rule, auto decay) {
+    for (int64_t unit = begin; unit < end; ++unit)
+      for (int64_t k = 0; k < s.K; ++k) Backward<decltype(rule), decay()>{s, room, unit / s.H, k, unit % s.H}.run();
+  });
 }

@@ -424,6 +424,34 @@ void matrix_scan(Value* stack, uint64_t, uint64_t) {
            [&](int64_t begin, int64_t end) { current->matrix_forward(s, begin, end); });
 }
 
+// (inputs, Tensor grad_y, Tensor? grad_state, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? da,
+//  Tensor(e!)? db, Tensor(f!)? dgate, Tensor(g!)? dbeta, Tensor(h!)? dbonus, Tensor(i!)? dskip, Tensor(j!)? didle,
+//  Tensor(k!)? dinitial_state) -> bool
+// All gradients float32 and contiguous; those of q and k for every head of v.
+void matrix_scan_backward(Value* stack, uint64_t, uint64_t) {
+  Arguments in(stack);
+  MatrixInputs inputs(in);
+  const Tensor dy = in.tokens(), dstate = in.optional_parameter();
+  const Tensor dq = in.tensor(), dk = in.tensor(), dv = in.tensor(), da = in.optional(), db = in.optional();
+  const Tensor dgate = in.optional(), dbeta = in.optional(), dbonus = in.optional(), dskip = in.optional();
+  const Tensor didle = in.optional(), dinitial = in.optional();
+  stack[0] = Value(in.fit);
+  if (!in.fit) return;
+  Matrix& s = inputs.matrix;
+  s.dy = view(dy, s.merge), s.dstate = state(dstate), s.dinitial = state(dinitial);
+  const auto to = [&](const Tensor& x) { return gradient(x, inputs.steps, s.K); };
+  s.dq = to(dq), s.dk = to(dk), s.dv = to(dv), s.da = to(da), s.db = to(db), s.dgate = to(dgate), s.dbeta = to(dbeta);
+  const int64_t rows = s.B * s.K * s.H;
+  const std::unique_ptr<float[]> parts(new float[rows * (s.N + 2)]);
+  s.partial_bonus = parts.get(), s.partial_skip = s.partial_bonus + rows * s.N, s.partial_idle = s.partial_skip + rows;
+  const int64_t units = s.B * s.H;
+  parallel(units, grain(units, rows * s.S * s.N * s.M),
+           [&](int64_t begin, int64_t end) { current->matrix_backward(s, begin, end); });
+  sum_parts(s.partial_bonus, s.B, s.K, s.H * s.N, s.H * s.N, dbonus);
+  sum_parts(s.partial_skip, s.B, s.K, s.H, s.H, dskip);
+  sum_parts(s.partial_idle, s.B, s.K, s.H, s.H, didle);
+}
+
 // linescan_cpu::unary(int which, Tensor x, Tensor(a!) y) -> (): for the tests of accuracy.
 void unary(Value* stack, uint64_t, uint64_t) {
   Arguments in(stack);
@@ -455,6 +483,11 @@ struct Registration {
            "selective_scan_backward", "CPU", selective_scan_backward);
     define("matrix_scan(" LINESCAN_MATRIX_INPUTS ", Tensor(a!) y, Tensor(b!) final_state) -> bool", "matrix_scan",
            "CPU", matrix_scan);
+    define("matrix_scan_backward(" LINESCAN_MATRIX_INPUTS
+           ", Tensor grad_y, Tensor? grad_state, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? da, "
+           "Tensor(e!)? db, Tensor(f!)? dgate, Tensor(g!)? dbeta, Tensor(h!)? dbonus, Tensor(i!)? dskip, "
+           "Tensor(j!)? didle, Tensor(k!)? dinitial_state) -> bool",
+           "matrix_scan_backward", "CPU", matrix_scan_backward);
     define("causal_conv1d(" LINESCAN_CONV_INPUTS ", Tensor(a!) y, Tensor(b!) final_state) -> bool", "causal_conv1d",
            "CPU", causal_conv1d);
     define("causal_conv1d_backward(" LINESCAN_CONV_INPUTS
