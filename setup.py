@@ -34,13 +34,17 @@ class BuildKernels(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """For every Python of a platform; for every platform where it came out without the kernels."""
+    """For every Python of a platform; for every platform where it came out without the kernels.
+
+    On Windows, where there are none, too: cibuildwheel takes no wheel that is for every platform.
+    """
 
     def get_tag(self):
-        if not Path(self.bdist_dir, *KERNELS.split(".")).with_suffix(".so").exists():
+        platform = super().get_tag()[2]
+        if sys.platform != "win32" and not Path(self.bdist_dir, *KERNELS.split(".")).with_suffix(".so").exists():
             self.root_is_pure = True
-            return "py3", "none", "any"
-        return "py3", "none", super().get_tag()[2]
+            platform = "any"
+        return "py3", "none", platform
 
 
 kernels = Extension(

@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 __all__ = [
     "argument_names",
     "dispatch_modes_active",
-    "guard_scalar",
     "has_int8_products",
     "is_jit_tracing",
     "is_observed",
@@ -77,13 +76,6 @@ def plain_shape(x: torch.Tensor) -> torch.Size:
         with unwatched():
             return x.shape
     return x.shape
-
-
-def guard_scalar(size) -> int:
-    """A size as an int; a symbolic one is fixed to its value, on which the graph at hand then depends."""
-    from torch.fx.experimental.symbolic_shapes import guard_scalar
-
-    return guard_scalar(size)
 
 
 def argument_names(operator: torch._ops.OpOverload) -> list[str]:

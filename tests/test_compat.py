@@ -83,18 +83,6 @@ def test_inside_unwatched_tensors_are_plain():
     assert torch.func.grad(function)(torch.ones(3)).tolist() == [0, 1, 2]
 
 
-def test_guard_scalar():
-    assert _compat.guard_scalar(5) == 5
-    sizes = []
-
-    def function(x):
-        sizes.append(_compat.guard_scalar(x.shape[0]))
-        return x + 1
-
-    make_fx(function, tracing_mode="symbolic")(torch.ones(7))
-    assert sizes == [7] and type(sizes[0]) is int
-
-
 def test_argument_names():
     assert _compat.argument_names(torch.ops.aten.addcmul.default) == ["self", "tensor1", "tensor2", "value"]
     if cpu.missing() is None:

@@ -1,90 +1,431 @@
-"""The table of docs/deploy.md: what each family's export to each format gives, how exact it is, and how fast.
+#!/usr/bin/env python
+"""The tables of docs/deploy.md: what each family gives in each format, how exact it is, and how fast.
 
-    python tools/deploy.py --out docs/deploy.md             # exports every family as every format: ten minutes or so
-    python tools/deploy.py --out docs/deploy.md --threads 1 --time   # and times all that works; on a quiet machine
+    python tools/deploy.py                                          # all cells that are not there yet
+    python tools/deploy.py --model 'vim*' --format onnx --again     # some of them, anew
+    python tools/deploy.py --time                                   # milliseconds; on a quiet machine
 
-A model of each family has random weights: only its numbers count. The first run of a size is not counted; a time is the
-least of five.
+A cell is one model in one format, in a process of its own with a limit of time. Its result is kept in
+runs/deploy/NAME.FORMAT.json before the next one begins, and the page is written after each: a run that was ended goes
+on where it was. Models are the smallest form of each family, with random weights: only their numbers count.
 """
 
-import argparse
+import copy
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import sys
 import tempfile
 import time
+import traceback
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Annotated, Any, Callable, Sequence
 
-import torch
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
-import linescan
-from linescan.engine.atomic import atomic
-from linescan.engine.cards import ModelCard, preprocess_of
-from linescan.engine.packages import FORMATS, export_package, open_package
-from linescan.errors import InputError
+import timm  # noqa: E402
+import torch  # noqa: E402
+import typer  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
-MODELS = (
-    "vim_tiny_patch16_224", "vmamba_tiny_s1l8", "local_vim_tiny", "local_vssm_tiny", "vig_tiny", "vig_h_tiny",
-    "vrwkv_tiny", "vrwkv6_tiny", "mambavision_tiny", "mamband_small_patch16_224", "videomamba_tiny_patch16_224",
-    "rsmamba_base", "rwkvsam_tiny", "segman_tiny", "van_b0", "care_s0", "inline_deit_tiny", "inline_swin_tiny",
+import linescan  # noqa: E402
+from linescan.engine import packages  # noqa: E402
+from linescan.engine.atomic import atomic  # noqa: E402
+from linescan.errors import one_line  # noqa: E402
+from linescan.quantise import Recipe, arithmetic, quantise  # noqa: E402
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "deploy.md"
+SIZES = (64, 96), (64, 64)
+
+
+@dataclass(frozen=True)
+class Small:
+    """The smallest form of a model.
+
+    Attributes:
+        args: of `linescan.create_model`.
+        shapes: of the inputs of one sample; "HW" stands for height and width.
+        sizes: two pairs of height and width.
+        sized: the argument that has the size, where the model is built for one.
+    """
+
+    args: dict[str, Any] = field(default_factory=dict)
+    shapes: tuple[tuple, ...] = ((3, "HW"),)
+    sizes: Sequence[tuple[int, int]] = SIZES
+    sized: str | None = None
+
+    def model(self, name: str, size: tuple[int, int]) -> nn.Module:
+        """With random weights, the same at every call."""
+        torch.manual_seed(0)
+        model = linescan.create_model(name, **self.args, **({self.sized: size} if self.sized else {})).eval()
+        for module in model.modules():  # a block that begins as nothing, or as a constant, would say nothing
+            for weight in module.parameters(recurse=False):
+                if weight.numel() > 1 and weight.std() == 0:
+                    nn.init.normal_(weight, weight.mean().item(), 0.2)
+        return model
+
+    def inputs(self, batch: int, size: tuple[int, int], seed: int = 0) -> tuple[Tensor, ...]:
+        """A batch."""
+        shapes = [[n for side in shape for n in (size if side == "HW" else (side,))] for shape in self.shapes]
+        generator = torch.Generator().manual_seed(seed)
+        return tuple(torch.rand(batch, *shape, generator=generator) for shape in shapes)
+
+
+PLAIN = Small({"depth": 1, "embed_dim": 32, "num_classes": 5}, sized="img_size")
+HEADS = Small({"depth": 1, "num_classes": 5}, sized="img_size")  # whose width is that of their heads
+STAGES = Small({"depths": (1, 1, 1, 1), "num_classes": 5})
+TWO = Small({"depths": (1, 1), "dims": (16, 32), "num_classes": 5})
+CLIP = Small({**HEADS.args, "num_frames": 2}, ((3, 2, "HW"),), sized="img_size")
+PAIR = (3, "HW"), (3, "HW")
+V2 = {"embed_dim": 24, "depths": (1,), "d_state": 4, "num_heads": 2, "window_size": 4, "num_tokens": 8, "inner_rank": 6}
+CLOUD = Small({"embed_dim": 32, "depth": 1, "groups": 16, "group_size": 8, "num_classes": 5}, ((256, 3),), ((0, 0),))
+MODELS: dict[str, dict[str, Small]] = {
+    "Images and clips": {
+        "vim_tiny_patch16_224": PLAIN,
+        "local_vim_tiny": PLAIN,
+        "local_vim_tiny_middle_cls_token": PLAIN,
+        "local_vssm_tiny": TWO,
+        "vmamba_tiny_s1l8": TWO,
+        "vmamba_vanilla_tiny": TWO,
+        "vig_tiny": HEADS,
+        "vig_h_tiny": STAGES,
+        "vrwkv_tiny": HEADS,
+        "vrwkv6_tiny": HEADS,
+        "mambavision_tiny": STAGES,
+        "mamband_small_patch16_224": HEADS,
+        "mamband_video_small_patch16_224": CLIP,
+        "videomamba_tiny_patch16_224": HEADS,
+        "videomamba_video_tiny_patch16_224": CLIP,
+        "rsmamba_base": PLAIN,
+        "rwkvsam_tiny": STAGES,
+        "segman_tiny": STAGES,
+        "van_b0": STAGES,
+        "care_s0": STAGES,
+        "inline_deit_tiny": HEADS,
+        "inline_pvt_tiny": Small(STAGES.args, sized="img_size"),
+        "inline_swin_tiny": STAGES,
+        "inline_cswin_tiny": STAGES,
+        "scan_tiny": HEADS,
+        "scanh_tiny": STAGES,
+    },
+    "Whole networks": {
+        "segman_seg_tiny": Small({"depths": (1, 1, 1, 1)}),
+        "sigma_tiny": Small({"depths": (1, 1, 1, 1), "dim": 32, "num_classes": 3, "decoder_depths": (1, 1, 1)}, PAIR),
+        "mhsvm_vmunet_3h": Small({"dims": (16, 32, 64, 128), "depths": (1, 1, 1, 1), "depths_decoder": (1, 1, 1, 1)}),
+        "mambafcs_base": Small({"depths": (1, 1, 1, 1), "dims": 16}, PAIR),
+        "mambaad_resnet34": Small({"teacher": "resnet18", "depths": (1, 2, 1, 1), "d_state": 2, "directions": 2}),
+        "mamba_yolo_world_small": Small(
+            {"width": 0.125, "last_chans": 256, "text_dim": 32, "d_state": 8, "head_dim": 16, "num_classes": 8},
+            ((3, "HW"), (8, 32)),
+        ),
+        "rwkvsam_small_prompt": Small(
+            {"img_size": 64, "dims": (8, 16, 32), "depths": (1, 1, 2), "dim": 32}, ((3, "HW"), (1, 2)), ((64, 64),)
+        ),
+        "mamband_unetr_small": Small(
+            {"embed_dim": 16, "depth": 12, "feature_size": 4, "num_classes": 3}, ((1, 32, "HW"),), ((32, 32), (32, 48))
+        ),
+        "mambair_light_x2": Small({"embed_dim": 32, "depths": (1,), "d_state": 4}, sizes=((16, 24), (20, 20))),
+        "mambair_unet_dn": Small({"dim": 32, "depths": (1, 1, 1, 1), "refinement": 1}, sizes=((16, 24), (32, 16))),
+        "mambair_v2_light_x2": Small(V2, sizes=((16, 24), (20, 20))),
+    },
+    "Clouds of points": {
+        "pointmamba_modelnet40": CLOUD,
+        "mamba3d_modelnet40": CLOUD,
+        "pointmamba_old_shapenetpart": Small(
+            {"taps": (0,), "widths": (32, 24, 16, 8), "num_classes": 5, "num_categories": 2,
+             "backbone_args": {key: CLOUD.args[key] for key in ("embed_dim", "depth", "groups", "group_size")}},
+            ((256, 3), (2,)), ((0, 0),),
+        ),
+    },
+}  # fmt: skip
+FORMATS = {
+    "onnx": "ONNX",
+    "onnx-fp16": "ONNX, float16",
+    "pt2": "AOTInductor",
+    "torchscript-trace": "trace",
+    "compile": "torch.compile",
+    "export": "torch.export",
+    "int8": "int8",
+}
+"""The columns, by their names in files."""
+
+
+class Unfit(Exception):
+    """The reason why a cell is empty."""
+
+
+# -- one cell ---------------------------------------------------------------------------------------------------------
+
+
+def packed(small: Small, name: str, format: str, count: int) -> str:
+    """A package, made with a batch of two, gives the answers for batches of one and of three; ONNX at `count` sizes."""
+    half, worst = format == "onnx-fp16", 0.0
+    sizes = small.sizes[: count if format == "onnx" else 1]
+    with tempfile.TemporaryDirectory() as folder:
+        for i, size in enumerate(sizes):
+            model = small.model(name, size)
+            ready = packages.Halved(copy.deepcopy(model)) if half else model
+            path = Path(folder) / f"{i}{packages.FORMATS[format.removesuffix('-fp16')]}"
+            packages.write_network(ready, small.inputs(2, size), path)
+            run = packages.read_network(path)
+            for batch in (1, 3):
+                inputs = small.inputs(batch, size, seed=batch)
+                with torch.no_grad():
+                    worst = max(worst, packages.difference(model(*inputs), run(*inputs)))
+    return exactness(worst, 2e-2 if half else 1e-4)
+
+
+def exactness(error: float, most: float = 1e-4) -> str:
+    """A number for the table; more than `most` is a failure."""
+    if not error <= most:
+        raise Unfit(f"off by {error:.0e}")
+    return f"{error:.0e}"
+
+
+def compiled(small: Small, name: str, *_: Any) -> str:
+    """Traced forward and backward at three sizes and batches in one process, without breaks; kernels are eager's."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    height, width = first = small.sizes[0]
+    worst, calls = 0.0, [(2, first), (3, (width, height)), (4, (height + width, height + width))]
+    if len(small.sizes) == 1:  # of one size alone
+        calls = [(batch, first) for batch, _ in calls]
+    model = small.model(name, first).train()
+    for module in model.modules():
+        if isinstance(module, (nn.Dropout, timm.layers.DropPath)):
+            module.eval()
+    fast = torch.compile(model, fullgraph=True, backend=counter)
+    for batch, size in calls:
+        inputs = small.inputs(batch, size)
+        results = []
+        for run in (model, fast):
+            state = copy.deepcopy(model.state_dict())
+            answer = run(*inputs)
+            model.zero_grad()
+            sum(part.square().mean() for part in packages.tensors(answer) if part.requires_grad).backward()
+            grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+            model.load_state_dict(state)
+            results.append((answer, grads))
+        (answer, grads), (of_answer, of_grads) = results
+        worst = max(worst, packages.difference(answer, of_answer), packages.difference(grads, of_grads))
+    return f"{exactness(worst, 1e-3)}, {counter.frame_count} graphs"
+
+
+def exported(small: Small, name: str, *_: Any) -> str:
+    """`torch.export`, with as many dynamic axes as the network allows: the program runs at others."""
+    size, other = small.sizes[0], small.sizes[-1]
+    model, inputs = small.model(name, size), small.inputs(2, size)
+    spatial = [[1 + i for i, side in enumerate(shape) if side == "HW"] for shape in small.shapes]
+    reason = None
+    for free in (True, False) if size != other else (False,):
+        axes = tuple(
+            {0: torch.export.Dim.DYNAMIC, **({at[0]: torch.export.Dim.AUTO, at[0] + 1: torch.export.Dim.AUTO}
+                                             if free and at else {})}
+            for at in spatial
+        )  # fmt: skip
+        try:
+            with torch.no_grad():
+                program = torch.export.export(model, inputs, dynamic_shapes=axes).module()
+                worst = 0.0
+                for batch in (1, 3):
+                    given = small.inputs(batch, other if free else size, seed=batch)
+                    worst = max(worst, packages.difference(model(*given), program(*given)))
+            return f"{exactness(worst)}, {'any size' if free else 'any batch'}"
+        except Exception as error:  # of the first kind that is tried
+            reason = error
+    raise reason
+
+
+def integers(small: Small, name: str, *_: Any) -> str:
+    """Int8 linear layers, with a scale for each token."""
+    model, inputs = small.model(name, small.sizes[0]), small.inputs(3, small.sizes[0])
+    with torch.no_grad():
+        want = model(*inputs)
+        quantise(model, Recipe("dynamic", "w8a8"))
+        return f"{exactness(packages.difference(want, model(*inputs)), 0.5)} ({arithmetic(model).partition(';')[0]})"
+
+
+CELLS: dict[str, Callable[[Small, str, str, int], str]] = {
+    "compile": compiled, "export": exported, "int8": integers,
+    **dict.fromkeys(("onnx", "onnx-fp16", "pt2", "torchscript-trace"), packed),
+}  # fmt: skip
+
+
+def limited(seconds: int, *args: Any) -> None:
+    """A cell that may compute for so long."""
+    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + seconds, resource.RLIM_INFINITY))
+    cell(*args)
+
+
+def cell(compute: Callable[..., str], args: Sequence, to: Path) -> None:
+    """Computes a cell into a file; what the exporters print goes beside it."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    with open(to.with_suffix(".log"), "w") as log, redirect_stdout(log), redirect_stderr(log):
+        try:
+            result = {"says": compute(*args)}
+        except Exception as error:  # of an exporter, which may raise anything
+            traceback.print_exc(file=log)
+            result = {"fails": one_line(error, 200)}
+    keep(to, result)
+
+
+def keep(to: Path, result: dict) -> None:
+    """Writes a result, whole or not at all."""
+    with atomic(to) as file:
+        file.write(json.dumps(result).encode())
+
+
+def in_a_process(compute: Callable[..., str], args: Sequence, to: Path, limit: int) -> dict:
+    """Runs a cell; one that takes more than `limit` seconds of the processor, or ten times that in all, is ended."""
+    to.unlink(missing_ok=True)
+    process = multiprocessing.get_context("fork").Process(target=limited, args=(limit, compute, args, to))
+    process.start()
+    process.join(10 * limit)
+    if process.is_alive() or process.exitcode == -signal.SIGXCPU:
+        process.kill()
+        process.join()
+        keep(to, {"fails": f"takes more than {limit} seconds"})
+    elif not to.exists():
+        keep(to, {"fails": f"the process ended with {process.exitcode}"})
+    return json.loads(to.read_text())
+
+
+# -- times ------------------------------------------------------------------------------------------------------------
+
+TIMED = (
+    "vim_tiny_patch16_224", "local_vim_tiny", "vmamba_tiny_s1l8", "vig_tiny", "vrwkv_tiny", "mambavision_tiny",
     "scan_tiny", "deit_tiny_patch16_224", "swin_tiny_patch4_window7_224",
 )  # fmt: skip
-BEGIN, END = "<!-- tools/deploy.py writes from here -->", "<!-- to here -->"
+RUNTIMES = {
+    "eager": "eager torch", "compile": "torch.compile", "pt2": "AOTInductor", "onnx": "ONNX Runtime",
+    "openvino": "OpenVINO",
+}  # fmt: skip
 
 
-def least(call) -> float:
-    """Milliseconds of a call."""
-    call()
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return 1e3 * min(times)
-
-
-def cells(name: str, timed: bool) -> list[str]:
-    """What eager torch and each format give for a model."""
+def milliseconds(name: str, side: int, threads: int, runtime: str) -> str:
+    """The least of five calls with one image, after one that does not count."""
+    torch.set_num_threads(threads)
+    create = linescan.create_model if linescan.zoo.is_model(name) else timm.create_model
     torch.manual_seed(0)
-    model = linescan.create_model(name).eval() if linescan.zoo.is_model(name) else _of_timm(name)
-    card = ModelCard(name, {}, [str(i) for i in range(model.num_classes)], preprocess_of(model))
-    images = torch.randn(1, *card.preprocess.size)
-    with torch.no_grad():
-        row = [f"{least(lambda: model(images)):.0f} ms" if timed else "works"]
-        for format, suffix in FORMATS.items():
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / f"model{suffix}"
-                try:
-                    error = export_package(model, card, path, format)
-                except InputError as refusal:
-                    print(f"  {format}: {refusal}", flush=True)
-                    row.append("no")
-                    continue
-                run, _ = open_package(path, trust=True)
-                row.append(f"{error:.0e}" + (f", {least(lambda: run(images)):.0f} ms" if timed else ""))
-    return row
+    model, image = create(name, img_size=side).eval(), torch.randn(1, 3, side, side)
+    with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
+        run = in_runtime(model, image, runtime, Path(folder), threads)
+        run()
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+    return f"{1e3 * min(times):.0f} ms"
 
 
-def _of_timm(name: str) -> torch.nn.Module:
-    import timm
+def in_runtime(model: nn.Module, image: Tensor, runtime: str, folder: Path, threads: int) -> Callable[[], Any]:
+    """A call of the model in a runtime."""
+    if runtime == "eager":
+        return lambda: model(image)
+    if runtime == "compile":
+        fast = torch.compile(model, fullgraph=True)
+        return lambda: fast(image)
+    path = folder / f"model{packages.FORMATS['pt2' if runtime == 'pt2' else 'onnx']}"
+    with torch.inference_mode(False):
+        packages.write_network(model, (torch.cat([image, image]),), path)
+    if runtime != "openvino":
+        network = packages.read_network(path)
+        return lambda: network(image)
+    import openvino
 
-    return timm.create_model(name).eval()
+    request = openvino.compile_model(str(path), "CPU", {"INFERENCE_NUM_THREADS": threads}).create_infer_request()
+    return lambda: request.infer([image.numpy()])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="the page that holds the table")
-    parser.add_argument("--models", nargs="*", default=MODELS)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--time", action="store_true")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    lines = [f"| model | eager torch | {' | '.join(FORMATS)} |", "| --- | --- |" + " --- |" * len(FORMATS)]
-    for name in args.models:
-        print(name, flush=True)
-        lines.append(f"| `{name}` | {' | '.join(cells(name, args.time))} |")
-    before, _, rest = args.out.read_text().partition(BEGIN)
-    after = rest.partition(END)[2]
-    with atomic(args.out) as file:
-        file.write("\n".join([before + BEGIN, "", *lines, "", END + after]).encode())
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> dict:
+    """A cell's result; of one that has not been computed, an empty text."""
+    return json.loads(path.read_text()) if path.exists() else {"says": ""}
+
+
+def grid(columns: Sequence[str], rows: dict[str, list[tuple[str, Path]]]) -> list[str]:
+    """A table in Markdown, from the cells of each row and what they are; then what does not work, and why."""
+    lines, notes = [f"| {' | '.join(columns)} |", "| --- |" + " --- |" * (len(columns) - 1)], []
+    for title, cells in rows.items():
+        if not any(path.exists() for _, path in cells):
+            continue
+        found = [read(path) for _, path in cells]
+        lines.append(f"| {title} | {' | '.join(result.get('says', 'no') for result in found)} |")
+        notes += [f"- {what}: {result['fails']}" for (what, _), result in zip(cells, found) if "fails" in result]
+    return [*lines, "", *([*notes, ""] if notes else [])]
+
+
+def write_page(page: Path, lines: list[str], mark: str) -> None:
+    """Replaces what stands between the page's marks."""
+    begin, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
+    before, _, rest = page.read_text().partition(begin)
+    with atomic(page) as file:
+        file.write("\n".join([before + begin, "", *lines, end + rest.partition(end)[2]]).encode())
+
+
+def deploy(
+    model: Annotated[str, typer.Option(help="Only models of this name; * and ? stand for anything.")] = "*",
+    format: Annotated[str, typer.Option(help=f"Only one of {', '.join(FORMATS)}.")] = "*",
+    times: Annotated[bool, typer.Option("--time", help="Milliseconds instead: of whole models.")] = False,
+    runtime: Annotated[str, typer.Option(help=f"Of --time: only one of {', '.join(RUNTIMES)}.")] = "*",
+    side: Annotated[list[int], typer.Option(help="Of --time: pixels of an image's side.")] = [224, 512, 1024],
+    threads: Annotated[list[int], typer.Option(help="Of --time.")] = [1, 2],
+    sizes: Annotated[int, typer.Option(min=1, max=2, help="Sizes of images at which ONNX is tried.")] = 2,
+    again: Annotated[bool, typer.Option("--again", help="Also cells that are there already.")] = False,
+    limit: Annotated[int, typer.Option(help="Seconds of the processor for one cell.")] = 300,
+    results: Annotated[Path, typer.Option(help="The folder for the results.")] = Path("runs/deploy"),
+    page: Annotated[Path, typer.Option(help="The page that holds the tables.")] = PAGE,
+):
+    """Compute what is missing of the tables of docs/deploy.md."""
+    results.mkdir(parents=True, exist_ok=True)
+
+    def path(*parts: Any) -> Path:
+        return results / f"{'.'.join(map(str, parts))}.json"
+
+    lines: Callable[[], list[str]]
+    if times:
+        wanted = [(milliseconds, (name, pixels, count, kind)) for count in threads for pixels in side
+                  for name in TIMED if fnmatchcase(name, model)
+                  for kind in RUNTIMES if fnmatchcase(kind, runtime)]  # fmt: skip
+
+        def lines() -> list[str]:
+            return grid(["model, pixels, threads", *RUNTIMES.values()], {
+                f"`{name}`, {pixels}, {count}": [(f"`{name}`, {pixels}, {column}", path(name, pixels, count, kind))
+                                                 for kind, column in RUNTIMES.items()]
+                for count in threads for name in TIMED for pixels in side
+            })  # fmt: skip
+    else:
+        wanted = [(CELLS[kind], (small, name, kind, sizes)) for models in MODELS.values()
+                  for name, small in models.items() if fnmatchcase(name, model)
+                  for kind in FORMATS if fnmatchcase(kind, format)]  # fmt: skip
+
+        def lines() -> list[str]:
+            return [line for title, models in MODELS.items() for line in grid([title, *FORMATS.values()], {
+                f"`{name}`": [(f"`{name}`, {column}", path(name, kind)) for kind, column in FORMATS.items()]
+                for name in models
+            })]  # fmt: skip
+
+    for compute, args in wanted:
+        to = path(*args) if times else path(*args[1:3])
+        if again or not to.exists():
+            start = time.monotonic()
+            found = in_a_process(compute, args, to, limit)
+            print(f"{to.stem}: {' '.join(map(str, found.values()))} ({time.monotonic() - start:.0f} s)", flush=True)
+            write_page(page, lines(), "times" if times else "cells")
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(deploy)

@@ -9,7 +9,7 @@ import typer
 from linescan.engine.progress import say
 from linescan.errors import InputError
 
-from .options import Batch, Checkpoint, Device, Floats, Model, ModelArgs, Precision, command, model_args
+from .options import Batch, Checkpoint, Device, Floats, Model, ModelArgs, Precision, command, model_args, pixels
 from .predict import Sources, Strict, answer_files
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ class Format(str, Enum):
     "linescan export vim_tiny_patch16_224 --out vim.onnx",
     "linescan export vmamba_tiny_s1l8 -c mine.pth --model-arg num_classes=10 --model-arg img_size=384 --out mine.onnx",
     "linescan export -c runs/flowers/best.safetensors --format pt2 --out flowers.pt2",
+    "linescan export segman_seg_tiny -c segman.pth --size 512x1024 --out segman.onnx",
     "linescan classify vim.onnx cat.jpg",
 )
 def export(
@@ -67,27 +68,37 @@ def export(
                                            "torchscript-trace run in torch.")] = Format.onnx,
     checkpoint: Checkpoint = None,
     precision: Precision = Floats.fp32,
+    size: Annotated[Optional[str], typer.Option(metavar="HxW", help="Of images, for a network that is no classifier. "
+                                                "Default: as published.")] = None,
     model_arg: ModelArgs = None,
 ):  # fmt: skip
-    """Write a classifier as one file for other runtimes, with its preprocessing and the names of its classes.
+    """Write a network as one file for other runtimes, with its preprocessing and the names of its classes.
 
-    Batches may have any size; images have the size of the model (`--model-arg img_size=384` for another). What was
-    written is run once, and its answers are compared with the model's. `linescan classify FILE IMAGE` runs it.
+    Batches may have any size; images have the size of the model (`--model-arg img_size=384` for another classifier,
+    `--size 480x640` for other networks). What was written is run once, and its answers are compared with the model's.
+    `linescan classify FILE IMAGE` runs a classifier.
     """
+    from linescan import zoo
     from linescan.engine.cards import restore
     from linescan.engine.packages import FORMATS, expect_suffix, export_package
-    from linescan.media.preprocess import Preprocess
-    from linescan.tasks.classify import check_classifier
 
     if name is None and checkpoint is None:
         raise InputError("name a model (`linescan list` shows them), or a checkpoint with --checkpoint")
     to = to or Path(f"{name or checkpoint.stem}{FORMATS[format.value]}")
     expect_suffix(to, format.value)  # before weights are fetched
+    sides = pixels(size, "--size")
     network, card = restore(name, checkpoint, **model_args(model_arg))
-    check_classifier(network, card.model)
-    if not isinstance(card.preprocess, Preprocess):
-        raise InputError(f"{card.model} reads point clouds; models of images and videos can be exported")
-    error = export_package(network, card, to, format.value, precision.dtype)
+    entry = zoo.find(card.model) if zoo.is_model(card.model) else None
+    shapes = None
+    if entry and entry.inputs[0][-1] < 8:
+        raise InputError(f"{card.model} reads point clouds; networks of images, videos and volumes can be exported")
+    if entry and entry.task != "classification":
+        images = [len(shape) >= 3 for shape in entry.inputs]
+        shapes = [(*shape[:-2], *(sides or shape[-2:])) if is_image else shape
+                  for shape, is_image in zip(entry.inputs, images)]  # fmt: skip
+    elif sides:
+        raise InputError(f"a classifier is built for its size: --model-arg 'img_size=[{sides[0]},{sides[1]}]'")
+    error = export_package(network, card, to, format.value, precision.dtype, shapes)
     say(f"{to}: {to.stat().st_size / 1e6:.1f} MB, its answers differ from the model's by at most {error:.0e}")
 
 

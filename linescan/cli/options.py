@@ -224,3 +224,13 @@ def number(value: float | None, pattern: str) -> str:
 def show_json(value: Any) -> None:
     """Prints a value as JSON."""
     print(json.dumps(value, indent=2))
+
+
+def pixels(text: str | None, option: str) -> tuple[int, int] | None:
+    """ "512x1024" -> (512, 1024), "512" -> (512, 512)."""
+    if text is None:
+        return None
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise InputError(f"{option} is a size in pixels, as in 512 or 512x1024 (height x width), not {text!r}")
+    return int(sides[0]), int(sides[-1])

@@ -12,7 +12,7 @@ from linescan.engine.progress import progress_bar, say, show
 from linescan.errors import InputError
 
 from .names import complete_models
-from .options import Batch, Checkpoint, Device, Floats, Json, Model, ModelArgs, Precision, command, model_args
+from .options import Batch, Checkpoint, Device, Floats, Json, Model, ModelArgs, Precision, command, model_args, pixels
 
 if TYPE_CHECKING:
     from linescan.tasks.tool import Outcome, Tool, Writer
@@ -146,7 +146,7 @@ def segment(
     A model for volumes reads NIfTI files and .npy: labels on the grid of each file, and pictures of three planes.
     A file that cannot be read is named and skipped; the exit status is then 1.
     """
-    sizes = {"window": _size(window, "--window"), "stride": _size(stride, "--stride")}
+    sizes = {"window": pixels(window, "--window"), "stride": pixels(stride, "--stride")}
 
     def open_tool() -> tuple["Tool", "Writer"]:
         from linescan.tasks.segment import Masks, Segmenter
@@ -222,7 +222,7 @@ def detect(
     Models of configs know their classes; models by name find what words name.
     A file that cannot be read is named and skipped; the exit status is then 1.
     """
-    sizes = {"window": _size(window, "--window"), "stride": _size(stride, "--stride")}
+    sizes = {"window": pixels(window, "--window"), "stride": pixels(stride, "--stride")}
     prompts = {"text": text, "embeddings": embeddings, "text_encoder": text_encoder}
 
     def open_tool() -> tuple["Tool", "Writer"]:
@@ -392,7 +392,7 @@ def change(
     Both images of a pair have one size and show the same ground; one line says which seem to be shifted.
     A pair that cannot be read is named and skipped; the exit status is then 1.
     """
-    sizes = {"window": _size(window, "--window"), "stride": _size(stride, "--stride")}
+    sizes = {"window": pixels(window, "--window"), "stride": pixels(stride, "--stride")}
 
     def open_tool() -> tuple["Tool", "Writer"]:
         from linescan.tasks.change import ChangeDetector, ChangeMaps
@@ -514,16 +514,6 @@ def _side(sizes: dict[str, tuple[int, int] | None]) -> int | None:
     if sizes["stride"] or (sizes["window"] and len(set(sizes["window"])) > 1):
         raise InputError("volumes are read in cubes that overlap by half: --window is one number, without --stride")
     return sizes["window"][0] if sizes["window"] else None
-
-
-def _size(text: str | None, option: str) -> tuple[int, int] | None:
-    """ "512x1024" -> (512, 1024), "512" -> (512, 512)."""
-    if text is None:
-        return None
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
-        raise InputError(f"{option} is a size in pixels, as in 512 or 512x1024 (height x width), not {text!r}")
-    return int(sides[0]), int(sides[-1])
 
 
 # -- what all of them do ----------------------------------------------------------------------------------------------

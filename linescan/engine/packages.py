@@ -1,4 +1,4 @@
-"""Packages: a model, how it wants its images and what its classes are called, in one file for another runtime.
+"""Packages: a network in one file for another runtime; a classifier's says its preprocessing and its classes, too.
 
     onnx                standard operators of ONNX; runs in ONNX Runtime and others, without linescan and torch
     pt2                 compiled ahead of time by AOTInductor for this machine's processor; runs in torch
@@ -6,15 +6,19 @@
 
 Batches may have any size, images have the size of the export. The last two call linescan's operators: a program that
 loads them imports linescan first. Both are programs, and are opened only where the user says that they are trusted.
+
+`write_network` and `read_network` take any network; `export_package` and `open_package` are of classifiers.
 """
 
+import copy
 import json
 import shutil
 import tempfile
 import warnings
 import zipfile
+from math import inf, isnan
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import Any, Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +30,10 @@ from ..extras import require
 from .atomic import atomic
 from .cards import ModelCard
 
-__all__ = ["FORMATS", "Package", "expect_suffix", "export_package", "is_package", "open_package"]
+__all__ = [
+    "FORMATS", "Halved", "Package", "difference", "expect_suffix", "export_package", "is_package", "open_package",
+    "read_network", "tensors", "write_network",
+]  # fmt: skip
 
 FORMATS = {"onnx": ".onnx", "pt2": ".pt2", "torchscript-trace": ".ts"}
 """The suffix of each format; a file is taken for what its suffix says."""
@@ -65,6 +72,10 @@ def is_package(path: str | Path | None) -> bool:
     return path is not None and Path(path).suffix.lower() in FORMATS.values()
 
 
+def _format_of(path: Path) -> str:
+    return next(key for key, suffix in FORMATS.items() if suffix == path.suffix.lower())
+
+
 def expect_suffix(path: Path, format: str) -> str:
     """The suffix of a format; raises InputError where the path has another."""
     suffix = FORMATS[known("format", format, FORMATS)]
@@ -76,32 +87,77 @@ def expect_suffix(path: Path, format: str) -> str:
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-class _Halved(nn.Module):
-    """A network in float16 that takes and gives float32."""
+class Halved(nn.Module):
+    """A network in float16 that takes and gives float32; the states of recurrences are float32."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
         self.network = network.half()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.network(x.half()).float()
+    def forward(self, *inputs: Tensor) -> Any:
+        return _as_float(self.network(*(x.half() for x in inputs)))
+
+
+def _as_float(answer: Any) -> Any:
+    if isinstance(answer, Tensor):
+        return answer.float() if answer.is_floating_point() else answer
+    if isinstance(answer, dict):
+        return {key: _as_float(part) for key, part in answer.items()}
+    return [_as_float(part) for part in answer]
+
+
+def write_network(network: nn.Module, inputs: tuple[Tensor, ...], path: str | Path, note: str = "") -> None:
+    """Writes a network of any task, in the format that the path's suffix names.
+
+        write_network(linescan.create_model("segman_seg_tiny").eval(), (torch.rand(2, 3, 512, 512),), "segman.onnx")
+
+    Args:
+        network: on the CPU, in evaluation mode.
+        inputs: an example of each, of a batch of two or more: batches may then have any size, all else is as here.
+        path: `*.onnx`, `*.pt2` or `*.ts`.
+        note: a text that the file carries.
+
+    Raises:
+        InputError: the suffix is no format's; a package that the format needs, or a compiler, is missing; the network
+            cannot be exported.
+    """
+    path = Path(path)
+    if not is_package(path):
+        raise InputError(f"a package is a file *{', *'.join(FORMATS.values())}, not {path.name}")
+    format = _format_of(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporters' own, of their insides
+        try:
+            with torch.no_grad():
+                _WRITERS[format](network, inputs, note, path)
+        except InputError:
+            raise
+        except Exception as error:  # an exporter may raise anything at all
+            reason = one_line(error.__cause__ or error, 300)
+            raise InputError(f"cannot be exported as {format}: {reason}") from error
 
 
 def export_package(
-    network: nn.Module, card: ModelCard, path: str | Path, format: str, dtype: torch.dtype = torch.float32
+    network: nn.Module,
+    card: ModelCard,
+    path: str | Path,
+    format: str,
+    dtype: torch.dtype = torch.float32,
+    shapes: Sequence[Sequence[int]] | None = None,
 ) -> float:
-    """Writes a package, after its answers for a batch of one and of three images were held against the network's.
+    """Writes a package, after its answers for a batch of one and of three samples were held against the network's.
 
     Args:
-        network: of images or clips; its answer is one tensor.
-        card: whose `preprocess.size` is the size of the images.
+        network: of images or clips.
+        card: what the package says of itself.
         path: the file, with the suffix of the format.
         format: a key of `FORMATS`.
         dtype: torch.float32; or torch.float16 for ONNX, whose graph then takes and gives float32, and keeps the states
             of recurrences in it.
+        shapes: of each input of one sample; by default of one image of `card.preprocess.size`, or of a clip of them.
 
     Returns:
-        The largest difference between the answers, as a share of the largest answer.
+        The largest difference between the answers, as a share of the largest one.
 
     Raises:
         InputError: the suffix is another one's; a package that the format needs, or a compiler, is missing; the network
@@ -111,36 +167,25 @@ def export_package(
     suffix = expect_suffix(path, format)
     if dtype not in TOLERANCE or dtype == torch.float16 and format != "onnx":
         raise InputError(f"packages are float32, or float16 as onnx, not {dtype} as {format}")
-    size = card.preprocess.size
-    frames = getattr(network, "num_frames", 0)
-    shape = (size[0], frames, *size[1:]) if frames else tuple(size)
+    if shapes is None:
+        size, frames = card.preprocess.size, getattr(network, "num_frames", 0)
+        shapes = [(size[0], frames, *size[1:]) if frames else size]
     exact = network.cpu().float().eval()
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(3, *shape, generator=generator)
-    with torch.no_grad():
-        want = exact(images)
-    if not isinstance(want, Tensor):
-        raise InputError(f"a package has one answer, {card.model} gives {type(want).__name__}")
-    ready = _Halved(exact) if dtype == torch.float16 else exact
+    samples = [torch.randn(3, *shape, generator=generator) for shape in shapes]
+    ready = Halved(copy.deepcopy(exact)) if dtype == torch.float16 else exact
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
         made = Path(folder) / f"model{suffix}"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exporters' own, of their insides
-            try:
-                with torch.no_grad():
-                    _WRITERS[format](ready, images[:2], card, made)
-            except InputError:
-                raise
-            except Exception as error:  # an exporter may raise anything at all
-                reason = one_line(error.__cause__ or error, 300)
-                raise InputError(f"{card.model} cannot be exported as {format}: {reason}") from error
-        run = _READERS[format](made)
+        try:
+            note = json.dumps(card.as_dict(), allow_nan=False)
+            write_network(ready, tuple(x[:2] for x in samples), made, note)
+        except InputError as error:
+            raise InputError(f"{card.model}: {error}") from error
+        run = read_network(made)
         with torch.no_grad():
-            answers = torch.cat([run(images[:1]), run(images[1:])]) if format == "onnx" else run(images)
-            one = run(images[:1])
-        scale = want.abs().max().clamp_min(1)
-        error = max(((got - of).abs().max() / scale).item() for got, of in ((answers, want), (one, want[:1])))
+            batches = [[x[:n] for x in samples] for n in (1, 3)]
+            error = max(difference(exact(*batch), run(*batch)) for batch in batches)
         if not error <= TOLERANCE[dtype]:
             raise InputError(f"{card.model} as {format} answers something else: it is off by {error:.1e}")
         with open(made, "rb") as source, atomic(path) as file:
@@ -148,34 +193,59 @@ def export_package(
     return error
 
 
-def _card_text(card: ModelCard) -> str:
-    return json.dumps(card.as_dict(), allow_nan=False)
+def tensors(answer: Any) -> list[Tensor]:
+    """The floating-point tensors of an answer, in order: it is one, or tuples, lists and tables of them."""
+    if isinstance(answer, Tensor):
+        return [answer] if answer.is_floating_point() else []
+    parts = answer.values() if isinstance(answer, dict) else answer if isinstance(answer, (tuple, list)) else ()
+    return [tensor for part in parts for tensor in tensors(part)]
 
 
-def _write_onnx(network: nn.Module, images: Tensor, card: ModelCard, path: Path) -> None:
+def difference(want: Any, got: Any) -> float:
+    """The largest difference between two answers, as a share of the largest number (at least 1) of the tensor at hand.
+
+    Infinity where a shape differs, or a number is none.
+    """
+    pairs = list(zip(tensors(want), tensors(got)))
+    if [x.shape for x in tensors(want)] != [x.shape for x in tensors(got)]:
+        return inf
+    worst = [((b.float() - a).abs().max() / a.abs().max().clamp_min(1)).item() for a, b in pairs if a.numel()]
+    return max((inf if isnan(share) else share for share in worst), default=0.0)
+
+
+def _write_onnx(network: nn.Module, inputs: tuple[Tensor, ...], note: str, path: Path) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         require(package, "onnx")
+    names = ["images"] if len(inputs) == 1 else [f"input{i}" for i in range(len(inputs))]
     program = torch.onnx.export(
-        network, (images,), dynamo=True, opset_version=OPSET, verbose=False, input_names=["images"],
-        output_names=["answers"], dynamic_shapes=({0: torch.export.Dim("batch")},),
+        network, inputs, dynamo=True, opset_version=OPSET, verbose=False, input_names=names,
+        dynamic_shapes=_any_batch(network, inputs),
     )  # fmt: skip
-    program.model.metadata_props[CARD] = _card_text(card)
+    if note:
+        program.model.metadata_props[CARD] = note
     program.save(path)
 
 
-def _write_pt2(network: nn.Module, images: Tensor, card: ModelCard, path: Path) -> None:
+def _any_batch(network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple:
+    batch = torch.export.Dim("batch", min=1)
+    axes = tuple({0: batch} for _ in inputs)
+    return (axes,) if isinstance(network, Halved) else axes  # forward(*inputs) has one argument
+
+
+def _write_pt2(network: nn.Module, inputs: tuple[Tensor, ...], note: str, path: Path) -> None:
     if not (shutil.which("g++") or shutil.which("clang++")):
         raise InputError("the format pt2 is compiled: it needs a C++ compiler (g++ or clang++)")
-    program = torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    program = torch.export.export(network, inputs, dynamic_shapes=_any_batch(network, inputs))
     torch._inductor.aoti_compile_and_package(program, package_path=str(path))
-    with zipfile.ZipFile(path, "a") as archive:
-        top = archive.namelist()[0].partition("/")[0]
-        archive.writestr(f"{top}/extra/{CARD}", _card_text(card))
+    if note:
+        with zipfile.ZipFile(path, "a") as archive:
+            top = archive.namelist()[0].partition("/")[0]
+            archive.writestr(f"{top}/extra/{CARD}", note)
 
 
-def _write_trace(network: nn.Module, images: Tensor, card: ModelCard, path: Path) -> None:
-    traced = torch.jit.trace(network, images, check_trace=False)
-    torch.jit.save(traced, str(path), _extra_files={CARD: _card_text(card)})
+def _write_trace(network: nn.Module, inputs: tuple[Tensor, ...], note: str, path: Path) -> None:
+    traced = torch.jit.trace(network, inputs, check_trace=False)
+    torch.jit.save(traced, str(path), _extra_files={CARD: note} if note else {})
 
 
 _WRITERS = {"onnx": _write_onnx, "pt2": _write_pt2, "torchscript-trace": _write_trace}
@@ -194,14 +264,14 @@ def open_package(path: str | Path, trust: bool = False) -> tuple[Package, ModelC
         CheckpointError: the file is damaged, no package, or one that does not say what its classes are.
     """
     path = Path(path)
-    format = next(key for key, suffix in FORMATS.items() if suffix == path.suffix.lower())
+    format = _format_of(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     if format != "onnx" and not trust:
         raise InputError(f"{path} is a program ({format}) and could do anything: --trust opens it; onnx is data alone")
     run = None
     if format == "onnx":  # its card stands in the model itself
-        run = _READERS[format](path)
+        run = _OnnxSession(path)
         text = run.metadata.get(CARD)
     else:
         text = _zipped_card(path)
@@ -211,7 +281,23 @@ def open_package(path: str | Path, trust: bool = False) -> tuple[Package, ModelC
         card = ModelCard.from_dict(json.loads(text))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its card is damaged: {one_line(error)}") from None
-    return Package(run or _READERS[format](path), card), card
+    task = zoo.find(card.model).task if zoo.is_model(card.model) else "classification"
+    if task != "classification":
+        raise CheckpointError(f"{path}: a package for {task}; what runs here is classifiers")
+    if isinstance(run, _OnnxSession):
+        run.expect_classifier()
+    return Package(run or read_network(path), card), card
+
+
+def read_network(path: str | Path) -> Callable[..., Any]:
+    """What `write_network` wrote, as a function of tensors.
+
+    A .pt2 or .ts file is a program: only those from a trusted place may be opened.
+
+    Raises:
+        CheckpointError: the file is damaged, or was made for another torch.
+    """
+    return _READERS[Path(path).suffix.lower()](Path(path))
 
 
 def _zipped_card(path: Path) -> str | None:
@@ -240,26 +326,30 @@ class _OnnxSession:
         except Exception as error:  # of many classes, all ONNX Runtime's own
             raise CheckpointError(f"{path}: damaged, or no ONNX model: {one_line(error)}") from None
         inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
-        if len(inputs) != 1 or len(outputs) != 1 or inputs[0].type != "tensor(float)":
-            raise CheckpointError(f"{path}: a package has one input and one answer in float32")
-        self.input = inputs[0].name
+        self.path, self.inputs, self.answers = path, inputs, len(outputs)
         self.metadata = self.session.get_modelmeta().custom_metadata_map
 
-    def __call__(self, x: Tensor) -> Tensor:
-        [answer] = self.session.run(None, {self.input: x.detach().cpu().float().numpy()})
-        return torch.from_numpy(answer)
+    def expect_classifier(self) -> None:
+        """Raises CheckpointError unless there is one input, and one answer."""
+        if len(self.inputs) != 1 or self.answers != 1 or self.inputs[0].type != "tensor(float)":
+            raise CheckpointError(f"{self.path}: a package has one input and one answer in float32")
+
+    def __call__(self, *inputs: Tensor) -> Tensor | list[Tensor]:
+        named = {given.name: x.detach().cpu().numpy() for given, x in zip(self.inputs, inputs, strict=True)}
+        answers = [torch.from_numpy(answer) for answer in self.session.run(None, named)]
+        return answers if len(answers) > 1 else answers[0]
 
 
 def _in_torch(load: Callable[[str], Callable]) -> Callable[[Path], Callable]:
-    def read(path: Path) -> Callable[[Tensor], Tensor]:
+    def read(path: Path) -> Callable[..., Any]:
         try:
             run = load(str(path))
         except Exception as error:
             raise CheckpointError(f"{path}: damaged, or made for another torch: {one_line(error)}") from None
 
-        def call(x: Tensor) -> Tensor:
-            answer = run(x)
-            return answer[0] if isinstance(answer, Sequence) else answer
+        def call(*inputs: Tensor) -> Any:
+            answer = run(*inputs)
+            return answer[0] if isinstance(answer, Sequence) and len(answer) == 1 else answer
 
         return call
 
@@ -267,7 +357,7 @@ def _in_torch(load: Callable[[str], Callable]) -> Callable[[Path], Callable]:
 
 
 _READERS: dict[str, Callable] = {
-    "onnx": _OnnxSession,
-    "pt2": _in_torch(lambda path: torch._inductor.aoti_load_package(path)),
-    "torchscript-trace": _in_torch(lambda path: torch.jit.load(path, map_location="cpu")),
+    FORMATS["onnx"]: _OnnxSession,
+    FORMATS["pt2"]: _in_torch(lambda path: torch._inductor.aoti_load_package(path)),
+    FORMATS["torchscript-trace"]: _in_torch(lambda path: torch.jit.load(path, map_location="cpu")),
 }

@@ -278,16 +278,15 @@ class Weight(nn.Module):
         axes: how many of the leading axes have scales of their own: 0 for one scale.
         symmetric: see `fit_grid`.
         group: numbers on the last axis that share a scale, 0 for all.
-        smallest: of scales.
     """
 
     codes: Tensor
     scale: Tensor
     zero: Tensor
 
-    def __init__(self, value: Tensor, bits: int, axes: int, symmetric: bool, group: int = 0, smallest=SMALLEST):
+    def __init__(self, value: Tensor, bits: int, axes: int, symmetric: bool, group: int = 0):
         super().__init__()
-        self.bits, self.axes, self.symmetric, self.smallest = bits, axes, symmetric, smallest
+        self.bits, self.axes, self.symmetric = bits, axes, symmetric
         self.shape = value.shape
         self.group = group if group and value.shape[-1] % group == 0 else 0
         self.value = nn.Parameter(value.detach().clone(), requires_grad=False)
@@ -306,9 +305,10 @@ class Weight(nn.Module):
         """Makes integers of the value, which stays until `drop`."""
         parts = self._parts(self.value.detach())
         least, most = parts.amin(1, keepdim=True), parts.amax(1, keepdim=True)
-        if self.symmetric:
-            most = torch.maximum(-least, most).clamp(min=1e-5)
-        grid = fit_grid(least.clamp(max=0), most.clamp(min=0), self.bits, self.symmetric, self.smallest)
+        if self.symmetric:  # Quamba bounds the magnitude, MambaQuant the scale
+            most = torch.maximum(-least, most).clamp(min=SMALLEST)
+        smallest = 0.0 if self.symmetric else SMALLEST
+        grid = fit_grid(least.clamp(max=0), most.clamp(min=0), self.bits, self.symmetric, smallest)
         middle = 0 if self.symmetric else 2 ** (self.bits - 1)
         codes = (grid.codes(parts) - middle).to(torch.int8)
         if self.bits <= 4:

@@ -14,6 +14,7 @@ from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import zoo
 from ..engine.cards import ModelCard, preprocess_of, restore
 from ..engine.image_sets import Digits, Folder, classes_of, open_data
 from ..engine.packages import Package, is_package, open_package
@@ -266,7 +267,8 @@ def _fixed(model: str | None, device: str | None, dtype: torch.dtype, args: dict
 
 def check_classifier(network: nn.Module, name: str) -> None:
     """Raises InputError for a model of another task."""
-    if not hasattr(network, "num_classes"):
+    task = zoo.find(name).task if zoo.is_model(name) else "classification"
+    if not hasattr(network, "num_classes") or not task.endswith("classification"):
         raise InputError(f"{name} is no classifier: `linescan info {name.partition('.')[0]}` says what it is for")
 
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+import linescan
 from linescan import Classifier
 from linescan.engine.cards import restore
-from linescan.engine.packages import export_package, open_package
+from linescan.engine.packages import difference, export_package, open_package, read_network
 from linescan.errors import CheckpointError, InputError
 
 
@@ -62,10 +63,37 @@ def test_export_is_a_command(linescan_here, trained, image, tmp_path):
         (("export",), "name a model"),
         ((*args[:-1], tmp_path / "digits.onnx"), "*.ts"),
         (("export", "vim_tiny_patch16_224", "--out", tmp_path / "vim.ts"), "*.onnx"),  # before weights are fetched
+        ((*args, "--size", "64"), "img_size=[64,64]"),
         ((*args, "--precision", "fp16"), "float16 as onnx"),
     ):
         status, _, said = linescan_here(*wrong)
         assert status == 2 and says in said
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_networks_of_other_tasks_are_exported_for_a_size(linescan_here, tmp_path):
+    sizes = {"embed_dim": 16, "depths": (1,), "d_state": 2}
+    network = linescan.create_model("mambair_light_x2", **sizes).eval()
+    torch.save(network.state_dict(), tmp_path / "own.pth")
+    args = ["export", "mambair_light_x2", "-c", tmp_path / "own.pth", "--model-arg", "embed_dim=16"]
+    args += ["--model-arg", "depths=[1]", "--model-arg", "d_state=2", "--format", "torchscript-trace"]
+    status, _, said = linescan_here(*args, "--size", "8x12", "--out", tmp_path / "x2.ts")
+    assert status == 0 and "its answers differ" in said
+    run, x = read_network(tmp_path / "x2.ts"), torch.rand(5, 3, 8, 12)
+    with torch.no_grad():
+        assert difference(network(x), run(x)) < 1e-4
+    status, _, said = linescan_here("classify", tmp_path / "x2.ts", tmp_path / "own.pth", "--trust")
+    assert status == 2 and "a package for restoration" in said
+    status, _, said = linescan_here(*args, "--size", "8x", "--out", tmp_path / "x2.ts")
+    assert status == 2 and "512x1024" in said
+
+
+def test_answers_are_compared_part_by_part():
+    one, two = torch.tensor([4.0, 2.0]), torch.tensor([100.0])
+    assert difference((one, {"a": two, "b": None}), [one + 1, two + 1]) == pytest.approx(0.25)
+    assert difference(one / 100, one / 100 + 1e-3) == pytest.approx(1e-3), "small answers are held against 1"
+    for wrong in ((one,), (one, two, two), (one, one), (one, two.log() * torch.nan)):
+        assert difference((one, two), wrong) == float("inf")
 
 
 def test_float16_graphs_take_and_give_float32(packed, tmp_path):

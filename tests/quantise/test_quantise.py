@@ -67,6 +67,9 @@ def test_weights_are_the_same_from_their_integers(bits, symmetric, axes, group):
     assert ((weight() - value).abs() <= steps * 1.001).all()
     stored = weight.codes.numel() * weight.codes.element_size()
     assert stored == (-(-value.numel() // 2) if bits <= 4 else value.numel())
+    tiny = Weight(value / 1024, bits, axes, symmetric, group)
+    tiny.freeze()
+    assert not symmetric or torch.equal(tiny() * 1024, weight()), "a symmetric grid has no smallest step"
 
 
 def test_observers():

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from linescan.scans import routes, selective_scan
@@ -558,6 +559,27 @@ def test_tables_are_constants_of_traced_graphs(how, spec, cached):
     # Nothing that tracing made stays behind.
     assert type(table(SPECS[spec], (4, 6))) is torch.Tensor
     torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("how", ["compile", "export strict", "export"])
+def test_one_graph_serves_every_grid(how):
+    model, x = Scan("row, -col, hilbert, -hilbert"), torch.randn(2, 3, 5, 7)
+    torch._dynamo.reset()
+    if how == "compile":
+        counter = CompileCounterWithBackend("aot_eager")
+        run = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
+    else:
+        axes = {i: torch.export.Dim.DYNAMIC for i in (0, 2, 3)}
+        run = torch.export.export(model, (x,), dynamic_shapes=(axes,), strict=how.endswith("strict")).module()
+    for batch, height, width in ((2, 5, 7), (3, 8, 6), (4, 3, 12)):
+        x = torch.randn(batch, 3, height, width, requires_grad=True)
+        got, want = run(x), model(x)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (got, want)))
+    assert how != "compile" or counter.frame_count == 1
+    route = torch.ops.linescan.route_table("table", "row", [4, 6], x.device)
+    route.zero_()
+    assert torch.equal(table("row", (4, 6))[0], torch.arange(24, dtype=torch.int32)), "a graph has a copy"
 
 
 def test_nothing_is_recomputed_in_a_compiled_forward():

@@ -1,6 +1,7 @@
 """Tables of token indices, as recurrences read them: made once for a grid and device, cached, constants in a graph."""
 
 from collections import OrderedDict
+from functools import reduce
 from math import prod
 from threading import Lock
 from typing import Callable, Hashable, Sequence
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._compat import dispatch_modes_active, guard_scalar, is_watched, unwatched
+from ..._compat import dispatch_modes_active, is_watched, unwatched
 from ..visits import declare, known
 from .class_tokens import merge_order
 from .curves import Grid
@@ -88,7 +89,8 @@ def table(
 
     S is the longest route's number of steps; shorter routes are padded on the right (a causal recurrence gives the same
     with it). Tables are cached (`cache_limit`) and shared, so do not write to one. Inside torch.compile and
-    torch.export a table is a constant of the graph, and the grid's sides are specialised.
+    torch.export a table is a constant of the graph; where the grid's sides are not known, it is what the operator
+    `linescan::route_table` gives, and the graph serves every grid.
 
     Args:
         spec: as `parse` takes it.
@@ -113,7 +115,7 @@ def _cached(what: str, spec, grid, device) -> Tensor:
     if torch.compiler.is_dynamo_compiling():  # what goes into a graph is made from plain Python values
         spec = _text(spec)
         if not isinstance(grid, str):
-            grid = tuple([guard_scalar(n) for n in grid])
+            grid = tuple(grid)
     return _constant(what, spec, grid, device)
 
 
@@ -127,14 +129,36 @@ def _text(spec) -> str:
 @torch.compiler.allow_in_graph
 def _constant(what: str, spec, grid, device) -> Tensor:
     """The cached tensor; to anything that traces, it is a constant as `torch.tensor(...)` would be."""
-    make = {"table": _make_table, "inverse": _make_inverse}[what]
-    routes, grid, device = parse(spec), as_grid(grid), _device(device)
-    key = what, routes, grid, device
+    device = _device(device)
+    if not isinstance(grid, str) and any(isinstance(n, torch.SymInt) for n in grid):
+        if not torch.onnx.is_in_onnx_export():  # whose graphs have standard operators alone
+            return _of_any_grid(what, _text(spec), list(grid), device)
     if not is_watched():
-        return _cache.get(key, lambda: make(routes, grid, device))
+        return _made(what, parse(spec), as_grid(grid), device)
     with unwatched():  # never keep a fake tensor
-        constant = _cache.get(key, lambda: make(routes, grid, device))
+        constant = _made(what, parse(spec), as_grid(grid), device)
     return torch.ops.aten.lift_fresh(constant) if dispatch_modes_active() else constant
+
+
+def _made(what: str, routes: tuple[Route, ...], grid: Grid, device: torch.device) -> Tensor:
+    make = {"table": _make_table, "inverse": _make_inverse}[what]
+    return _cache.get((what, routes, grid, device), lambda: make(routes, grid, device))
+
+
+@torch.library.custom_op("linescan::route_table", mutates_args=())
+def _of_any_grid(what: str, spec: str, grid: Sequence[int], device: torch.device) -> Tensor:
+    """A table in a graph whose grid is not known: a copy, since a graph may write to what it has used."""
+    cached = _made(what, parse(spec), as_grid(grid), device)
+    copy, visits = cached.clone(), known(cached)
+    return copy if visits is None else declare(copy, visits.length, visits.permutation, visits.padding)
+
+
+@_of_any_grid.register_fake
+def _(what: str, spec: str, grid: Sequence[int], device: torch.device) -> Tensor:
+    routes, cells = parse(spec), tuple(grid)
+    steps = [route._steps(cells) for route in routes]
+    length = prod(cells) + len(routes[0].stored) if what == "inverse" else reduce(torch.sym_max, steps)
+    return torch.empty(len(routes), length, dtype=torch.int32, device=device)
 
 
 def _device(device) -> torch.device:
