@@ -376,11 +376,15 @@ def write_page(page: Path, lines: list[str], mark: str) -> None:
         file.write("\n".join([before + begin, "", *lines, end + rest.partition(end)[2]]).encode())
 
 
+def named(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def deploy(
-    model: Annotated[str, typer.Option(help="Only models of this name; * and ? stand for anything.")] = "*",
-    format: Annotated[str, typer.Option(help=f"Only one of {', '.join(FORMATS)}.")] = "*",
+    model: Annotated[list[str], typer.Option(help="Only models of these names; * and ? stand for anything.")] = ["*"],
+    format: Annotated[list[str], typer.Option(help=f"Only some of {', '.join(FORMATS)}.")] = ["*"],
     times: Annotated[bool, typer.Option("--time", help="Milliseconds instead: of whole models.")] = False,
-    runtime: Annotated[str, typer.Option(help=f"Of --time: only one of {', '.join(RUNTIMES)}.")] = "*",
+    runtime: Annotated[list[str], typer.Option(help=f"Of --time: only some of {', '.join(RUNTIMES)}.")] = ["*"],
     side: Annotated[list[int], typer.Option(help="Of --time: pixels of an image's side.")] = [224, 512, 1024],
     threads: Annotated[list[int], typer.Option(help="Of --time.")] = [1, 2],
     sizes: Annotated[int, typer.Option(min=1, max=2, help="Sizes of images at which ONNX is tried.")] = 2,
@@ -398,8 +402,8 @@ def deploy(
     lines: Callable[[], list[str]]
     if times:
         wanted = [(milliseconds, (name, pixels, count, kind)) for count in threads for pixels in side
-                  for name in TIMED if fnmatchcase(name, model)
-                  for kind in RUNTIMES if fnmatchcase(kind, runtime)]  # fmt: skip
+                  for name in TIMED if named(name, model)
+                  for kind in RUNTIMES if named(kind, runtime)]  # fmt: skip
 
         def lines() -> list[str]:
             return grid(["model, pixels, threads", *RUNTIMES.values()], {
@@ -409,8 +413,8 @@ def deploy(
             })  # fmt: skip
     else:
         wanted = [(CELLS[kind], (small, name, kind, sizes)) for models in MODELS.values()
-                  for name, small in models.items() if fnmatchcase(name, model)
-                  for kind in FORMATS if fnmatchcase(kind, format)]  # fmt: skip
+                  for name, small in models.items() if named(name, model)
+                  for kind in FORMATS if named(kind, format)]  # fmt: skip
 
         def lines() -> list[str]:
             return [line for title, models in MODELS.items() for line in grid([title, *FORMATS.values()], {
