@@ -1,8 +1,6 @@
 """Sigma in mmseg: pairs on disk, changed alike; the Runner, alone and in two processes; files by config and by name."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -19,7 +17,7 @@ from linescan.errors import InputError  # noqa: E402
 from linescan.openmmlab.runner import read_config, train_config  # noqa: E402
 from linescan.tasks import Segmenter  # noqa: E402
 
-from ..conftest import ENVIRONMENT  # noqa: E402
+from ..runs import train_as_two  # noqa: E402
 
 SMALL = {"depths": [1, 1, 1, 1], "dim": 32}
 OPTIONS = (
@@ -80,13 +78,8 @@ def test_a_config_trains_alone_and_in_two_processes(mfnet, tmp_path):
     kept = {name for name in first if name not in moved}
     assert not [n for n in moved if ".mixer.ssm." in n or "A_log" in n or "skip" in n or "concat.0.ssm" in n]
     assert not [n for n in kept if ".ssm." not in n and "A_log" not in n and "skip" not in n and "fc" not in n]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "linescan"]
     options = [part for option in small(mfnet, "train_dataloader.batch_size=1") for part in ("--cfg-options", option)]
-    ran = subprocess.run(
-        [*torchrun, "train", "--config", "sigma_tiny_mfnet", "--work-dir", str(tmp_path / "two"), *options],
-        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr[-2000:]
+    train_as_two(tmp_path, "train", "--config", "sigma_tiny_mfnet", "--work-dir", "two", *options)
     both = torch.load(tmp_path / "two" / "epoch_2.pth", weights_only=False)["state_dict"]
     assert both.keys() == last.keys() and (tmp_path / "two" / "epoch_1.pth").exists()
 

@@ -1,7 +1,5 @@
 """Mamba-YOLO-World with mmdet's Runner: trained on scenes of digits by their names, tested, on two processes."""
 
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -20,7 +18,7 @@ from linescan.openmmlab.models import MMDetector  # noqa: E402
 from linescan.openmmlab.yolo import Letterbox, MambaYOLOWorldDetector, SamplePrompts  # noqa: E402
 from linescan.tasks.detect import Detector  # noqa: E402
 
-from ..conftest import ENVIRONMENT  # noqa: E402
+from ..runs import train_as_two  # noqa: E402
 
 NAME = "demo/mamba_yolo_world_digits"
 
@@ -151,10 +149,5 @@ def test_letterbox_moves_boxes():
 def test_two_processes(data, tmp_path):
     cfg = config(data)
     cfg.dump(tmp_path / "two.py")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    done = subprocess.run(
-        [*torchrun, "linescan", "train", "--config", "two.py", "--work-dir", "run"], cwd=tmp_path, env=ENVIRONMENT,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    train_as_two(tmp_path, "train", "--config", "two.py", "--work-dir", "run")
     assert read_state_dict(tmp_path / "run" / "iter_4.pth")["vocabulary"].shape == (10, 64)
