@@ -1,7 +1,6 @@
 """DDP and FSDP of one model of each family, on two processes, against one process that sees all samples."""
 
 import copy
-import socket
 
 import pytest
 import timm
@@ -11,6 +10,8 @@ import torch.distributed as dist
 from linescan.backbones.contract import architecture
 from linescan.backbones.feature_maps import dense_backbone
 from linescan.zoo import list_models
+
+from ..runs import in_two
 
 NAMES = sorted({architecture(n)[0]: n for n in list_models(task="classification") if "_video" not in n}.values())
 PLAIN, STAGES = dict(embed_dim=48, depth=2, img_size=32), dict(depths=(1, 1), dims=(32, 64))
@@ -70,14 +71,14 @@ def compare(got, want, what):
         assert torch.allclose(got[name], grad, rtol=1e-6, atol=1e-9), f"{what}: {name}"
 
 
-def work(rank, port):
+def work():
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-    own = samples()[2 * rank : 2 * rank + 2]
+    own = samples()[2 * dist.get_rank() :][:2]
     for name in NAMES:
         whole = build(name)
         ddp, fsdp = copy.deepcopy(whole), copy.deepcopy(whole)
@@ -107,8 +108,5 @@ def work(rank, port):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(work, (port,), nprocs=2)
+def test_two_processes_train_as_one(tmp_path):
+    in_two(tmp_path, work)
