@@ -1,16 +1,18 @@
 """Trainings of a demo in processes of their own, which can be killed and resumed."""
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..engine.processes import beginner, words_to
 from ..engine.progress import progress_bar, say
+
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
 
 __all__ = ["Training", "read_log", "run_side_by_side"]
 
@@ -42,7 +44,7 @@ class Training:
     kill_at: int | None = None
     killed_at: int | None = None
     resumed_from: int | None = None
-    process: subprocess.Popen | None = field(default=None, repr=False)
+    process: "BaseProcess | None" = field(default=None, repr=False)
 
     @property
     def config(self) -> Path:
@@ -62,15 +64,11 @@ class Training:
         return Path((self.work_dir / "last_checkpoint").read_text())
 
     def start(self) -> None:
-        """Starts `linescan train --config`, which resumes from the newest checkpoint if there is one."""
+        """Starts `train_config`, which resumes from the newest checkpoint if there is one."""
         self.work_dir.mkdir(parents=True, exist_ok=True)
         self.cfg.dump(self.config)
-        command = [sys.executable, "-m", "linescan", "train", "--config", str(self.config), "--resume"]
-        command += ["--work-dir", str(self.work_dir)]
-        with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": str(self.threads)}
-            )
+        self.process = beginner().Process(target=_train, args=(self.config, self.work_dir, self.log, self.threads))
+        self.process.start()
 
     def step(self) -> int:
         """The last iteration that is in the log."""
@@ -82,7 +80,7 @@ class Training:
         Raises:
             RuntimeError: the process has failed.
         """
-        status = self.process.poll()
+        status = self.process.exitcode
         if status:
             raise RuntimeError(f"the training of {self.config} failed; the end of {self.log} says why")
         if status is None and self.kill_at is not None and self.killed_at is None and self.step() > self.kill_at:
@@ -100,9 +98,9 @@ class Training:
 
     def stop(self) -> None:
         """Kills the process, if it is running."""
-        if self.process and self.process.poll() is None:
+        if self.process and self.process.is_alive():
             self.process.kill()
-            self.process.wait()
+            self.process.join()
 
     def replayed(self) -> dict:
         """How the losses that were logged both before the kill and after the resumption compare."""
@@ -110,6 +108,18 @@ class Training:
         first, second = runs if len(runs) == 2 else ({}, {})
         differences = [abs(first[step] - second[step]) for step in first.keys() & second.keys()]
         return {"replayed_losses": len(differences), "largest_difference": max(differences, default=None)}
+
+
+def _train(config: Path, work_dir: Path, log: Path, threads: int) -> None:
+    """What the process does; its words go to a file."""
+    import torch
+
+    from ..openmmlab.runner import train_config
+
+    words_to(log)
+    torch.set_num_threads(threads)
+    train_config(config, work_dir, resume=True)
+    sys.stdout.flush()
 
 
 def run_side_by_side(trainings) -> None:

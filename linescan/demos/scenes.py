@@ -74,11 +74,7 @@ def demo_dense(
         metrics[task], found[task] = evaluate(training)
     metrics["segmentation"]["IoU"] = class_iou(data, found["segmentation"])
     metrics["interruption"] = {"killed_at": killed.killed_at, "resumed_from": killed.resumed_from, **killed.replayed()}
-    used = os.times()
-    metrics["seconds"] = {
-        "all": time.monotonic() - started,
-        "processor_of_trainings": used.children_user + used.children_system,
-    }
+    metrics["seconds"] = time.monotonic() - started
     with atomic(out / "metrics.json") as file:
         file.write(json.dumps(metrics, indent=2).encode())
 
@@ -164,13 +160,13 @@ def class_iou(data: str | Path, predictions: list[np.ndarray]) -> dict[str, floa
 
 def tell(out: Path, metrics: dict, trainings: dict[str, Training]) -> None:
     """The last lines on the terminal: numbers, places, and what to try next."""
-    boxes, stop, seconds = metrics["detection"], metrics["interruption"], metrics["seconds"]
+    boxes, stop = metrics["detection"], metrics["interruption"]
     say()
     say(
         (f"{metrics['segmentation']['mIoU']:.1f} % mIoU", "bold green"),
         " (UPerNet) and ",
         (f"{boxes['coco/bbox_mAP']:.3f} box AP", "bold green"),
-        f", {boxes['coco/segm_mAP']:.3f} mask AP (Mask R-CNN), after {seconds['all']:.0f} s",
+        f", {boxes['coco/segm_mAP']:.3f} mask AP (Mask R-CNN), after {metrics['seconds']:.0f} s",
     )
     if stop["replayed_losses"]:
         same = "the very same" if stop["largest_difference"] == 0 else f"within {stop['largest_difference']:.1e}"

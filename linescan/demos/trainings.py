@@ -1,6 +1,5 @@
 """Trainings of a demo, each in a process and on a core of its own."""
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Mapping
 import torch
 
 from ..engine.metrics import read_metrics
-from ..engine.processes import beginner
+from ..engine.processes import beginner, words_to
 from ..engine.progress import progress_bar, say
 from ..engine.recipe import Recipe
 from ..engine.training import train
@@ -32,7 +31,7 @@ def train_all(trainings: Mapping[Path, Recipe], together: int = 2) -> None:
     say(f"{len(trainings)} trainings, {together} at a time; their logs: {logs}")
     for out in trainings:
         out.mkdir(parents=True, exist_ok=True)
-        for old in ("state.pt", "metrics.csv"):
+        for old in ("state.pt", "metrics.csv", "training.log"):
             (out / old).unlink(missing_ok=True)
     done = dict.fromkeys(trainings, 0)
     try:
@@ -60,12 +59,10 @@ def train_all(trainings: Mapping[Path, Recipe], together: int = 2) -> None:
 
 def _train(recipe: Recipe, out: Path) -> None:
     """One training, in a process of its own, whose words go to a file."""
-    with open(out / "training.log", "w", buffering=1) as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-        torch.set_num_threads(1)
-        train(recipe, out, device="cpu", workers=0)
-        sys.stdout.flush()
+    words_to(out / "training.log")
+    torch.set_num_threads(1)
+    train(recipe, out, device="cpu", workers=0)
+    sys.stdout.flush()
 
 
 def rows_of(run: Path) -> list[dict]:

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Iterator
 
 import torch
@@ -14,7 +15,7 @@ from ..errors import InputError
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext, SpawnContext
 
-__all__ = ["Processes", "beginner", "pick_device", "processes"]
+__all__ = ["Processes", "beginner", "pick_device", "processes", "words_to"]
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -104,3 +105,10 @@ def beginner() -> "SpawnContext | ForkServerContext":
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["linescan", "linescan.engine.training"])
     return context
+
+
+def words_to(log: Path) -> None:
+    """From here on, all that this process and its libraries print is added to a file."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    for stream in (1, 2):
+        os.dup2(file, stream)

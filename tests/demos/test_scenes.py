@@ -142,7 +142,7 @@ def test_a_failed_training_names_its_log(scenes, tmp_path):
     cfg.model.backbone.model = "nonsense"
     training = Training(cfg, tmp_path / "run")
     training.start()
-    training.process.wait()
+    training.process.join()
     with pytest.raises(RuntimeError, match="training.log says why"):
         training.poll()
     assert "nonsense" in training.log.read_text()
