@@ -1,3 +1,3 @@
 # Cascade Mask R-CNN with FPN.
-_base_ = ["./linescan.py", "mmdet::_base_/models/cascade-mask-rcnn_r50_fpn.py"]
-model = dict(backbone=dict(_delete_=True, type="LinescanBackbone"))
+_base_ = ['./linescan.py', 'mmdet::_base_/models/cascade-mask-rcnn_r50_fpn.py']
+model = dict(backbone=dict(_delete_=True, type='LinescanBackbone'))

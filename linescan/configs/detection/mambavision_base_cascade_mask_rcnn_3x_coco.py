@@ -1,12 +1,10 @@
 # MambaVision-B: 52.8 box AP, 45.7 mask AP (published; arXiv 2407.08083). The weights are not for commercial use.
-_base_ = ["../_base_/cascade_mask_rcnn_giou.py", "../_base_/coco_3x.py"]
+_base_ = ['../_base_/cascade_mask_rcnn_giou.py', '../_base_/coco_3x.py']
 model = dict(
     backbone=dict(
-        model="mambavision_base",
+        model='mambavision_base',
         windows=(8, 8, 112, 56),
         drop_path_rate=0.2,
-        init_cfg=dict(type="Pretrained", checkpoint="linescan://mambavision_base"),
-    ),
-    neck=dict(in_channels=[128, 256, 512, 1024]),
-)
-optim_wrapper = dict(type="AmpOptimWrapper", optimizer=dict(lr=2e-4))
+        init_cfg=dict(type='Pretrained', checkpoint='linescan://mambavision_base')),
+    neck=dict(in_channels=[128, 256, 512, 1024]))
+optim_wrapper = dict(type='AmpOptimWrapper', optimizer=dict(lr=2e-4))

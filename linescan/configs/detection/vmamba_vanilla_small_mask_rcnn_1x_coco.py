@@ -1,10 +1,8 @@
 # vmamba_vanilla_small: 48.2 box AP, 43.0 mask AP (published; arXiv 2401.10166).
-_base_ = ["../_base_/mask_rcnn.py", "../_base_/coco_1x.py"]
+_base_ = ['../_base_/mask_rcnn.py', '../_base_/coco_1x.py']
 model = dict(
     backbone=dict(
-        model="vmamba_vanilla_small",
+        model='vmamba_vanilla_small',
         drop_path_rate=0.3,
-        init_cfg=dict(type="Pretrained", checkpoint="linescan://vmamba_vanilla_small"),
-    ),
-    neck=dict(in_channels=[96, 192, 384, 768]),
-)
+        init_cfg=dict(type='Pretrained', checkpoint='linescan://vmamba_vanilla_small')),
+    neck=dict(in_channels=[96, 192, 384, 768]))

@@ -1,13 +1,11 @@
 # MambaVision-B: 49.1 mIoU (published; arXiv 2407.08083). The weights are not for commercial use.
-_base_ = ["../_base_/upernet.py", "../_base_/ade20k_160k.py"]
+_base_ = ['../_base_/upernet.py', '../_base_/ade20k_160k.py']
 model = dict(
     backbone=dict(
-        model="mambavision_base",
+        model='mambavision_base',
         windows=(8, 8, 64, 32),
         drop_path_rate=0.2,
-        init_cfg=dict(type="Pretrained", checkpoint="linescan://mambavision_base"),
-    ),
+        init_cfg=dict(type='Pretrained', checkpoint='linescan://mambavision_base')),
     decode_head=dict(in_channels=[128, 256, 512, 1024]),
-    auxiliary_head=dict(in_channels=512),
-)
-optim_wrapper = dict(type="AmpOptimWrapper", optimizer=dict(lr=5e-5))
+    auxiliary_head=dict(in_channels=512))
+optim_wrapper = dict(type='AmpOptimWrapper', optimizer=dict(lr=5e-5))

@@ -1,9 +1,6 @@
 # Sigma-S on MFNet: 61.1 mIoU (published; arXiv 2404.04256).
-_base_ = ["../_base_/sigma.py", "../_base_/mfnet.py"]
-model = dict(
-    backbone=dict(
+_base_ = ['../_base_/sigma.py', '../_base_/mfnet.py']
+model = dict(backbone=dict(
         depths=[2, 2, 27, 2],
         drop_path_rate=0.3,
-        init_cfg=dict(type="Pretrained", checkpoint="linescan://vmamba_vanilla_small"),
-    )
-)
+        init_cfg=dict(type='Pretrained', checkpoint='linescan://vmamba_vanilla_small')))

@@ -1,7 +1,9 @@
 # VAN-B1: 44.9 mIoU at many scales (published; arXiv 2202.09741).
-_base_ = ["../_base_/upernet.py", "../_base_/ade20k_160k.py"]
+_base_ = ['../_base_/upernet.py', '../_base_/ade20k_160k.py']
 model = dict(
-    backbone=dict(model="van_b1", drop_path_rate=0.1, init_cfg=dict(type="Pretrained", checkpoint="linescan://van_b1")),
+    backbone=dict(
+        model='van_b1',
+        drop_path_rate=0.1,
+        init_cfg=dict(type='Pretrained', checkpoint='linescan://van_b1')),
     decode_head=dict(in_channels=[64, 128, 320, 512]),
-    auxiliary_head=dict(in_channels=320),
-)
+    auxiliary_head=dict(in_channels=320))

@@ -1,10 +1,10 @@
 # VAN-B5: 53.9 mIoU at many scales (published; arXiv 2202.09741), from weights of ImageNet-22K, which
 # github.com/LGYoung/VAN-Classification links to, to be put where init_cfg says.
-_base_ = ["../_base_/upernet.py", "../_base_/ade20k_160k.py"]
+_base_ = ['../_base_/upernet.py', '../_base_/ade20k_160k.py']
 model = dict(
     backbone=dict(
-        model="van_b5", drop_path_rate=0.4, init_cfg=dict(type="Pretrained", checkpoint="pretrain/van_b5_22k.pth")
-    ),
+        model='van_b5',
+        drop_path_rate=0.4,
+        init_cfg=dict(type='Pretrained', checkpoint='pretrain/van_b5_22k.pth')),
     decode_head=dict(in_channels=[96, 192, 480, 768]),
-    auxiliary_head=dict(in_channels=480),
-)
+    auxiliary_head=dict(in_channels=480))

@@ -1,16 +1,14 @@
 # Vim-S: 44.9 mIoU (published; arXiv 2401.09417), from weights of the first release. The authors'
 # layer-wise learning rates matched no layer of theirs, so there are none here.
-_base_ = ["../_base_/upernet.py", "../_base_/ade20k_60k.py"]
+_base_ = ['../_base_/upernet.py', '../_base_/ade20k_60k.py']
 model = dict(
     backbone=dict(
-        model="vim_small_patch16_224",
+        model='vim_small_patch16_224',
         img_size=512,
-        tap="stream",
+        tap='stream',
         drop_path_rate=0.05,
-        init_cfg=dict(type="Pretrained", checkpoint="linescan://vim_small_patch16_224"),
-    ),
+        init_cfg=dict(type='Pretrained', checkpoint='linescan://vim_small_patch16_224')),
     decode_head=dict(in_channels=[384] * 4),
     auxiliary_head=dict(in_channels=384),
-    test_cfg=dict(mode="slide", crop_size=(512, 512), stride=(341, 341)),
-)
+    test_cfg=dict(mode='slide', crop_size=(512, 512), stride=(341, 341)))
 optim_wrapper = dict(optimizer=dict(lr=1e-4))

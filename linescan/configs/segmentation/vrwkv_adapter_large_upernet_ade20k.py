@@ -1,14 +1,12 @@
 # VRWKV-L with ViT-Adapter: 53.5 mIoU (published; arXiv 2403.02308).
-_base_ = ["../_base_/upernet.py", "../_base_/ade20k_160k_layer_decay.py"]
+_base_ = ['../_base_/upernet.py', '../_base_/ade20k_160k_layer_decay.py']
 model = dict(
     backbone=dict(
-        model="vrwkv_large",
-        neck=dict(type="adapter", num_heads=16, ratio=0.5),
+        model='vrwkv_large',
+        neck=dict(type='adapter', num_heads=16, ratio=0.5),
         drop_path_rate=0.4,
-        init_cfg=dict(type="Pretrained", checkpoint="linescan://vrwkv_large"),
-    ),
+        init_cfg=dict(type='Pretrained', checkpoint='linescan://vrwkv_large')),
     decode_head=dict(in_channels=[1024] * 4),
     auxiliary_head=dict(in_channels=1024),
-    test_cfg=dict(mode="slide", crop_size=(512, 512), stride=(341, 341)),
-)
+    test_cfg=dict(mode='slide', crop_size=(512, 512), stride=(341, 341)))
 optim_wrapper = dict(paramwise_cfg=dict(decay_rate=0.9))
