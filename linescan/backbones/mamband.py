@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import rename
 from ..errors import InputError
-from ..layers.blocks import Block, Stage
+from ..layers.blocks import Block, Stage, run
 from ..layers.linear import trunc_normal_
 from ..layers.mamba import MambaMixer, stack_routes
 from ..layers.pos_embed import resample_volume
@@ -41,6 +41,23 @@ class MambaNDBlock(Block):
         return layer(x, *context, **options)
 
 
+class IntervalStage(Stage):
+    """Layers that all read the map that the stage begins with: x + the sum of mixer(norm(x)) of each."""
+
+    def run_blocks(self, x: Tensor) -> Tensor:
+        y = x
+        for block in self.blocks:
+            y = y + run(block, x, checkpointing=self.grad_checkpointing)
+        return y
+
+
+class IntervalLayer(Block):
+    """mixer(norm(x)): a layer of an `IntervalStage`, without a residual of its own."""
+
+    def forward(self, x: Tensor, *context, **options):
+        return self.drop_path(self.branch(x, self.norm1, self.mixer, None, *context, **options))
+
+
 def stack_mixers(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state with the mixers' parameters by our names and with an axis of routes, where they are the authors'."""
     for name, module in model.named_modules():
@@ -52,7 +69,8 @@ def stack_mixers(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
 class MambaND(HierarchicalBackbone):
     """Mamba-ND for images: layers in stages, with patch merging between them.
 
-    Every layer is a `Stage` of its own here, so that each gives a map: the published stages are only one or two.
+    Every layer is a `Stage` of its own here, so that each gives a map: the published stages are only one or two. With
+    `update_interval`, an ablation of the paper, every interval is one.
 
     Args:
         img_size: size (or height and width) that the position embedding is built for; other sizes run too. Sides that
@@ -63,9 +81,14 @@ class MambaND(HierarchicalBackbone):
         global_pool: a pooling, or "" for the map as it is. A norm follows, but for "".
         dims: channels of each stage, or of all.
         depths: layers of each stage.
+        update_interval: so many layers in a row read the same map, and what each of them gives is added to it, not to
+            a normed one; None for one layer after the other.
         d_state, d_conv, expand: of the Mamba mixer.
         drop_rate: dropout before the classifier and after the position embedding.
         drop_path_rate: stochastic depth, from 0 at the first layer to this at the last.
+
+    Raises:
+        InputError: dims and depths of different lengths, or an interval below 1 or with patch merging.
     """
 
     default_out_indices = (-3, -2, -1)  # as timm has it for plain models
@@ -79,6 +102,7 @@ class MambaND(HierarchicalBackbone):
         global_pool: str = "avg",
         dims: int | Sequence[int] = 384,
         depths: Sequence[int] = (10, 14),
+        update_interval: int | None = None,
         d_state: int = 16,
         d_conv: int = 4,
         expand: int = 2,
@@ -89,10 +113,13 @@ class MambaND(HierarchicalBackbone):
         dims = [dims] * len(depths) if isinstance(dims, int) else list(dims)
         if len(dims) != len(depths):
             raise InputError(f"dims gives {len(dims)} stages, depths {len(depths)}")
-        self.in_chans = in_chans
+        if update_interval is not None and (update_interval < 1 or len(depths) > 1):
+            raise InputError("update_interval is at least 1, in a model of one stage")
+        self.in_chans, self.update_interval = in_chans, update_interval
         places = [i for i, depth in enumerate(depths) for _ in range(depth)]  # the published stage of each layer
-        self.dims = [dims[i] for i in places]
-        self.strides = [patch_size * 2**i for i in places]
+        own = places[:: update_interval or 1]  # and of each stage here
+        self.dims = [dims[i] for i in own]
+        self.strides = [patch_size * 2**i for i in own]
         self.num_features = dims[-1]
         self.first_stride = self.min_size = patch_size
         self.pooled_norm = partial(nn.LayerNorm, eps=1e-6)
@@ -101,12 +128,18 @@ class MambaND(HierarchicalBackbone):
         self.pos_drop = nn.Dropout(drop_rate)
         rates = calculate_drop_path_rates(drop_path_rate, len(places))
 
-        def layer(i: int) -> Stage:
-            merging = PatchMerging(self.dims[i - 1], self.dims[i]) if i and places[i] > places[i - 1] else None
-            mixer = MambaMixer(self.dims[i], ROUTES_2D[i % 4], d_state, d_conv, expand)
-            return Stage(merging, [MambaNDBlock(self.dims[i], mixer, drop_path=rates[i])])
+        def layer(i: int) -> Block:
+            dim = dims[places[i]]
+            mixer = MambaMixer(dim, ROUTES_2D[i % 4], d_state, d_conv, expand)
+            return (IntervalLayer if update_interval else MambaNDBlock)(dim, mixer, drop_path=rates[i])
 
-        self.stages = nn.ModuleList(map(layer, range(len(places))))
+        def stage(i: int) -> Stage:
+            if update_interval:
+                return IntervalStage(None, map(layer, range(i, min(i + update_interval, len(places)))))
+            merging = PatchMerging(self.dims[i - 1], self.dims[i]) if i and places[i] > places[i - 1] else None
+            return Stage(merging, [layer(i)])
+
+        self.stages = nn.ModuleList(map(stage, range(0, len(places), update_interval or 1)))
         self.norm = nn.LayerNorm(self.num_features, eps=1e-6)
         self.init_head(num_classes, global_pool, drop_rate)
         self.init_weights()
@@ -146,9 +179,10 @@ class MambaND(HierarchicalBackbone):
         state = {
             k: v.unflatten(-1, (-1, 2, 2)).transpose(-1, -3).flatten(-3) if k in merged else v for k, v in state.items()
         }
+        every = self.update_interval or 1
         layers = (
             (r"^layers\.(\d+)\.down_sample_layer\.", lambda match: f"stages.{int(match[1]) + 1}.downsample."),
-            (r"^layers\.(\d+)\.", r"stages.\1.blocks.0."),
+            (r"^layers\.(\d+)\.", lambda match: "stages.{}.blocks.{}.".format(*divmod(int(match[1]), every))),
         )
         return stack_mixers(self, rename(state, (*layers, *OFFICIAL_NAMES)))
 

@@ -49,13 +49,17 @@ def compare(
     sizes: Annotated[
         Optional[str], typer.Option(help="Sides of images to time; default: 1, 4 and 8 times that of the training.")
     ] = None,
+    times: Annotated[
+        bool, typer.Option("--times/--no-times", help="Measure time and memory, once all runs are at their end.")
+    ] = True,
     to: Annotated[Path, typer.Option("--out", "-o", help="The folder for everything.")] = Path("runs/compare"),
 ):
     """Train variants of one model on equal terms: which mixer, which routes, which merge?
 
     All other options are those of `linescan train`, for any task; without --data, a small network is trained on
-    handwritten digits. The same command again goes on where it was stopped. Compare runs at leisure: two at once are
-    slower each, so time and memory are measured at the end, one model after the other.
+    handwritten digits. The same command again goes on where it was stopped. Runs that share a machine are slower each,
+    so time and memory are measured at the end, one model after the other; on a busy machine, train with --no-times,
+    and give the same command without it later.
     """
     from linescan.tasks.compare import measure, table, train_all, variants, write
 
@@ -67,8 +71,9 @@ def compare(
     for outcome in outcomes:
         for seed, error in outcome.errors.items():
             say(("failed", "red"), f" {outcome.variant.name} with seed {seed}: {error}")
-    with progress_bar("measuring", sum(map(bool, (o.scores for o in outcomes))) * (len(sides) or 3)) as advance:
-        for _ in measure(outcomes, to, sides, device=device or "cpu", progress=advance):
+    timed = sum(map(bool, (o.scores for o in outcomes))) * (len(sides) or 3) if times else 0
+    with progress_bar("measuring", timed, show=times) as advance:
+        for _ in measure(outcomes, to, sides, times=times, device=device or "cpu", progress=advance):
             pass
     columns, *rows = table(outcomes, kind)
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)

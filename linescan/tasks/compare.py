@@ -179,27 +179,40 @@ def train_all(
     from ..engine.processes import beginner
 
     outcomes = [Outcome(variant) for variant in made]
+    # All have one run before any has two.
+    waiting = [(outcome, seed) for seed in range(recipe.seed, recipe.seed + seeds) for outcome in outcomes]
     before, os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS"), "1"
-    pool = ProcessPoolExecutor(jobs, beginner(), _begin)
     kind = None
     try:
-        runs: dict[Future[Score], tuple[Outcome, int]] = {}
-        for seed in range(recipe.seed, recipe.seed + seeds):  # so that all have one before any has two
-            for outcome in outcomes:
-                variant = outcome.variant
-                own = replace(recipe, model_args={**recipe.model_args, **variant.args}, seed=seed)
-                runs[pool.submit(_train, own, to / variant.folder / str(seed), device)] = outcome, seed
-        for run in as_completed(runs):
-            outcome, seed = runs[run]
+        while waiting:
+            runs: dict[Future[Score], tuple[Outcome, int]] = {}
+            lost = []
+            pool = ProcessPoolExecutor(jobs, beginner(), _begin)
             try:
-                kind = run.result()
-                outcome.scores[seed] = kind.value
-            except (InputError, CheckpointError, Diverged, OSError, RuntimeError, ValueError) as error:
-                ended = "its process was ended from outside" if isinstance(error, BrokenProcessPool) else error
-                outcome.errors[seed] = one_line(ended, 400)
-            progress(1, description=f"trained {outcome.variant.name}")
+                for outcome, seed in waiting:
+                    variant = outcome.variant
+                    own = replace(recipe, model_args={**recipe.model_args, **variant.args}, seed=seed)
+                    runs[pool.submit(_train, own, to / variant.folder / str(seed), device)] = outcome, seed
+                for run in as_completed(runs):
+                    outcome, seed = runs[run]
+                    try:
+                        kind = run.result()
+                        outcome.scores[seed] = kind.value
+                    except BrokenProcessPool:
+                        lost.append((outcome, seed))
+                        continue
+                    except (InputError, CheckpointError, Diverged, OSError, RuntimeError, ValueError) as error:
+                        outcome.errors[seed] = one_line(error, 400)
+                    progress(1, description=f"trained {outcome.variant.name}")
+            finally:
+                pool.shutdown(cancel_futures=True)
+            # Runs begin in their order: the first that are lost are those that were running.
+            waiting = [run for run in waiting if run in lost]
+            for outcome, seed in waiting[:jobs]:
+                outcome.errors[seed] = "its process was ended from outside"
+                progress(1, description=f"trained {outcome.variant.name}")
+            del waiting[:jobs]
     finally:
-        pool.shutdown(cancel_futures=True)
         if before is None:
             del os.environ["OMP_NUM_THREADS"]
         else:
@@ -215,6 +228,7 @@ def measure(
     to: Path,
     sizes: Sequence[int] = (),
     *,
+    times: bool = True,
     device: str = "cpu",
     progress: Callable[..., Any] = lambda *args, **kwargs: None,
 ) -> Iterator["Measurement"]:
@@ -224,6 +238,7 @@ def measure(
         outcomes: of `train_all`; `parameters` and `costs` are filled in.
         to: its folder.
         sizes: sides of square images in pixels; none: the size of the training, and four and eight times that.
+        times: whether to measure at all.
         device: where.
         progress: as of `linescan.engine.benchmark.benchmark`.
     """
@@ -240,7 +255,7 @@ def measure(
             by_name[outcome.variant.name] = outcome
             builders[outcome.variant.name] = partial(_at_size, build, card.model, card.args)
             sizes = sizes or [factor * max(card.preprocess.size[-2:]) for factor in (1, 4, 8)]
-    for cost in benchmark(builders, sizes, device=device, progress=progress):
+    for cost in benchmark(builders, sizes, device=device, progress=progress) if times else ():
         by_name[cost.model].costs.append(cost)
         yield cost
 

@@ -387,13 +387,16 @@ class PromptedMasks(Writer):
         self.rows: list[list] = []
 
     def save(self, source: Source, answer: Objects, frame: int | None = None) -> list[Path]:
-        """Writes the masks of an image."""
-        files = []
+        """Writes the masks of an image; of an earlier run with more of them, none stays."""
+        folder, files = self.out / "masks" / source.name, []
         for i, mask in enumerate(answer.each_mask()):
-            files.append(path := self.out / "masks" / source.name / f"{i:03}.png")
+            files.append(path := folder / f"{i:03}.png")
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic(path) as file:
                 Image.fromarray(np.where(mask, np.uint8(255), np.uint8(0))).save(file, "PNG")
+        for path in folder.glob("*.png"):
+            if path.stem.isdecimal() and path not in files and path.is_file():
+                path.unlink()
         for path, one in zip(files, self.as_json(answer)):
             facts = f"{one['score']:.4f}", f"{one['stability']:.4f}", one["area"], *one["box"]
             self.rows.append([source.path, path.relative_to(self.out), *facts])

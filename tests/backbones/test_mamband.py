@@ -9,6 +9,7 @@ from torch import nn
 import linescan
 from linescan.backbones.feature_maps import dense_maps
 from linescan.backbones.mamband import MambaND, MambaND3D, MambaNDBlock
+from linescan.errors import InputError
 from linescan.layers.mamba import MambaMixer
 from linescan.layers.pos_embed import resample_volume
 
@@ -154,3 +155,22 @@ def test_features_by_default_are_the_last_three_layers():
     model = timm.create_model("mamband_small_patch16_224", features_only=True, depths=(4,))
     assert model.feature_info.out_indices == (1, 2, 3)
     assert [tuple(y.shape) for y in model(torch.zeros(1, 3, 64, 64))] == 3 * [(1, 384, 4, 4)]
+
+
+def test_layers_of_an_interval_read_the_same_map():
+    torch.manual_seed(0)
+    flat = FLAT | dict(dims=16, depths=(5,))
+    model, x = shaken(MambaND(**flat, update_interval=2)).eval(), noise(2, 3, 32, 32)
+    plain = MambaND(**flat)
+    assert [len(stage.blocks) for stage in model.stages] == [2, 2, 1] and len(model.feature_info) == 3
+    layers = [block for stage in model.stages for block in stage.blocks]
+    stream, _, _ = model.embed(x)
+    for first in range(0, 5, 2):
+        stream = stream + sum(layer.mixer(layer.norm1(stream)) for layer in layers[first : first + 2])
+    assert torch.allclose(model.forward_features(x), model.norm(stream), atol=1e-6)
+    layers = {key.replace("stages", "layers").replace(".blocks.0.", "."): v for key, v in plain.state_dict().items()}
+    found = model.translate({key.replace("norm1", "norm"): v for key, v in layers.items() if "layers" in key})
+    assert found.keys() == {key for key in model.state_dict() if key.startswith("stages")}
+    for wrong in (dict(update_interval=0), dict(update_interval=2, depths=(4, 2))):
+        with pytest.raises(InputError, match="update_interval"):
+            MambaND(**flat | wrong)

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import signal
 import subprocess
 import time
 
@@ -13,6 +15,7 @@ from linescan.engine.benchmark import Measurement
 from linescan.errors import InputError
 from linescan.tasks import compare
 from linescan.tasks.compare import Outcome, Score, Variant
+from linescan.tasks.recipes import ClassificationRecipe
 
 from ..conftest import ENVIRONMENT
 from ..conftest import command as linescan
@@ -62,8 +65,12 @@ def test_models_on_equal_terms(linescan_here, tmp_path):
     status, shown, said = linescan_here(*args, "--routes", "spiral9")
     assert status == 1 and "failed s6, spiral9 with seed 0: cannot build scan_tiny" in said
     assert all(path.stat().st_mtime_ns == before for path, before in written.items()) and len(written) == 4
-    status, shown, said = linescan_here(*args, "--lr", "1e-3")
+    status, shown, said = linescan_here(*args, "--lr", "1e-3", "--no-times")
     assert status == 1 and "is a run with --lr 0.003, not 0.001" in said
+    status, shown, said = linescan_here(*args, "--no-times")
+    page = json.loads((tmp_path / "compare.json").read_text())
+    assert status == 0 and not page["results"][0]["costs"] and page["results"][0]["parameters"], said
+    assert (tmp_path / "compare.md").read_text().startswith("| model | parameters | top1 |\n")
 
 
 @pytest.mark.slow
@@ -79,6 +86,24 @@ def test_a_killed_comparison_goes_on(tmp_path):
     subprocess.run(args, env=ENVIRONMENT, check=True, capture_output=True)
     results = json.loads((tmp_path / "compare.json").read_text())["results"]
     assert [list(result["scores"]) for result in results] == [["0"], ["0"]]
+
+
+def ended_by_name(recipe, folder, device):
+    """A run that takes no time, or that the system ends."""
+    if folder.parent.name == "s6":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return Score(float(recipe.seed), "top1", True)
+
+
+def test_a_run_that_is_killed_takes_no_other_with_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(compare, "_train", ended_by_name)
+    made = compare.variants(["gla", "s6", "softmax"])
+    done = []
+    outcomes, kind = compare.train_all(
+        ClassificationRecipe("digits"), made, tmp_path, seeds=2, progress=lambda n, description: done.append(n)
+    )
+    assert [outcome.scores for outcome in outcomes] == [{0: 0.0, 1: 1.0}, {}, {0: 0.0, 1: 1.0}] and kind.name == "top1"
+    assert outcomes[1].errors == dict.fromkeys((0, 1), "its process was ended from outside") and len(done) == 6
 
 
 def test_the_table_ranks_and_the_page_has_room_for_all(tmp_path):

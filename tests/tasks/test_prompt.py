@@ -186,6 +186,10 @@ def test_the_command(weights, photo, tmp_path, linescan_here):
     drawn = np.asarray(Image.open(out / "overlays/photo.jpg"))
     assert drawn.shape == (150, 400, 3) and abs(drawn[120 + 1, 240 + 1].astype(int) - (38, 166, 91)).max() < 40
 
+    (out / "masks/photo/notes.png").write_bytes(b"of somebody else")
+    status, _, _ = linescan_here("prompt", photo, "-c", weights, "--point", "120,60", "-o", out, "--no-overlays")
+    assert status == 0 and {path.name for path in (out / "masks/photo").iterdir()} == {"000.png", "notes.png"}
+
 
 @pytest.mark.parametrize(
     "args, said",
