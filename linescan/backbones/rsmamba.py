@@ -19,10 +19,11 @@ from timm.layers import calculate_drop_path_rates, to_2tuple
 from torch import Tensor, nn
 
 from ..checkpoint import rename
-from ..errors import known
+from ..errors import InputError, known
 from ..layers.blocks import Block
 from ..layers.linear import linear, trunc_normal_
 from ..layers.mamba import MambaMixer, stack_routes
+from ..layers.pos_embed import sinusoid_2d
 from ..layers.stems import pad_for_patches
 from ..scans.multi_route import PathActivation
 from ..scans.routes import RouteLike, parse, redrawn
@@ -94,6 +95,8 @@ class RSMamba(PlainBackbone):
         merge: how their outputs become one: "path_activation", "mean", or any other of `create_merge`.
         draw_in_eval: draw the shuffles anew in evaluation, too, as the official code does.
         class_token: where a class token stands: "head", "middle", "tail" or None.
+        pos_embed: "learned"; "sine", fixed sines and cosines, the first half of the channels by row, the second by
+            column, without one for a class token; or None.
         d_state, d_conv, expand: of the Mamba mixer.
         drop_rate: dropout before the classifier and after the position embedding.
         drop_path_rate: stochastic depth, from 0 at the first block to this at the last.
@@ -115,6 +118,7 @@ class RSMamba(PlainBackbone):
         merge: str = "path_activation",
         draw_in_eval: bool = False,
         class_token: str | None = None,
+        pos_embed: str | None = "learned",
         d_state: int = 16,
         d_conv: int = 4,
         expand: int = 2,
@@ -123,6 +127,9 @@ class RSMamba(PlainBackbone):
     ):
         super().__init__()
         known("class_token", class_token, ("head", "middle", "tail", None))
+        known("pos_embed", pos_embed, ("learned", "sine", None))
+        if pos_embed == "sine" and embed_dim % 4:
+            raise InputError(f"sines and cosines of two coordinates need a multiple of 4 channels, not {embed_dim}")
         self.in_chans = in_chans
         self.num_features = self.embed_dim = embed_dim
         self.patch_size = self.min_size = patch_size
@@ -131,6 +138,9 @@ class RSMamba(PlainBackbone):
 
         self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, stride, bias=False)
         self.init_positions(self.grid_of(*to_2tuple(img_size)), class_token)
+        self.sine = pos_embed == "sine"
+        if pos_embed != "learned":
+            self.pos_embed = self.cls_pos_embed = None
         self.pos_drop = nn.Dropout(drop_rate)
         self.pre_norm = nn.LayerNorm(embed_dim, eps=1e-6)
         paths = parse(paths)
@@ -157,13 +167,22 @@ class RSMamba(PlainBackbone):
     def init_weights(self) -> None:
         """The published initialisation: the step sizes' projections as any Linear, without Mamba's own."""
         nn.init.kaiming_normal_(self.patch_embed.weight, nonlinearity="linear")
-        trunc_normal_(self.pos_embed, std=0.02)
+        if self.pos_embed is not None:
+            trunc_normal_(self.pos_embed, std=0.02)
         for block in self.blocks:
             bound = block.mixer.dt_proj.shape[-1] ** -0.5
             nn.init.uniform_(block.mixer.dt_bias, -bound, bound)
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         return -(-height // self.stride), -(-width // self.stride)
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        if self.pos_embed is not None:
+            return super().positions(grid)
+        like = self.patch_embed.weight
+        if not self.sine:
+            return like.new_zeros(1)
+        return sinusoid_2d((grid[1], grid[0]), self.embed_dim).transpose(1, 2).to(like)
 
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int], tuple]:
         check_images(x, self.in_chans, self.min_size, type(self).__name__)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..backbones.vision_rwkv import VisionRWKV
+from ..layers.pos_embed import sinusoid_2d
 from ..layers.rwkv import QuadShift
 
 __all__ = ["MaskedAutoencoder", "PreviousShift", "patches_of"]
@@ -34,14 +35,6 @@ def patches_of(images: Tensor, size: int) -> Tensor:
         raise ValueError(f"images of {height}x{width} pixels do not fall into patches of {size}x{size}")
     x = images.view(batch, channels, height // size, size, width // size, size)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, size * size * channels)
-
-
-def sinusoid_2d(grid: tuple[int, int], dim: int) -> Tensor:
-    """Fixed positions (1, H, W, dim): the first half of the channels by column, the second by row, sines first."""
-    frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
-    angles = [place[..., None] * frequencies for place in (columns, rows)]
-    return torch.cat([table for angle in angles for table in (angle.sin(), angle.cos())], -1)[None].float()
 
 
 class MaskedAutoencoder(nn.Module):

@@ -13,6 +13,7 @@ __all__ = [
     "resample_pos_embed",
     "resample_volume",
     "rotate_pairs",
+    "sinusoid_2d",
     "sinusoid_table",
 ]
 
@@ -89,3 +90,11 @@ def sinusoid_table(length: int, dim: int) -> Tensor:
     channel = torch.arange(dim, dtype=torch.float64)
     angle = torch.arange(length, dtype=torch.float64)[:, None] / 10000 ** (2 * (channel // 2) / dim)
     return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()[None]
+
+
+def sinusoid_2d(grid: tuple[int, int], dim: int) -> Tensor:
+    """Fixed positions (1, H, W, dim): the first half of the channels by column, the second by row, sines first."""
+    frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+    angles = [place[..., None] * frequencies for place in (columns, rows)]
+    return torch.cat([table for angle in angles for table in (angle.sin(), angle.cos())], -1)[None].float()

@@ -78,17 +78,18 @@ class FeatureFiles:
 
     Args:
         folder: of the files.
-        root: of the images.
+        roots: of the images, one or several.
     """
 
-    def __init__(self, folder: str | Path, root: str | Path):
-        self.folder, self.root = Path(folder), Path(root)
+    def __init__(self, folder: str | Path, *roots: str | Path):
+        self.folder, self.roots = Path(folder), [Path(root) for root in roots]
         if not self.folder.is_dir():
             raise InputError(f"{folder} is not a folder")
 
     def read(self, image: str) -> Tensor:
         """The features of an image, (C, h, w) float32. Raises InputError: there are none, or they are damaged."""
-        path = self.folder / Path(image).relative_to(self.root).with_suffix(".npz")
+        root = next(root for root in self.roots if Path(image).is_relative_to(root))
+        path = self.folder / Path(image).relative_to(root).with_suffix(".npz")
         if not path.is_file():
             raise InputError(f"{image} has no features: {path} is missing")
         try:
@@ -193,7 +194,7 @@ class EncoderDistillationTask(Task):
         preprocess = preprocess_of(encoder, recipe.model_args.get("in_chans"), size)
         self.card_of = ModelCard(recipe.model, args | recipe.model_args, [], preprocess)
         train, held_out = open_data(recipe.data, recipe.val, recipe.holdout, labelled=False)
-        files = FeatureFiles(recipe.features, recipe.data) if recipe.features else None
+        files = FeatureFiles(recipe.features, *filter(None, (recipe.data, recipe.val))) if recipe.features else None
         flip = 0.0 if files else recipe.flip
         self.data = FeatureSamples(train, preprocess, promptable, files, flip)
         self.evaluator = FeatureScores(self, FeatureSamples(held_out, preprocess, promptable, files))

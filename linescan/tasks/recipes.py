@@ -155,8 +155,8 @@ class EncoderDistillationRecipe(_Taught):
     data: str = option(..., "`digits`; a folder of images, in folders or not; or one with train/ and val/ in it.", DATA,
                        short="-d")  # fmt: skip
     features: str | None = option(
-        None, "Instead of a teacher: a folder with NAME.npz for each image NAME.jpg of --data, folders alike; of one "
-        "array (channels, height, width) each.", DATA,
+        None, "Instead of a teacher: a folder with NAME.npz for each image NAME.jpg of --data and --val, folders "
+        "alike; of one array (channels, height, width) each.", DATA,
     )  # fmt: skip
     flip: float = option(0.5, "How often an image is mirrored; with --features never.", AUGMENT, UNIT)
     epochs: int = option(24, "Times that each sample is seen.", OPTIMISER, COUNT, short="-e")

@@ -81,6 +81,23 @@ def test_variants_run_at_any_size_and_every_parameter_matters(class_token, paths
         RSMamba(class_token="double", **SMALL)
 
 
+def test_positions_that_are_not_learned():
+    torch.manual_seed(0)
+    sine, none = (RSMamba(pos_embed=kind, class_token="head", **SMALL) for kind in ("sine", None))
+    assert not any("pos_embed" in name for model in (sine, none) for name, _ in model.named_parameters())
+    none.load_state_dict(sine.state_dict())
+    x = images(1, 3, 24, 40)  # 6 x 10 patches
+    table = (sine.embed(x)[0] - none.embed(x)[0])[0]
+    assert not table[0].any()  # the class token has none
+    row, column = 3, 7
+    angles = [place * 10000.0 ** (-i / 4) for place in (row, column) for i in range(4)]
+    want = torch.tensor(angles).view(2, 1, 4)
+    want = torch.cat([want.sin(), want.cos()], 1).flatten()
+    assert torch.allclose(table[1 + row * 10 + column], want, atol=1e-5)
+    with pytest.raises(ValueError, match="a multiple of 4 channels"):
+        RSMamba(pos_embed="sine", **SMALL | {"embed_dim": 18})
+
+
 def test_patches_are_padded_at_the_corner():
     model = RSMamba(embed_dim=16, depth=1)
     assert model.native_grid == (28, 28) and model.grid_of(225, 100) == (29, 13)

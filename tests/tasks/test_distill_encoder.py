@@ -83,6 +83,8 @@ def test_files_of_features(photos, features, tmp_path):
     assert files.read(str(photos / "circle" / "0.png")).shape == (3, 2, 2)
     with pytest.raises(InputError, match="circle/99.npz is missing"):
         files.read(str(photos / "circle" / "99.png"))
+    held_out = FeatureFiles(features / "circle", tmp_path, photos / "circle")  # --val in another folder than --data
+    assert held_out.read(str(photos / "circle" / "1.png")).shape == (3, 2, 2)
     files = FeatureFiles(tmp_path, photos)
     (tmp_path / "circle").mkdir()
     good, path = np.zeros((3, 2, 2)), tmp_path / "circle" / "0.npz"

@@ -16,7 +16,8 @@ from linescan.engine.processes import Processes
 from linescan.engine.recipe import Run
 from linescan.engine.training import Training
 from linescan.errors import InputError
-from linescan.heads.mae import MaskedAutoencoder, patches_of, sinusoid_2d
+from linescan.heads.mae import MaskedAutoencoder, patches_of
+from linescan.layers.pos_embed import sinusoid_2d
 from linescan.media.preprocess import Preprocess
 from linescan.tasks.classify import ClassificationTask
 from linescan.tasks.pretrain import TokenTeacher, draw_mask
