@@ -136,6 +136,12 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, inner) for _ in range(3))
         self.out_proj = nn.Linear(inner, dim)
 
+    @torch.no_grad()
+    def attend_to_alike(self, gain: float = 1.5) -> None:
+        """Starts with the same map for queries and keys: what is alike attends to each other, places first of all."""
+        self.q_proj.weight.mul_(gain)
+        self.k_proj.weight.copy_(self.q_proj.weight)
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (P, n, dim), k and v (P, m, dim) -> (P, n, dim)."""
         projected = self.q_proj(q), self.k_proj(k), self.v_proj(v)
@@ -177,6 +183,8 @@ class TwoWayBlock(nn.Module):
         self.to_tokens = Attention(dim, dim // 2)
         self.mlp = Perceptron(dim, hidden, dim)
         self.norm1, self.norm2, self.norm3, self.norm4 = (nn.LayerNorm(dim) for _ in range(4))
+        self.to_image.attend_to_alike()
+        self.to_tokens.attend_to_alike()
 
     def forward(self, tokens: Tensor, image: Tensor, token_pos: Tensor, image_pos: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (P, n, dim), cells of the image (P, m, dim) and the positions of both -> both."""
@@ -198,7 +206,8 @@ def _refine(layer: nn.Module, inner: int, out_dim: int) -> nn.Sequential:
 class MaskDecoder(nn.Module):
     """SAM's two-way decoder, whose mask features are joined with the encoder's maps of strides 4 and 8.
 
-    Of the four masks and scores that SAM tells apart, the first is used; the tokens of the others stand in the files.
+    As first made, unlike SAM's, a token and the cells at its place attend to each other (`Attention.attend_to_alike`):
+    from maps of queries and keys that are independent, it takes long until a prompt has any effect. Of the four masks and scores that SAM tells apart, the first is used; the tokens of the others stand in the files.
 
     Args:
         dim: channels of tokens and image embedding.
@@ -215,6 +224,7 @@ class MaskDecoder(nn.Module):
         self.mask_tokens = nn.Embedding(4, dim)
         self.blocks = nn.ModuleList(TwoWayBlock(dim, hidden, i == 0) for i in range(depth))
         self.last = Attention(dim, dim // 2)
+        self.last.attend_to_alike()
         self.norm = nn.LayerNorm(dim)
         self.upscale = nn.Sequential(
             nn.ConvTranspose2d(dim, quarter, 2, 2),
