@@ -206,8 +206,8 @@ def _refine(layer: nn.Module, inner: int, out_dim: int) -> nn.Sequential:
 class MaskDecoder(nn.Module):
     """SAM's two-way decoder, whose mask features are joined with the encoder's maps of strides 4 and 8.
 
-    As first made, unlike SAM's, a token and the cells at its place attend to each other (`Attention.attend_to_alike`):
-    from maps of queries and keys that are independent, it takes long until a prompt has any effect. Of the four masks and scores that SAM tells apart, the first is used; the tokens of the others stand in the files.
+    Of the four masks and scores that SAM tells apart, the first is used; the tokens of the others stand in the files.
+    As first made, unlike SAM's, a token and the cells at its place attend to each other (`Attention.attend_to_alike`).
 
     Args:
         dim: channels of tokens and image embedding.
