@@ -115,3 +115,14 @@ def test_the_zoo_and_errors():
             small().decode(features, **wrong)
     with pytest.raises(linescan.InputError, match="depths are 3 numbers"):
         RWKVSAMPrompter(depths=(1, 1, 1, 1))
+
+
+def test_a_fresh_decoder_attends_to_the_place_of_a_prompt():
+    """Prompts have an effect from the start: a point's token and the cell at its place go together best."""
+    torch.manual_seed(0)
+    model = RWKVSAMPrompter(**SMALL | {"dim": 128})
+    cells = model.prompt_encoder.grid(6, 6)[0].flatten(1).T
+    for block in model.decoder.blocks:
+        for layer in (block.to_image, block.to_tokens):
+            alike = layer.q_proj(cells) @ layer.k_proj(cells).T
+            assert (alike.argmax(1) == torch.arange(36)).float().mean() > 0.9
