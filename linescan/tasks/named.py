@@ -243,8 +243,8 @@ class NamedDetector:
             preprocess = Preprocess((3, *entry.preprocess["size"]), (0.0,) * 3, (1.0,) * 3, "bilinear")
             card = ModelCard(entry.name, args, [], preprocess)
         if prompts is not None:
-            if vectors is None and prompts == card.classes:
-                vectors = self.module.vocabulary
+            if vectors is None and not text_encoder and set(prompts) <= set(card.classes):
+                vectors = pick(prompts, card.classes, self.module.vocabulary, checkpoint)
             if vectors is None:
                 inside = "backbone.text_model.model."
                 state = read_state_dict(checkpoint)
@@ -272,7 +272,13 @@ class NamedDetector:
         ]
 
     def save(self, path: str | Path) -> None:
-        """Writes the network with its prompts, as a file that needs neither text nor encoder any more."""
+        """Writes the network with its prompts, as a file that needs neither text nor encoder any more.
+
+        Raises:
+            InputError: another ending than .safetensors.
+        """
+        if Path(path).suffix != ".safetensors":
+            raise InputError(f"a model with its prompts is kept as .safetensors, not {Path(path).name!r}")
         save_model(path, self.module, self.card)
 
 

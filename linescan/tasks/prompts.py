@@ -117,7 +117,8 @@ def encode(prompts: Sequence[str], encoder: str = CLIP, state: dict[str, Tensor]
     Args:
         prompts: texts; as published without a template around them.
         encoder: a CLIP of `transformers`, by its name on the Hub or its folder; or of `open_clip` as
-            "open_clip:MODEL/WEIGHTS", such as "open_clip:ViT-B-32/openai" or "open_clip:ViT-B-32/my/weights.pt".
+            "open_clip:MODEL/WEIGHTS", such as "open_clip:ViT-B-32/openai" or "open_clip:ViT-B-32/my/weights.pt", or
+            with "hf-hub:ORGANISATION/NAME" or "local-dir:FOLDER" after the colon.
         state: weights of the text encoder by the names that `transformers` has for them, over those of `encoder`.
 
     Raises:
@@ -158,12 +159,16 @@ def _of_transformers(name: str, state: dict[str, Tensor] | None) -> Encoder:
 
 
 def _of_open_clip(name: str) -> Encoder:
+    architecture, _, weights = name.partition("/")
+    if name.startswith(("hf-hub:", "local-dir:")):  # these have their own weights
+        architecture, weights = name, None
+    elif not (architecture and weights):
+        raise InputError(f"{OPEN_CLIP}{name} has no weights; {OPEN_CLIP}ViT-B-32/openai has, or a file in their place")
     require("open_clip", "text")
     import open_clip
 
-    architecture, _, weights = name.partition("/")
     with _opening(name):
-        model, _, _ = open_clip.create_model_and_transforms(architecture, weights or None, load_weights_only=True)
+        model, _, _ = open_clip.create_model_and_transforms(architecture, weights, weights_only=True)
         tokenizer = open_clip.get_tokenizer(architecture)
     model.eval()
     return lambda prompts: model.encode_text(tokenizer(prompts))

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import linescan
 from linescan.errors import InputError
@@ -144,6 +144,11 @@ def test_words_on_the_command_line_and_a_vocabulary_in_the_file(files, tmp_path,
 
     status, second, _ = linescan_here("detect", *common, "-c", tmp_path / "kept.safetensors", "-o", tmp_path / "b")
     assert status == 1 and json.loads(second) == json.loads(first)
+    some = "detect", files / "images" / "wide.png", "-c", tmp_path / "kept.safetensors", "--text", "[red], tree"
+    status, _, said = linescan_here(*some, "-o", tmp_path / "some", "--save", tmp_path / "some.safetensors")
+    assert status == 0 and "its 2 prompts" in said, said  # what the file keeps needs no encoder
+    kept, fewer = (load_file(tmp_path / f"{name}.safetensors")["vocabulary"] for name in ("kept", "some"))
+    assert torch.allclose(fewer, kept[[2, 0]])
     status, _, said = linescan_here(
         "detect", files / "images" / "wide.png", "-c", tmp_path / "kept.safetensors", "--text", "cat", "--embeddings",
         files / "words.safetensors", "-o", tmp_path / "c", "--window", "48",
@@ -159,6 +164,7 @@ def test_words_on_the_command_line_and_a_vocabulary_in_the_file(files, tmp_path,
         (["--embeddings", "{files}/words.npz", "--text", "dog"], "has no 'dog'"),
         (["--embeddings", "{files}/words.npz", "--text-encoder", "x"], "a file of embeddings needs none"),
         (["--embeddings", "{files}/none.npz"], "does not exist"),
+        (["--embeddings", "{files}/words.npz", "--save", "model.pth"], "is kept as .safetensors, not 'model.pth'"),
         (["--embeddings", "{files}/words.npz", "--model-arg", "text_dim=32"], "another shape"),
         (["--embeddings", "{files}/words.npz", "--model-arg", "colour=3"], "colour"),
         (["--embeddings", "{files}/words.npz", "--model-arg", "img_size=big"], "img_size"),
@@ -223,3 +229,25 @@ def test_clip_reads_words_and_takes_the_weights_of_the_file(files, tmp_path, lin
         "detect", files / "images" / "wide.png", *args, "--text-encoder", tmp_path, "-o", tmp_path / "out"
     )
     assert status == 0, error
+
+
+def test_open_clip_reads_words_with_the_weights_that_are_named(tmp_path):
+    for name in ("ViT-B-32", "ViT-B-32/", ""):
+        with pytest.raises(InputError, match=f"open_clip:{name} has no weights"):  # random ones would not be noticed
+            encode(["cat"], f"open_clip:{name}")
+    open_clip = pytest.importorskip("open_clip")
+    vision = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}
+    path = tmp_path / "ViT-tiny-words.json"
+    path.write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}))
+    open_clip.add_model_config(path)
+    model, _, _ = open_clip.create_model_and_transforms("ViT-tiny-words", None)
+    torch.save(model.eval().state_dict(), tmp_path / "weights.pt")
+    found = encode(["cat", "red car"], f"open_clip:ViT-tiny-words/{tmp_path}/weights.pt")
+    with torch.no_grad():
+        want = model.encode_text(open_clip.get_tokenizer("ViT-tiny-words")(["cat", "red car"]))
+    torch.testing.assert_close(found, F.normalize(want, dim=-1))
+    (tmp_path / "broken.pt").write_bytes(b"no weights")
+    for weights in (tmp_path / "broken.pt", "laion9"):
+        with pytest.raises(InputError, match="cannot open the text encoder ViT-tiny-words/.*; --text-encoder names"):
+            encode(["cat"], f"open_clip:ViT-tiny-words/{weights}")
