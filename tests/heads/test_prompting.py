@@ -50,14 +50,14 @@ def test_points_are_shares_of_the_size_that_the_model_is_built_for():
 def test_tokens_of_prompts():
     torch.manual_seed(0)
     encoder = PromptEncoder(32)
-    points = torch.tensor([[[7.5, 3.5], [0.0, 0.0]]])
+    points = torch.tensor([[[7.5, 11.5], [0.0, 0.0]]])
     tokens = encoder((32, 64), points, torch.tensor([[0, -1]]))
     assert tokens.shape == (1, 3, 32)
-    share = torch.tensor([8 / 64, 4 / 32])
+    share = torch.tensor([8 / 64, 12 / 32])
     angle = 2 * torch.pi * (2 * share - 1) @ encoder.frequencies
     assert torch.allclose(tokens[0, 0], torch.cat([angle.sin(), angle.cos()]) + encoder.point.weight[0], atol=1e-5)
     assert torch.equal(tokens[0, 1], encoder.not_a_point.weight[0]) and torch.equal(tokens[0, 2], tokens[0, 1])
-    box = torch.tensor([[7.5, 3.5, 63.5, 31.5]])
+    box = torch.tensor([[7.5, 11.5, 63.5, 31.5]])
     both = encoder((32, 64), points[:, :1], boxes=box, point_size=(64, 128))
     assert both.shape == (1, 3, 32), "with a box no token stands for it"
     assert torch.allclose(both[0, 1], tokens[0, 0] - encoder.point.weight[0] + encoder.point.weight[2], atol=1e-5)
