@@ -4,6 +4,7 @@
     python tools/benchmark.py scan          the selective scan on the CPU
     python tools/benchmark.py recurrences   the other recurrences: chunked torch against their sequential loops
     python tools/benchmark.py clouds        models of point clouds against the number of points
+    python tools/benchmark.py groups        LION's layers against a dense transformer layer on the same groups
     python tools/benchmark.py models        whole models against timm's (`linescan benchmark` with its defaults)
     python tools/benchmark.py memory        what stays in memory after images of changing sizes
 
@@ -500,32 +501,46 @@ def points(
     save(out, "points", {"machine": machine(), "unit": "ms", "rows": rows}, draw)
 
 
+def cloud_runs(name: str, batch: int, count: int) -> dict[str, Callable]:
+    """A model of clouds of `count` points, and what of it makes groups or voxels of them."""
+    import linescan
+    from linescan.zoo import find
+
+    torch.manual_seed(0)
+    if find(name).task == "point-classification":
+        model = linescan.create_model(name, groups=min(max(count // 16, 64), 512), together=False).eval()
+        points = torch.nn.functional.normalize(torch.randn(batch, count, 3), dim=-1)
+        return {name: lambda: model(points), f"{name}, groups": lambda: model.group(points)}
+    model = linescan.create_model(name).eval()
+    low, high = torch.tensor(model.low), torch.tensor(model.high)
+    ground = low[2] + 0.3 * (high[2] - low[2]) * torch.rand(batch, count, 1)  # a scan is a surface
+    flat = low[:2] + (high[:2] - low[:2]) * torch.rand(batch, count, 2) ** 2
+    points = torch.cat([flat, ground, torch.rand(batch, count, model.in_chans - 3)], -1)
+    return {name: lambda: model.backbone(model.encoder(points)), f"{name}, voxels": lambda: model.encoder(points)}
+
+
 @app.command()
 def clouds(
     out: Out = Path("runs/benchmark"),
-    names: Annotated[str, typer.Option(help="Models, with commas.")] = "pointmamba_modelnet40,mamba3d_modelnet40",
+    names: Annotated[str, typer.Option(help="Classifiers, and detectors by LION, with commas.")] = (
+        "pointmamba_modelnet40,mamba3d_modelnet40,lion_mamba_kitti"
+    ),
     sizes: Annotated[str, typer.Option(help="Numbers of points, with commas.")] = "1024,2048,4096,8192,16384,32768",
     batch: Annotated[int, typer.Option(help="Clouds in one forward pass.")] = 4,
     budget: Annotated[float, typer.Option(help="Seconds for each number.")] = 5.0,
 ):
-    """Clouds per second of classifiers against the number of points, one thread; groups are 1 of 16 points, 64 to 512.
+    """Clouds per second of backbones against the number of points, one thread; groups are 1 of 16 points, 64 to 512.
 
-    Beside each model the time of sampling and grouping alone, which is a part of it.
+    Beside each model the time of sampling and grouping alone, or of voxels, which is a part of it.
     """
-    import linescan
-
     torch.set_num_threads(1)
     keep_memory()
     counts = [int(size) for size in sizes.split(",")]
     rows: dict[str, dict[int, float]] = {}
     for name in names.split(","):
         for count in counts:
-            model = linescan.create_model(name, groups=min(max(count // 16, 64), 512), together=False).eval()
-            points = torch.nn.functional.normalize(torch.randn(batch, count, 3), dim=-1)
             with torch.inference_mode(), console.status(f"{name}, {count:,} points"):
-                taken = side_by_side(
-                    {name: lambda: model(points), f"{name}, groups": lambda: model.group(points)}, budget
-                )
+                taken = side_by_side(cloud_runs(name, batch, count), budget)
             for what, several in taken.items():
                 rows.setdefault(what, {})[count] = batch / several
     table = Table("clouds per second", *(f"{count:,} points" for count in counts))
@@ -535,12 +550,66 @@ def clouds(
 
     def draw(axes):
         for i, (name, row) in enumerate(rows.items()):
-            axes.loglog(*zip(*row.items()), "--" if name.endswith("groups") else "-", marker="o", color=f"C{i // 2}",
+            axes.loglog(*zip(*row.items()), "--" if "," in name else "-", marker="o", color=f"C{i // 2}",
                         label=name)  # fmt: skip
         axes.set(xlabel="points of a cloud", ylabel="clouds per second, one thread")
         axes.legend()
 
     save(out, "clouds", {"machine": machine(), "unit": "clouds per second", "rows": rows}, draw)
+
+
+def group_layers(names: list[str], groups: int, size: int, dim: int) -> dict[str, Callable]:
+    """LION's operators, and a dense transformer layer (that of ViT), on the same groups."""
+    from linescan.backbones.points.lion import OPERATORS
+    from linescan.layers.rwkv import Place
+
+    torch.manual_seed(0)
+    x = torch.randn(groups, size, dim)
+    dense = torch.nn.TransformerEncoderLayer(
+        dim, dim // 32, 4 * dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+    ).eval()
+    layers = {"dense transformer": dense} | {name: OPERATORS[name](dim, Place(1, 34), 0.0).eval() for name in names}
+
+    def forward(layer):
+        def run():
+            with torch.no_grad():
+                return layer(x)
+
+        return run
+
+    return {name: forward(layer) for name, layer in layers.items()}
+
+
+@app.command()
+def groups(
+    out: Out = Path("runs/benchmark"),
+    names: Annotated[str, typer.Option(help="Operators of LION, with commas.")] = "mamba,retnet,rwkv,xlstm,ttt",
+    sizes: Annotated[str, typer.Option(help="Voxels of a group, with commas.")] = "256,512,1024,2048,4096",
+    voxels: Annotated[int, typer.Option(help="In all groups together.")] = 8_192,
+    dim: int = 128,
+    budget: Annotated[float, typer.Option(help="Seconds for each number.")] = 5.0,
+):
+    """LION's operators beside a dense transformer layer on the same groups, forward, one thread."""
+    torch.set_num_threads(1)
+    keep_memory()
+    rows: dict[str, dict[int, float]] = {}
+    for size in map(int, sizes.split(",")):
+        with console.status(f"groups of {size:,}"):
+            taken = side_by_side(group_layers(names.split(","), max(voxels // size, 1), size, dim), budget)
+        for name, several in taken.items():
+            rows.setdefault(name, {})[size] = 1e3 * several
+    table = Table(f"ms for {voxels:,} voxels", *(f"groups of {size}" for size in next(iter(rows.values()))))
+    for name, row in rows.items():
+        table.add_row(name, *(f"{value:.1f}" for value in row.values()))
+    console.print(table)
+
+    def draw(axes):
+        for i, (name, row) in enumerate(rows.items()):
+            axes.loglog(*zip(*row.items()), "-" if i else "--", marker="o", color=f"C{i}" if i else "0.4", label=name)
+        axes.set(xlabel="voxels of a group", ylabel=f"ms for {voxels:,} voxels, one thread")
+        axes.legend()
+
+    save(out, "groups", {"machine": machine(), "unit": "ms", "rows": rows}, draw)
 
 
 # -- whole models -----------------------------------------------------------------------------------------------------

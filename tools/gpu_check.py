@@ -85,7 +85,12 @@ class Operator:
         """Inputs by name, with parameters in float32."""
         layout, routes = self.public.layout, len(parse(self.routes))
         made = layout.example(  # from states of zero
-            batch, routes, side * side, shared=self.shared, without=(*self.without, *layout.states), device=device,
+            batch,
+            routes,
+            side * side,
+            shared=self.shared,
+            without=(*self.without, *layout.states),
+            device=device,
             **self.sizes,
         )
         return {

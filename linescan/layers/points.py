@@ -16,10 +16,10 @@ GPU, and on a CPU neighbours in large clouds are found by SciPy's k-d tree where
 same.
 """
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib import import_module
 from itertools import accumulate
-from typing import NamedTuple, Sequence
+from typing import Callable, NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ..scans.kernels import cpu, triton
 
 __all__ = [
+    "CentreMLP",
     "Patches",
     "PointPatchEmbed",
     "ball_query",
@@ -107,28 +108,35 @@ class Clouds:
         if self.packed:
             self.lengths = [len(points)] if lengths is None else _lengths(lengths)
             points = pad(points, self.lengths)
-        else:
-            self.lengths = [points.shape[1]] * len(points) if lengths is None else _lengths(lengths)
+        elif lengths is not None:
+            self.lengths = _lengths(lengths)
             if len(self.lengths) != len(points) or max(self.lengths, default=0) > points.shape[1]:
                 raise ValueError(
                     f"{what}: {len(points)} clouds padded to {points.shape[1]} rows cannot have the lengths "
                     + _few(self.lengths)
                 )
-        ends = torch.tensor(self.lengths, device=points.device)[:, None]
-        self.counted = torch.arange(points.shape[1], device=points.device) < ends
+        self.counted = torch.ones(points.shape[:2], dtype=torch.bool, device=points.device)
+        if self.packed or lengths is not None:
+            ends = torch.tensor(self.lengths, device=points.device)[:, None]
+            self.counted = torch.arange(points.shape[1], device=points.device) < ends
         self.present = self.counted & points.isfinite().all(-1)
         self.points = points.masked_fill(~self.present[..., None], 0)
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        return [self.points.shape[1]] * len(self.points)
 
     @property
     def first(self) -> Tensor:
         """(B,) what to add to a row's number within its cloud: nothing unless the clouds came packed."""
-        firsts = _firsts(self.lengths) if self.packed else [0] * len(self.lengths)
-        return torch.tensor(firsts, device=self.points.device)
+        if not self.packed:
+            return self.points.new_zeros(self.points.shape[0], dtype=torch.int64)
+        return torch.tensor(_firsts(self.lengths), device=self.points.device)
 
     def number(self, row: Tensor) -> Tensor:
         """Row numbers (B, ...) as those of the input; -1 stays."""
         first = self.first.reshape(-1, *[1] * (row.ndim - 1))
-        return torch.where(row < 0, row, row + first)
+        return torch.where(row < 0, row, row + first) if self.packed else row
 
     def answer(self, per_row: Tensor) -> Tensor:
         """A result (B, N, ...) in the form that the clouds came in."""
@@ -259,7 +267,7 @@ def knn(
 def _neighbours(what: str, clouds: Clouds, asked: Clouds, k: int) -> Tensor:
     """Rows (B, M, k) of the padded clouds, nearest first; -1 where there are no more."""
     points, queries = clouds.points.detach(), asked.points.detach()
-    if len(points) != len(queries) or points.shape[-1] != queries.shape[-1]:
+    if points.shape[0] != queries.shape[0] or points.shape[-1] != queries.shape[-1]:
         raise ValueError(
             f"{what}: {len(points)} clouds with {points.shape[-1]} coordinates cannot be asked by "
             f"{len(queries)} with {queries.shape[-1]}"
@@ -271,7 +279,8 @@ def _neighbours(what: str, clouds: Clouds, asked: Clouds, k: int) -> Tensor:
     dtype = torch.promote_types(points.dtype, queries.dtype)
     points, queries = points.to(dtype), queries.to(dtype)
     size = points.shape[1] * queries.shape[1]
-    if size >= _TREE and points.is_cpu and points.shape[-1] <= 8 and (tree := _tree()):
+    eager = points.is_cpu and not torch.compiler.is_compiling()
+    if size >= _TREE and eager and points.shape[-1] <= 8 and (tree := _tree()):
         row = torch.stack(
             [
                 _ask_tree(tree, p[there], q, there.nonzero()[:, 0], k)
@@ -292,6 +301,8 @@ def _ask_all(points: Tensor, present: Tensor, queries: Tensor, k: int) -> Tensor
         return row
     absent = torch.where(present, 0.0, float("inf")).to(points.dtype)
     clouds = max(1, _BUDGET // (count * length))  # so many clouds at a time, or so many queries of one
+    if batch <= clouds and count * length <= _BUDGET:
+        return F.pad(_smallest(_squares(points, queries) + absent[:, None], least), (0, k - least), value=-1)
     for b in range(0, batch, clouds):
         for m in range(0, count, max(1, _BUDGET // length)):
             part = slice(b, b + clouds), slice(m, m + max(1, _BUDGET // length))
@@ -501,6 +512,7 @@ class Patches(NamedTuple):
     index: Tensor
 
 
+@torch.compiler.disable  # what is a patch is decided by values
 def patches(points: Tensor, groups: int, size: int, lengths: Lengths = None, rule: str = "pointnet2") -> Patches:
     """Groups of the `size` points nearest to each of `groups` centres, which are sampled as far apart as can be.
 
@@ -525,6 +537,21 @@ def patches(points: Tensor, groups: int, size: int, lengths: Lengths = None, rul
     index = _neighbours("patches", clouds, everyone, size)
     relative = _take(clouds.points, index) - centres[:, :, None]
     return Patches(centres, relative, clouds.number(index))
+
+
+class CentreMLP(nn.Sequential):
+    """Where a patch is, as features: centres (..., 3) -> (..., dim), of the dtype of the weights.
+
+    Args:
+        dim: channels.
+        act_layer: between the two layers.
+    """
+
+    def __init__(self, dim: int, act_layer: Callable = nn.GELU):
+        super().__init__(nn.Linear(3, 128), act_layer(), nn.Linear(128, dim))
+
+    def forward(self, centres: Tensor) -> Tensor:
+        return super().forward(centres.to(self[0].weight.dtype))
 
 
 class PointPatchEmbed(nn.Module):
@@ -552,6 +579,7 @@ class PointPatchEmbed(nn.Module):
     def forward(self, points: Tensor) -> Tensor:
         """(B, G, K, in_chans) -> (B, G, dim)."""
         batch, groups, size, _ = points.shape
+        points = points.to(self.first_conv[0].weight.dtype)
         x = self.first_conv(points.flatten(0, 2)).unflatten(0, (-1, size))  # (B G, K, middle)
         # The maximum meets its half of the weights once a patch, not once a point.
         for_all, for_each = self.second_conv[0].weight.chunk(2, 1)

@@ -10,7 +10,7 @@ from linescan.backbones.points.mamba3d import LocalNormPool
 from linescan.backbones.points.pointmamba import in_turn
 from linescan.engine.cards import measure_inputs
 from linescan.errors import CheckpointError, InputError
-from linescan.layers.points import chamfer, pack
+from linescan.layers.points import Patches, chamfer, pack
 from linescan.zoo import find, list_models
 
 MODELS = list_models(task="point-classification")
@@ -127,11 +127,24 @@ def test_weights_shapes_and_files(name, tmp_path):
 @pytest.mark.parametrize("name", [pytest.param(KINDS[0], marks=pytest.mark.slow), *KINDS[1:]])
 @torch.no_grad()
 def test_exports_from_patches(name):
-    """Sampling and grouping stay outside: what depends on values."""
+    """Sampling and grouping stay outside: what depends on values. Any number of clouds can be asked."""
     model = small(name)
-    found = model.group(clouds())
-    program = torch.export.export(model, (found,))
+    batch = {0: torch.export.Dim("batch", min=2, max=64)}
+    program = torch.export.export(model, (model.group(clouds()),), dynamic_shapes=(Patches(batch, batch, batch),))
+    found = model.group(clouds(5, seed=2))
     torch.testing.assert_close(program.module()(found), model(found))
+
+
+@pytest.mark.parametrize("name", KINDS)
+@torch.no_grad()
+def test_weights_of_half_precision(name):
+    """Points may keep their precision, which decides what is near."""
+    model, x = small(name, in_chans=4), clouds(channels=4)
+    logits = model(x)
+    model.bfloat16()
+    assert model(x).dtype == torch.bfloat16 and model.forward_features(x).dtype == torch.bfloat16
+    torch.testing.assert_close(model(x).float(), logits, atol=0.1 * logits.abs().max().item(), rtol=0)
+    assert model(x.bfloat16()).isfinite().all()
 
 
 @pytest.mark.parametrize("name", KINDS)

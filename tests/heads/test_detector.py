@@ -104,6 +104,8 @@ def test_half_precision_keeps_boxes_precise():
     assert all(p.grad.isfinite().all() for p in model.parameters())
     assert found.boxes.dtype == torch.float32 and len(found)
     assert not torch.equal(found.boxes[:, :2], found.boxes[:, :2].bfloat16().float())
+    with torch.no_grad():
+        assert len(model.bfloat16().detect(points[None])[0])  # points keep their precision: they say which voxel
 
 
 def test_scans_without_boxes_or_points_in_the_space():

@@ -96,6 +96,26 @@ def test_maps_from_above_have_the_largest_of_each_column():
     assert maps.count_nonzero() == 4
 
 
+def test_half_precision_and_scans_with_nothing_in_the_space():
+    model, far = tiny(), scan(3) + 99
+    target = torch.randint(0, 4, (2, 16, 32, 8))
+    points, lengths = torch.cat([scan(), far]), [200, 3]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(points, lengths)
+    assert found.logits.dtype == torch.bfloat16
+    labels = torch.randint(0, 4, (203,))
+    losses = model.losses(found, target, labels, weights=class_weights((9, 99, 999, 9999), (9, 99, 999)))
+    losses["loss"].backward()
+    assert all(loss.isfinite() and loss.dtype == torch.float32 for loss in losses.values())
+    model.eval()
+    with torch.no_grad():
+        alone = model(far[None]).logits
+        torch.testing.assert_close(alone, model(points, lengths).logits[1:])
+        high = torch.tensor([[3.2, 3.2, 0.8, 0]]).nextafter(torch.tensor(0.0))  # in the last cells, or in none
+        assert model(torch.cat([scan(), high])[None]).logits.isfinite().all()
+        assert model.bfloat16()(scan()[None]).logits.isfinite().all()
+
+
 def test_volumes_and_maps_that_do_not_fit():
     with pytest.raises(InputError, match="16 divides"):
         tiny(cells=(24, 32, 8))

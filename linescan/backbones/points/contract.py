@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ... import zoo
 from ...errors import InputError, known
-from ...layers.points import Lengths, Patches, PointPatchEmbed, gather, patches
+from ...layers.points import CentreMLP, Lengths, Patches, PointPatchEmbed, gather, patches
 from ..contract import PlainBackbone, take_indices
 
 __all__ = ["PatchBackbone", "as_linear", "check_clouds", "encoder_of", "mlp_head", "register"]
@@ -84,7 +84,7 @@ class PatchBackbone(PlainBackbone):
         self.num_features = self.embed_dim = embed_dim
         self.sampling = known("sampling", sampling, ("pointnet2", "plain"))
         self.patch_embed = PointPatchEmbed(embed_dim, in_chans, patch_widths)
-        self.pos_mlp = nn.Sequential(nn.Linear(3, 128), act_layer(), nn.Linear(128, embed_dim))
+        self.pos_mlp = CentreMLP(embed_dim, act_layer)
 
     # -- patches ----------------------------------------------------------------------------------------------------
 
@@ -110,6 +110,10 @@ class PatchBackbone(PlainBackbone):
         raise NotImplementedError
 
     # -- features ---------------------------------------------------------------------------------------------------
+
+    def as_stream(self, x: Tensor) -> Tensor:
+        """Tokens in the dtype of the stream: that of the weights, also where layers compute in half precision."""
+        return x.to(torch.promote_types(x.dtype, self.pos_mlp[0].weight.dtype))
 
     def forward(self, points: Tensor | Patches, lengths: Lengths = None) -> Tensor:
         """Clouds -> logits (B, num_classes), or pooled features without a classifier."""

@@ -20,7 +20,6 @@ from ...checkpoint import rename
 from ...errors import InputError, known
 from ...layers.linear import linear
 from ...layers.mamba import MambaMixer, stack_routes
-from ...layers.norm import at_least_float32
 from ...layers.points import Lengths, Patches, gather, knn
 from .contract import PatchBackbone, as_linear, encoder_of, register
 
@@ -167,11 +166,11 @@ class Mamba3D(PatchBackbone):
     def embed(self, points: Tensor | Patches, lengths: Lengths = None) -> tuple[Tensor, tuple[int, ...], tuple]:
         found = self.group(points, lengths)
         x = self.patch_embed(found.points)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1)
         positions = self.pos_mlp(found.centres)
-        positions = torch.cat([self.cls_pos_embed.expand(len(x), -1, -1), positions], 1)
+        positions = torch.cat([self.cls_pos_embed.expand(x.shape[0], -1, -1), positions], 1)
         _, neighbours = knn(found.centres, found.centres, self.neighbours)
-        return at_least_float32(x), x.shape[1:2], (positions, neighbours)
+        return self.as_stream(x), x.shape[1:2], (positions, neighbours)
 
     def pool_one(self, x: Tensor, kind: str) -> Tensor:
         if kind == "token":

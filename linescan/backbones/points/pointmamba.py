@@ -18,7 +18,6 @@ from ...checkpoint import rename
 from ...errors import InputError
 from ...layers.blocks import Block, run
 from ...layers.mamba import MambaMixer, stack_routes
-from ...layers.norm import at_least_float32
 from ...layers.points import Lengths, Patches
 from ...scans.routes import point_table
 from .contract import PatchBackbone, as_linear, encoder_of, register
@@ -130,7 +129,7 @@ class PointMamba(PatchBackbone):
         route = in_turn(self.routes(found.centres))
         if self.has_class_token:
             route = torch.cat([route, torch.full_like(route[..., :1], x.shape[1] - 1)], -1)
-        return at_least_float32(x), x.shape[1:2], (route,)
+        return self.as_stream(x), x.shape[1:2], (route,)
 
     def run_unit(self, unit: nn.Module, x: Tensor, context: tuple, **options) -> Tensor:
         return self.stream_drop(run(unit, x, checkpointing=self.grad_checkpointing, route=context[0], **options))

@@ -55,7 +55,7 @@ class VoxelEncoder(nn.Module):
         size = rows.new_tensor([(b - a) / n for a, b, n in zip(self.low, self.high, self.cells)])
         centre = (sites.coords[:, [3, 2, 1]] + 0.5) * size + rows.new_tensor(self.low)
         mean = scatter(rows[:, :3], index, len(sites), "mean")
-        x = torch.cat([rows, rows[:, :3] - mean[index], rows[:, :3] - centre[index]], 1)
+        x = torch.cat([rows, rows[:, :3] - mean[index], rows[:, :3] - centre[index]], 1).to(self.linear1.weight.dtype)
         x = F.relu(self.norm1(self.linear1(x)))
         x = torch.cat([x, scatter(x, index, len(sites), "max")[index]], 1)
         x = F.relu(self.norm2(self.linear2(x)))

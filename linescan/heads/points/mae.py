@@ -22,7 +22,7 @@ from ...errors import InputError, known
 from ...layers.blocks import Block, run
 from ...layers.linear import trunc_normal_
 from ...layers.mamba import MambaMixer
-from ...layers.points import Lengths, Patches, gather
+from ...layers.points import CentreMLP, Lengths, Patches, gather
 from ...scans.routes import table
 
 __all__ = ["PointMAE", "draw_patches"]
@@ -82,7 +82,7 @@ class PointMAE(nn.Module):
         self.built_from = backbone, {**(backbone_args or {}), "num_classes": 0}
         self.encoder, self.mask_ratio, self.mask = encoder, mask_ratio, known("mask", mask, ("random", "block"))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_mlp = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, dim))
+        self.pos_mlp = CentreMLP(dim)
         rates = calculate_drop_path_rates(drop_path_rate, decoder_depth)
         self.blocks = nn.ModuleList(Block(dim, MambaMixer(dim, 1), drop_path=rate) for rate in rates)
         self.norm = nn.LayerNorm(dim)

@@ -106,12 +106,13 @@ class PointEncoder(nn.Module):
     def forward(self, points: Tensor, levels: Sequence[Level], low: Tensor, size: Tensor) -> Tensor:
         """Points (N, in_chans) in half cells and cells -> (M, dim)."""
         found, offsets = [], points
+        dtype = self.gate.weight.dtype
         for (sites, index), point, weight in zip(levels, self.point, self.weight):
             xyz = points[:, :3]
             mean = scatter(xyz, index, len(sites), "mean")[index]
             centre = (sites.coords[:, [3, 2, 1]].float() + 0.5) * size.float() + low.float()
-            offsets = torch.cat([xyz - mean, xyz - centre.to(xyz)[index]], 1)
-            x = point(torch.cat([points, offsets], 1)) * weight(offsets)
+            offsets = torch.cat([xyz - mean, xyz - centre.to(xyz)[index]], 1).to(dtype)
+            x = point(torch.cat([points.to(dtype), offsets], 1)) * weight(offsets)
             found += [x, scatter(x, index, len(sites), "max")[index]]
         x = F.relu(self.gate(offsets)) * F.relu(self.proj(torch.cat(found, 1)))
         sites, index = levels[-1]
@@ -382,7 +383,7 @@ class OccRWKV(nn.Module):
         for scale in (0.5, 1, 2, 4, 8):
             cells = [int(n // scale) for n in self.cells]
             sites, index = voxelize(points, self.low, self.high, cells, lengths)
-            if scale > 1:
+            if scale > 1 and len(sites):
                 order = sites.flat.argsort()
                 rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
                 sites = Sites(sites.coords[order], sites.shape, sites.batch_size)
@@ -409,7 +410,7 @@ class OccRWKV(nn.Module):
         """
         check_clouds(points, self.in_chans, type(self).__name__)
         levels = self.levels(points, lengths)
-        inside = levels[0].index >= 0
+        inside = torch.stack([index for _, index in levels]).ge(0).all(0)  # at the border rounding decides
         levels = [Level(sites, index[inside]) for sites, index in levels]
         rows = points.flatten(0, -2)[inside]
         full = levels[1].sites
@@ -417,7 +418,7 @@ class OccRWKV(nn.Module):
             occupancy = self.occupancy(full)
         elif tuple(occupancy.shape) != (full.batch_size, *self.cells):
             raise InputError(f"the occupancy is {tuple(occupancy.shape)}, not {(full.batch_size, *self.cells)}")
-        hit = occupancy.to(points).permute(0, 3, 2, 1)  # (B, Z, Y, X)
+        hit = occupancy.to(self.encoder.gate.weight).permute(0, 3, 2, 1)  # (B, Z, Y, X)
         low = rows.new_tensor(self.low)
         size = (rows.new_tensor(self.high) - low) / rows.new_tensor(self.cells)
         x = SparseTensor(self.encoder(rows, levels[:2], low, size), full)
@@ -448,7 +449,7 @@ class OccRWKV(nn.Module):
             "loss" and its parts.
         """
         coarse = list(coarse) or [coarser(target, 2**i) for i in (1, 2, 3)]
-        of_cells, of_points = (None, None) if weights is None else (w.to(found.logits) for w in weights)
+        of_cells, of_points = weights or (None, None)
         volume = both_losses(found.logits.flatten(2), target.flatten(1), of_cells)
         semantic, occupied = 0, 0
         labels = labels[found.inside]
@@ -505,6 +506,7 @@ def both_losses(logits: Tensor, target: Tensor, weights: Tensor | None = None) -
     counted, logits = target != IGNORED, at_least_float32(logits)
     if not counted.any():
         return 0 * logits.sum()
+    weights = None if weights is None else weights.to(logits)
     entropy = F.cross_entropy(logits, target, weights, ignore_index=IGNORED)
     return entropy + lovasz_softmax(logits.softmax(1).mT[counted], target[counted])
 

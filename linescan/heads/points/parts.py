@@ -114,7 +114,7 @@ class PointSegmenter(nn.Module):
         patches = tokens.unflatten(1, (-1, found.centres.shape[1])).mean(1)  # a patch may have several copies
         patches = F.linear(patches, layer.weight[:, 3:])
         x = interpolate(patches, found.centres, xyz, None, sizes, self.neighbours)
-        x = x + F.linear(xyz, layer.weight[:, :3], layer.bias)
+        x = x + F.linear(xyz.to(layer.weight.dtype), layer.weight[:, :3], layer.bias)
         x = nn.Sequential(*rest)(x)
         layer, *rest = self.head
         of_cloud = F.linear(of_cloud, layer.weight[:, x.shape[1] :], layer.bias)
