@@ -3,7 +3,7 @@
 
     python tools/quantising.py
     python tools/quantising.py --checkpoint runs/solar-cells/vim_tiny/model.safetensors \
-        --data runs/solar-cells/cells/val --calibrate runs/solar-cells/cells/train
+        --data runs/solar-cells/cells/test --calibrate runs/solar-cells/cells/train
 
 Without a checkpoint, the small Vim of `linescan demo` is trained on the digits first (about a minute), unless a former
 run has done so. Every row is a file that `linescan quantize` writes, read back and scored on the same held-out images.
@@ -34,7 +34,6 @@ from linescan.tasks.quantise import quantise_checkpoint  # noqa: E402
 
 BITS = ("w8a8", "w6a6", "w4a8", "w4a4")
 ROWS = [("dynamic", "w8a8")] + [(method, bits) for bits in BITS for method in ("naive", "quamba", "mambaquant")]
-MARKS = "<!-- digits -->\n", "<!-- end of digits -->\n"
 
 
 class Row(NamedTuple):
@@ -74,6 +73,7 @@ def quantising(
     images: Annotated[int, typer.Option(min=1, help="How many of these.")] = 64,
     to: Annotated[Path, typer.Option("--out", "-o", help="The folder for everything.")] = Path("runs/quantising"),
     page: Annotated[Optional[Path], typer.Option(help="A page whose table is replaced.")] = None,
+    mark: Annotated[str, typer.Option(help="The table's name in the page.")] = "digits",
 ):
     """Quantise one classifier in every way, and score each."""
     if checkpoint is None:
@@ -97,12 +97,12 @@ def quantising(
     for path in write_all(to, {"table.md": made.encode(), "table.csv": text.getvalue().encode()}):
         say(str(path))
     if page:
-        _replace(page, made)
+        _replace(page, made, mark)
         say(str(page))
 
 
-def _replace(page: Path, made: str) -> None:
-    begin, end = MARKS
+def _replace(page: Path, made: str, mark: str) -> None:
+    begin, end = f"<!-- {mark} -->\n", f"<!-- end of {mark} -->\n"
     head, found, rest = page.read_text().partition(begin)
     _, closed, tail = rest.partition(end)
     if not found or not closed:

@@ -72,6 +72,8 @@ def test_no_calibration_is_needed_where_scales_are_dynamic(digits, linescan_here
     found = json.loads(said)
     assert status == 0 and found["images"] == 64 and found["same"] > 0.5 and found["bits"] == "w4a8"
     assert {layer["kind"] for layer in found["layers"]} == {"linear"}
+    status, _, news = linescan_here("export", "-c", out, "--out", tmp_path / "int8.onnx")
+    assert status == 2 and "is quantised, which linescan alone runs" in news
 
 
 @pytest.mark.parametrize("args, line", [
@@ -92,3 +94,13 @@ def test_what_is_wrong_is_said_in_one_line(args, line, digits, linescan_here, tm
 def test_models_of_other_tasks_are_refused(linescan_here, tmp_path):
     status, _, news = linescan_here("quantize", "--method", "dynamic", "-o", tmp_path / "x.safetensors")
     assert status == 2 and "no model and no checkpoint given" in news
+    sizes = {"dims": [16, 32], "depths": [1, 1], "depths_decoder": [1, 1]}
+    torch.save(linescan.create_model("mhsvm_vmunet_3h", **sizes).state_dict(), tmp_path / "own.pth")
+    args = [word for key, value in sizes.items() for word in ("--model-arg", f"{key}={value}")]
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    for command in (
+        ("quantize", "mhsvm_vmunet_3h", "--method", "dynamic", "-o", tmp_path / "x.safetensors"),
+        ("classify", tmp_path / "a.png", "--model", "mhsvm_vmunet_3h"),
+    ):
+        status, _, news = linescan_here(*command, "-c", tmp_path / "own.pth", *args)
+        assert status == 2 and "mhsvm_vmunet_3h is no classifier" in news, news
