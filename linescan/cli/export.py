@@ -89,7 +89,7 @@ def export(
     sides = pixels(size, "--size")
     network, card = restore(name, checkpoint, **model_args(model_arg))
     if card.quantised:
-        raise InputError(f"{checkpoint} is quantised, which linescan alone runs: export the model that it was made from")
+        raise InputError(f"{checkpoint} is quantised, which linescan alone runs: export what it was made from")
     entry = zoo.find(card.model) if zoo.is_model(card.model) else None
     shapes = None
     if entry and entry.inputs[0][-1] < 8:
