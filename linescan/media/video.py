@@ -411,6 +411,9 @@ def _av():
 def _reading(path: str | Path, threads: str = "AUTO") -> Iterator[tuple]:
     """An open file and its stream of images; what goes wrong in the block becomes a line that names the file."""
     av = _av()
+    # torchvision 0.25 has FFmpeg's messages passed to Python. A decoder's threads then wait for Python to take them,
+    # and Python, where it frees the decoder, for its threads.
+    av.logging.set_level(None)
     with _one_line(path):
         if not Path(path).is_file():
             raise BrokenVideo("not a file" if Path(path).exists() else "No such file")

@@ -139,6 +139,20 @@ def test_own_files_load_strictly_at_another_size(name, tmp_path):
         linescan.load_checkpoint(other, tmp_path / "dense.pth")
 
 
+def test_positions_of_a_file_whose_grid_is_not_square(tmp_path):
+    """A file of the authors keeps tokens: their grid has to be told, to a dense backbone as to a classifier."""
+    wide, model = dense("vig_tiny", img_size=(64, 128)), dense("vig_tiny", img_size=96)
+    nn.init.normal_(wide.trunk.pos_embed)
+    state = {key.removeprefix("trunk."): value for key, value in wide.state_dict().items()}
+    torch.save(state | {"pos_embed": state["pos_embed"].flatten(1, 2)}, tmp_path / "official.pth")
+    with pytest.raises(linescan.CheckpointError, match="make no square: give the img_size"):
+        model.load_pretrained(tmp_path / "official.pth")
+    model.load_pretrained(tmp_path / "official.pth", img_size=(64, 128))
+    table = wide.trunk.pos_embed.permute(0, 3, 1, 2)
+    want = nn.functional.interpolate(table, (6, 6), mode="bicubic").permute(0, 2, 3, 1)
+    torch.testing.assert_close(model.trunk.pos_embed, want)
+
+
 def test_a_model_of_clips_is_refused():
     with pytest.raises(ValueError, match="this VideoMamba reads clips: a dense backbone needs one that reads images"):
         dense_backbone("videomamba_video_tiny_patch16_224", depth=1)

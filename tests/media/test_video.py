@@ -321,7 +321,9 @@ def test_frames_that_are_damaged_in_the_middle(tmp_path, name, options):
         assert data.count(content) == 1
         data = data.replace(content, b"\0" * len(content))
     path.write_bytes(data)
+    av.logging.set_level(av.logging.ERROR)  # as torchvision 0.25 does when it is imported
     found, [said] = read_all(path)
+    assert av.logging.get_level() is None, "decoders that tell Python what is wrong may wait for it for ever"
     assert len(found) == 40 and found[:21] == list(range(21)) and found[25:] == list(range(25, 40))
     assert found[21:23] == [20, 20] and said.split(" of ")[1] == "40 frames could be decoded"
     assert numbers(open_video(path).images([30], 3)) == [30], "what is whole is not complained of"
