@@ -41,8 +41,8 @@ def draw_prompts(checkpoint: str, columns: int = 4, side: int = 288) -> Image.Im
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     if len(sys.argv) > 1:
-        draw_prompts(sys.argv[1]).quantize(128).save(FOLDER / "clicks.png", optimize=True)
-        print(FOLDER / "clicks.png")
+        draw_prompts(sys.argv[1]).save(FOLDER / "clicks.jpg", quality=88, optimize=True)
+        print(FOLDER / "clicks.jpg")
         return
     for name, spec in PICTURES.items():
         drawn = BytesIO()
