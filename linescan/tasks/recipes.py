@@ -523,9 +523,9 @@ class PromptingRecipe(Recipe):
     judges: ClassVar[bool] = True
     scored: ClassVar[str] = "`digits`, or a folder as for training; of each what is held out."
     examples: ClassVar[tuple[str, ...]] = (
-        "linescan train --task prompting --data digits --out runs/prompt --model-arg img_size=96 --model-arg "
-        "dims=[16,32,96] --model-arg depths=[1,1,4] --model-arg dim=128 --epochs 5 --batch 8 --objects 4 --lr 1e-3 "
-        "--flip 0",
+        "linescan train --task prompting --data digits --out runs/prompt --epochs 5 --batch 8 --objects 4 --lr 1e-3 "
+        "--flip 0 --model-arg img_size=96 --model-arg 'dims=[16,32,96]' --model-arg 'depths=[1,1,4]' "
+        "--model-arg dim=128",
         "linescan train --task prompting --data coco --out runs/coco --checkpoint encoder.safetensors --bf16",
         "linescan evaluate --task prompting --data digits --checkpoint runs/prompt/best.safetensors",
         "linescan prompt photo.jpg --checkpoint runs/prompt/best.safetensors --point 120,80",
