@@ -5,7 +5,8 @@
     ROOT/classes.txt                                        the name of each class in a line, from 0 on
 
 A mask may be named NAME_segmentation or NAME_mask. Masks hold numbers of classes (grey images, or the indices of a
-palette), and 255 where none is known. Of two classes, which need no classes.txt, the second is 1 or 255, or bright.
+palette), and 255 where none is known. Of two classes, which need no classes.txt, the second is 1, or where that does not
+occur 255, or bright.
 For models that read several images of a scene, the folder extra/ beside images/ holds the second.
 
 Sets of pairs are read as Sigma's authors lay them out (`LAYOUTS`), with their lists of names and their classes: MFNet,
@@ -324,6 +325,8 @@ class MaskedScenes(Dataset):
             mask = np.where((mask < scene.first) | (mask == IGNORED), IGNORED, mask.astype(np.int64) - scene.first)
         if len(self.classes) == 2:
             top = mask.max()
+            if top == IGNORED and (mask == 1).any() and not ((mask > 1) & (mask < IGNORED)).any():
+                return torch.from_numpy(mask.astype(np.uint8))  # numbers of classes, some of them not known
             if 1 < top < 128:
                 raise InputError(f"{path}: its highest value is {top}; of two classes masks are 0 and 1, or 0 and 255, "
                                  "and classes.txt names more")  # fmt: skip

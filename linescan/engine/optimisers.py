@@ -55,7 +55,22 @@ def build_optimizer(recipe: Recipe, groups: list[dict]) -> Optimizer:
     return optimizer
 
 
-def build_schedule(recipe: Recipe, optimizer: Optimizer, per_epoch: int) -> Scheduler:
+class Held:
+    """A schedule that stands still for some steps after its warm-up.
+
+    Args:
+        schedule: of what is left of the run.
+        warmup, steps: how long the warm-up is, and the stop.
+    """
+
+    def __init__(self, schedule: Scheduler, warmup: int, steps: int):
+        self.schedule, self.warmup, self.steps = schedule, warmup, steps
+
+    def step_update(self, step: int) -> None:
+        self.schedule.step_update(step if step < self.warmup else max(step - self.steps, self.warmup))
+
+
+def build_schedule(recipe: Recipe, optimizer: Optimizer, per_epoch: int) -> Scheduler | Held:
     """The recipe's schedule: `step_update(step)` sets the learning rates of a step, a function of its number alone.
 
     Args:
@@ -66,6 +81,9 @@ def build_schedule(recipe: Recipe, optimizer: Optimizer, per_epoch: int) -> Sche
     """
     total, unit = (recipe.steps, 1) if recipe.steps else (recipe.epochs, per_epoch)
     name, args = recipe.schedule, {}
+    warmup, falling = min(recipe.warmup, total), total - recipe.hold
+    if recipe.hold and warmup >= falling:
+        raise InputError(f"--hold {recipe.hold:g} leaves nothing of {total} for the learning rate to fall in")
     if name == "constant":
         name, args = "step", {"decay_rate": 1.0, "decay_epochs": total}
     elif name == "step":
@@ -80,9 +98,9 @@ def build_schedule(recipe: Recipe, optimizer: Optimizer, per_epoch: int) -> Sche
         args = {"decay_rate": recipe.decay_rate or 1.0}
     try:
         schedule, _ = create_scheduler_v2(
-            optimizer, name, num_epochs=total, warmup_epochs=min(recipe.warmup, total), warmup_lr=0.0,
+            optimizer, name, num_epochs=falling, warmup_epochs=warmup, warmup_lr=0.0,
             min_lr=recipe.lowest_lr, step_on_epochs=False, updates_per_epoch=unit, **args,
         )  # fmt: skip
     except ValueError as error:
         raise InputError(f"--schedule {recipe.schedule}: {error}") from None
-    return schedule
+    return Held(schedule, round(warmup * unit), round(recipe.hold * unit)) if recipe.hold else schedule

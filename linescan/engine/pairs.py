@@ -110,7 +110,12 @@ class Pairs(Dataset):
         patch: side of the patches, in pixels of the degraded image, for training: a random part of each image,
             mirrored and turned at random. None for whole images, always degraded with the same noise.
         repeats: patches of each image in an epoch.
+
+    Attributes:
+        least: side of a whole sharp image; a smaller one is refused.
     """
+
+    least = 1
 
     def __init__(
         self,
@@ -140,12 +145,15 @@ class Pairs(Dataset):
 
     def _whole(self, index: int) -> tuple[Tensor, Tensor]:
         high = self._read(self.high[index])
-        if self.low is None:
-            high = _to_multiple(high, self.scale) / 255
-            np.random.seed(0)
-            return self.degrade(high), high
-        low = self._read(self.low[index])
-        return low / 255, self._fitted(index, low, high) / 255
+        low = None if self.low is None else self._read(self.low[index])
+        high = _to_multiple(high, self.scale) if low is None else self._fitted(index, low, high)
+        if min(high.shape[-2:]) < self.least:
+            size = " x ".join(map(str, high.shape[-2:]))
+            raise InputError(f"{self.high[index]}: {size} pixels are too few, {self.least} x {self.least} are needed")
+        if low is not None:
+            return low / 255, high / 255
+        np.random.seed(0)
+        return self.degrade(high / 255), high / 255
 
     def _part(self, index: int) -> tuple[Tensor, Tensor]:
         high, scale, patch = self._read(self.high[index]), self.scale, self.patch

@@ -208,6 +208,8 @@ class Recipe(_Options):
         choices=("cosine", "constant", "poly", "step", "multistep", "tanh", "wsd"),
     )  # fmt: skip
     warmup: float = option(5.0, "Epochs in which the learning rate rises from 0.", OPTIMISER, NATURAL)
+    hold: float = option(0.0, "Epochs at the highest learning rate, after the warm-up, before it falls.", OPTIMISER,
+                         NATURAL)  # fmt: skip
     min_lr: float | None = option(
         None, "Learning rate at the end of cosine, poly, tanh and wsd; default: 1e-5, or --lr if that is lower.",
         OPTIMISER, NATURAL,
@@ -232,6 +234,8 @@ class Recipe(_Options):
             raise InputError(f"--min-lr must be at most --lr, {self.lr}, not {self.min_lr}")
         if self.schedule == "multistep" and not self.falls:
             raise InputError("--schedule multistep needs --milestones, as in --milestones 60,80")
+        if self.hold and self.schedule in ("constant", "step", "multistep"):
+            raise InputError(f"--hold is for cosine, poly, tanh and wsd, not for --schedule {self.schedule}")
 
     @property
     def falls(self) -> list[float]:

@@ -19,7 +19,7 @@ import json
 import os
 import time
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +158,7 @@ class Training:
         recipe, processes = self.recipe, self.processes
         dtype = torch.bfloat16 if recipe.bf16 else torch.float32
         self.scheduler.step_update(self.step)
+        self.task.step = self.step
         for part in range(recipe.accumulate):
             content, size, broken = next(batches)
             self._name_broken(broken)
@@ -317,7 +318,8 @@ class Training:
         except Exception:
             raise CheckpointError(f"{path} is not the state of a run, or is damaged") from None
         now = json.loads(json.dumps(self.recipe.as_dict()))
-        before = json.loads(json.dumps(before))
+        new = {field.name: field.default for field in fields(self.recipe) if field.name not in before}
+        before = new | json.loads(json.dumps(before))  # options that came after the run began are at their defaults
         raised = []
         for name in now:
             was, wanted = before.get(name), now[name]

@@ -11,7 +11,10 @@ from torch import Tensor
 from ..errors import InputError
 from ..extras import require
 
-__all__ = ["luma", "psnr", "ssim", "to_8_bits"]
+__all__ = ["SSIM_WINDOW", "luma", "psnr", "ssim", "to_8_bits"]
+
+SSIM_WINDOW = 11
+"""Side of SSIM's windows, in pixels."""
 
 LUMA = (65.481, 128.553, 24.966)
 """Weights of red, green and blue in 0..1 for ITU-R BT.601's luma, which runs from 16 to 235 of 255."""
@@ -58,7 +61,7 @@ def ssim(image: Tensor, target: Tensor, crop: int = 0) -> float:
     from skimage.metrics import structural_similarity
 
     image, target = (x.cpu().numpy() for x in _cropped(image, target, crop))
-    if min(image.shape[1:]) < 11:
+    if min(image.shape[1:]) < SSIM_WINDOW:
         raise InputError(f"SSIM takes 11 x 11 pixels or more, not {image.shape[1]} x {image.shape[2]}")
     options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0}
     return float(np.mean([structural_similarity(a, b, **options) for a, b in zip(image, target)]))

@@ -26,6 +26,7 @@ from ..media.images import load_image
 from ..media.page import figure, figures, page, table
 from ..media.preprocess import Preprocess
 from .base import Task, build_model
+from .open import expect_task, wrong_task
 from .recipes import AnomalyRecipe
 from .report import WORST, csv_bytes
 from .tool import Progress, Tool, Writer, expect_finite, silent
@@ -43,7 +44,7 @@ def threshold_of(scores: Sequence[float] | np.ndarray, false_alarms: float) -> f
 def _expect_maps(model: nn.Module, name: str | None) -> None:
     """Raises InputError: the model makes no anomaly maps."""
     if not hasattr(model, "anomaly_maps"):
-        raise InputError(f"{name} finds no anomalies; `linescan list --task anomaly` shows models that do")
+        raise wrong_task(name, "anomaly")
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -290,6 +291,7 @@ class AnomalyDetector(Tool):
         strict: bool = False,
         **args,
     ):
+        expect_task(model, "anomaly")
         module, card = restore(model, checkpoint, **args)
         _expect_maps(module, card.model)
         super().__init__(card.model, module, device, dtype, batch, strict)

@@ -32,6 +32,7 @@ class Task(nn.Module, ABC):
         model: what is trained. Several networks are one module that holds them.
         data: the training set; see `linescan.engine.data` for what it may have beside items.
         evaluator: the held-out set and its scores.
+        step: how many steps were taken before that of `forward`, for losses that change in the course of a run.
     """
 
     losses: ClassVar[tuple[str, ...]] = ("loss",)
@@ -41,6 +42,7 @@ class Task(nn.Module, ABC):
     model: nn.Module
     data: Dataset
     evaluator: Evaluator
+    step: int = 0
 
     def __init__(self, recipe: Recipe):
         super().__init__()

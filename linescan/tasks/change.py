@@ -30,6 +30,7 @@ from ..media.page import page, table
 from ..media.preprocess import Preprocess
 from ..zoo import fetch, find, is_model
 from .base import Task, build_model
+from .open import wrong_task
 from .recipes import ChangeRecipe
 from .report import WORST, csv_bytes, previews
 from .segment import Segmenter, cross_entropy
@@ -45,7 +46,7 @@ TWO = "unchanged", "changed"
 def _expect_changes(name: str) -> None:
     """Raises InputError: the model finds no changes."""
     if not is_model(name) or find(name).task != "change":
-        raise InputError(f"{name} finds no changes; `linescan list --task change` shows models that do")
+        raise wrong_task(name, "change")
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -147,7 +148,7 @@ class ChangeTask(Task):
             parts["semantic"] = sum(cross_entropy(x, own) for x, own in zip(dates, labels))
             parts["lovasz"] = parts["lovasz"] + sum(lovasz_softmax(x, own) for x, own in zip(dates, labels))
             parts["similarity"] = similarity_loss(*dates, change == 0)
-            if recipe.sek_weight:
+            if recipe.sek_weight and self.step >= recipe.sek_from:
                 parts["sek"] = sek_loss(*dates, labels, change == 1)
         weights = {
             "change": 1.0,

@@ -19,6 +19,7 @@ from ..media.labels import class_names
 from ..media.preprocess import Preprocess, normalise
 from ..media.resize import letterbox
 from ..zoo import Entry, create_model, fetch, find, is_model
+from .open import wrong_task
 from .prompts import CLIP, encode, parse_prompts, pick, read_embeddings
 from .results import Found, names_and_colours
 
@@ -43,7 +44,7 @@ def stretched(images: Tensor) -> Tensor:
 def expect_segmentor(name: str) -> Entry:
     """The entry of a segmentation model. Raises InputError: it is none of the zoo's."""
     if not is_model(name) or find(name).task != "segmentation":
-        raise InputError(f"{name} segments no images; `linescan list --task segmentation` shows models that do")
+        raise wrong_task(name, "segmentation")
     return find(name)
 
 

@@ -4,6 +4,7 @@ Each task adds its options to those of `Recipe`. Nothing here imports torch.
 """
 
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -262,6 +263,9 @@ class SegmentationRecipe(Recipe):
         "2, and cut); or none. Default: mirror+flip+rotate, and mirror+scale for models that do not resize images to "
         "one size.", AUGMENT,
     )  # fmt: skip
+    scales: str = option("1", "Scales of the test, whose answers are added up, as in 0.75,1,1.25.", DATA,
+                         metavar="SCALE,...", scoring=True)  # fmt: skip
+    mirror: bool = option(False, "Add the answers for the mirrored images in the test.", DATA, scoring=True)
     dice_weight: float = option(1.0, "Of the Dice loss beside cross-entropy.", LOSS, NATURAL)
     encoder_checkpoint: str | None = option(
         None, "Start the encoder from these weights of a classifier; for Sigma of a vmamba_vanilla_*.", MODEL
@@ -275,7 +279,19 @@ class SegmentationRecipe(Recipe):
 
     def __post_init__(self):
         super().__post_init__()
-        self.sides  # noqa: B018 - refuses what is none
+        self.sides, self.factors  # noqa: B018 - refuse what is none
+
+    @property
+    def factors(self) -> list[float]:
+        """`scales` as numbers."""
+        try:
+            factors = [float(part) for part in self.scales.split(",")]
+        except ValueError:
+            factors = []
+        if not factors or not all(0.1 <= factor <= 10 for factor in factors):
+            raise InputError(f"--scales are numbers of 0.1 to 10 with commas between, as in 0.75,1,1.25, not "
+                             f"{self.scales!r}")  # fmt: skip
+        return factors
 
     def resumed(self) -> "SegmentationRecipe":
         """The recipe of a run that goes on, whose weights are all in its state."""
@@ -368,6 +384,11 @@ class RestorationRecipe(Recipe):
     )  # fmt: skip
     patch: int = option(64, "Side of the patches, in pixels of the degraded image.", AUGMENT, COUNT)
     repeats: int = option(1, "Patches of each image in an epoch.", AUGMENT, COUNT)
+    stages: str | None = option(
+        None, "Patches that grow: side x batch : steps, of each stage, as in '128x8:92000, 192x4:48000, 384x1:24000'; "
+        "the last stage goes on to the end. --patch and --batch are the largest.", AUGMENT, metavar="SIDExBATCH:STEPS",
+    )  # fmt: skip
+    mixup: float = option(0.0, "Strength of mixup, of every second batch; 0: none.", AUGMENT, NATURAL)
     loss: str = option("l1", "The loss: l1, or charbonnier (L1, smooth at 0).", LOSS, choices=("l1", "charbonnier"))
     measure: str | None = option(
         None, "PSNR and SSIM are of y (luma) or rgb; default: rgb for noise and for pairs of one size, else y.", DATA,
@@ -383,6 +404,24 @@ class RestorationRecipe(Recipe):
                                                OPTIMISER, SHARE)  # fmt: skip
     weight_decay: float = option(0.0, "Weight decay.", OPTIMISER, NATURAL)
     warmup: float = option(0.0, "Epochs in which the learning rate rises from 0.", OPTIMISER, NATURAL)
+
+    def __post_init__(self):
+        super().__post_init__()
+        for side, batch, _ in self.growth:
+            if side > self.patch or batch > self.batch:
+                raise InputError(f"--stages has {batch} patches of {side}: --patch and --batch are at least as large, "
+                                 f"not {self.patch} and {self.batch}")  # fmt: skip
+
+    @property
+    def growth(self) -> list[tuple[int, int, int]]:
+        """`stages` as numbers: side, batch, steps."""
+        parts = [re.fullmatch(r"\s*(\d+)\s*x\s*(\d+)\s*:\s*(\d+)\s*", part) for part in (self.stages or "").split(",")]
+        if self.stages is None:
+            return []
+        if not all(part and all(int(number) for number in part.groups()) for part in parts):
+            raise InputError(f"--stages is side x batch : steps, with commas between, as in '128x8:92000, 192x4:48000', "
+                             f"not {self.stages!r}")  # fmt: skip
+        return [tuple(map(int, part.groups())) for part in parts]
 
 
 @dataclass(frozen=True)
@@ -458,7 +497,7 @@ class ChangeRecipe(Recipe):
     examples: ClassVar[tuple[str, ...]] = (
         "linescan train --task change --data SECOND --out runs/second --encoder-checkpoint imagenet",
         "linescan train --task change --data Landsat-SCD --classes Landsat-SCD --out runs/landsat --crop 416 "
-        "--augment turn --encoder-checkpoint vssm_base_0229_ckpt_epoch_237.pth --sek-weight 0",
+        "--augment turn --encoder-checkpoint vssm_base_0229_ckpt_epoch_237.pth --sek-from 150000",
         "linescan train --task change --data town --out runs/town --checkpoint second.pth --lr 2e-5 --epochs 50 --bf16",
         "linescan train --task change --data LEVIR-CD --out runs/levir --model mambafcs_base_binary "
         "--encoder-checkpoint imagenet",
@@ -482,8 +521,8 @@ class ChangeRecipe(Recipe):
     )  # fmt: skip
     semantic_weight: float = option(0.5, "Of the cross entropy of the classes.", LOSS, NATURAL)
     lovasz_weight: float = option(0.5, "Of the Lovasz loss of changes and classes.", LOSS, NATURAL)
-    sek_weight: float = option(0.5, "Of the SeK loss; on Landsat-SCD as published 0 in the first 150,000 steps.", LOSS,
-                               NATURAL)  # fmt: skip
+    sek_weight: float = option(0.5, "Of the SeK loss.", LOSS, NATURAL)
+    sek_from: int = option(0, "Steps without the SeK loss at first: as published 150000 on Landsat-SCD.", LOSS, NATURAL)
     similarity_weight: float = option(0.05, "Of the likeness of both dates where nothing has changed.", LOSS, NATURAL)
 
     epochs: int = option(270, "Times that each sample is seen.", OPTIMISER, COUNT, short="-e")

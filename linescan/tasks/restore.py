@@ -24,9 +24,10 @@ from ..media.find import Source
 from ..media.images import LARGE
 from ..media.large import blank
 from ..media.pixels import to_bytes
-from ..media.quality import luma, psnr, ssim, to_8_bits
+from ..media.quality import SSIM_WINDOW, luma, psnr, ssim, to_8_bits
 from ..media.resize import enlarge_bicubic
 from .base import Task, build_model
+from .open import expect_task, wrong_task
 from .recipes import RestorationRecipe
 from .tool import Progress, Tool, Writer, expect_finite, silent
 from .windows import Part, parts
@@ -105,9 +106,7 @@ def _facts_of(model: nn.Module, name: str | None) -> tuple[int, int]:
     try:
         return model.in_chans, model.upscale
     except AttributeError:
-        raise InputError(
-            f"{name} restores no images; `linescan list --task restoration` shows models that do"
-        ) from None
+        raise wrong_task(name, "restoration") from None
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -129,6 +128,7 @@ class Quality(Evaluator):
 
     def __init__(self, data: Pairs, scale: int, on: str, crop: int):
         self.data, self.scale, self.on, self.crop = data, scale, known("on", on, ("y", "rgb")), crop
+        data.least = SSIM_WINDOW + 2 * crop
 
     @classmethod
     def of(cls, recipe: RestorationRecipe, data: Pairs) -> "Quality":
@@ -193,8 +193,28 @@ class RestorationTask(Task):
         return replace(recipe, model=recipe.model or card.model, model_args=args | recipe.model_args)
 
     def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        restored = model(batch["low"])
-        return {"loss": LOSSES[self.recipe.loss](restored.float(), batch["high"]), "output": restored}
+        low, high = self._stage(batch["low"], batch["high"])
+        if self.recipe.mixup and np.random.random() < 0.5:
+            share, order = np.random.beta(self.recipe.mixup, self.recipe.mixup), torch.randperm(len(low))
+            low, high = (share * x + (1 - share) * x[order] for x in (low, high))
+        restored = model(low)
+        return {"loss": LOSSES[self.recipe.loss](restored.float(), high), "output": restored}
+
+    def _stage(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """As many patches of the batch, and as large, as there are in the stage of this step: at a random place."""
+        growth = self.recipe.growth
+        if not growth:
+            return low, high
+        ends = np.cumsum([steps for _, _, steps in growth])
+        side, count, _ = growth[min(np.searchsorted(ends, self.step, side="right"), len(growth) - 1)]
+        scale = high.shape[-1] // low.shape[-1]
+        top, left = (np.random.randint(length - side + 1) for length in low.shape[-2:])
+
+        def cut(x: Tensor, scale: int) -> Tensor:
+            rows, columns = (slice(scale * at, scale * (at + side)) for at in (top, left))
+            return x[:count, :, rows, columns]
+
+        return cut(low, 1), cut(high, scale)
 
     def card(self) -> ModelCard:
         return ModelCard(self.recipe.model, self.recipe.model_args, [], plain_preprocess(self.model.in_chans))
@@ -282,6 +302,7 @@ class Restorer(Tool):
         self_ensemble: bool = False,
         **args,
     ):
+        expect_task(model, "restoration")
         module, card = restore(model, checkpoint, **args)
         self.channels, self.scale = _facts_of(module, card.model)
         if not isinstance(window, int) or window < 16:

@@ -14,7 +14,16 @@ from torch.nn import functional as F
 from ..backbones.feature_maps import DenseBackbone
 from ..engine.atomic import atomic, write_all
 from ..engine.cards import ModelCard, read_card, segmentor_preprocess
-from ..engine.mask_sets import IGNORED, Augment, MaskedScenes, classes_of, open_scenes, resize_mask, scenes_to_score
+from ..engine.mask_sets import (
+    IGNORED,
+    Augment,
+    MaskedScenes,
+    classes_of,
+    open_scenes,
+    resize_images,
+    resize_mask,
+    scenes_to_score,
+)
 from ..engine.scores import Evaluator, Totals
 from ..errors import InputError
 from ..media.draw import draw_masks
@@ -90,30 +99,55 @@ class MaskScores(Evaluator):
     Args:
         data: images at the scale of the test, and their masks.
         input: what the network's images go through.
+        factors: scales of the images, whose answers are added up, as `answers` says.
+        mirror: add the answers for the mirrored images.
     """
 
     data: MaskedScenes
     names = ("miou", "dice", "accuracy", "sensitivity", "specificity")
     primary = "miou"
 
-    def __init__(self, data: MaskedScenes, input: SegmentorInput):
-        self.data, self.input = data, input
+    def __init__(self, data: MaskedScenes, input: SegmentorInput, factors: Sequence[float] = (1.0,), mirror=False):
+        self.data, self.input, self.factors, self.mirror = data, input, factors, mirror
         self.batch = None if input.size else 1  # images differ in size
 
     @classmethod
-    def of(cls, scenes: list, classes: Sequence[str], input: SegmentorInput) -> "MaskScores":
-        """At the one size that the model resizes images to, masks as well; else with masks as they are."""
+    def of(
+        cls, scenes: list, classes: Sequence[str], input: SegmentorInput, recipe: SegmentationRecipe
+    ) -> "MaskScores":
+        """At the one size that the model resizes images to, masks as well; else with masks as they are.
+
+        Raises:
+            InputError: scales for a model of one size.
+        """
+        if input.size and recipe.factors != [1.0]:
+            raise InputError(f"--scales is for models that take images of any size, not of {input.size} alone")
 
         def prepare(images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
             return input.resized(images), resize_mask(mask, input.size) if input.size else mask
 
-        return cls(MaskedScenes(scenes, classes, prepare, input.grey_extra), input)
+        return cls(MaskedScenes(scenes, classes, prepare, input.grey_extra), input, recipe.factors, recipe.mirror)
+
+    def answers(self, model: nn.Module, images: Tensor, size: tuple[int, int]) -> Tensor:
+        """What the network says of images (B, C, H, W) of bytes: values (B, classes, *size), the highest at the class.
+
+        Of several scales the sum of exp(logits), each resized to `size`, as Sigma's published tests have it.
+        """
+        every = []
+        for factor in self.factors:
+            sides = [max(round(side * factor), 1) for side in images.shape[-2:]]
+            scaled = images if factor == 1 else torch.stack([resize_images(x, sides) for x in images])
+            every.append(of_all_classes(self.input.logits(model, scaled).float()))
+            if self.mirror:
+                every.append(of_all_classes(self.input.logits(model, scaled.flip(-1)).float()).flip(-1))
+        if len(every) > 1:
+            top = torch.stack([logits.amax((1, 2, 3)) for logits in every]).amax(0)[:, None, None, None]
+            every = [(logits - top).exp() for logits in every]
+        return sum(x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear") for x in every)
 
     def measure(self, model: nn.Module, batch: dict[str, Tensor], totals: Totals) -> None:
-        logits = of_all_classes(self.input.logits(model, batch["images"]).float())
-        if logits.shape[-2:] != batch["mask"].shape[-2:]:
-            logits = F.interpolate(logits, batch["mask"].shape[-2:], mode="bilinear")
-        found, truth, count = logits.argmax(1), batch["mask"].long(), len(self.data.classes)
+        found = self.answers(model, batch["images"], batch["mask"].shape[-2:]).argmax(1)
+        truth, count = batch["mask"].long(), len(self.data.classes)
         each = []
         for own, true in zip(found, truth):
             known = true != IGNORED
@@ -192,7 +226,7 @@ class SegmentationTask(Task):
         words = recipe.augment or ("mirror+flip+rotate" if resizes else "mirror+scale")
         augment = Augment(words, size or self.input.size or (256, 256), IGNORED if self.outputs > 1 else 0)
         self.data = MaskedScenes(train, self.classes, augment, self.input.grey_extra)
-        self.evaluator = MaskScores.of(held_out, self.classes, self.input)
+        self.evaluator = MaskScores.of(held_out, self.classes, self.input, recipe)
         self.card_of = ModelCard(
             recipe.model, recipe.model_args | {"num_classes": self.outputs}, list(self.classes),
             segmentor_preprocess(entry, self.input.size),
@@ -213,7 +247,7 @@ class SegmentationTask(Task):
         if card.classes and len(card.classes) != len(classes):
             raise InputError(f"{recipe.data} has {len(classes)} classes, the model {len(card.classes)}")
         input = SegmentorInput.of_card(card)
-        return MaskScores.of(scenes_to_score(recipe.data, input.images), classes, input)
+        return MaskScores.of(scenes_to_score(recipe.data, input.images), classes, input, recipe)
 
 
 def _start_encoder(model: nn.Module, recipe: SegmentationRecipe) -> None:

@@ -68,6 +68,7 @@ def test_no_number_is_nan_infinite_or_negative(task, value):
         (dict(betas=(0.9, 1.0)), "--betas must be at least 0 and below 1, not 1.0"),
         (dict(schedule="linear"), "--schedule must be one of cosine, constant, .*, not 'linear'"),
         (dict(schedule="multistep"), "--schedule multistep needs --milestones"),
+        (dict(schedule="step", hold=2), "--hold is for cosine, poly, tanh and wsd, not for --schedule step"),
         (dict(schedule="multistep", milestones="1,x"), "--milestones must be numbers above 0 with commas"),
         (dict(schedule="multistep", milestones="-1"), "--milestones must be numbers above 0 with commas"),
         (dict(batch=7, mixup=0.5), "--batch must be even, not 7"),

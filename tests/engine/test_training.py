@@ -92,6 +92,11 @@ def test_other_schedules(tmp_path):
         [1.0, 1.0, 0.1, 0.1, 0.01, 0.01]
     )
     assert rates(tmp_path, steps=8, warmup=4, lr=1.0)[:5] == pytest.approx([0, 0.25, 0.5, 0.75, 0.5], abs=1e-5)
+    held = rates(tmp_path, steps=12, warmup=2, hold=4, lr=1.0, min_lr=0.0)
+    short = rates(tmp_path, steps=8, warmup=2, lr=1.0, min_lr=0.0)
+    assert held == pytest.approx([*short[:2], *short[2:3] * 4, *short[2:]])
+    with pytest.raises(InputError, match="--hold 6 leaves nothing of 8 for the learning rate to fall in"):
+        rates(tmp_path, steps=8, warmup=2, hold=6)
 
 
 @pytest.mark.parametrize("name", ["sgd", "lamb", "lion", "muon", "lookahead_adamw"])

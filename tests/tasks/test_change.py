@@ -188,6 +188,10 @@ def test_the_loss_is_the_published_sum(towns):
     wanted = values["total_with_first_call"] + 0.5 * (values["sek_loss_later_calls"] - values["sek_loss_first_call"])
     assert found["loss"].item() == pytest.approx(wanted, rel=1e-5)
     assert found["similarity"].item() == pytest.approx(values["similarity"], rel=1e-5)
+    task.recipe = replace(task.recipe, sek_from=3)
+    for step, sek in ((2, 0), (3, found["sek"].item())):
+        task.step = step
+        assert task(lambda before, after: answers, batch)["sek"].item() == sek, "from step 3 on"
 
 
 def test_other_classes_and_changes_alone(trained, tmp_path):

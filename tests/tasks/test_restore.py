@@ -1,6 +1,7 @@
 """Restoration: pairs, training with resume, scores, and photos of all kinds restored with what belongs to them."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from linescan.tasks.recipes import RestorationRecipe
 from linescan.tasks.restore import Photo, Quality, RestorationTask, Restorer, ensemble, whole
 
 from ..media.test_quality import photo
-from ..runs import contents, finish, kill_and_resume, same
+from ..runs import contents, finish, kill_and_resume, same, train_as_two
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -153,6 +154,47 @@ def test_training_learns_and_survives_kill_9(photos, tmp_path, linescan_here):
     assert json.loads(linescan_here(*judged, "--degrade", "noise 40", "--json")[1])["psnr"] > 18.5
     status, _, error = linescan_here(*judged)
     assert status == 2 and error.startswith(f"linescan: {photos} holds no pairs")
+    train_as_two(tmp_path, *args, "--steps", "6", "--evaluate-every", "6", "-o", "two")
+    [row] = [row for row in read_metrics(tmp_path / "two" / "metrics.csv") if "val_psnr" in row]
+    alone = ("evaluate", "--task", "restoration", "--data", photos, "-c", tmp_path / "two" / "model.safetensors")
+    said = json.loads(linescan_here(*alone, "--degrade", "noise 40", "--json")[1])
+    assert row["step"] == 6 and said["psnr"] == pytest.approx(row["val_psnr"], abs=1e-3)
+
+
+def test_patches_grow_in_stages_and_are_mixed(photos, monkeypatch):
+    recipe = RestorationRecipe(
+        str(photos), model="mambair_v2_light_x2", model_args=SMALL, patch=20, batch=6, stages="8x6:2, 12x3:1, 20x1:5"
+    )
+    task, seen = RestorationTask(recipe), []
+    low = torch.rand(6, 3, 20, 20)
+    batch = {"low": low, "high": low.repeat_interleave(2, -1).repeat_interleave(2, -2)}
+
+    def network(images):
+        seen.append(images)
+        return images.repeat_interleave(2, -1).repeat_interleave(2, -2)
+
+    for step in (0, 1, 2, 3, 7, 9):
+        task.step = step
+        assert task(network, batch)["loss"] == 0, "of both images the same place"
+    assert [(len(x), x.shape[-1]) for x in seen] == [(6, 8), (6, 8), (3, 12), (1, 20), (1, 20), (1, 20)]
+    task.recipe = replace(recipe, stages=None, mixup=1.2)
+    seen.clear()
+    losses = [task(network, batch)["loss"].item() for _ in range(12)]
+    mixed = [not torch.equal(x, low) for x in seen]
+    assert max(losses) < 1e-6 and 0 < sum(mixed) < 12
+    for stages, said in (("8:2", "--stages is side x batch : steps"), ("24x6:2", "--stages has 6 patches of 24"),
+                         ("8x7:2", "--stages has 7 patches of 8"), ("8x0:2", "--stages is side x batch")):  # fmt: skip
+        with pytest.raises(InputError, match=said):
+            replace(recipe, stages=stages)
+
+
+def test_images_that_are_too_small_to_be_scored_are_named(x2, tmp_path, linescan_here):
+    for name, sides in (("large", (40, 30)), ("thin", (40, 14)), ("pixel", (1, 1))):
+        save(tmp_path / "photos" / f"{name}.png", photo(3, 40, 30)[:, : sides[0], : sides[1]])
+    judged = ("evaluate", "--task", "restoration", "--data", tmp_path / "photos", "-c", x2)
+    status, said, error = linescan_here(*judged, "--json")
+    assert json.loads(said)["psnr"] > 10 and status == 1
+    assert "thin.png: 40 x 14 pixels are too few, 15 x 15 are needed" in error and "pixel.png: 0 x 0" in error
 
 
 def test_a_model_of_one_scale_starts_from_another(photos, x2, recwarn):

@@ -110,6 +110,30 @@ def test_scores_are_those_of_scikit_learn(count):
     assert totals["worth"][totals["index"] == 2].item() == pytest.approx(alone)
 
 
+def test_answers_at_several_scales_and_mirrored_are_added():
+    def logits(_, images):
+        ramp = torch.linspace(-1, 1, images.shape[-1])
+        return torch.stack([images.float().mean(1) / 90, ramp.expand_as(images[:, 0])], 1)
+
+    images = torch.randint(0, 256, (2, 3, 6, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    seen = SimpleNamespace(size=None, logits=logits)
+    once = MaskScores(None, seen).answers(None, images, (6, 8))
+    torch.testing.assert_close(once, logits(None, images))
+    small = torch.nn.functional.interpolate(images.float(), (3, 4), mode="bilinear").round()
+    wanted = 0
+    for x in (images, small):
+        for turned in (False, True):
+            own = logits(None, x.flip(-1) if turned else x).exp()
+            own = own.flip(-1) if turned else own
+            wanted = wanted + torch.nn.functional.interpolate(own, (6, 8), mode="bilinear")
+    found = MaskScores(None, seen, [1.0, 0.5], mirror=True).answers(None, images, (6, 8))
+    shares, right = (x / x.sum((1, 2, 3), keepdim=True) for x in (found, wanted))
+    torch.testing.assert_close(shares, right)
+    for scales in ("1,x", "", "0.01"):
+        with pytest.raises(InputError, match="--scales are numbers of 0.1 to 10"):
+            SegmentationRecipe("data", scales=scales)
+
+
 def test_a_class_that_no_image_has_is_not_in_the_means():
     judge = MaskScores(SimpleNamespace(classes="abc"), SimpleNamespace(size=None))
     scores = judge._summary(np.array([[3, 1, 0], [0, 4, 0], [0, 0, 0]]))
@@ -155,6 +179,8 @@ def test_what_masks_may_hold(tmp_path):
         assert two[0]["mask"].tolist() == wanted, image.mode
     write(path, np.uint8([[127, 128, 255], [0, 9, 200]]))  # blurred by JPEG
     assert two[0]["mask"].tolist() == wanted
+    write(path, np.uint8([[0, 1, 255], [0, 0, 1]]))  # numbers: 255 stands for pixels whose class is not known
+    assert two[0]["mask"].tolist() == [[0, 1, 255], [0, 0, 1]]
     for pixels, said in (
         (np.uint8(wanted) * 3, "its highest value is 3; of two classes masks are 0 and 1, or 0 and 255"),
         (np.uint8(wanted)[:, :2], "images/a.png has 2x3 pixels, its mask .*masks/a.png has 2x2"),
@@ -273,6 +299,10 @@ def test_what_cannot_be_trained_is_said_in_one_line(isic, tmp_path, trained):
 
     with pytest.raises(InputError, match="vim_tiny_patch16_224 segments no images"):
         open_task(model="vim_tiny_patch16_224")
+    with pytest.raises(InputError, match="mambafcs_base segments no images.* is for `linescan change`"):
+        Segmenter("mambafcs_base")
+    with pytest.raises(InputError, match="--scales is for models that take images of any size"):
+        open_task(scales="0.5,1", model_args={"dims": [32, 64, 128, 256], "depths": [1] * 4, "depths_decoder": [1] * 4})
     with pytest.raises(InputError, match="--size must be as in 256 or 480x640 .height x width., not '1x2x3'"):
         open_task(size="1x2x3")
     with pytest.raises(InputError, match="no model and no checkpoint given"):
