@@ -345,10 +345,10 @@ def anomaly(
             broken = [str(source.error) for source in sources if source.error]
             good = [source.path for source in sources if not source.error]
             with progress_bar("choosing the threshold", len(good)) as advance:
-                broken += tool.calibrate(good, false_alarms, advance)
-            for line in broken:
+                unread = tool.calibrate(good, false_alarms, advance)
+            for line in broken + unread:
                 say(("left out", "yellow"), f" {line}")
-            say(f"threshold {tool.threshold:.4f}, chosen on {len(good)} normal images")
+            say(f"threshold {tool.threshold:.4f}, chosen on {len(good) - len(unread)} normal images")
         return tool, AnomalyMaps(to)
 
     answer_files(open_tool, paths, to, overlays, as_json, "looking for anomalies")

@@ -19,13 +19,14 @@ from typing import NamedTuple, Sequence
 import numpy as np
 import torch
 from PIL import Image
+from PIL.ExifTags import Base
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import InputError
 from ..media.arrays import read_array
 from ..media.find import find_images
-from ..media.images import read_image
+from ..media.images import open_file, read_image
 from ..media.preprocess import Preprocess
 from .image_sets import split
 
@@ -209,13 +210,23 @@ class AnomalySet(Dataset):
         image = read_image(one.path, self.preprocess.channels, size)
         item = {"input": self.preprocess.whole(image), "label": int(bool(one.defect)), "category": one.category}
         if self.masked:
-            item["mask"] = torch.zeros(size, dtype=torch.bool) if one.mask is None else _read_mask(one.mask, size)
+            item["mask"] = torch.zeros(size, dtype=torch.bool) if one.mask is None else _read_mask(one, size)
         return item | {"index": index}
 
 
-def _read_mask(path: Path, size: tuple[int, int]) -> Tensor:
-    """Where a mask of any depth is not 0, at another (height, width)."""
-    array, _ = read_array(path)
+def _sides(path: Path) -> tuple[int, int]:
+    """(height, width) of an image that stands upright."""
+    with open_file(path) as image:
+        turned = image.getexif().get(Base.Orientation, 1) > 4
+        return image.size if turned else image.size[::-1]
+
+
+def _read_mask(one: Inspected, size: tuple[int, int]) -> Tensor:
+    """Where a mask of any depth is not 0, at another (height, width). Raises InputError: it is not of its image."""
+    array, _ = read_array(one.mask)
+    if array.shape[:2] != (sides := _sides(one.path)):
+        own, other = ("x".join(map(str, shape)) for shape in (sides, array.shape[:2]))
+        raise InputError(f"{one.path} has {own} pixels, its mask {one.mask} has {other}")
     defect = array[..., : 3 if array.shape[2] > 2 else 1].any(-1)
     resized = Image.fromarray(np.where(defect, 255, 0).astype(np.uint8)).resize(size[::-1], Image.Resampling.BILINEAR)
     return torch.from_numpy(np.asarray(resized) > 127)

@@ -5,8 +5,8 @@
     ROOT/classes.txt                                        the name of each class in a line, from 0 on
 
 A mask may be named NAME_segmentation or NAME_mask. Masks hold numbers of classes (grey images, or the indices of a
-palette), and 255 where none is known. Of two classes, which need no classes.txt, the second is 1, or where that does not
-occur 255, or bright.
+palette), and 255 where none is known. Of two classes, which need no classes.txt, the second is 1, or where that does
+not occur 255, or bright.
 For models that read several images of a scene, the folder extra/ beside images/ holds the second.
 
 Sets of pairs are read as Sigma's authors lay them out (`LAYOUTS`), with their lists of names and their classes: MFNet,

@@ -415,11 +415,12 @@ class RestorationRecipe(Recipe):
     @property
     def growth(self) -> list[tuple[int, int, int]]:
         """`stages` as numbers: side, batch, steps."""
-        parts = [re.fullmatch(r"\s*(\d+)\s*x\s*(\d+)\s*:\s*(\d+)\s*", part) for part in (self.stages or "").split(",")]
         if self.stages is None:
             return []
-        if not all(part and all(int(number) for number in part.groups()) for part in parts):
-            raise InputError(f"--stages is side x batch : steps, with commas between, as in '128x8:92000, 192x4:48000', "
+        number = r"\s*([1-9]\d*)\s*"
+        parts = [re.fullmatch(f"{number}x{number}:{number}", part) for part in self.stages.split(",")]
+        if not all(parts):
+            raise InputError("--stages is side x batch : steps, with commas between, as in '128x8:92000, 192x4:48000', "
                              f"not {self.stages!r}")  # fmt: skip
         return [tuple(map(int, part.groups())) for part in parts]
 

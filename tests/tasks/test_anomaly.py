@@ -104,8 +104,11 @@ def test_layout_of_visa(tmp_path):
         write(root / "candle" / "Data" / "Images" / "Normal" / f"{i:04d}.JPG", stripes(i)[0])
     image, mask = stripes(9, defect=True)
     write(root / "candle" / "Data" / "Images" / "Anomaly" / "000.JPG", image)
-    write(root / "candle" / "Data" / "Masks" / "Anomaly" / "000.png", mask.astype(np.uint8) * 3)
+    write(root / "candle" / "Data" / "Masks" / "Anomaly" / "000.png", mask.astype(np.uint8)[:40] * 3)
     found = find_anomalies(root, 0.4)
+    with pytest.raises(InputError, match=r"000.JPG has 70x90 pixels, its mask .*000.png has 40x90"):
+        AnomalySet(found.test, found.categories, SIZE)[2]
+    write(root / "candle" / "Data" / "Masks" / "Anomaly" / "000.png", mask.astype(np.uint8) * 3)
     assert len(found.train) == 3 and [one.defect for one in found.test] == ["", "", "defect"]
     assert AnomalySet(found.test, found.categories, SIZE)[2]["mask"].any(), "masks of VisA hold small numbers"
     rows = [f"candle,test,normal,candle/Data/Images/Normal/000{i}.JPG," for i in (1, 4)]

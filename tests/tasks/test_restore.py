@@ -310,7 +310,7 @@ def test_luma_alone_changes_where_the_model_is_grey():
 
 def test_what_cannot_restore_is_one_line(x2, tmp_path, linescan_here):
     for args, message in (
-        (("--model", "vim_tiny_patch16_224", "--checkpoint", x2), "not of vim_tiny"),
+        (("--model", "vim_tiny_patch16_224", "--checkpoint", x2), "restores no images; `linescan list"),
         (("--checkpoint", x2, "--format", "bmp"), "format is one of 'png'"),
         (("--checkpoint", tmp_path / "none.pth"), "none.pth"),
     ):

@@ -21,7 +21,7 @@ from linescan.media.volumes import Volume, VolumePreprocess, read_volume, write_
 from linescan.tasks.recipes import VolumeSegmentationRecipe
 from linescan.tasks.segment_volumes import OrganDice, VolumeSegmentationTask, VolumeSegmenter, slide_volume
 
-from ..runs import contents, kill_and_resume, same
+from ..runs import contents, kill_and_resume, same, train_as_two
 
 SMALL = {"embed_dim": 16, "depth": 12, "feature_size": 8}
 ARGS = tuple(word for name, value in SMALL.items() for word in ("--model-arg", f"{name}={value}"))
@@ -30,14 +30,14 @@ ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 def body(seed: int, shape=(30, 26, 20)) -> tuple[np.ndarray, np.ndarray]:
-    """A volume (X, Y, Z) with two organs of Hounsfield units of their own, and its labels."""
+    """A volume (X, Y, Z) with a dark and a bright organ, and its labels: norms of a small cube keep what is which."""
     dice = np.random.default_rng(seed)
     grid = np.stack(np.indices(shape), -1) / shape
     labels = np.zeros(shape, np.uint8)
     for number, middle in ((1, (0.35, 0.5, 0.5)), (2, (0.75, 0.5, 0.5))):
         radii = dice.uniform(0.15, 0.25, 3)
         labels[(((grid - middle - dice.uniform(-0.05, 0.05, 3)) / radii) ** 2).sum(-1) < 1] = number
-    values = np.array([-100, 100, 220])[labels] + dice.normal(0, 20, shape)
+    values = np.array([40, -120, 220])[labels] + dice.normal(0, 20, shape)
     return values.astype(np.int16), labels
 
 
@@ -261,16 +261,16 @@ def test_it_trains_resumes_is_evaluated_and_segments_files(btcv, tmp_path, lines
     monkeypatch.chdir(tmp_path)
     (tmp_path / "btcv").symlink_to(btcv)
     args = ("train", "--task", "volume-segmentation", "--data", "btcv", *ARGS, "--window", "16", "--batch", "2",
-            "--steps", "60", "--lr", "1e-2", "--warmup", "2", "--evaluate-every", "60", "--save-every", "20",
+            "--steps", "30", "--lr", "1e-2", "--warmup", "2", "--evaluate-every", "30", "--save-every", "10",
             "--log-every", "1", "--workers", "0", "--device", "cpu")  # fmt: skip
     assert linescan_here(*args, "-o", "whole")[0] == 0
-    kill_and_resume(tmp_path, args, "killed", times=1, rows=40)
+    kill_and_resume(tmp_path, args, "killed", times=1, rows=20)
     assert same(contents(tmp_path / "whole"), contents(tmp_path / "killed"))
     weights = tmp_path / "whole" / "model.safetensors"
     card = read_card(weights)
     assert card.classes == list(CLASSES) and card.preprocess == VolumePreprocess((1.5, 1.5, 2.0), (-175.0, 250.0), 16)
     rows = [row for row in read_metrics(tmp_path / "whole" / "metrics.csv") if "loss" in row]
-    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"] and card.trained["val_dice"] > 0.25
+    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"] and card.trained["val_dice"] > 0.85
     status, said, _ = linescan_here("evaluate", "--task", "volume-segmentation", "-d", "btcv", "-c", weights,
                                     "--device", "cpu", "--workers", 0, "--out", "page")  # fmt: skip
     assert status == 0 and f"Dice of 2 organs {card.trained['val_dice']:.4f}" in said
@@ -287,12 +287,14 @@ def test_it_trains_resumes_is_evaluated_and_segments_files(btcv, tmp_path, lines
     found = read_volume(tmp_path / "out" / "labels" / "tall.nii.gz")
     assert nibabel.load(tmp_path / "out" / "labels" / "tall.nii.gz").shape == (30, 26, 40)
     twice = np.repeat(labels, 2, 2)
-    assert (found.array == twice).mean() > 0.7
+    assert (found.array == twice).mean() > 0.9
     one = next(one for one in answers["tall.nii.gz"] if one["label"] == "liver")
     assert one["voxels"] == (found.array == 1).sum() and one["ml"] == pytest.approx(
         one["voxels"] * 1.5 * 1.5 / 1000, abs=1e-3
     )
     assert (tmp_path / "out" / "overlays" / "array.jpg").exists()
+    train_as_two(tmp_path, *args, "--steps", "2", "--batch", "1", "--bf16", "-o", "two")
+    assert {"val_dice", "step"} <= read_metrics(tmp_path / "two" / "metrics.csv")[-1].keys()
 
 
 def test_fine_tuning_to_other_organs_and_the_python_side(btcv, tmp_path):

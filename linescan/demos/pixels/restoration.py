@@ -36,8 +36,8 @@ SMALL = {
     "light": True, "embed_dim": 32, "depths": (1, 1, 1), "num_heads": 2, "window_size": 8, "d_state": 8,
     "mlp_ratio": 1.0, "num_tokens": 16, "inner_rank": 16, "img_range": 8.0,
 }  # fmt: skip
-"""A network that is fast. `img_range` makes its first answers small beside the image, to which they are added: with 1, a
-tenth of the training goes by until they are."""
+"""A network that is fast. `img_range` makes its first answers small beside the image, to which they are added: with 1,
+a tenth of the training goes by until they are."""
 
 Filter = Callable[[np.ndarray], np.ndarray]
 
