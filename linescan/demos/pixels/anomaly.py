@@ -35,8 +35,8 @@ SMALL = {
     "teacher": "resnet18", "directions": 2, "d_state": 4, "depths": [1, 1, 1, 1], "drop_path_rate": 0.0, "sigma": 2.0,
 }  # fmt: skip
 MAMBAAD = {"model_args": SMALL, "size": 96, "steps": 150, "batch": 8, "schedule": "cosine", "lr": 1.5e-3, "warmup": 10}
-"""Images of 64 pixels would leave a few pixels of a pasted piece. The rate of the published runs, 5e-3, which have 1,000
-epochs, is too high for so few steps."""
+"""Images of 64 pixels would leave a few pixels of a pasted piece. The rate of the published runs, 5e-3, which have
+1,000 epochs, is too high for so few steps."""
 
 
 def photograph(name: str) -> np.ndarray:
