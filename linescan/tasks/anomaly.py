@@ -176,7 +176,7 @@ class AnomalyTask(Task):
         _expect_maps(self.model, recipe.model)
         if not (recipe.checkpoint or recipe.pretrained or recipe.teacher_checkpoint == "random"):
             self._load_teacher()
-        preprocess = preprocess_of(self.model, img_size=recipe.size or _size_of(recipe.checkpoint))
+        preprocess = preprocess_of(self.model, img_size=recipe.size)
         self.card_of = ModelCard(recipe.model, recipe.model_args, [], preprocess)
         found = find_anomalies(recipe.data, recipe.holdout)
         held_out = find_anomalies(recipe.val, recipe.holdout) if recipe.val else found
@@ -184,6 +184,18 @@ class AnomalyTask(Task):
             raise InputError(f"{recipe.val or recipe.data} holds no test/ with images to score")
         self.data = AnomalySet(found.train, found.categories, preprocess)
         self.evaluator = AnomalyScores(AnomalySet(held_out.test, held_out.categories, preprocess), recipe.false_alarms)
+
+    @classmethod
+    def resolve(cls, recipe: AnomalyRecipe) -> AnomalyRecipe:
+        """As `Task`, with the size of its checkpoint, and with images normalised as the teacher's file says."""
+        recipe = super().resolve(recipe)
+        if recipe.checkpoint:
+            card = read_card(recipe.checkpoint)
+            return replace(recipe, size=recipe.size or (card.preprocess.size[1] if card else None))
+        if recipe.teacher_checkpoint in (None, "random") or not (card := read_card(recipe.teacher_checkpoint)):
+            return recipe
+        how = {"mean": list(card.preprocess.mean), "std": list(card.preprocess.std)}
+        return replace(recipe, model_args=how | recipe.model_args)
 
     def _load_teacher(self) -> None:
         path, name = self.recipe.teacher_checkpoint, self.model.teacher_name
@@ -211,11 +223,6 @@ class AnomalyTask(Task):
     def describe(self) -> str:
         teacher = sum(p.numel() for p in self.model.teacher.parameters()) / 1e6
         return f"{super().describe()}; teacher {self.model.teacher_name}, {teacher:.2f} M"
-
-
-def _size_of(checkpoint: str | None) -> tuple[int, int] | None:
-    card = read_card(checkpoint) if checkpoint else None
-    return card.preprocess.size[1:] if card else None
 
 
 # -- the user's side --------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Iterable, Iterator, Sequence
 
@@ -213,9 +214,7 @@ class SegmentationTask(Task):
     def __init__(self, recipe: SegmentationRecipe):
         super().__init__(recipe)
         entry = expect_segmentor(recipe.model)
-        card = read_card(recipe.checkpoint) if recipe.checkpoint else None
-        size = recipe.sides or (SegmentorInput.of_card(card).size if card else None)
-        resizes = "size" in entry.preprocess
+        size, resizes = recipe.sides, "size" in entry.preprocess
         self.input = SegmentorInput(entry, size if resizes else None)
         train, held_out = open_scenes(recipe.data, recipe.val, recipe.holdout, self.input.images)
         self.classes = classes_of(recipe.data)
@@ -231,6 +230,14 @@ class SegmentationTask(Task):
             recipe.model, recipe.model_args | {"num_classes": self.outputs}, list(self.classes),
             segmentor_preprocess(entry, self.input.size),
         )  # fmt: skip
+
+    @classmethod
+    def resolve(cls, recipe: SegmentationRecipe) -> SegmentationRecipe:
+        """As `Task`, and with the size of its checkpoint."""
+        card = read_card(recipe.checkpoint) if recipe.checkpoint else None
+        recipe = super().resolve(recipe)
+        before = SegmentorInput.of_card(card).size if card and not recipe.size else None
+        return replace(recipe, size="x".join(map(str, before))) if before else recipe
 
     def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         logits, target = self.input.logits(model, batch["images"]).float(), batch["mask"]

@@ -1,6 +1,7 @@
 """Segmentation of volumes: scans in, labels out (`VolumeSegmenter`); and how such networks are trained and scored."""
 
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Callable, Sequence
@@ -145,6 +146,10 @@ class OrganDice(Evaluator):
         return {"organs": dict(zip(self.data.classes[1:], dice.T.tolist()))}, write_all(folder, contents)
 
 
+HOW = "spacing", "intensity", "window"
+"""What a recipe may say of how volumes are read."""
+
+
 class VolumeSegmentationTask(Task):
     """Cubes of volumes and their labels -> cross-entropy and Dice loss.
 
@@ -159,10 +164,7 @@ class VolumeSegmentationTask(Task):
     def __init__(self, recipe: VolumeSegmentationRecipe):
         super().__init__(recipe)
         published = _expect_volumes(recipe.model).preprocess
-        card = read_card(recipe.checkpoint) if recipe.checkpoint else None
-        before = published if card is None else vars(card.preprocess)
-        wanted = {"spacing": recipe.spacing, "intensity": recipe.intensity, "window": recipe.window}
-        preprocess = VolumePreprocess(**{name: value or before[name] for name, value in wanted.items()})
+        preprocess = VolumePreprocess(**{name: getattr(recipe, name) or published[name] for name in HOW})
         found = find_organs(recipe.data, recipe.holdout)
         held_out = find_organs(recipe.val, recipe.holdout) if recipe.val else found
         if held_out.classes != found.classes:
@@ -174,6 +176,13 @@ class VolumeSegmentationTask(Task):
         self.evaluator = OrganDice(
             LabelledVolumes(held_out.held_out, found.classes, preprocess), preprocess.window, recipe.batch
         )
+
+    @classmethod
+    def resolve(cls, recipe: VolumeSegmentationRecipe) -> VolumeSegmentationRecipe:
+        """As `Task`, and with how the volumes of its checkpoint are read."""
+        card = read_card(recipe.checkpoint) if recipe.checkpoint else None
+        before = {name: getattr(recipe, name) or getattr(card and card.preprocess, name, None) for name in HOW}
+        return replace(super().resolve(recipe), **before)
 
     def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         logits, target = model(batch["volume"]).float(), batch["labels"]

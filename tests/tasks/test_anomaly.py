@@ -10,7 +10,7 @@ from PIL import Image
 
 from linescan.engine.anomaly_scores import best_f1_in_steps, ranking, region_overlap
 from linescan.engine.anomaly_sets import AnomalySet, find_anomalies
-from linescan.engine.cards import read_card, restore
+from linescan.engine.cards import ModelCard, read_card, restore, save_model
 from linescan.engine.metrics import read_metrics
 from linescan.engine.processes import Processes
 from linescan.engine.scores import evaluate
@@ -231,6 +231,12 @@ def test_training_learns_and_the_teacher_does_not(waves, trained):
     assert same(more.model.state_dict(), before.state_dict()) and more.data[0]["input"].shape == (3, 64, 64)
 
 
+def test_fine_tuning_keeps_the_size_of_its_checkpoint_when_resumed(waves, trained):
+    recipe = AnomalyRecipe(str(waves), checkpoint=str(trained[1] / "model.safetensors"))
+    started = AnomalyTask.resolve(recipe)
+    assert AnomalyTask(started.resumed()).card().preprocess.size == (3, 64, 64)
+
+
 def test_the_teacher_comes_from_a_file_of_a_classifier(waves, tmp_path):
     import timm
 
@@ -240,6 +246,11 @@ def test_the_teacher_comes_from_a_file_of_a_classifier(waves, tmp_path):
     task = AnomalyTask(replace(recipe, teacher_checkpoint=str(tmp_path / "teacher.pth")))
     assert torch.equal(task.model.teacher.layer3[1].conv2.weight, classifier.layer3[1].conv2.weight)
     assert recipe.resumed().teacher_checkpoint == "random", "the state of a run has the teacher"
+    grey = Preprocess((3, 96, 96), (0.5, 0.4, 0.3), (0.3, 0.2, 0.1))
+    save_model(tmp_path / "own.safetensors", classifier, ModelCard("resnet18", {}, ["a", "b", "c"], grey))
+    started = AnomalyTask.resolve(replace(recipe, teacher_checkpoint=str(tmp_path / "own.safetensors")))
+    again = AnomalyTask(started.resumed()).card().preprocess
+    assert (again.mean, again.std) == (grey.mean, grey.std), "images are normalised as the teacher was trained"
     torch.save(timm.create_model("resnet34").state_dict(), tmp_path / "other.pth")
     (tmp_path / "small.pth").write_bytes(b"no checkpoint")
     with pytest.raises(CheckpointError, match="small.pth"):

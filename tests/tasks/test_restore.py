@@ -154,7 +154,7 @@ def test_training_learns_and_survives_kill_9(photos, tmp_path, linescan_here):
     assert json.loads(linescan_here(*judged, "--degrade", "noise 40", "--json")[1])["psnr"] > 18.5
     status, _, error = linescan_here(*judged)
     assert status == 2 and error.startswith(f"linescan: {photos} holds no pairs")
-    train_as_two(tmp_path, *args, "--steps", "6", "--evaluate-every", "6", "-o", "two")
+    train_as_two(tmp_path, *args, "--val", "photos", "--steps", "6", "--evaluate-every", "6", "-o", "two")
     [row] = [row for row in read_metrics(tmp_path / "two" / "metrics.csv") if "val_psnr" in row]
     alone = ("evaluate", "--task", "restoration", "--data", photos, "-c", tmp_path / "two" / "model.safetensors")
     said = json.loads(linescan_here(*alone, "--degrade", "noise 40", "--json")[1])

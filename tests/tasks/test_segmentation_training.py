@@ -282,7 +282,9 @@ def test_it_trains_is_evaluated_and_segments(isic, trained, tmp_path, linescan_h
         write(tmp_path / "more" / "masks" / f"{i}.png", mask.astype(np.uint8) * (1 + i % 2))
     (tmp_path / "more" / "classes.txt").write_text("skin\nmole\nscar")
     recipe = SegmentationRecipe(str(tmp_path / "more"), checkpoint=str(weights), holdout=0.25, bf16=True)
-    task = SegmentationTask(SegmentationTask.resolve(recipe))
+    started = SegmentationTask.resolve(recipe)
+    assert SegmentationTask(started.resumed()).input.size == (32, 32), "the checkpoint's, when resumed"
+    task = SegmentationTask(started)
     before, _ = restore(checkpoint=weights)
     own, other = (model.encoder[0].blocks[0].mixer.in_proj.weight for model in (task.model, before))
     assert torch.equal(own, other)

@@ -314,7 +314,9 @@ def test_fine_tuning_to_other_organs_and_the_python_side(btcv, tmp_path):
         (tmp_path / name).symlink_to(btcv / name)
     (tmp_path / "more.json").write_text(json.dumps(content))
     recipe = VolumeSegmentationRecipe(str(tmp_path / "more.json"), checkpoint=str(weights), bf16=True)
-    task = VolumeSegmentationTask(VolumeSegmentationTask.resolve(recipe))
+    started = VolumeSegmentationTask.resolve(recipe)
+    assert VolumeSegmentationTask(started.resumed()).card().preprocess.window == 16, "the checkpoint's, when resumed"
+    task = VolumeSegmentationTask(started)
     assert torch.equal(task.model.encoder1.conv1.weight, before.encoder1.conv1.weight)
     assert task.model.out.out_channels == 4 and task.data.preprocess.window == 16
     batch = torch.utils.data.default_collate([task.data[0], task.data[1]])

@@ -201,6 +201,7 @@ class MambaAD(_Official):
         d_state: states per channel of the scans.
         drop_path_rate: stochastic depth of the decoder.
         sigma: of the Gaussian, in pixels, that blurs anomaly maps.
+        mean, std: of the channels, by which images are normalised; by default as timm has them for the teacher.
 
     Raises:
         InputError: no such teacher, or one with other strides.
@@ -221,10 +222,15 @@ class MambaAD(_Official):
         d_state: int = 16,
         drop_path_rate: float = 0.2,
         sigma: float = 4.0,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ):
         super().__init__()
         self.sigma, self.teacher_name = sigma, teacher
         self.teacher = _frozen(teacher)
+        told = self.teacher.pretrained_cfg
+        normalised = {"mean": tuple(mean or told["mean"]), "std": tuple(std or told["std"])}
+        self.pretrained_cfg = {**self.pretrained_cfg, **normalised}
         dims = self.teacher.feature_info.channels()
         self.bottleneck = Bottleneck3(dims)
         self.decoder = Decoder(
