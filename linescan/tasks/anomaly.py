@@ -188,14 +188,14 @@ class AnomalyTask(Task):
     @classmethod
     def resolve(cls, recipe: AnomalyRecipe) -> AnomalyRecipe:
         """As `Task`, with the size of its checkpoint, and with images normalised as the teacher's file says."""
-        recipe = super().resolve(recipe)
+        resolved, teacher = super().resolve(recipe), recipe.teacher_checkpoint
         if recipe.checkpoint:
             card = read_card(recipe.checkpoint)
-            return replace(recipe, size=recipe.size or (card.preprocess.size[1] if card else None))
-        if recipe.teacher_checkpoint in (None, "random") or not (card := read_card(recipe.teacher_checkpoint)):
-            return recipe
+            return replace(resolved, **{"size": recipe.size or (card.preprocess.size[1] if card else None)})
+        if teacher in (None, "random") or not (card := read_card(teacher)):
+            return resolved
         how = {"mean": list(card.preprocess.mean), "std": list(card.preprocess.std)}
-        return replace(recipe, model_args=how | recipe.model_args)
+        return replace(resolved, model_args=how | recipe.model_args)
 
     def _load_teacher(self) -> None:
         path, name = self.recipe.teacher_checkpoint, self.model.teacher_name

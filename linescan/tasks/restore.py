@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from itertools import groupby, islice
+from itertools import accumulate, groupby, islice
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
@@ -205,8 +205,8 @@ class RestorationTask(Task):
         growth = self.recipe.growth
         if not growth:
             return low, high
-        ends = np.cumsum([steps for _, _, steps in growth])
-        side, count, _ = growth[min(np.searchsorted(ends, self.step, side="right"), len(growth) - 1)]
+        ends = accumulate(steps for _, _, steps in growth[:-1])
+        side, count, _ = growth[sum(end <= self.step for end in ends)]
         scale = high.shape[-1] // low.shape[-1]
         top, left = (np.random.randint(length - side + 1) for length in low.shape[-2:])
 

@@ -235,9 +235,8 @@ class SegmentationTask(Task):
     def resolve(cls, recipe: SegmentationRecipe) -> SegmentationRecipe:
         """As `Task`, and with the size of its checkpoint."""
         card = read_card(recipe.checkpoint) if recipe.checkpoint else None
-        recipe = super().resolve(recipe)
         before = SegmentorInput.of_card(card).size if card and not recipe.size else None
-        return replace(recipe, size="x".join(map(str, before))) if before else recipe
+        return replace(super().resolve(recipe), **({"size": "x".join(map(str, before))} if before else {}))
 
     def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         logits, target = self.input.logits(model, batch["images"]).float(), batch["mask"]
