@@ -238,10 +238,7 @@ register(
         "mambair_x2": enlarging(2, CLASSIC, 20.422, 34.15, 0.9446),
         "mambair_x3": enlarging(3, CLASSIC, 20.607, 29.93, 0.8841),
         "mambair_x4": enlarging(4, CLASSIC, 20.570, 27.68, 0.8287),
-        "mambair_real_x4": {
-            **enlarging(4, {"upsampler": "nearest+conv"}, 20.385),
-            "weights": {"realsr": {"data": "unknown"}},  # published without results
-        },
+        "mambair_real_x4": enlarging(4, {"upsampler": "nearest+conv"}, 20.385),
         "mambair_color_dn": {
             "args": {"expand": 1.2},
             "params": 15.778,
