@@ -15,11 +15,11 @@ The same command again goes on where it was stopped. docs/tasks/anomaly.md has t
 import json
 import sys
 from pathlib import Path
+from statistics import mean
 from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import typer  # noqa: E402
@@ -55,12 +55,17 @@ def solar_anomalies(
         "--steps", steps, "--schedule", "cosine", "--lr", 2e-3, "--warmup", 20, "--evaluate-every", steps,
         "--teacher-checkpoint", teacher / "model.safetensors", "--workers", 0, "--device", "cpu", "--resume",
     )  # fmt: skip
-    scores = {"MambaAD": by_mambaad(run), **by_baselines(run, to / "cells")}
+    said, _ = linescan(
+        "evaluate", "--task", "anomaly", "--data", to / "cells", "--checkpoint", run / "model.safetensors", "--json",
+        "--out", to / "report", "--workers", 0, "--device", "cpu",
+    )  # fmt: skip
+    own = {category: values["image_auroc"] for category, values in json.loads(said)["classes"].items()}
+    scores = {"MambaAD": own, **by_baselines(run, to / "cells")}
     with atomic(to / "results.json") as file:
         file.write(json.dumps(scores, indent=1).encode())
-    print("| method | AUROC | AP | best F1 |\n|---|---|---|---|")
+    print(f"| AUROC | {' | '.join(own)} | mean |\n|---" + "|---" * (len(own) + 1) + "|")
     for name, values in scores.items():
-        print(f"| {name} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
+        print(f"| {name} | " + " | ".join(f"{value:.3f}" for value in (*values.values(), mean(values.values()))) + " |")
 
 
 def write_cells(folder: Path) -> None:
@@ -74,15 +79,27 @@ def write_cells(folder: Path) -> None:
             copy_file(source, folder / "crystals" / crystal)
 
 
-def by_mambaad(run: Path) -> list[float]:
-    """AUROC, AP and the best F1 of the last evaluation."""
-    _, card = restore(checkpoint=run / "model.safetensors")
-    return [card.trained[f"val_image_{name}"] for name in ("auroc", "ap", "f1")]
+def gaussians(train: torch.Tensor, test: torch.Tensor) -> torch.Tensor:
+    """Of features (N, places, channels): the largest Mahalanobis distance from the Gaussian of its place, (N,)."""
+    centre = train.mean(0)
+    spread = torch.einsum("npc,npd->pcd", train - centre, train - centre) / (len(train) - 1)
+    root = torch.linalg.cholesky(spread + 0.01 * torch.eye(len(spread[0])))
+    return torch.linalg.solve_triangular(root, (test - centre).permute(1, 2, 0), upper=False).norm(dim=1).amax(0)
+
+
+def nearest(train: torch.Tensor, test: torch.Tensor) -> torch.Tensor:
+    """The largest distance from the nearest of 4,000 features."""
+    rows = train.flatten(0, 1)
+    bank = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:4000]]
+    return torch.stack([torch.cdist(one, bank).amin(1).amax() for one in test])
+
+
+BASELINES = {"Gaussian for each place (PaDiM-like)": gaussians, "nearest neighbour (PatchCore-like)": nearest}
 
 
 @torch.inference_mode()
-def by_baselines(run: Path, cells: Path) -> dict[str, list[float]]:
-    """The same of the baselines, on the features of MambaAD's teacher: means over the types of cells."""
+def by_baselines(run: Path, cells: Path) -> dict[str, dict[str, float]]:
+    """By baseline and type of cells the AUROC of images, on the features of MambaAD's teacher."""
     model, card = restore(checkpoint=run / "model.safetensors")
     found = find_anomalies(cells)
 
@@ -94,23 +111,19 @@ def by_baselines(run: Path, cells: Path) -> dict[str, list[float]]:
             parts.append(torch.cat(maps, 1).flatten(2).mT[..., chosen])
         return torch.cat(parts)
 
-    def judged(scores: torch.Tensor) -> list[float]:
-        of_types = []
-        for number in range(len(found.categories)):
-            chosen = [i for i, one in enumerate(found.test) if one.category == number]
-            of_types.append(ranking([bool(found.test[i].defect) for i in chosen], scores[chosen].numpy()))
-        return np.mean(of_types, 0).tolist()
-
     train, test = features(found.train), features(found.test)
-    mean = train.mean(0)
-    spread = torch.einsum("npc,npd->pcd", train - mean, train - mean) / (len(train) - 1) + 0.01 * torch.eye(100)
-    whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(spread), (test - mean).permute(1, 2, 0), upper=False)
-    gaussian = whitened.norm(dim=1).amax(0)
-    rows = train.flatten(0, 1)
-    bank = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:4000]]
-    nearest = torch.stack([torch.cdist(one, bank).amin(1).amax() for one in test])
-    named = {"Gaussian for each place (PaDiM-like)": gaussian, "nearest neighbour (PatchCore-like)": nearest}
-    return {name: judged(scores) for name, scores in named.items()}
+    train_of, test_of = (torch.tensor([one.category for one in images]) for images in (found.train, found.test))
+    defects = torch.tensor([bool(one.defect) for one in found.test])
+    scores: dict[str, dict[str, float]] = {}
+    for name, method in BASELINES.items():
+        both, kinds = method(train, test), (name, f"{name}, for each type")
+        scores |= {kind: {} for kind in kinds}
+        for number, category in enumerate(found.categories):
+            chosen = test_of == number
+            alone = method(train[train_of == number], test[chosen])
+            for kind, values in zip(kinds, (both[chosen], alone)):
+                scores[kind][category] = ranking(defects[chosen].numpy(), values.numpy())[0]
+    return scores
 
 
 def main() -> None:
