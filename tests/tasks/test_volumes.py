@@ -293,7 +293,7 @@ def test_it_trains_resumes_is_evaluated_and_segments_files(btcv, tmp_path, lines
         one["voxels"] * 1.5 * 1.5 / 1000, abs=1e-3
     )
     assert (tmp_path / "out" / "overlays" / "array.jpg").exists()
-    train_as_two(tmp_path, *args, "--steps", "2", "--batch", "1", "--bf16", "-o", "two")
+    train_as_two(tmp_path, *args, "--steps", "2", "--batch", "1", "-o", "two")
     assert {"val_dice", "step"} <= read_metrics(tmp_path / "two" / "metrics.csv")[-1].keys()
 
 
