@@ -2,6 +2,7 @@
 
 from difflib import get_close_matches
 
+import timm
 from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -77,7 +78,7 @@ def build_schedule(recipe: Recipe, optimizer: Optimizer, per_epoch: int) -> Sche
         per_epoch: steps in an epoch.
 
     Raises:
-        InputError: durations that do not fit into the run.
+        InputError: durations that do not fit into the run, or a schedule that the installed timm is too old for.
     """
     total, unit = (recipe.steps, 1) if recipe.steps else (recipe.epochs, per_epoch)
     name, args = recipe.schedule, {}
@@ -103,4 +104,6 @@ def build_schedule(recipe: Recipe, optimizer: Optimizer, per_epoch: int) -> Sche
         )  # fmt: skip
     except ValueError as error:
         raise InputError(f"--schedule {recipe.schedule}: {error}") from None
+    if schedule is None:
+        raise InputError(f"timm {timm.__version__} has no --schedule {name}: `pip install -U timm` brings it")
     return Held(schedule, round(warmup * unit), round(recipe.hold * unit)) if recipe.hold else schedule
