@@ -2,7 +2,7 @@
 """Measures linescan against its peers on this machine: a table, a JSON file and a plot.
 
     python tools/benchmark.py scan          the selective scan on the CPU
-    python tools/benchmark.py recurrences   the other recurrences: chunked torch against their sequential loops
+    python tools/benchmark.py recurrences   every recurrence in the same model, beside S6, softmax and its own bound
     python tools/benchmark.py clouds        models of point clouds against the number of points
     python tools/benchmark.py groups        LION's layers against a dense transformer layer on the same groups
     python tools/benchmark.py models        whole models against timm's (`linescan benchmark` with its defaults)
@@ -15,6 +15,7 @@ disturbances. Several threads are timed by the wall clock, the best of turns.
 """
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -287,63 +288,179 @@ def scan(
 # -- the other recurrences --------------------------------------------------------------------------------------------
 
 
+# Multiply-adds (or multiplications or additions alone) that the equations cost for a token, a route and an element of
+# the state: forward, and forward and backward together. An exponential counts as the five of a polynomial. Of a matrix
+# state only what is done to every element counts, not what is done to a row.
+#
+# Forward, with a state S (keys x values): its decay 1, if it has one; k v^T 1; the readout S^T q 1. The delta rules add
+# what S answers to k, 1; DPLR what it answers to a, 1, and the write with b, 1.
+#
+# Backward, with the gradient R of S: S again without its readout; R = decay R + q do^T, 2, or 1 without a decay;
+# dv = R^T k, dk = R v and dq = S do, 3; the gradient of a decay that is learned, S R, 1. The delta rules add three for
+# their answer z = S^T k: R z and S dz, which are parts of dk, and R += k dz^T. DPLR adds four: dz = R^T b, db = R z,
+# R += a dz^T and da = S dz.
+#
+# S6: the 9 of `multiply_add_bound`; backward its decays and states again, 7, the gradient of the state, 3, and those of
+# A, delta, B, C and u, 6. HGRN: an exponential and the state, 6; backward both again, the gradient of the state, 1, and
+# that of the gate, 1. WKV-4: two exponentials and two decayed sums, 10 + 4, then two exponentials and a quotient of two
+# sums, 10 + 2; backward the same again, and 12 for the gradients of both sums, k and v. Bi-WKV has sums on both sides,
+# 28, and one quotient with three exponentials, 17; backward the same again, and 24.
+EQUATIONS: dict[str, tuple[int, int]] = {
+    "selective_scan": (9, 25),
+    "linear_attention": (2, 7),
+    "simple_gla": (3, 11),
+    "gla": (3, 11),
+    "ssd": (3, 11),
+    "wkv6": (3, 11),
+    "gated_delta_rule": (4, 15),
+    "dplr": (5, 19),
+    "hgrn": (6, 14),
+    "wkv4": (26, 64),
+    "bi_wkv": (45, 114),
+}
+# Mixers whose recurrence needs less than the operator that serves it.
+CHEAPER: dict[str, tuple[int, int]] = {"retention": (3, 10), "delta": (3, 11)}
+
+
+def elements(name: str, inputs: list) -> int:
+    """Elements of the states that a call of a recurrence updates: batch, routes, steps, and a state's own."""
+    from linescan.scans import recurrences
+
+    *inputs, route = inputs
+    layout = recurrences()[name].layout
+    output, states = layout.shapes(inputs, route)
+    steps = output[2] if route is None else route.shape[-1]
+    last = states[0] if states else (*output[:2], output[3])
+    return steps * math.prod(last[:3] if name == "wkv4" else last)
+
+
+MIXERS = (
+    "s6 softmax ssd gla simple_gla retention hgrn2 linear delta gated_delta kda dplr wkv6 wkv7 hgrn rg_lru wkv4 bi_wkv4"
+)
+
+
 @app.command()
 def recurrences(
     out: Out = Path("runs/benchmark"),
-    lengths: Annotated[str, typer.Option(help="Numbers of tokens.")] = "1024,4096",
-    heads: int = 6,
-    budget: Annotated[float, typer.Option(help="Seconds for each number.")] = 1.5,
+    lengths: Annotated[str, typer.Option(help="Numbers of tokens, squares.")] = "196,1024",
+    mixers: Annotated[
+        str, typer.Option(help="Mixers of scan_tiny; s6 and softmax are what the others are held to.")
+    ] = MIXERS,
+    depth: int = 4,
+    budget: Annotated[float, typer.Option(help="Seconds for each number.")] = 1.0,
 ):
-    """GLA and WKV in chunked torch against the sequential loops that define them: keys of 32, values of 64 a head."""
-    from linescan.scans import backend, bi_wkv, gla, simple_gla, wkv4, wkv6
+    """scan_tiny with each mixer, forward and a training step, beside S6 and softmax; and each recurrence by itself.
+
+    The latter beside the multiply-adds of its equation, at the pace that this core reaches in the same run, and beside
+    its chunked torch form.
+    """
+    import linescan
+    from linescan.scans import backend
+    from linescan.scans.recurrence import Recurrence
 
     torch.set_num_threads(1)
     keep_memory()
     sizes = [int(length) for length in lengths.split(",")]
-
-    def calls(length: int) -> dict[str, Callable]:
-        torch.manual_seed(0)
-        q, k = torch.randn(2, 1, 1, length, heads, 32).unbind()
-        v, square = torch.randn(1, 1, length, heads, 64), torch.randn(3, 1, 1, length, heads, 32).unbind()
-        gate = torch.nn.functional.logsigmoid(torch.randn_like(q)) / 16
-        flat = torch.randn(2, 1, 1, length, heads * 64).unbind()
-        w, u = torch.rand(heads * 64), torch.randn(heads * 64)
-        return {
-            "gla": lambda: gla(q, k, v, gate),
-            "simple_gla": lambda: simple_gla(q, k, v, gate[..., 0]),
-            "wkv6": lambda: wkv6(*square, gate, torch.zeros(heads, 32)),
-            "wkv4": lambda: wkv4(*flat, w, u),
-            "bi_wkv": lambda: bi_wkv(*flat, w / length, u / length),
-        }
-
     rows: dict[str, dict[str, float]] = {}
-    with torch.no_grad():
-        for length in sizes:
-            for name, run in calls(length).items():
+    pace = multiply_add_bound(1) / 9
 
-                def call(form: str, run=run) -> Tensor:
-                    with backend(form):
-                        return run()
+    def prepare(mixer: str, length: int):
+        """The model's forward and training step, and the calls of recurrences in its first block."""
+        torch.manual_seed(0)
+        side = 16 * math.isqrt(length)
+        model = linescan.create_model("scan_tiny", mixer=mixer, depth=depth, img_size=side)
+        images, calls, call = torch.randn(1, 3, side, side), [], Recurrence.__call__
 
-                with console.status(f"{name}, {length} tokens"):
-                    taken = side_by_side({form: partial(call, form) for form in ("chunked", "reference")}, budget)
-                row = {f"{form} {length}": 1e3 * several for form, several in taken.items()}
-                rows.setdefault(name, {}).update(row | {f"ratio {length}": taken["reference"] / taken["chunked"]})
-    table = Table("ms, forward, 1 thread", *(f"{form} {n}" for n in sizes for form in ("loop", "chunked", "ratio")))
-    for name, row in rows.items():
-        table.add_row(name, *(f"{row[f'{f} {n}']:.2f}" for n in sizes for f in ("reference", "chunked", "ratio")))
-    console.print(table)
+        def forward():
+            with torch.inference_mode():
+                model(images)
+
+        def train():
+            model(images).square().mean().backward()
+            model.zero_grad(set_to_none=True)
+
+        def recorded(self, *inputs, route=None, merge=None, **options):
+            calls.append((self, inputs, route, merge))
+            return call(self, *inputs, route=route, merge=merge, **options)
+
+        Recurrence.__call__ = recorded
+        try:
+            with torch.no_grad():
+                model(images)
+        finally:
+            Recurrence.__call__ = call
+        return forward, train, calls[: len(calls) // depth]
+
+    def alone(recurrence, inputs, route, merge) -> dict[str, Callable]:
+        leaves = [
+            x.detach().clone().requires_grad_() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs
+        ]
+        wanted = [x for x in leaves if torch.is_tensor(x) and x.requires_grad]
+        weight = torch.randn_like(recurrence(*leaves, route=route, merge=merge))
+
+        def forward():
+            with torch.no_grad():
+                recurrence(*leaves, route=route, merge=merge)
+
+        def both():
+            torch.autograd.grad(recurrence(*leaves, route=route, merge=merge), wanted, weight)
+
+        return {"forward": forward, "training": both}
+
+    def in_form(form: str, run: Callable) -> None:
+        with backend(form):
+            run()
+
+    for length in sizes:
+        ready = {mixer: prepare(mixer, length) for mixer in mixers.split()}
+        for at, kind in enumerate(("forward", "training")):
+            with console.status(f"{kind}, {length} tokens"):
+                taken = side_by_side({mixer: parts[at] for mixer, parts in ready.items()}, budget)
+            for mixer, several in taken.items():
+                row = rows.setdefault(mixer, {})
+                row[f"{kind} {length}"] = 1e3 * several
+                row |= {
+                    f"{kind} {length} / {peer}": several / taken[peer] for peer in ("s6", "softmax") if peer in taken
+                }
+        for mixer, (*_, calls) in ready.items():
+            if len(calls) != 1 or calls[0][0].name not in EQUATIONS:
+                continue
+            recurrence, inputs, route, merge = calls[0]
+            count = elements(recurrence.name, [*recurrence.layout.check(inputs, route).fill(inputs), route])
+            for kind, run in alone(*calls[0]).items():
+                with console.status(f"{mixer} alone, {kind}, {length} tokens"):
+                    taken = side_by_side({form: partial(in_form, form, run) for form in ("", "chunked")}, budget)
+                cost = CHEAPER.get(mixer, EQUATIONS[recurrence.name])[kind == "training"]
+                rows[mixer] |= {
+                    f"{kind} {length}, recurrence": 1e3 * taken[""],
+                    f"{kind} {length}, recurrence / bound": taken[""] / (cost * pace * count),
+                    f"{kind} {length}, chunked / recurrence": taken["chunked"] / taken[""],
+                }
+
+    kinds = [f"{kind} {length}" for kind in ("forward", "training") for length in sizes]
+    whole = Table("scan_tiny", *(heading for kind in kinds for heading in (f"{kind}, ms", "/ s6", "/ softmax")))
+    single = Table("recurrence", *(h for kind in kinds for h in (f"{kind}, ms", "/ bound", "chunked /")))
+    for mixer, row in rows.items():
+        ends = ("", " / s6", " / softmax")
+        whole.add_row(
+            mixer, *(f"{row.get(kind + end, math.nan):.{2 if end else 1}f}" for kind in kinds for end in ends)
+        )
+        ends = (", recurrence", ", recurrence / bound", ", chunked / recurrence")
+        if kinds[0] + ends[0] in row:
+            single.add_row(mixer, *(f"{row[kind + end]:.2f}" for kind in kinds for end in ends))
+    console.print(whole, single)
 
     def draw(axes):
-        for name, row in rows.items():
-            axes.plot(sizes, [row[f"ratio {n}"] for n in sizes], marker="o", label=name)
-        axes.axhline(1, color="grey", linewidth=0.8)
-        axes.set(xscale="log", xlabel="tokens", ylabel="loop / chunked, forward")
-        axes.set_xticks(sizes, sizes)
-        axes.set_xticks([], minor=True)
+        axes.axvline(1, color="grey", linewidth=0.8)
+        for i, kind in enumerate(kinds):
+            at = [j + 0.2 * (i - 1.5) for j in range(len(rows))]
+            axes.barh(at, [row.get(f"{kind} / s6", math.nan) for row in rows.values()], 0.2, label=kind)
+        axes.set_yticks(range(len(rows)), list(rows), fontsize=7)
+        axes.set(xlabel=f"time of scan_tiny (depth {depth}) / that with s6, 1 thread")
         axes.legend()
 
-    save(out, "recurrences", {"machine": machine(), "unit": "ms", "rows": rows}, draw)
+    results = {"machine": machine(), "unit": "ms", "depth": depth, "multiply_add_ns": 1e9 * pace, "rows": rows}
+    save(out, "recurrences", results, draw)
 
 
 # -- points and voxels -------------------------------------------------------------------------------------------------
