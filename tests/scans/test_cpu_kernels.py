@@ -11,17 +11,20 @@ import torch.nn.functional as F
 
 from linescan.scans import (
     backend,
+    bi_wkv,
     causal_conv1d,
     delta_rule,
     dplr,
     gated_delta_rule,
     gla,
+    hgrn,
     kda,
     linear_attention,
     selective_scan,
     simple_gla,
     ssd,
     visits,
+    wkv4,
     wkv6,
 )
 from linescan.scans.kernels import backend_info, cpu
@@ -124,7 +127,7 @@ PARAMETERS = ("A", "D", "delta_bias", "delta_weight", "dt_bias", "weight", "bias
 
 def assert_agrees(function, inputs, dtype=torch.float32, sets=("",), **options):
     """The kernel, with each of the instruction sets, agrees with the definition in float64."""
-    parameters = {key for key, x in inputs.items() if key in PARAMETERS or (key == "u" and function is wkv6)}
+    parameters = {key for key in inputs if key in PARAMETERS or (key in "uw" and inputs[key].ndim < 4)}
     rounded = {key: x.to(torch.float32 if key in parameters else dtype) for key, x in inputs.items()}
     expected = results(function, {key: x.double() for key, x in rounded.items()}, "reference", **options)
     for name in sets:
@@ -410,15 +413,99 @@ def test_matrix_states_are_read_in_place():
     torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-4, atol=1e-4)
 
 
+# -- vector states ----------------------------------------------------------------------------------------------------
+
+vectors = pytest.mark.skipif(
+    not hasattr(torch.ops.linescan_cpu, "vector_scan"), reason="CPU kernels missing or of older sources"
+)
+
+
+def both_sides(return_final_state, **inputs):
+    y = bi_wkv(**inputs)
+    return y, y.sum(dtype=torch.promote_types(y.dtype, torch.float32))
+
+
+def channels(name, batch=2, routes=2, length=37, dim=20, shared=True, size=1.0):
+    """A recurrence and its float64 inputs; gates and keys are of the given size."""
+    generator = torch.Generator().manual_seed(dim + length)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    own = 1 if shared else routes
+    if name == "hgrn":
+        inputs = {"x": normal(batch, own, length, dim), "g": -size * normal(batch, routes, length, dim).abs()}
+        return hgrn, inputs | {"initial_state": normal(batch, routes, dim)}
+    tokens = {"k": size * normal(batch, own, length, dim), "v": normal(batch, routes, length, dim)}
+    rates = {"w": 0.3 * normal(routes, dim).exp(), "u": normal(own, dim)}
+    if name == "bi_wkv":
+        return both_sides, tokens | rates
+    state = normal(batch, routes, dim, 3)
+    state[..., 1].exp_()
+    return wkv4, tokens | rates | {"initial_state": state}
+
+
+VECTORS = ["hgrn", "wkv4", "bi_wkv"]
+
+
+@vectors
+@pytest.mark.parametrize("name", VECTORS)
+def test_vector_states(name, sets):
+    for *sizes, kind, merge in [
+        # batch, routes, length, channels, shared, route, merge
+        (1, 1, 2, 1, True, "none", None),
+        (2, 2, 37, 20, True, "none", "sum"),
+        (2, 3, 70, 130, True, "padded", "sum"),
+        (2, 2, 131, 17, False, "permuted", None),
+        (2, 2, 30, 64, False, "per sample", "sum"),
+    ]:
+        function, inputs = channels(name, *sizes)
+        assert_agrees(function, inputs, sets=sets, route=orders(sizes[1], sizes[2], kind, sizes[0]), merge=merge)
+
+
+@vectors
+@pytest.mark.parametrize("name", VECTORS)
+def test_vector_states_half(name, sets):
+    function, inputs = channels(name, length=24)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert_agrees(function, inputs, dtype, sets, route=orders(2, 24, "padded").int(), merge="sum")
+
+
+@vectors
+def test_delicate_gates_of_vector_states(sets):
+    for size in (1e-4, 50.0, 1e4):
+        function, inputs = channels("hgrn", 1, 1, 300, 16, size=size)
+        assert_agrees(function, inputs, sets=sets)
+
+
+@vectors
+@pytest.mark.parametrize("name", ["wkv4", "bi_wkv"])
+def test_keys_of_any_size(name, sets):
+    """Their exponentials overflow; and sums that decay for long do not drift, be the exponent beside them large."""
+    for size in (50.0, 1e4):
+        function, inputs = channels(name, 1, 1, 300, 16, size=size)
+        inputs = {key: x.float() for key, x in inputs.items()}
+        expected = results(function, {key: x.double() for key, x in inputs.items()}, "reference")
+        for instructions in sets:
+            cpu.instruction_set(instructions)
+            got = results(function, inputs, "cpu")
+            assert all(x.isfinite().all() for x in got.values())
+            for key in ("output", "state", "u", *("v" if size == 50 else "")):
+                error = (got[key] - expected[key]).abs().max() / expected[key].abs().max().clamp_min(1e-3)
+                assert error < 1e-6, f"{instructions} {size} {key}: relative error {error:.1e}"
+
+
 # -- promises ---------------------------------------------------------------------------------------------------------
 
 
 @compiled
 def test_threads_do_not_change_a_bit():
-    """Enough work that two threads share it."""
+    """Enough work that two threads share it; and a second run gives the same bits."""
     scan = {key: x.float() for key, x in scan_inputs(1, 2, 100, 200, 2, 16).items()}
     conv = {key: x.float() for key, x in conv_inputs(2, 2, 200, 300, 4, shared=False).items()}
-    matrices = {name: heads(name, 1, 2, 100, 4, 32, 64) for name in MATRICES}  # each again with the same bits
+    others = {name: heads(name, 1, 2, 100, 4, 32, 64) for name in MATRICES}
+    if hasattr(torch.ops.linescan_cpu, "vector_scan"):
+        others |= {name: channels(name, 1, 2, 100, 300) for name in VECTORS}
     threads, outcomes = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3, 16, 1):
@@ -427,7 +514,7 @@ def test_threads_do_not_change_a_bit():
                 results(selective_scan, scan, "cpu", route=orders(2, 100, "padded"), merge="sum", delta_softplus=True)
                 | {f"conv {k}": v for k, v in results(causal_conv1d, conv, "cpu", route=orders(2, 200, "none")).items()}
             )
-            for name, (function, inputs) in matrices.items():
+            for name, (function, inputs) in others.items():
                 inputs = {key: x.float() for key, x in inputs.items()}
                 got = results(function, inputs, "cpu", route=orders(2, 100, "padded"), merge="sum")
                 outcomes[-1] |= {f"{name} {key}": x for key, x in got.items()}

@@ -22,9 +22,11 @@ from ..ops.causal_conv import _causal_conv1d
 from ..ops.delta import _gated_delta_rule
 from ..ops.dplr import _dplr
 from ..ops.gla import _gla, _simple_gla
+from ..ops.hgrn import _hgrn
 from ..ops.linear_attention import _linear_attention
 from ..ops.selective_scan import _selective_scan, narrow, widen
 from ..ops.ssd import _ssd, _step_sizes
+from ..ops.wkv4 import _bi_wkv, _wkv4
 from ..ops.wkv6 import _wkv6
 from ..recurrence import Recurrence
 
@@ -330,6 +332,42 @@ def _ssd_backward(grad_output, grad_state, *args):
     return _finish(made, (x, dt, A, B, C, D, z, dt_bias, initial_state))
 
 
+# -- vector states ----------------------------------------------------------------------------------------------------
+
+SUM, WKV, WKV_BOTH = range(3)  # the rules of vector_scan.h
+
+
+def _vector_inputs(rule, x, g, w, u, initial_state, route, merge):
+    w, u, initial_state = map(_parameter, (w, u, initial_state))
+    return rule, _rows(x), _rows(g), w, u, initial_state, _table(route), merge
+
+
+def _register_vector(op: Recurrence, rule: int, names: str) -> None:
+    """Registers the kernel for a recurrence, whose inputs have those `names` here."""
+    keys = names.split()
+
+    def call(args):
+        *inputs, route, merge = args
+        given = dict(zip(keys, inputs))
+        return rule, *map(given.get, ("x", "g", "w", "u", "initial_state")), route, merge
+
+    def forward(*args):
+        y, state = op.new_outputs(*args)
+        sums = y.float() if args[-1] else y
+        _run(torch.ops.linescan_cpu.vector_scan.default, call(args), _vector_inputs, sums, state)
+        return sums.to(y.dtype), state
+
+    def backward(grad_output, grad_state, *args):
+        inputs = call(args)
+        grads = [_like(x) for x in inputs[1:6]]
+        others = _rows(grad_output), _parameter(grad_state), *grads
+        _run(torch.ops.linescan_cpu.vector_scan_backward.default, inputs, _vector_inputs, *others)
+        return _finish(grads, inputs[1:6])
+
+    if hasattr(torch.ops.linescan_cpu, "vector_scan"):  # not in a library that was compiled before
+        op.register("cpu", forward, backward, _supports, partial(_check, op), kernel=True)
+
+
 _missing = _load()
 _register_both(_ssd, _ssd_forward, _ssd_backward)
 _register_matrix(_gla, GATED, "q k v gate scale initial_state")
@@ -338,5 +376,8 @@ _register_matrix(_linear_attention, GATED, "q k v scale normalize initial_state"
 _register_matrix(_wkv6, LATE, "q k v gate bonus scale initial_state")
 _register_matrix(_gated_delta_rule, DELTA, "q k v gate beta scale initial_state")
 _register_matrix(_dplr, LOW_RANK, "q k v a b gate scale initial_state")
+_register_vector(_hgrn, SUM, "x g initial_state")
+_register_vector(_wkv4, WKV, "x g w u initial_state")
+_register_vector(_bi_wkv, WKV_BOTH, "x g w u")
 _selective_scan.register("cpu", _scan_forward, _scan_backward, _supports, partial(_check, _selective_scan), kernel=True)
 _causal_conv1d.register("cpu", _conv_forward, _conv_backward, _supports, partial(_check, _causal_conv1d), kernel=True)

@@ -13,6 +13,7 @@ namespace LINESCAN_ISA {
 #include "causal_conv.h"
 #include "selective_scan.h"
 #include "matrix_scan.h"
+#include "vector_scan.h"
 
 static void unary(Unary which, const float* x, float* y, int64_t n) {
   for (int64_t i = 0; i < n; i += W) {
@@ -42,7 +43,8 @@ static float multiply_add(int64_t rounds) {
 const Kernels LINESCAN_JOIN(LINESCAN_ISA, _kernels) = {
     LINESCAN_STRING(LINESCAN_ISA), LINESCAN_ISA::scan_forward,  LINESCAN_ISA::scan_backward,
     LINESCAN_ISA::conv_forward,    LINESCAN_ISA::conv_backward, LINESCAN_ISA::matrix_forward,
-    LINESCAN_ISA::matrix_backward, LINESCAN_ISA::unary,         LINESCAN_ISA::multiply_add,
+    LINESCAN_ISA::matrix_backward, LINESCAN_ISA::vector_forward, LINESCAN_ISA::vector_backward,
+    LINESCAN_ISA::unary,           LINESCAN_ISA::multiply_add,
 };
 
 }  // namespace linescan

@@ -7,6 +7,7 @@
 #include <new>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #if defined(__x86_64__)
 #define LINESCAN_X86 1
@@ -149,6 +150,28 @@ struct Matrix {
   float *partial_bonus = nullptr, *partial_skip = nullptr, *partial_idle = nullptr;  // (B, K, H, N), (B, K, H) twice
 };
 
+// Recurrences of vector states (B, K, D) or (B, K, D, 3). See vector_scan.h for the rules.
+enum class VectorRule : int { gated, wkv, wkv_both };
+
+struct Vectors {
+  VectorRule rule;
+  int64_t B, K, L, S, D;
+  int64_t numbers = 1;  // of a channel's state
+  bool merge;
+  View x, g;  // or k, v
+  Parameter w, u, initial;
+  Route route;
+  Blocks blocks;
+  // forward
+  Target y;
+  Parameter state;
+  // backward
+  View dy;
+  Parameter dstate, dinitial;
+  Target dx, dg;
+  float* partial = nullptr;  // (B, K, 2, D): w and u
+};
+
 enum class Unary : int { exp, softplus, sigmoid };
 
 struct Kernels {
@@ -159,6 +182,8 @@ struct Kernels {
   void (*conv_backward)(const Conv&, int64_t begin, int64_t end);
   void (*matrix_forward)(const Matrix&, int64_t begin, int64_t end);
   void (*matrix_backward)(const Matrix&, int64_t begin, int64_t end);
+  void (*vector_forward)(const Vectors&, int64_t begin, int64_t end);
+  void (*vector_backward)(const Vectors&, int64_t begin, int64_t end);
   void (*unary)(Unary, const float* x, float* y, int64_t n);
   float (*multiply_add)(int64_t rounds);
 };

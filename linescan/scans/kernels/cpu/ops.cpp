@@ -452,6 +452,75 @@ void matrix_scan_backward(Value* stack, uint64_t, uint64_t) {
   sum_parts(s.partial_idle, s.B, s.K, s.H, s.H, didle);
 }
 
+// -- vector states ------------------------------------------------------------------------------------------------------
+
+#define LINESCAN_VECTOR_INPUTS                                                                                        \
+  "int rule, Tensor x, Tensor g, Tensor? w, Tensor? u, Tensor? initial_state, Tensor? route, bool merge"
+
+struct VectorInputs {
+  Tensor x, g, w, u, initial, table;
+  Table steps;
+  Vectors vectors;
+
+  explicit VectorInputs(Arguments& in) {
+    Vectors& s = vectors;
+    s.rule = VectorRule(in.integer());
+    x = in.tokens(), g = in.tokens(), w = in.optional_parameter(), u = in.optional_parameter();
+    initial = in.optional_parameter(), table = in.table(), s.merge = in.flag();
+    if (!in.fit) return;
+    s.K = std::max(x.size(1), g.size(1));
+    for (const Tensor* p : {&w, &u})
+      if (*p) s.K = std::max(s.K, p->size(0));
+    if (initial) s.K = std::max(s.K, initial.size(1));
+    if (table) s.K = std::max(s.K, table.size(-2));
+    s.B = std::max(x.size(0), g.size(0)), s.L = x.size(2), s.S = table ? table.size(-1) : s.L, s.D = x.size(3);
+    s.numbers = s.rule == VectorRule::gated ? 1 : 3;
+    s.x = view(x), s.g = view(g), s.w = parameter(w), s.u = parameter(u), s.initial = state(initial);
+    steps = Table(table, s.L), s.route = steps.route;
+    s.blocks.D = s.D;
+  }
+};
+
+// (inputs, Tensor(a!) y, Tensor(b!)? final_state) -> bool
+void vector_scan(Value* stack, uint64_t, uint64_t) {
+  Arguments in(stack);
+  VectorInputs inputs(in);
+  const Tensor y = in.tensor(), final_state = in.optional();
+  stack[0] = Value(in.fit);
+  if (!in.fit) return;
+  Vectors& s = inputs.vectors;
+  s.y = output(y, s.merge), s.state = state(final_state);
+  const int64_t samples = s.merge ? s.B : s.B * s.K;
+  spread(s.blocks, samples);
+  s.blocks.width = lesser(s.blocks.width, 64);
+  const int64_t units = samples * s.blocks.count();
+  parallel(units, grain(units, s.B * s.K * s.S * s.D * 8),
+           [&](int64_t begin, int64_t end) { current->vector_forward(s, begin, end); });
+}
+
+// (inputs, Tensor grad_y, Tensor? grad_state, Tensor(a!) dx, Tensor(b!) dg, Tensor(c!)? dw, Tensor(d!)? du,
+//  Tensor(e!)? dinitial_state) -> bool
+// All gradients float32 and contiguous.
+void vector_scan_backward(Value* stack, uint64_t, uint64_t) {
+  Arguments in(stack);
+  VectorInputs inputs(in);
+  const Tensor dy = in.tokens(), dstate = in.optional_parameter();
+  const Tensor dx = in.tensor(), dg = in.tensor(), dw = in.optional(), du = in.optional(), dinitial = in.optional();
+  stack[0] = Value(in.fit);
+  if (!in.fit) return;
+  Vectors& s = inputs.vectors;
+  s.dy = view(dy, s.merge), s.dstate = state(dstate), s.dinitial = state(dinitial);
+  s.dx = gradient(dx, inputs.steps, s.K), s.dg = gradient(dg, inputs.steps, s.K);
+  s.blocks.width = lesser(64, s.D);
+  const std::unique_ptr<float[]> parts(new float[s.B * s.K * 2 * s.D]);
+  s.partial = parts.get();
+  const int64_t units = s.B * s.blocks.count();
+  parallel(units, grain(units, s.B * s.K * s.S * s.D * 16),
+           [&](int64_t begin, int64_t end) { current->vector_backward(s, begin, end); });
+  sum_parts(s.partial, s.B, s.K, s.D, 2 * s.D, dw);
+  sum_parts(s.partial + s.D, s.B, s.K, s.D, 2 * s.D, du);
+}
+
 // linescan_cpu::unary(int which, Tensor x, Tensor(a!) y) -> (): for the tests of accuracy.
 void unary(Value* stack, uint64_t, uint64_t) {
   Arguments in(stack);
@@ -488,6 +557,12 @@ struct Registration {
            "Tensor(e!)? db, Tensor(f!)? dgate, Tensor(g!)? dbeta, Tensor(h!)? dbonus, Tensor(i!)? dskip, "
            "Tensor(j!)? didle, Tensor(k!)? dinitial_state) -> bool",
            "matrix_scan_backward", "CPU", matrix_scan_backward);
+    define("vector_scan(" LINESCAN_VECTOR_INPUTS ", Tensor(a!) y, Tensor(b!)? final_state) -> bool", "vector_scan",
+           "CPU", vector_scan);
+    define("vector_scan_backward(" LINESCAN_VECTOR_INPUTS
+           ", Tensor grad_y, Tensor? grad_state, Tensor(a!) dx, Tensor(b!) dg, Tensor(c!)? dw, Tensor(d!)? du, "
+           "Tensor(e!)? dinitial_state) -> bool",
+           "vector_scan_backward", "CPU", vector_scan_backward);
     define("causal_conv1d(" LINESCAN_CONV_INPUTS ", Tensor(a!) y, Tensor(b!) final_state) -> bool", "causal_conv1d",
            "CPU", causal_conv1d);
     define("causal_conv1d_backward(" LINESCAN_CONV_INPUTS
