@@ -52,7 +52,16 @@ kernels = Extension(
     sources=[f"{FOLDER}/{name}.cpp" for name in ("ops", "points", "avx512", "avx2", "baseline")],
     depends=[
         f"{FOLDER}/{name}.h"
-        for name in ("kernels", "instruction_set", "vector", "selective_scan", "matrix_scan", "vector_scan", "causal_conv", "stable")
+        for name in (
+            "kernels",
+            "instruction_set",
+            "vector",
+            "selective_scan",
+            "matrix_scan",
+            "vector_scan",
+            "causal_conv",
+            "stable",
+        )
     ],
     language="c++",
     # No trapping: comparisons may become minima and maxima. -Wno-psabi: no vector crosses a library's border.

@@ -3,6 +3,7 @@
 
     python tools/benchmark.py scan          the selective scan on the CPU
     python tools/benchmark.py recurrences   every recurrence in the same model, beside S6, softmax and its own bound
+    python tools/benchmark.py kernels       the CPU kernels against the chunked torch forms, over shapes
     python tools/benchmark.py clouds        models of point clouds against the number of points
     python tools/benchmark.py groups        LION's layers against a dense transformer layer on the same groups
     python tools/benchmark.py models        whole models against timm's (`linescan benchmark` with its defaults)
@@ -461,6 +462,67 @@ def recurrences(
 
     results = {"machine": machine(), "unit": "ms", "depth": depth, "multiply_add_ns": 1e9 * pace, "rows": rows}
     save(out, "recurrences", results, draw)
+
+
+# Tokens, heads and the sides of a head's state, or the channels; what a kernel serves must be faster in all of them.
+SHAPES = [(16, 6, 32, 32), (64, 1, 4, 4), (196, 6, 32, 32), (256, 2, 128, 128), (256, 1, 256, 256), (1024, 4, 64, 64)]
+
+
+@app.command()
+def kernels(
+    out: Out = Path("runs/benchmark"),
+    budget: Annotated[float, typer.Option(help="Seconds for each number.")] = 0.5,
+):
+    """Every C++ kernel against the chunked torch form, float32, one thread, one sample and route: chunked / kernel.
+
+    The table stands in docs/benchmarks, and `tests/scans/test_cpu_kernels.py` compares what serves a call with it.
+    """
+    from linescan.scans import backend
+    from linescan.scans import recurrences as registered
+
+    torch.set_num_threads(1)
+    keep_memory()
+    rows = []
+    table = Table("chunked / kernel", *(f"{n}, {h} x {k} x {v}" for n, h, k, v in SHAPES))
+    for name, recurrence in sorted(registered().items()):
+        if "cpu" not in recurrence.implementations:
+            continue
+        layout, cells = recurrence.layout, []
+        options = {key: 0.5 if key == "scale" else layout.sizes.get(key, 0) for key in layout.options}
+        for length, heads, keys, values in SHAPES:
+            sizes = {"H": heads, "dk": keys, "gates": keys, "dv": values, "P": values, "D": heads * values, "W": 4}
+            sizes |= {"N": keys if "H" in layout.sizes else 16, "G": 1, "rank": 12}
+            torch.manual_seed(0)
+            tensors = layout.example(1, 1, length, without=layout.states, dtype=torch.float32, **sizes)
+            leaves = {key: x.requires_grad_() for key, x in tensors.items()}
+            inputs = [(options | leaves).get(key) for key in recurrence.parameters]
+
+            def run(form: str, train: bool, recurrence=recurrence, inputs=inputs, leaves=leaves):
+                with backend(form), torch.set_grad_enabled(train):
+                    y = recurrence(*inputs)
+                if train:
+                    torch.autograd.grad(y.sum(), list(leaves.values()))
+
+            row = {"recurrence": name, "length": length, "heads": heads, "keys": keys, "values": values}
+            with console.status(f"{name}, {length} tokens"):
+                for kind, train in (("forward", False), ("training", True)):
+                    taken = side_by_side({form: partial(run, form, train) for form in ("chunked", "cpu")}, budget)
+                    row[kind] = taken["chunked"] / taken["cpu"]
+            rows.append(row)
+            cells.append(f"{row['forward']:.1f} {row['training']:.1f}")
+        table.add_row(name, *cells)
+    console.print(table, "Each forward, then forward and backward.")
+
+    def draw(axes):
+        names = list(dict.fromkeys(row["recurrence"] for row in rows))
+        for kind, marker in (("forward", "o"), ("training", "x")):
+            axes.plot([row[kind] for row in rows], [names.index(row["recurrence"]) for row in rows], marker, label=kind)
+        axes.axvline(1, color="grey", linewidth=0.8)
+        axes.set_yticks(range(len(names)), names, fontsize=7)
+        axes.set(xscale="log", xlabel="chunked torch form / C++ kernel, 1 thread")
+        axes.legend()
+
+    save(out, "kernels", {"machine": machine(), "rows": rows}, draw)
 
 
 # -- points and voxels -------------------------------------------------------------------------------------------------

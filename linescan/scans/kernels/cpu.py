@@ -364,8 +364,11 @@ def _register_vector(op: Recurrence, rule: int, names: str) -> None:
         _run(torch.ops.linescan_cpu.vector_scan_backward.default, inputs, _vector_inputs, *others)
         return _finish(grads, inputs[1:6])
 
-    if hasattr(torch.ops.linescan_cpu, "vector_scan"):  # not in a library that was compiled before
-        op.register("cpu", forward, backward, _supports, partial(_check, op), kernel=True)
+    def supports(*args):
+        """Not with a library that was compiled before there was this kernel."""
+        return _supports(*args) and hasattr(torch.ops.linescan_cpu, "vector_scan")
+
+    op.register("cpu", forward, backward, supports, partial(_check, op), kernel=True)
 
 
 _missing = _load()
