@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from timm.layers import LayerScale, calculate_drop_path_rates
 from torch import Tensor, nn
 
+from .._compat import plain_shape
 from ..checkpoint import fit_shapes, rename
 from ..errors import InputError
 from ..layers.blocks import Block, Stage, TokenMixer
@@ -66,7 +67,7 @@ class MeanKeyAttention(nn.Module):
         v = x.flatten(1, 2)[:, None]
         q, k = (F.elu(at_least_float32(y)) + 1 for y in linear(self.qk, v).chunk(2, -1))
         q, k, v = (y.unflatten(-1, self.heads) for y in (q, k, v))
-        y = global_linear_attention(q, k, v.to(q.dtype), scale=1 / v.shape[2], eps=1e-6)
+        y = global_linear_attention(q, k, v.to(q.dtype), scale=1 / plain_shape(v)[2], eps=1e-6)
         return y[:, 0].flatten(-2).unflatten(1, grid).to(x.dtype)
 
 

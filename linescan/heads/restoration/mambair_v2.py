@@ -128,7 +128,9 @@ class AttentiveScan(TokenMixer):
         scores = self.scores(x)
         chosen = scores.argmax(-1)
         if route is None:
-            route = chosen.argsort(dim=-1, stable=True)[:, None]
+            length = x.shape[1]
+            place = chosen * length + torch.arange(length, device=x.device)  # no two alike: ONNX has no stable sort
+            route = place.argsort(-1)[:, None]
         step = routes.inverse(route, x.shape[1]).expand(x.shape[0], 1, -1)[:, 0].long()
         u, dt, B, C = self.project(x, grid)
         C = C + self.prompts(scores, chosen, step).to(C.dtype)[:, None]
