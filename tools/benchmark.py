@@ -475,7 +475,7 @@ def kernels(
 ):
     """Every C++ kernel against the chunked torch form, float32, one thread, one sample and route: chunked / kernel.
 
-    The table stands in docs/benchmarks, and `tests/scans/test_cpu_kernels.py` compares what serves a call with it.
+    What serves a call must follow from this table: `tests/scans/data/kernels.json` and a test hold it.
     """
     from linescan.scans import backend
     from linescan.scans import recurrences as registered

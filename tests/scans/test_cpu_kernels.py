@@ -1,9 +1,11 @@
 """The C++ kernels against the sequential float64 definitions, on every instruction set that this machine has."""
 
+import json
 import os
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from linescan.scans import (
     hgrn,
     kda,
     linear_attention,
+    recurrences,
     selective_scan,
     simple_gla,
     ssd,
@@ -602,6 +605,29 @@ def test_the_kernel_is_what_serves():
     assert torch.equal(selective_scan(**inputs, delta_softplus=True), forced)
     with backend("cpu"), pytest.raises(ValueError, match="float32, bfloat16 or float16 .* got float64"):
         selective_scan(**{key: x.double() for key, x in inputs.items()})
+
+
+@whole
+@vectors
+def test_the_kernel_serves_where_it_was_measured_to_be_faster():
+    """The table is what `tools/benchmark.py kernels` measured: the chunked form's time over the kernel's."""
+    measured = json.loads(Path(__file__).with_name("data").joinpath("kernels.json").read_text())["rows"]
+    assert {row[0] for row in measured} == {name for name, op in recurrences().items() if "cpu" in op.implementations}
+    for name, length, heads, keys, values, *ratios in measured:
+        op = recurrences()[name]
+        sizes = {
+            "H": heads,
+            "dk": keys,
+            "gates": keys,
+            "dv": values,
+            "P": values,
+            "D": heads * values,
+            "N": keys,
+            "G": 1,
+        }
+        tensors = op.layout.example(1, 1, length, without=op.layout.states, dtype=torch.float32, **sizes)
+        served = op.pick("", *map(tensors.get, op.parameters), None, False)
+        assert (served is op.implementations["cpu"]) == (min(ratios) > 1), (name, length, heads, keys, values)
 
 
 def run(code, setting):
