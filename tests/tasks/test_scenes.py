@@ -16,6 +16,7 @@ from linescan.engine.box_scores import BoxScores, Found, Objects, average_precis
 from linescan.engine.cards import read_card
 from linescan.engine.processes import Processes
 from linescan.engine.recipe import Run
+from linescan.engine.scene_objects import Labelled, ObjectBank
 from linescan.engine.scene_sets import (
     ATTRIBUTES,
     DigitStreet,
@@ -199,6 +200,8 @@ def test_nuscenes_is_read(nuscenes):
     np.testing.assert_allclose(scene.racks[0, 3:6], [3.9, 1.6, 1.56], rtol=1e-5)
     item = SceneSamples(train, ScanPreprocess(("intensity", "time")))[1]
     assert item["points"].shape[1] == 5 and item["points"][:, 4].max() == pytest.approx(0.25)
+    trained = SceneSamples(train, ScanPreprocess(("intensity", "time")), "none")[1]
+    assert len(trained["boxes"]) == 1 and trained["boxes"].isfinite().all()  # not that without a point
 
 
 def test_wrong_folders_have_one_line(tmp_path, kitti):
@@ -285,6 +288,9 @@ def test_nuscenes_scores():
     named = [s._replace(attributes=np.array([5, 6])) for s in truth]
     half = [s._replace(attributes=np.array([5, 5])) for s in truth]
     assert nuscenes_scores(half, named, classes)["maae"] == pytest.approx(0.5, abs=0.2)
+    few = [s._replace(boxes=s.boxes + 99.0 * (s.boxes[:, :1] > 0)) for s in truth * 4]
+    few[0] = moved[0]
+    assert nuscenes_scores(few, truth * 4, classes)["mate"] == 1  # less than a tenth is found
     nothing = [objects(np.zeros((0, 9)), 0)] * 3
     assert nuscenes_scores(nothing, truth, classes)["nds"] == 0
     assert nuscenes_scores(truth, truth, ("car", "bus"))["map"] == pytest.approx(50)  # as its devkit has it
@@ -387,10 +393,16 @@ def test_objects_are_pasted_where_there_is_room(kitti, tmp_path):
         more += len(boxes) - len(before["boxes"])
         assert len(boxes) == len(item["labels"]) and torch.equal(boxes[: len(before["boxes"])], before["boxes"])
         inside = points_in_boxes(item["points"], boxes)
-        assert (overlap_bev(boxes, boxes) > 0).sum() == len(boxes) and (inside.sum(1) > 100).all()
+        assert (overlap_bev(boxes, boxes) > 0).sum() == len(boxes)
+        assert (inside.sum(1) > 100).all()
         where = [(train.scene(n).boxes[:, :3] == box[:3].numpy()).all(1).any() for box in boxes for n in range(6)]
         assert sum(where) == len(boxes)  # at its own place, of one of the six scans
     assert more > 0
+    bank = ObjectBank(np.array([[5.0, 0, 0, 2, 2, 2, 0]]), np.array([1]), np.array([0, 3]), np.full((3, 4), 5.0))
+    scan = torch.tensor([[5.0, 0.5, 0, 1], [5, 3, 0, 2]], dtype=torch.float64)
+    nothing = torch.zeros(0, 7, dtype=torch.float64), *torch.zeros(2, 0, dtype=torch.long)
+    pasted = bank.paste(Labelled(scan, *nothing), {0: 3, 1: 1})
+    assert pasted.rows[:, 3].tolist() == [2, 5, 5, 5] and pasted.labels.tolist() == [1]  # in its place was a point
     samples.epoch = 2
     assert len(samples[0]["boxes"]) == len(plain[0]["boxes"])
     paths = sorted((root / "linescan").iterdir())
@@ -459,13 +471,24 @@ def test_kitti_trains_is_killed_resumes_and_is_scored(kitti, tmp_path):
     assert scored.exit_code == 0 and "ap_Car" in scored.output
 
 
+PROPOSALS = {"proposals": 8, "dim": 16, "num_heads": 2, "hidden": 16, "reach": 2}
+
+
 def test_nuscenes_trains(nuscenes, tmp_path):
-    head = {"proposals": 8, "dim": 16, "num_heads": 2, "hidden": 16, "reach": 2}
-    own = {**TINY, "head_args": head, "stride": 1}
+    own = {**TINY, "head_args": PROPOSALS, "stride": 1}
     recipe = ScanDetectionRecipe(str(nuscenes), model="lion_mamba_nuscenes", model_args=own, holdout=0.5, epochs=2)
     scores = Training(recipe, tmp_path / "run", Processes(0, 1, torch.device("cpu")), Run(workers=0)).run()
     assert set(scores) == {"map", "nds", "mate", "mase", "maoe", "mave", "maae"}
     assert all(math.isfinite(value) for value in scores.values())
+
+
+@pytest.mark.slow
+def test_nuscenes_is_killed_while_it_pastes_and_resumes(nuscenes, tmp_path):
+    args = arguments(nuscenes, holdout=0.5, model="lion_mamba_nuscenes", unpasted=1)
+    args += ("--model-arg", f"head_args={json.dumps(PROPOSALS)}", "--model-arg", "stride=1")
+    finish(tmp_path, args, "whole")
+    kill_and_resume(tmp_path, args, "torn", times=1, rows=2)
+    assert same(contents(tmp_path / "whole"), contents(tmp_path / "torn"))
 
 
 def test_a_street_is_made_as_it_says():
