@@ -109,20 +109,13 @@ class S6Scan(TokenMixer):
         Returns:
             (B, L, D), or a pair of that and the state (B, K, D, N).
         """
-        D, dt_bias = self._per_route(self.D), self._per_route(self.added_to_dt())
-        return self.along(
-            u,
-            dt,
-            self._per_route(self.decays()),
-            B,
-            C,
-            D,
-            z,
-            dt_bias,
-            delta_softplus=True,
-            delta_weight=self.dt_proj,
-            **options,
-        )
+        u, delta, projection = self.steps(u, dt)
+        A, D, dt_bias = map(self._per_route, (self.decays(), self.D, self.added_to_dt()))
+        return self.along(u, delta, A, B, C, D, z, dt_bias, delta_softplus=True, **projection, **options)
+
+    def steps(self, u: Tensor, dt: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """What the recurrence reads: tokens, and step sizes before bias and softplus, which it may project itself."""
+        return u, dt, {"delta_weight": self.dt_proj}
 
     def decays(self) -> Tensor:
         """A, (K or 1, D, N), in float32 at least."""

@@ -7,7 +7,7 @@ still an `nn.Linear`, and a quantised mixer runs the code of its system. Weights
 
 from functools import cache
 from itertools import repeat
-from typing import Any, Callable
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -227,7 +227,6 @@ class QuantisedScan(QuantisedModule):
     """
 
     turned = False
-    along: Any
 
     def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = self.acts["u"](u)
@@ -235,12 +234,10 @@ class QuantisedScan(QuantisedModule):
         dt, B, C = self.acts["dbc"](project_routes(x, self.x_proj)).split(self.split, -1)
         return dt, B, C
 
-    def scan(self, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None = None, **options):
+    def steps(self, u: Tensor, dt: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         delta = project_routes(self.acts["dt"](dt - self.dt_middle.to(dt)), self.dt_proj)
         delta = self.acts["delta"](delta + self.dt_offset.to(dt))  # not in the bias, which padding tokens have too
-        D, dt_bias = self._per_route(self.D), self._per_route(self.added_to_dt())
-        A = self._per_route(self.decays())
-        return self.along(self.acts["u"](u), delta, A, B, C, D, z, dt_bias, delta_softplus=True, **options)
+        return self.acts["u"](u), delta, {}
 
 
 class QuantisedMamba(QuantisedScan):

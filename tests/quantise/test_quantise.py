@@ -24,6 +24,7 @@ SMALL = {
     "local_vim_tiny": {"img_size": 32, "embed_dim": 48, "depth": 2},
     "mamband_small_patch8_224": {"img_size": 32, "dims": 48, "depths": (1, 1)},
     "vmamba_tiny_0220": {"dims": (24, 48), "depths": (1, 1)},
+    "rsmamba_base": {"img_size": 32, "embed_dim": 48, "depth": 1},
 }
 
 

@@ -363,6 +363,19 @@ def test_delicate_decays_of_matrix_states(name, sets):
 
 
 @whole
+@pytest.mark.parametrize("function", [gla, simple_gla])
+def test_a_slow_decay_of_many_tokens_is_exact(function, instructions):
+    """All roundings of a constant decay have one sign, and would add up to a hundred times the last digit."""
+    tokens = torch.zeros(1, 1, 4096, 1, 16)
+    gate = torch.full_like(tokens if function is gla else tokens[..., 0], -3e-5)
+    state = torch.ones(1, 1, 1, 16, 16)
+    with backend("cpu"):
+        _, last = function(tokens, tokens, tokens, gate, initial_state=state, return_final_state=True)
+    exact = (4096 * gate.double().flatten()[0]).exp()
+    assert (last / exact - 1).abs().max() < 1e-6
+
+
+@whole
 @pytest.mark.parametrize("name", ["gla", "simple_gla", "wkv6", "kda", "dplr"])
 def test_small_gradients_of_decays_have_their_digits(name, sets):
     """Of a gate that lets nearly nothing through, too, though what is read and written beside it is large."""

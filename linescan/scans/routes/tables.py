@@ -130,7 +130,7 @@ def _text(spec) -> str:
 def _constant(what: str, spec, grid, device) -> Tensor:
     """The cached tensor; to anything that traces, it is a constant as `torch.tensor(...)` would be."""
     device = _device(device)
-    if not isinstance(grid, str) and any(isinstance(n, torch.SymInt) for n in grid):
+    if isinstance(grid, Sequence) and any(isinstance(n, torch.SymInt) for n in grid):
         if not torch.onnx.is_in_onnx_export():  # whose graphs have standard operators alone
             return _of_any_grid(what, _text(spec), list(grid), device)
     if not is_watched():
