@@ -113,7 +113,7 @@ def test_chunked_is_the_definition(case, kind):
 
 
 @every
-@quick(8)
+@quick(6)
 @given(seed=seeds, length=st.integers(1, 80), kind=st.sampled_from(ROUTES))
 def test_chunked_is_the_definition_at_any_length(case, seed, length, kind):
     inputs, route = case.make(length=length, seed=seed), table(kind, 2, 2, length, seed)
@@ -186,7 +186,7 @@ def test_gradcheck(case, name, kind, merge):
         assert torch.autograd.gradcheck(function, tuple(leaves.values()), fast_mode=True)
 
 
-@every
+@operators
 def test_second_derivative_of_the_reference(case):
     inputs, route = case.make(batch=1, length=4), table("repeated", 1, 2, 4)
     leaves = {key: x.requires_grad_() for key, x in floats(inputs).items()}
@@ -366,7 +366,7 @@ def test_opcheck(case):
         torch.library.opcheck(operator, args, test_utils=sorted(set(OPCHECKS) - skipped))
 
 
-@every
+@operators
 def test_compile(case):
     torch._dynamo.reset()
     inputs, route = case.make(), table("repeated", 2, 2, 7)
@@ -406,7 +406,7 @@ def test_export(case):
         exported.module()(*case.make(length=9).values())
 
 
-@every
+@operators
 @pytest.mark.parametrize("name", ["", "reference"])
 @pytest.mark.parametrize("how", ["jit", "make_fx"])
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")

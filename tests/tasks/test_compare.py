@@ -17,8 +17,8 @@ from linescan.tasks import compare
 from linescan.tasks.compare import Outcome, Score, Variant
 from linescan.tasks.recipes import ClassificationRecipe
 
-from ..conftest import ENVIRONMENT
-from ..conftest import command as linescan
+from ..conftest import ENVIRONMENT, command
+from ..runs import linescan
 
 TINY = ("--epochs", "1", "--model-arg", "embed_dim=16", "--model-arg", "depth=2", "--sizes", "16,32")
 
@@ -75,15 +75,15 @@ def test_models_on_equal_terms(linescan_here, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_comparison_goes_on(tmp_path):
-    args = linescan("compare", "--out", tmp_path, "--mixers", "softmax,s6", *TINY, "--routes", "row", "--epochs", "3")
-    process = subprocess.Popen(args, env=ENVIRONMENT, stderr=subprocess.PIPE)
+    args = "compare", "--out", tmp_path, "--mixers", "softmax,s6", *TINY, "--routes", "row", "-e", "2", "--no-times"
+    process = subprocess.Popen(command(*args), env=ENVIRONMENT, stderr=subprocess.PIPE)
     while not (tmp_path / "softmax_row" / "0" / "state.pt").exists():
         assert process.poll() is None
         time.sleep(0.05)
     process.kill()
     process.communicate(timeout=120)  # until no process of the comparison holds the pipe any more
     assert not (tmp_path / "compare.json").exists()
-    subprocess.run(args, env=ENVIRONMENT, check=True, capture_output=True)
+    assert linescan(tmp_path, *args).end().returncode == 0
     results = json.loads((tmp_path / "compare.json").read_text())["results"]
     assert [list(result["scores"]) for result in results] == [["0"], ["0"]]
 
