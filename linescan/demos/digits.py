@@ -9,6 +9,7 @@ import torch
 
 from ..engine.image_sets import Digits
 from ..engine.metrics import read_metrics
+from ..engine.processes import threads
 from ..engine.progress import say
 from ..engine.recipe import Recipe
 from ..engine.training import train
@@ -40,13 +41,9 @@ def demo(out: str | Path = "runs/demo", recipe: Recipe = RECIPE) -> float:
     out = Path(out)
     for old in ("state.pt", "tensorboard", "images"):
         shutil.rmtree(out / old) if (out / old).is_dir() else (out / old).unlink(missing_ok=True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the model is so small that threads would only wait for one another
     started = time.monotonic()
-    try:
+    with threads(1):
         train(recipe, out, device="cpu")
-    finally:
-        torch.set_num_threads(threads)
     seconds = time.monotonic() - started
 
     # From here on, what any user does: read the file, classify images.

@@ -15,7 +15,8 @@ import torch
 
 from ..engine.atomic import atomic
 from ..engine.cloud_sets import PARTS_OF_DIGITS, DigitClouds
-from ..engine.progress import say
+from ..engine.processes import threads
+from ..engine.progress import progress_bar, say
 from ..engine.recipe import Recipe
 from ..engine.scene_sets import DigitStreet
 from ..media.draw import default_palette
@@ -101,8 +102,12 @@ def demo_points(
     metrics: dict = {"load_before": load, "seconds": seconds}
     answers = {}
     for name in _LINES:
-        weights = out / name / "model.safetensors"
-        answers[name] = PointClassifier(checkpoint=weights, device="cpu", topk=2, votes=VOTES)(clouds)
+        tool = PointClassifier(checkpoint=out / name / "model.safetensors", device="cpu", topk=2, votes=VOTES)
+        answers[name] = []
+        with threads(1), progress_bar(f"held-out digits, {name}", len(clouds)) as advance:
+            for _, answer in tool.each(clouds):
+                answers[name].append(answer)
+                advance()
         right = np.array([answer[0].index for answer in answers[name]]) == truth
         metrics[name] = {"top1": 100 * float(right.mean()), **_spent(out / name)}
     segmenter = PartSegmenter(checkpoint=out / "parts" / "model.safetensors", device="cpu")

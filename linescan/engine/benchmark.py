@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError
+from . import processes
 from .atomic import atomic
 from .cards import build
 from .scores import precision
@@ -179,9 +180,7 @@ def benchmark(
     """
     device = torch.device(device)
     makers = models if isinstance(models, Mapping) else {name: partial(_at_size, name) for name in models}
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with processes.threads(threads):
         for size in sizes:
             for name, make in makers.items():
                 progress(0, description=f"{name} at {size}")
@@ -191,8 +190,6 @@ def benchmark(
                     raise InputError(f"{name} at {size} pixels: {error}") from None
                 progress(1)
                 yield measured
-    finally:
-        torch.set_num_threads(before)
 
 
 def crossover(results: Sequence[Measurement], model: str, against: str) -> float | None:

@@ -15,7 +15,7 @@ from ..errors import InputError
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext, SpawnContext
 
-__all__ = ["Processes", "beginner", "pick_device", "processes", "words_to"]
+__all__ = ["Processes", "beginner", "pick_device", "processes", "threads", "words_to"]
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -92,6 +92,17 @@ def processes(device: str | None = None) -> Iterator[Processes]:
         yield Processes(dist.get_rank(), count, where)
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """In the block, torch computes with so many threads. Small models want one: more would wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def beginner() -> "SpawnContext | ForkServerContext":
