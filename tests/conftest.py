@@ -73,12 +73,10 @@ def linescan_here(monkeypatch, capsys):
 @pytest.fixture
 def one_thread():
     """Torch computes in one thread, as every process of a training does."""
-    import torch
+    from linescan.engine.processes import threads
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with threads(1):
+        yield
 
 
 def write_images(root: Path, classes=("circle", "square", "stripe"), each=8, size=20, seed=0) -> Path:

@@ -95,9 +95,7 @@ def export(
     if entry and entry.inputs[0][-1] < 8:
         raise InputError(f"{card.model} reads point clouds; networks of images, videos and volumes can be exported")
     if entry and entry.task != "classification":
-        images = [len(shape) >= 3 for shape in entry.inputs]
-        shapes = [(*shape[:-2], *(sides or shape[-2:])) if is_image else shape
-                  for shape, is_image in zip(entry.inputs, images)]  # fmt: skip
+        shapes = [(*shape[:-2], *(sides or shape[-2:])) if len(shape) >= 3 else shape for shape in entry.inputs]
     elif sides:
         raise InputError(f"a classifier is built for its size: --model-arg 'img_size=[{sides[0]},{sides[1]}]'")
     error = export_package(network, card, to, format.value, precision.dtype, shapes)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from linescan.engine.processes import threads
 from linescan.scans import (
     backend,
     bi_wkv,
@@ -522,10 +523,9 @@ def test_threads_do_not_change_a_bit():
     others = {name: heads(name, 1, 2, 100, 4, 32, 64) for name in MATRICES}
     if hasattr(torch.ops.linescan_cpu, "vector_scan"):
         others |= {name: channels(name, 1, 2, 100, 300) for name in VECTORS}
-    threads, outcomes = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3, 16, 1):
-            torch.set_num_threads(count)
+    outcomes = []
+    for count in (1, 2, 3, 16, 1):
+        with threads(count):
             outcomes.append(
                 results(selective_scan, scan, "cpu", route=orders(2, 100, "padded"), merge="sum", delta_softplus=True)
                 | {f"conv {k}": v for k, v in results(causal_conv1d, conv, "cpu", route=orders(2, 200, "none")).items()}
@@ -534,8 +534,6 @@ def test_threads_do_not_change_a_bit():
                 inputs = {key: x.float() for key, x in inputs.items()}
                 got = results(function, inputs, "cpu", route=orders(2, 100, "padded"), merge="sum")
                 outcomes[-1] |= {f"{name} {key}": x for key, x in got.items()}
-    finally:
-        torch.set_num_threads(threads)
     for other in outcomes[1:]:
         for key, expected in outcomes[0].items():
             assert torch.equal(other[key], expected), key
