@@ -51,10 +51,20 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename in (None, partial, str(partial)):
             error.filename, error.filename2 = str(path), None  # the name that the user knows
+        if _interrupted(error):  # torch.save, stopped within a write, fails to close its archive and says so instead
+            raise KeyboardInterrupt from error
         raise
     if os.name == "posix":
         with suppress(PermissionError):  # of a folder that may be written but not listed
             _flush(path.parent)  # the new name, too, must survive a power cut
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether an error that is not Ctrl-C itself came from handling Ctrl-C."""
+    while error is not None and (error := error.__context__) is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+    return False
 
 
 def _partial(path: Path) -> Path:

@@ -5,6 +5,7 @@ import os
 import resource
 
 import pytest
+import torch
 
 from linescan.engine.atomic import atomic, atomic_path, sweep
 
@@ -113,3 +114,21 @@ def test_what_a_killed_process_leaves_is_swept(tmp_path):
         (tmp_path / name).write_bytes(b"")
     sweep(tmp_path)
     assert names(tmp_path) == ["kept", "z.partial"]
+
+
+def test_stopped_within_a_write(tmp_path):
+    """Ctrl-C is Ctrl-C, whatever the writer says when it cannot close its archive."""
+    path = tmp_path / "x"
+    for writes in range(1, 4):
+        left = writes
+
+        def write(data):
+            nonlocal left
+            if not (left := left - 1):
+                raise KeyboardInterrupt
+            return len(data)
+
+        with pytest.raises(KeyboardInterrupt), atomic(path) as file:
+            file.write = write
+            torch.save({"weight": torch.zeros(100_000)}, file)
+        assert names(tmp_path) == []
