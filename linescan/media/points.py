@@ -12,6 +12,7 @@ The header is read first. Of a file with more points than wanted, one point is d
 the file, with a seed, so that memory does not grow with the file. Whatever is left out is said in `PointCloud.notes`.
 """
 
+import codecs
 import logging
 import re
 import struct
@@ -69,7 +70,8 @@ class PointCloud:
 
     def __repr__(self) -> str:
         there = [name for name in ("intensity", "normals", "colours", "labels") if getattr(self, name) is not None]
-        return f"<PointCloud of {len(self):,} points{' with ' * bool(there)}{', '.join(there)}>"
+        points = f"{len(self):,} point{'s' * (len(self) != 1)}"
+        return f"<PointCloud of {points}{' with ' * bool(there)}{', '.join(there)}>"
 
 
 def read_points(
@@ -250,7 +252,7 @@ def _assemble(path: Path, read: dict[str, np.ndarray] | np.ndarray, names: list[
     if not finite.any():
         raise BrokenCloud(f"{path}: none of its {len(points):,} points has finite coordinates")
     if lost := int((~finite).sum()):
-        notes.append(f"{lost:,} points without finite coordinates left out")
+        notes.append(f"{lost:,} point{'s' * (lost > 1)} without finite coordinates left out")
     points = points[finite]
     origin = np.zeros(3)
     if np.abs(points).max() > 1e4:
@@ -649,9 +651,9 @@ def _promised(path: Path) -> tuple[int, int]:
 
 
 def _lines(path: Path, start: int = 0) -> Iterator[bytes]:
-    """Lines that hold something, from byte `start` on."""
+    """Lines that hold something, from byte `start` on, without the mark that Windows puts before UTF-8."""
     with open(path, "rb") as file:
-        file.seek(start)
+        file.seek(start or 3 * (file.read(3) == codecs.BOM_UTF8))
         for line in iter(lambda: file.readline(_LARGEST_LINE), b""):
             if len(line) == _LARGEST_LINE or b"\0" in line:
                 raise BrokenCloud(f"{path}: not lines of numbers")
@@ -663,8 +665,24 @@ def _is_comment(line: bytes) -> bool:
     return line.startswith((b"#", b"//"))
 
 
+def _plain(line: bytes) -> str:
+    """A line with spaces between its numbers, and points in them.
+
+    Commas are in numbers where semicolons stand between them, or spaces between all: "1,5;2;3,5" and "1,5 2 3,5".
+    """
+    text = line.decode("latin-1")
+    if "," in text:
+        words = text.split()
+        inside = ";" in text or "." not in text and len(words) > 2 and not any(_COMMAS.search(word) for word in words)
+        text = text.replace(",", "." if inside else " ")
+    return text.replace(";", " ")
+
+
+_COMMAS = re.compile(r"^,|,$|,.*,")  # of a word: some that stand between numbers
+
+
 def _split(line: bytes) -> list[str]:
-    return line.decode("latin-1").replace(",", " ").replace(";", " ").split()
+    return _plain(line).split()
 
 
 def _is_number(word: str) -> bool:
@@ -679,7 +697,7 @@ def _text(path: Path, names, samples, seed) -> _Table:
     """Lines of numbers with anything between them; comments, a line of names, or .pts's count may come first."""
     header, skipped, total, width = [], 0, 0, 0
     for line in _lines(path):
-        if not total and (_is_comment(line) or not _is_number(_split(line)[0])):
+        if not total and (_is_comment(line) or not _is_number("".join(_split(line)[:1]))):
             header, skipped = _split(line.lstrip(b"#/")), skipped + 1
             continue
         if not total and not width and len(_split(line)) == 1:  # the number of points
@@ -688,6 +706,8 @@ def _text(path: Path, names, samples, seed) -> _Table:
         if not _is_comment(line):
             width = width if total else len(_split(line))
             total += 1
+    if header and not total and not _is_comment(line):
+        raise BrokenCloud(f"{path}: no line of it begins with a number")
     header = [_known(name) for name in header]
     named = not names and len(header) == width and {"x", "y", "z"} <= set(header)
 
@@ -714,9 +734,8 @@ def _text_rows(path: Path, start: int, skipped: int, total: int, rows: np.ndarra
         lines, total = iter(chosen), len(rows)
     blocks, count = [], 0
     while block := list(islice(lines, _BLOCK)):
-        text = (line.decode("latin-1").replace(",", " ").replace(";", " ") for line in block)
         try:
-            blocks.append(np.loadtxt(text, np.float64, comments=None, ndmin=2))
+            blocks.append(np.loadtxt(map(_plain, block), np.float64, comments=None, ndmin=2))
         except ValueError:
             raise BrokenCloud(f"{path}: {_first_wrong(block)}") from None
         count += len(block)

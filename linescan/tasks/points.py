@@ -67,15 +67,20 @@ class PointClassifier(CloudTool):
         self.topk, self.votes, self.augment = topk, votes, PointAugment(augment, self.card.preprocess)
 
     def answer(self, opened: Sequence[OpenedCloud], progress: Progress = silent) -> list[NamedCloud]:
-        how, logits = self.card.preprocess, []
+        logits = []
         for vote in range(max(self.votes, 1)):
-            if self.votes:
-                seed_all(0, "vote", vote)
-            inputs = [self.augment(cloud.rows[how.choose(cloud.rows, random=bool(self.votes))]) for cloud in opened]
+            inputs = [self.drawn(cloud.rows, vote) for cloud in opened]
             logits.append(expect_finite(self.module(torch.stack(inputs).to(self.device)).float().cpu()))
             progress(len(opened) / max(self.votes, 1))
         mean = torch.stack(logits).mean(0).softmax(-1)
-        return [NamedCloud(p, self.classes, self.topk, cloud, how.up) for p, cloud in zip(mean, opened)]
+        up = self.card.preprocess.up
+        return [NamedCloud(p, self.classes, self.topk, cloud, up) for p, cloud in zip(mean, opened)]
+
+    def drawn(self, rows: Tensor, vote: int) -> Tensor:
+        """What the model reads of a cloud; of a vote, always the same, whatever other clouds there are."""
+        if self.votes:
+            seed_all(0, "vote", vote)
+        return self.augment(rows[self.card.preprocess.choose(rows, random=bool(self.votes))])
 
     def view(self, opened: OpenedCloud, answer: NamedCloud) -> PointView:
         return answer.view

@@ -211,6 +211,16 @@ def test_text(tmp_path, cloud, suffix, delimiter, columns):
     check(read_points(path), cloud, *COLUMNS[columns][1:])
 
 
+@pytest.mark.parametrize("sign", [";", " ", "\t"])
+def test_text_with_commas_in_its_numbers(tmp_path, cloud, sign):
+    """As spreadsheets of half of the world save it, with the mark that Windows puts first."""
+    rows = np.concatenate((np.zeros((1, 3)), cloud["points"]))
+    lines = [sign.join(f"{value:.6g}".replace(".", ",") for value in row) for row in rows]
+    for first in ("", sign.join("xyz") + "\n"):
+        (tmp_path / "a.csv").write_text(first + "\n".join(lines), encoding="utf-8-sig")
+        check(read_points(tmp_path / "a.csv"), {"points": rows}, tolerance=1e-4)
+
+
 def test_text_with_names_comments_and_blank_lines(tmp_path, cloud):
     (tmp_path / "a.csv").write_text(
         '"Label","X","Y","Z","time"\n'
@@ -374,7 +384,8 @@ PCD = "FIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nCOUNT 1 1 1\nWIDTH {0}\nHEIGHT 1\nP
         ("a.npz", "rubbish", "not a .npz file, or damaged"),
         ("a.txt", "", "holds no points"),
         ("a.txt", "# nothing\n", "holds no points"),
-        ("a.txt", "a b c\n", "holds no points"),
+        ("a.txt", "a b c\n", "no line of it begins with a number"),
+        ("a.txt", "some words\n;\nand, others\n", "no line of it begins with a number"),
         ("a.txt", "1 2\n3 4\n", "a table of 2x2 float64; a cloud has rows of numbers, at least 3 columns each"),
         ("a.txt", "1 2 3\n4 5\n", "lines of 3 numbers, and of 2"),
         ("a.txt", "1 2 3\n4 5 tree\n", "'tree' is no number"),

@@ -259,6 +259,14 @@ def test_classifies_shapes_after_a_short_training(shapes, tmp_path):
     assert all(torch.equal(v, theirs[k]) for k, v in tuned.bare.state_dict().items() if not k.startswith("head."))
 
 
+def test_votes_do_not_depend_on_other_files(shapes, named):
+    classify = PointClassifier(checkpoint=named, votes=2, batch=3, augment="rotate")
+    paths = [shapes / "box" / name for name in ("0.npz", "1.txt", "2.ply")]
+    together = {str(path): [g.probability for g in answer] for path, answer in zip(paths, classify(paths))}
+    for path in paths:
+        assert [g.probability for g in classify(path)] == pytest.approx(together[str(path)], abs=1e-6)
+
+
 def test_votes_are_the_mean_of_logits(shapes):
     training, _ = start("unused", PointClassificationRecipe, shapes, **POINTS, votes=3, augment="rotate")
     model = training.bare.eval()
