@@ -23,6 +23,12 @@ def pytest_collection_modifyitems(items) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Three workers on two cores: a quarter of the time a test waits for its processes, or for the disk."""
+    return len(os.sched_getaffinity(0)) * 3 // 2 if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 2)
+
+
 def pytest_collection_finish() -> None:
     """Tests and what they import stay to the end: a garbage collection need not look through them each time."""
     gc.collect()

@@ -37,12 +37,17 @@ __all__ = [
 ]
 
 
-def seed_all(seed: int, purpose: str, *key: int) -> None:
-    """Seeds Python, NumPy and torch from what is about to be done; any other purpose or key gives other numbers."""
+def seed_all(seed: int, purpose: str, *key: int, device: torch.device = torch.device("cpu")) -> None:
+    """Seeds Python, NumPy and torch from what is about to be done; any other purpose or key gives other numbers.
+
+    Torch is seeded on the CPU and on `device`, the current one of its type.
+    """
     seed = int(np.random.SeedSequence((seed, *purpose.encode(), *key)).generate_state(1, np.uint64)[0])
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed % 2**63)
+    torch.default_generator.manual_seed(seed % 2**63)  # a sample cannot wait for torch.manual_seed, which takes 1 ms
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed % 2**63)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

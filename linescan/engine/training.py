@@ -72,7 +72,7 @@ class Training:
             ready = self.started.resumed()
         else:
             self.started = ready = task_class.resolve(recipe)
-        seed_all(recipe.seed, "weights")
+        seed_all(recipe.seed, "weights", device=processes.device)
         self.task = task_class(ready)
         self.task.to(processes.device)
         self.bare: nn.Module = self.task.model
@@ -165,7 +165,7 @@ class Training:
             if not size:
                 raise InputError(f"none of the {len(self.task.data)} training samples can be read; see above")
             content = to_device(content, processes.device)
-            seed_all(recipe.seed, "step", self.step, processes.rank, part)
+            seed_all(recipe.seed, "step", self.step, processes.rank, part, device=processes.device)
             more = processes.count > 1 and part + 1 < recipe.accumulate
             with self.model.no_sync() if more else nullcontext():
                 with precision(processes.device, dtype):

@@ -1,5 +1,6 @@
-"""Every config that comes with linescan builds, trains one step and tests one image."""
+"""Every config that comes with linescan builds; of each kind, one trains a step and tests an image."""
 
+import re
 from functools import lru_cache
 
 import numpy as np
@@ -24,6 +25,17 @@ from linescan.openmmlab import find_config, list_configs  # noqa: E402
 
 CONFIGS = [name for name in list_configs() if name.startswith(("segmentation/", "detection/"))]
 SIDE = 64
+
+
+def _kind(name: str) -> str:
+    """The name without width, schedule and data set: configs that differ in no more take the same steps."""
+    width_or_schedule = r"_(tiny|small|medium|base|large\d?|b\d|s\d|1x|3x)(?=_)"
+    data = r"_(ade20k|cityscapes|coco|objects365|mfnet|pst900|nyuv2|sunrgbd)(?=_|$)"
+    return re.sub(f"{width_or_schedule}|{data}", "", name)
+
+
+NARROW_LAST = sorted(CONFIGS, key=lambda name: "tiny" in name or "b0" in name)
+KINDS = list({_kind(name): name for name in NARROW_LAST}.values())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -118,14 +130,24 @@ def detection_batch():
 
 
 @pytest.mark.parametrize("cfg", CONFIGS, indirect=True, ids=CONFIGS)
-def test_config_trains_and_tests_a_step(cfg):
-    torch.manual_seed(0)
+def test_config_builds(cfg):
+    """As large as it is, without its numbers; every layer that reads the backbone's maps expects their channels."""
+    for key in ("backbone", "neck"):
+        if cfg.model.get(key):
+            cfg.model[key].pop("init_cfg", None)
     with torch.device("meta"):
-        # As large as it is, without its numbers.
-        MODELS.build({key: value for key, value in cfg.model.backbone.items() if key != "init_cfg"})
+        model = MODELS.build(cfg.model)
+    if reader := getattr(model, "neck", None) or getattr(model, "decode_head", None):
+        expected = getattr(reader, "in_channels", None)
+        assert expected in (None, model.backbone.out_channels)
     for loader in (cfg.train_dataloader, cfg.test_dataloader):
         dataset = loader.dataset.get("dataset", loader.dataset)
         Compose(dataset.pipeline)
+
+
+@pytest.mark.parametrize("cfg", KINDS, indirect=True, ids=KINDS)
+def test_config_trains_and_tests_a_step(cfg):
+    torch.manual_seed(0)
     cfg = shrink(cfg)
     model = MODELS.build(cfg.model)
     model.init_weights()
