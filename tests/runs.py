@@ -26,9 +26,10 @@ from .conftest import ENVIRONMENT
 
 METHOD = multiprocessing.get_start_method()
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    ["tests.runs", "linescan.tasks", "linescan.tasks.recipes", "linescan.cli.train", "linescan.cli.predict"]
-)
+FORKS.set_forkserver_preload([
+    "tests.runs", "linescan.cli", "linescan.heads", "linescan.engine.training", "linescan.tasks.pretrain",
+    "linescan.media.clouds", "sklearn.datasets", "torch.utils.tensorboard", "pydantic.networks", "av",
+])  # fmt: skip
 
 
 def _begin(folder: Path, log: Path, environment: dict[str, str], target: Callable, args: tuple) -> None:

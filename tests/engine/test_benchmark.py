@@ -145,7 +145,7 @@ if sys.argv[1:]:
     os.environ |= dict.fromkeys(("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"), sys.argv[1])
 import linescan, timm
 from linescan.engine.benchmark import growth
-model = timm.create_model("vmamba_tiny_s1l8", depths=(1, 1, 1, 1)).eval()
+model = timm.create_model("vmamba_tiny_s1l8", depths=(1, 1, 1)).eval()
 print(growth(model, [(32 * h, 32 * w) for h in range(3, 9) for w in range(3, 11)]))
 """
 
