@@ -17,6 +17,8 @@ from types import ModuleType
 import pytest
 import typer
 
+from linescan.cli.train import with_recipe
+
 from .conftest import ENVIRONMENT, REPOSITORY
 
 PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md")])
@@ -169,6 +171,8 @@ def check_command(line: str) -> None:
     elif program == "python":
         assert (REPOSITORY / words[0]).exists(), line
     elif words and not words[0].startswith("-"):
+        if "--recipe" in words and "." not in words[words.index("--recipe") + 1]:  # one of linescan's
+            words[1:] = with_recipe(words[1:])
         known = options_of(words)
         for word in words[1:]:
             assert not re.match(r"--?[a-z]", word) or word.partition("=")[0] in known, f"{word} in: {line}"

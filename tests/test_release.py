@@ -22,7 +22,7 @@ import linescan
 from linescan.scans.kernels import backend_info
 from pathlib import Path
 print(linescan.__file__)
-print(len(linescan.list_models()), len(list(Path(linescan.__file__).parent.glob("configs/**/*.py"))))
+print(len(linescan.list_models()), len(list(Path(linescan.__file__).parent.glob("configs/*/*.[pt]*"))))
 print(backend_info()["cpu"])
 """
 
@@ -76,7 +76,7 @@ def use(path: Path, trained: Path, images: Path, folder: Path) -> str:
 
     file, counts, kernels = run("-c", USE).splitlines()
     assert Path(file).is_relative_to(folder / "env")
-    configs = len(list((REPOSITORY / "linescan" / "configs").glob("**/*.py")))
+    configs = len(list((REPOSITORY / "linescan" / "configs").glob("*/*.[pt]*")))
     assert counts == f"{len(linescan.list_models())} {configs}"
     image = sorted(images.glob("*/*.png"))[0]
     assert "%" in run("-m", "linescan", "classify", image, "-c", trained / "model.safetensors", "--device", "cpu")

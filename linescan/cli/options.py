@@ -62,7 +62,13 @@ def group(name: str, about: str) -> typer.Typer:
     return made
 
 
-def command_by_task(name: str, tasks: Sequence[str], make: Callable[[str], TyperCommand], about: str) -> None:
+def command_by_task(
+    name: str,
+    tasks: Sequence[str],
+    make: Callable[[str], TyperCommand],
+    about: str,
+    expand: Callable[[list[str]], list[str]] = list,
+) -> None:
     """A command whose options depend on the `--task` among its arguments.
 
     Args:
@@ -70,10 +76,12 @@ def command_by_task(name: str, tasks: Sequence[str], make: Callable[[str], Typer
         tasks: that there are; the first is meant where none is named.
         make: task -> the command with its options, as `made_command` gives it.
         about: one line for the list of commands.
+        expand: arguments -> those that they stand for.
     """
 
     class ByTask(TyperCommand):
         def make_context(self, info_name, args, parent=None, **extra):
+            args = expand(args)
             return make(named_task(args, tasks)).make_context(info_name, args, parent, **extra)
 
     app.command(name, cls=ByTask, help=about)(lambda: None)
@@ -81,15 +89,33 @@ def command_by_task(name: str, tasks: Sequence[str], make: Callable[[str], Typer
 
 def named_task(args: Sequence[str], tasks: Sequence[str]) -> str:
     """The `--task` among arguments; the first of `tasks` where none is named."""
-    task = tasks[0]
-    for i, arg in enumerate(args):
-        if arg == "--task" and i + 1 < len(args):
-            task = args[i + 1]
-        elif arg.startswith("--task="):
-            task = arg.partition("=")[2]
+    task = word_after(args, "--task") or tasks[0]
     if task not in tasks:
         raise InputError(f"--task must be one of {', '.join(tasks)}, not {task!r}")
     return task
+
+
+def word_after(args: Sequence[str], option: str) -> str | None:
+    """The value of an option among arguments, as `OPTION VALUE` or `OPTION=VALUE`; the last one; None without one."""
+    found = None
+    for i, arg in enumerate(args):
+        if arg == option and i + 1 < len(args):
+            found = args[i + 1]
+        elif arg.startswith(f"{option}="):
+            found = arg.partition("=")[2]
+    return found
+
+
+def words_of(values: dict[str, Any]) -> list[str]:
+    """Fields of a recipe and their values as arguments of the command line; None is left out."""
+    words = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            words += [word for key, one in value.items() for word in (flag(name), f"{key}={json.dumps(one)}")]
+        elif value is not None and value is not False:
+            each = [] if value is True else value if isinstance(value, (list, tuple)) else [value]
+            words += [flag(name), *map(str, each)]
+    return words
 
 
 def made_command(name: str, function: Callable, parameters: Sequence[inspect.Parameter], about: str, examples):

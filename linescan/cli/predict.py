@@ -519,6 +519,10 @@ def _side(sizes: dict[str, tuple[int, int] | None]) -> int | None:
 # -- what all of them do ----------------------------------------------------------------------------------------------
 
 
+REASONS = 3
+"""Files that are named where none can be read."""
+
+
 def answer_files(
     open_tool: Callable[[], tuple["Tool", "Writer"]],
     paths: list[str],
@@ -542,11 +546,16 @@ def answer_files(
     listed = sys.stdin.read() if "-" in paths else ""
 
     def sources(kinds):
-        found = find(paths, kinds, exclude=[to] if to else [], stdin=io.StringIO(listed))
+        found = some(find(paths, kinds, exclude=[to] if to else [], stdin=io.StringIO(listed)))
         if partners is not None:
-            found = pair(found, find([partners], kinds, exclude=[to] if to else []))
+            found = some(pair(found, some(find([partners], kinds, exclude=[to] if to else []))))
+        return found
+
+    def some(found):
         if all(source.error for source in found):
-            raise InputError("; ".join(dict.fromkeys(str(source.error) for source in found)))
+            reasons = list(dict.fromkeys(str(source.error) for source in found))
+            more = len(reasons) - REASONS
+            raise InputError("; ".join(reasons[:REASONS]) + (f"; and {more} more" if more > 0 else ""))
         return found
 
     sources(kinds)  # or a model would be opened in vain

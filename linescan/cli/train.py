@@ -10,7 +10,7 @@ import typer
 from linescan.engine.progress import progress_bar, say, show
 from linescan.engine.recipe import DATA, PANELS, Recipe, Run, flag
 from linescan.errors import InputError
-from linescan.tasks.recipes import RECIPES
+from linescan.tasks.recipes import RECIPES, read_options
 
 from .options import (
     Batch,
@@ -28,6 +28,8 @@ from .options import (
     parameter,
     parameters_of,
     show_json,
+    word_after,
+    words_of,
     worker_count,
 )
 
@@ -47,6 +49,10 @@ ABOUT = """Stop it as you like: --resume takes the steps that it would have take
 The folder of the run gets model.safetensors (last evaluation), best.safetensors, metrics.csv, and what TensorBoard
 reads where that is installed. Several processes: torchrun --standalone --nproc_per_node=4 -m linescan train ...
 
+--recipe takes all options from a file: of a published run, by its name in configs/, such as
+restoration/mambair_v2_light_x2; a TOML file of your own; or the recipe.json of a run. What else stands in the command
+line counts instead.
+
 With --config, a segmentor or detector is trained by OpenMMLab instead, as the config says; of the other options only
 --out, --resume and --cfg-options count then."""
 
@@ -62,6 +68,7 @@ def training_of(task: str):
     own = [
         parameter("task", _which(list(RECIPES)), next(iter(RECIPES))),
         parameter("to", _option(Optional[Path], "The folder of the run.", "--out", "--work-dir", "-o")),
+        parameter("recipe", _option(Optional[str], "Options from a file, or of a published run by its name.")),
         parameter("config", _option(Optional[str], config)),
         parameter("cfg_options", pairs),
     ]
@@ -77,8 +84,21 @@ def recipe_of(task: str, options: dict) -> Recipe:
     return RECIPES[task](**values)
 
 
-def train(task: str, to: Path | None, config: str | None, cfg_options: list[str] | None, **options) -> None:
-    """Trains for a task, or as the config says, if there is one."""
+def with_recipe(args: list[str]) -> list[str]:
+    """Arguments, and before them the options of the file that their `--recipe` names."""
+    name = word_after(args, "--recipe")
+    if name is None:
+        return args
+    task, values = read_options(name)
+    if (wanted := word_after(args, "--task") or task) != task:
+        raise InputError(f"--recipe {name} is one of --task {task}, not of {wanted}")
+    return ["--task", task, *words_of(values), *args]
+
+
+def train(
+    task: str, to: Path | None, recipe: str | None, config: str | None, cfg_options: list[str] | None, **options
+) -> None:
+    """Trains for a task, or as the config says, if there is one; the options of `recipe` are among the others."""
     if config:
         from linescan.openmmlab.runner import train_config
 
@@ -96,7 +116,8 @@ def train(task: str, to: Path | None, config: str | None, cfg_options: list[str]
         raise typer.Exit(130) from None
 
 
-command_by_task("train", list(RECIPES), training_of, "Train a model for a task: classification, distillation, ...")
+ONE_LINE = "Train a model for a task: classification, distillation, ..."
+command_by_task("train", list(RECIPES), training_of, ONE_LINE, with_recipe)
 
 
 # -- evaluating -------------------------------------------------------------------------------------------------------

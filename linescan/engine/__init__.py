@@ -1,6 +1,7 @@
 """Training and scoring of any task, on one process or several.
 
     recipe.py        what a run is asked to do: fields that are also the options of the command line
+    configs.py       files of configs/ by name
     training.py      the training loop
     data.py          samples in batches, in an order that is a function of the step
     image_sets.py    sets of images and videos: folders of classes, the embedded digits

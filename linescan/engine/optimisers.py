@@ -56,22 +56,29 @@ def build_optimizer(recipe: Recipe, groups: list[dict]) -> Optimizer:
     return optimizer
 
 
-class Held:
-    """A schedule that stands still for some steps after its warm-up.
+class Bent:
+    """A schedule that after its warm-up stands still for some steps, or falls and rises in turn.
 
     Args:
-        schedule: of what is left of the run.
-        warmup, steps: how long the warm-up is, and the stop.
+        schedule: of what is left of the run, or of the first fall.
+        warmup: its steps.
+        hold: steps to stand still for.
+        period: steps of a fall with its warm-up, and of a rise; None for one fall.
     """
 
-    def __init__(self, schedule: Scheduler, warmup: int, steps: int):
-        self.schedule, self.warmup, self.steps = schedule, warmup, steps
+    def __init__(self, schedule: Scheduler, warmup: int, hold: int, period: int | None):
+        self.schedule, self.warmup, self.hold, self.period = schedule, warmup, hold, period
 
     def step_update(self, step: int) -> None:
-        self.schedule.step_update(step if step < self.warmup else max(step - self.steps, self.warmup))
+        if step >= self.warmup:
+            step -= self.hold
+            if self.period:
+                step = abs((step + self.period) % (2 * self.period) - self.period)  # back and forth over the fall
+            step = max(step, self.warmup)
+        self.schedule.step_update(step)
 
 
-def build_schedule(recipe: Recipe, optimizer: Optimizer, per_epoch: int) -> Scheduler | Held:
+def build_schedule(recipe: Recipe, optimizer: Optimizer, per_epoch: int) -> Scheduler | Bent:
     """The recipe's schedule: `step_update(step)` sets the learning rates of a step, a function of its number alone.
 
     Args:
@@ -82,9 +89,11 @@ def build_schedule(recipe: Recipe, optimizer: Optimizer, per_epoch: int) -> Sche
     """
     total, unit = (recipe.steps, 1) if recipe.steps else (recipe.epochs, per_epoch)
     name, args = recipe.schedule, {}
-    warmup, falling = min(recipe.warmup, total), total - recipe.hold
+    warmup, falling = min(recipe.warmup, total), (recipe.period or total) - recipe.hold
     if recipe.hold and warmup >= falling:
         raise InputError(f"--hold {recipe.hold:g} leaves nothing of {total} for the learning rate to fall in")
+    if recipe.period and warmup >= falling:
+        raise InputError(f"--period {recipe.period:g} must be longer than --warmup {warmup:g}")
     if name == "constant":
         name, args = "step", {"decay_rate": 1.0, "decay_epochs": total}
     elif name == "step":
@@ -106,4 +115,7 @@ def build_schedule(recipe: Recipe, optimizer: Optimizer, per_epoch: int) -> Sche
         raise InputError(f"--schedule {recipe.schedule}: {error}") from None
     if schedule is None:
         raise InputError(f"timm {timm.__version__} has no --schedule {name}: `pip install -U timm` brings it")
-    return Held(schedule, round(warmup * unit), round(recipe.hold * unit)) if recipe.hold else schedule
+    if not (recipe.hold or recipe.period):
+        return schedule
+    period = max(round(recipe.period * unit), 1) if recipe.period else None
+    return Bent(schedule, round(warmup * unit), round(recipe.hold * unit), period)

@@ -13,7 +13,9 @@ once.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
 from importlib import import_module
 from types import NoneType
 from typing import Any, ClassVar, get_args, get_origin, get_type_hints
@@ -22,7 +24,7 @@ from ..errors import InputError
 
 __all__ = [
     "AUGMENT", "COUNT", "DATA", "LOSS", "MODEL", "NATURAL", "OPTIMISER", "PANELS", "POSITIVE", "RUN", "Range", "Recipe",
-    "Run", "SHARE", "UNIT", "flag", "option",
+    "Run", "SHARE", "UNIT", "check_options", "flag", "option",
 ]  # fmt: skip
 
 # Panels of `linescan train --help`, in this order.
@@ -120,16 +122,29 @@ def _check(name: str, value: Any, kind: Any, facts: dict) -> None:
         raise InputError(f"{flag(name)} must be one of {', '.join(choices)}, not {value!r}")
 
 
+def check_options(cls: type, values: Mapping[str, Any]) -> None:
+    """Checks values for some of the fields of a class of options.
+
+    Raises:
+        InputError: a name that is none of theirs, a value of another type or out of its range.
+    """
+    hints, facts = get_type_hints(cls), {f.name: f.metadata for f in fields(cls)}
+    for name, value in values.items():
+        if name not in facts:
+            near = get_close_matches(name, facts, 3)
+            raise InputError(f"{name!r} is no option" + (f"; near it: {', '.join(near)}" if near else ""))
+        _check(name, tuple(value) if isinstance(value, list) else value, hints[name], facts[name])
+
+
 class _Options:
     """Checks every field against its type and range when it is made."""
 
     def __post_init__(self):
-        hints = get_type_hints(type(self))
-        for f in fields(self):
-            value = getattr(self, f.name)
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in values.items():
             if isinstance(value, list):  # from JSON
-                object.__setattr__(self, f.name, value := tuple(value))
-            _check(f.name, value, hints[f.name], f.metadata)
+                object.__setattr__(self, name, tuple(value))
+        check_options(type(self), values)
 
 
 @dataclass(frozen=True)
@@ -210,6 +225,10 @@ class Recipe(_Options):
     warmup: float = option(5.0, "Epochs in which the learning rate rises from 0.", OPTIMISER, NATURAL)
     hold: float = option(0.0, "Epochs at the highest learning rate, after the warm-up, before it falls.", OPTIMISER,
                          NATURAL)  # fmt: skip
+    period: float | None = option(
+        None, "Epochs in which cosine falls; it then rises in as many, falls again, and so on. Default: it falls once.",
+        OPTIMISER, POSITIVE,
+    )  # fmt: skip
     min_lr: float | None = option(
         None, "Learning rate at the end of cosine, poly, tanh and wsd; default: 1e-5, or --lr if that is lower.",
         OPTIMISER, NATURAL,
@@ -236,6 +255,8 @@ class Recipe(_Options):
             raise InputError("--schedule multistep needs --milestones, as in --milestones 60,80")
         if self.hold and self.schedule in ("constant", "step", "multistep"):
             raise InputError(f"--hold is for cosine, poly, tanh and wsd, not for --schedule {self.schedule}")
+        if self.period and (self.schedule != "cosine" or self.hold):
+            raise InputError("--period is for --schedule cosine without --hold")
 
     @property
     def falls(self) -> list[float]:

@@ -162,14 +162,17 @@ def pair(first: Sequence[Source], second: Sequence[Source]) -> list[Source]:
     for source in first:
         partner = partners.pop(source.name, None)
         if partner is None:
-            reason = f"{source.path} has no partner: nothing else is named {source.name}"
-            pairs.append(source._replace(error=source.error or InputError(reason)))
+            pairs.append(source._replace(error=source.error or _alone(source)))
         else:
             together = source._replace(error=source.error or partner.error)
             pairs.append(together._replace(partners=(*source.partners, partner.path)))
-    alone = (s._replace(error=InputError(f"{s.path} has no partner: nothing else is named {s.name}"))
-             for s in partners.values())  # fmt: skip
-    return pairs + list(alone)
+    return pairs + [source._replace(error=source.error or _alone(source)) for source in partners.values()]
+
+
+def _alone(source: Source) -> InputError:
+    several = source.path.suffix and source.name.endswith(source.path.suffix)
+    why = "; two files that differ in their suffix alone have names with it" if several else ""
+    return InputError(f"{source.path}: it has no partner named {source.name}{why}")
 
 
 class _Found:

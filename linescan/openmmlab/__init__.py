@@ -1,6 +1,6 @@
 """The bridge to OpenMMLab: `custom_imports = dict(imports=['linescan.openmmlab'])` registers the backbone.
 
-backbone.py      LinescanBackbone, layer-wise learning rates, the configs that come with linescan
+backbone.py      LinescanBackbone, layer-wise learning rates
 models.py        segmentors and detectors of configs, as the inference tools see them
 runner.py        training from a config; resumable.py: so that it can be killed at any moment
 segman.py        SegMAN's decode head for mmseg; sigma.py: Sigma's encoder and head, and images in pairs
@@ -10,6 +10,7 @@ yolo.py          Mamba-YOLO-World as a detector of mmdet
 from importlib.util import find_spec
 
 if find_spec("mmengine"):  # without it, the other modules say in one line what is missing
-    from .backbone import CONFIGS, LayerDecayOptimWrapperConstructor, LinescanBackbone, find_config, list_configs
+    from ..engine.configs import CONFIGS, find_config, list_configs
+    from .backbone import LayerDecayOptimWrapperConstructor, LinescanBackbone
 
     __all__ = ["CONFIGS", "LayerDecayOptimWrapperConstructor", "LinescanBackbone", "find_config", "list_configs"]

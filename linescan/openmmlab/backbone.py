@@ -3,14 +3,11 @@
     custom_imports = dict(imports=['linescan.openmmlab'])
     model = dict(backbone=dict(type='LinescanBackbone', model='vig_h_tiny'), ...)
 
-Both are registered at the root, so that mmsegmentation and mmdetection see them. The configs that come with linescan
-are found by name (`find_config`).
+Both are registered at the root, so that mmsegmentation and mmdetection see them.
 """
 
 from collections import defaultdict
-from difflib import get_close_matches
 from importlib.util import find_spec
-from pathlib import Path
 
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import print_log
@@ -28,7 +25,7 @@ from ..errors import InputError
 from ..flops import flop_handles
 from .keys import translate_keys
 
-__all__ = ["LayerDecayOptimWrapperConstructor", "LinescanBackbone", "find_config", "list_configs"]
+__all__ = ["LayerDecayOptimWrapperConstructor", "LinescanBackbone"]
 
 # MMEngine looks for "mmseg::" configs in the distribution that upstream calls mmsegmentation; the maintained fork is
 # named otherwise, and is found by the name of its module.
@@ -36,8 +33,6 @@ if not is_installed(MODULE2PACKAGE["mmseg"]) and find_spec("mmseg"):
     MODULE2PACKAGE["mmseg"] = "mmseg"
 
 mmengine_flop_handles().update(flop_handles())  # what `get_model_complexity_info` goes by, which takes no others
-
-CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 @MODELS.register_module()
@@ -162,32 +157,3 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 group["weight_decay"] = 0.0
             merged[tuple(sorted(group.items()))].append(parameter)
         params[:] = [{"params": parameters, **dict(options)} for options, parameters in merged.items()]
-
-
-# -- configs ----------------------------------------------------------------------------------------------------------
-
-
-def list_configs() -> list[str]:
-    """Names of the configs that come with linescan, such as `segmentation/vmamba_tiny_upernet_ade20k`."""
-    found = (path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.glob("*/*.py"))
-    return sorted(name for name in found if not name.startswith("_base_"))
-
-
-def find_config(name: str | Path) -> Path:
-    """The path of a config: of a file as it is, or of one that comes with linescan by its name.
-
-    Raises:
-        ValueError: there is no such config; the line names those that are near.
-    """
-    if Path(name).is_file():
-        return Path(name)
-    known = list_configs()
-    wanted = str(name).removeprefix("configs/").removesuffix(".py")
-    matches = [c for c in known if c == wanted or c.rpartition("/")[2] == wanted]
-    if len(matches) == 1:
-        return CONFIGS / f"{matches[0]}.py"
-    near = get_close_matches(wanted, known + [c.rpartition("/")[2] for c in known], 3, 0.5)
-    raise ValueError(
-        f"no config {str(name)!r}, neither a file nor one of linescan's"
-        + (f"; near it: {', '.join(near)}" if near else f"; there are {', '.join(known[:3])} and {len(known) - 3} more")
-    )

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Sequence
 
+from ..engine.configs import find_config
 from ..errors import InputError
 
 __all__ = ["parse_options", "read_config", "train_config"]
@@ -35,14 +36,9 @@ def read_config(name: str | Path, options: Sequence[str] = ()):
     """
     try:
         from mmengine.config import Config, ConfigDict  # noqa: F401
-
-        from .backbone import find_config
     except ModuleNotFoundError as error:
         raise InputError(f"configs need the OpenMMLab packages ({error}); tools/install_openmmlab.py installs them")
-    try:
-        path = find_config(name)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    path = find_config(name)
     try:
         cfg = Config.fromfile(path)
         cfg.merge_from_dict(parse_options(options))

@@ -27,6 +27,7 @@ _HOMES = {
     "Task": "base",
     "Tool": "tool",
     "Writer": "tool",
+    "read_recipe": "recipes",
     "run": "tool",
 }
 

@@ -5,10 +5,12 @@ Each task adds its options to those of `Recipe`. Nothing here imports torch.
 
 import json
 import re
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from ..engine.configs import find_config
 from ..engine.recipe import (
     AUGMENT,
     COUNT,
@@ -22,9 +24,15 @@ from ..engine.recipe import (
     UNIT,
     Range,
     Recipe,
+    check_options,
     option,
 )
 from ..errors import InputError
+
+if sys.version_info < (3, 11):
+    import tomli as tomllib
+else:
+    import tomllib
 
 __all__ = [
     "RECIPES",
@@ -44,6 +52,7 @@ __all__ = [
     "ScanDetectionRecipe",
     "SegmentationRecipe",
     "VolumeSegmentationRecipe",
+    "read_options",
     "read_recipe",
 ]
 
@@ -799,14 +808,37 @@ RECIPES: dict[str, type[Recipe]] = {
 """By the name of the task."""
 
 
-def read_recipe(path: str | Path) -> Recipe:
-    """The recipe in a run's recipe.json.
+def read_options(name: str | Path) -> tuple[str, dict[str, Any]]:
+    """The task of a recipe's file, and the options in it.
+
+    Args:
+        name: a TOML file, the recipe.json of a run, or one of linescan's by name, such as
+            "restoration/mambair_v2_light_x2" (`linescan.engine.configs.list_configs(".toml")`).
 
     Raises:
-        InputError: it cannot be read, or is one of another version.
+        InputError: it cannot be read, or says what this version does not know.
     """
+    path = find_config(name, ".toml")
     try:
-        values = json.loads(Path(path).read_text())
-        return RECIPES[values["task"]].from_dict(values)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not a recipe of this version ({error})") from None
+        values = (json if path.suffix == ".json" else tomllib).loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict) or values.get("task") not in RECIPES:
+            raise InputError(f"task must be one of {', '.join(RECIPES)}")
+        task = values.pop("task")
+        check_options(RECIPES[task], values)
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path} cannot be used as a recipe: {error}") from None
+    return task, values
+
+
+def read_recipe(name: str | Path, **others) -> Recipe:
+    """The recipe of a file, see `read_options`; with other values for some of its options, or for those that it lacks.
+
+        train(read_recipe("restoration/mambair_v2_light_x2", data="DF2K"), "runs/x2")
+
+    Raises:
+        InputError: it cannot be read, is one of another version, or has no `data`.
+    """
+    task, values = read_options(name)
+    if not (values := values | others).get("data"):
+        raise InputError(f"the recipe {name} has no data: read_recipe(..., data=FOLDER)")
+    return RECIPES[task].from_dict(values)

@@ -68,6 +68,7 @@ def test_no_number_is_nan_infinite_or_negative(task, value):
         (dict(betas=(0.9, 1.0)), "--betas must be at least 0 and below 1, not 1.0"),
         (dict(schedule="linear"), "--schedule must be one of cosine, constant, .*, not 'linear'"),
         (dict(schedule="multistep"), "--schedule multistep needs --milestones"),
+        (dict(schedule="poly", period=2), "--period is for --schedule cosine without --hold"),
         (dict(schedule="step", hold=2), "--hold is for cosine, poly, tanh and wsd, not for --schedule step"),
         (dict(schedule="multistep", milestones="1,x"), "--milestones must be numbers above 0 with commas"),
         (dict(schedule="multistep", milestones="-1"), "--milestones must be numbers above 0 with commas"),
@@ -99,7 +100,7 @@ def test_a_recipe_comes_back_from_json(task, tmp_path):
     assert read_recipe(tmp_path / "recipe.json") == recipe
     for content in ("", "{}", '{"task": "unknown"}', '{"task": "classify", "data": "digits", "no_such": 1}'):
         (tmp_path / "recipe.json").write_text(content)
-        with pytest.raises(InputError, match="recipe.json is not a recipe of this version"):
+        with pytest.raises(InputError, match="recipe.json cannot be used as a recipe"):
             read_recipe(tmp_path / "recipe.json")
 
 

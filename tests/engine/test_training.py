@@ -98,6 +98,17 @@ def test_other_schedules(tmp_path):
     held = rates(tmp_path, steps=12, warmup=2, hold=4, lr=1.0, min_lr=0.0)
     short = rates(tmp_path, steps=8, warmup=2, lr=1.0, min_lr=0.0)
     assert held == pytest.approx([*short[:2], *short[2:3] * 4, *short[2:]])
+    waves = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1.0)
+    reference, wanted = torch.optim.lr_scheduler.CosineAnnealingLR(waves, 5, 0.1), []
+    for _ in range(14):
+        wanted += reference.get_last_lr()
+        waves.step()
+        reference.step()
+    assert rates(tmp_path, steps=14, warmup=0, period=5, lr=1.0, min_lr=0.1) == pytest.approx(wanted), "down and up"
+    rising = rates(tmp_path, steps=12, warmup=2, period=5, lr=1.0, min_lr=0.1)
+    assert rising[:2] == [0.0, 0.5] and rising[5] == pytest.approx(0.1) and min(rising[2:]) == rising[5]
+    with pytest.raises(InputError, match="--period 2 must be longer than --warmup 2"):
+        rates(tmp_path, steps=8, warmup=2, period=2)
     with pytest.raises(InputError, match="--hold 6 leaves nothing of 8 for the learning rate to fall in"):
         rates(tmp_path, steps=8, warmup=2, hold=6)
 
