@@ -60,6 +60,19 @@ def test_every_entry_is_as_large_as_published(name):
             break
 
 
+@pytest.mark.parametrize("name, facts", [
+    ("van_b2", {"crop_pct": 0.9, "mean": (0.5, 0.5, 0.5)}),
+    ("inline_cswin_base", {"crop_pct": 0.875, "crop_mode": "squash"}),
+    ("inline_swin_base_384", {"crop_pct": 1.0, "crop_mode": "squash"}),
+    ("mambavision_small", {"crop_pct": 0.93}),
+    ("mambavision_large3.in21k_ft_in1k_512", {"crop_pct": 0.93, "crop_mode": "squash"}),
+    ("mamband_video_small_patch16_224.hmdb51", {"crop_pct": 0.875, "interpolation": "bilinear", "std": 3 * (0.225,)}),
+    ("mamband_video_small_patch16_224.k400_f16", {"crop_pct": 1.0, "interpolation": "bilinear"}),
+])  # fmt: skip
+def test_images_are_prepared_as_their_authors_evaluate(name, facts):
+    assert facts.items() <= zoo.find(name).preprocess.items()
+
+
 def test_names_and_filters():
     assert set(zoo.list_models("vim_*_stride8_*")) == {"vim_small_patch16_stride8_224", "vim_tiny_patch16_stride8_224"}
     assert linescan.list_models("VIM_TINY") == linescan.list_models("vim_tiny")

@@ -145,7 +145,7 @@ class CARE(HierarchicalBackbone):
         ratios: hidden channels of the two interactions in each stage, as a multiple of theirs.
         head_dims: channels per head of linear attention in the last stages; those before have strips of convolutions.
         init_layer_scale: initial value of the learned factor on each block's output.
-        drop_rate: dropout of the pooled features.
+        drop_rate: dropout before each classifier.
         drop_path_rate: stochastic depth, from 0 at the first block to this at the last.
     """
 
@@ -233,11 +233,11 @@ class CARE(HierarchicalBackbone):
 
         In training after `set_distilled_training`, the logits of both.
         """
-        x = super().forward_head(x, pre_logits=True)
         if pre_logits or not self.num_classes:
-            return x
-        x = F.gelu(x)
-        logits, distilled = self.head(self.head_norm(x)), self.dist_head(self.dist_norm(x))
+            return super().forward_head(x, pre_logits=True)
+        x = F.gelu(self.pool(x))
+        logits = self.head(self.head_drop(self.head_norm(x)))
+        distilled = self.dist_head(self.head_drop(self.dist_norm(x)))
         return (logits, distilled) if self.distilled_training and self.training else (logits + distilled) / 2
 
     # -- weights ----------------------------------------------------------------------------------------------------

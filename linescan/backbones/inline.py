@@ -631,6 +631,7 @@ PUBLISHED = {
     "code": "https://github.com/LeapLabTHU/InLine",
     "licence": "none",
     "data": "ImageNet-1K",
+    "preprocess": {"crop_mode": "squash"},  # resized to 256 x 256 whatever their shape, or as much of other sizes
 }
 
 register(
@@ -719,7 +720,11 @@ register(
             "weights": _weights("bf23564bb64c420aafe1", 84.1),
         },
         # A published configuration without results.
-        "inline_swin_base_384": {"args": SWIN_BASE | {"window": 96}, **_inputs(384)},
+        "inline_swin_base_384": {
+            "args": SWIN_BASE | {"window": 96},
+            **_inputs(384),
+            "preprocess": {"crop_pct": 1.0},
+        },
     },
 )
 

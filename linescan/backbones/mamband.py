@@ -341,7 +341,8 @@ register(
 
 def _clips(frames: int, tubelet_size: int, classes: int, **facts) -> dict:
     args = {"num_frames": frames, "tubelet_size": tubelet_size, "num_classes": classes, **facts.pop("args", {})}
-    return {"args": args, "inputs": ((3, frames, 224, 224),), **facts}
+    preprocess = {"interpolation": "bilinear", **facts.pop("preprocess", {})}
+    return {"args": args, "inputs": ((3, frames, 224, 224),), "preprocess": preprocess, **facts}
 
 
 HALF = {"mean": (0.45, 0.45, 0.45), "std": (0.225, 0.225, 0.225)}
@@ -358,11 +359,12 @@ register(
                     params=36.543,
                 ),
                 "ucf101": _clips(
-                    32, 2, 400, file="video/ucf101/ucf101.pth", data="UCF-101", metrics={"top1": 89.6},
+                    32, 2, 400, file="video/ucf101/ucf101.pth", data="UCF-101", metrics={"top1": 89.6}, params=36.674,
                 ),
                 "k400_f16": _clips(
                     16, 1, 400, page=f"https://huggingface.co/{HUB}/tree/main/k400", data="Kinetics-400",
                     metrics={"top1": 81.9}, args={"head_norm": True}, params=36.380,
+                    preprocess={"crop_pct": 1.0},
                 ),
             },
         },

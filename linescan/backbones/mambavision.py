@@ -304,6 +304,7 @@ register(
         },
         "mambavision_large2": {
             "args": LARGE | {"depths": (3, 3, 12, 5)},
+            "params": 241.555,
             "gmacs": 37.5,
             "weights": {
                 "in1k": on_hub("L2-1K", "mambavision_large2_1k", 85.3),
@@ -316,6 +317,7 @@ register(
         },
         "mambavision_large3": {
             "args": LARGE | {"dims": 256, "depths": (3, 3, 20, 10)},
+            "params": 739.570,
             "data": FINE_TUNED,
             "weights": {
                 "in21k_ft_in1k_256": on_hub(

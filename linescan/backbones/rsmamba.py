@@ -230,16 +230,17 @@ SETS = {
 }
 
 
-def _weights(*scores: float) -> dict:
-    """The files of a model, one for each data set; `scores` are the macro F1 of each."""
+def _weights(*results: tuple[float, float]) -> dict:
+    """The files of a model, one for each data set: the macro F1 of each, and its parameters in millions."""
     return {
         tag: {
             "args": {"num_classes": classes},
             "data": data,
             "preprocess": {"mean": tuple(x / 255 for x in mean), "std": tuple(x / 255 for x in std)},
             "metrics": {"F1": score},
+            "params": params,
         }
-        for (tag, (data, classes, mean, std)), score in zip(SETS.items(), scores, strict=True)
+        for (tag, (data, classes, mean, std)), (score, params) in zip(SETS.items(), results, strict=True)
     }
 
 
@@ -254,18 +255,15 @@ register(
         "rsmamba_small": {"args": {"embed_dim": 192, "depth": 16}},
         "rsmamba_base": {
             "args": {"embed_dim": 192, "depth": 24},
-            "params": 6.381,
-            "weights": _weights(93.88, 91.66, 94.84),
+            "weights": _weights((93.88, 6.381), (91.66, 6.383), (94.84, 6.386)),
         },
         "rsmamba_large": {
             "args": {"embed_dim": 256, "depth": 36},
-            "params": 16.247,
-            "weights": _weights(94.74, 91.90, 95.02),
+            "weights": _weights((94.74, 16.247), (91.90, 16.249), (95.02, 16.253)),
         },
         "rsmamba_huge": {
             "args": {"embed_dim": 320, "depth": 48},
-            "params": 33.053,
-            "weights": _weights(95.25, 92.63, 95.18),
+            "weights": _weights((95.25, 33.053), (92.63, 33.056), (95.18, 33.061)),
         },
     },
 )

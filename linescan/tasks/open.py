@@ -17,7 +17,7 @@ COMMANDS = {
 
 CANNOT = {
     "anomaly": "finds no anomalies", "change": "finds no changes", "detection": "detects nothing",
-    "restoration": "restores no images", "segmentation": "segments no images",
+    "prompting": "takes no prompts", "restoration": "restores no images", "segmentation": "segments no images",
 }  # fmt: skip
 """By task: what can be said of a model of another."""
 
@@ -33,6 +33,7 @@ def expect_task(name: str | None, task: str) -> None:
     """Raises InputError: a name of the zoo whose models have another task; other names are not judged."""
     if name and is_model(name) and find(name).task != task:
         raise wrong_task(name, task)
+
 
 _OPENERS: dict[str, Callable[[str, Path | None], Any]] = {}
 _BRIDGES = ("linescan.openmmlab.models",)  # modules that register openers when they are imported

@@ -21,6 +21,7 @@ from ..media.draw import draw_objects
 from ..media.find import Source
 from ..media.images import ImageLike, to_mode
 from ..media.large import Pixels, open_pixels
+from .open import expect_task
 from .report import csv_bytes
 from .results import Detections, patch_of
 from .tool import Progress, Tool, Writer, expect_finite, silent
@@ -222,6 +223,7 @@ class Prompter(Tool):
         batch: int = 1,
         **args,
     ):
+        expect_task(model, "prompting")  # before weights of another model are fetched
         module, card = restore(model, checkpoint, **args)
         expect_prompts(module, card.model)
         super().__init__(card.model, module, device, dtype, batch)

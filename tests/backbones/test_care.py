@@ -44,6 +44,16 @@ def test_attention_divides_by_the_mean_key():
     assert ones.dtype == torch.float16 and torch.allclose(ones.float(), torch.ones(1, 2, 2, 6), atol=0.01)
 
 
+def test_dropout_stands_before_each_classifier():
+    model, dropped = seeded(CARE(num_classes=5, drop_rate=0.5, depths=(1, 1, 1, 1))), []
+    model.head_drop.register_forward_hook(lambda layer, inputs, output: dropped.append(inputs[0]))
+    features = torch.randn(2, 1, 1, model.num_features, dtype=torch.float64)
+    model.forward_head(features)
+    pooled = F.gelu(features[:, 0, 0])
+    for got, norm in zip(dropped, (model.head_norm, model.dist_norm), strict=True):
+        assert torch.allclose(got, norm(pooled))
+
+
 @pytest.mark.parametrize("head_dim", [None, 2])
 def test_the_mixer_keeps_a_memory_and_mixes_twice(head_dim):
     mixer = seeded(CareMixer(16, (2, 3), head_dim))
