@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image
 
@@ -121,7 +122,11 @@ def test_a_transparent_grey(mode, tmp_path, everything_is_large, library):
     agrees(tmp_path / "x.png")
 
 
-@pytest.mark.parametrize("mode", ["LAB", "YCbCr", "PA"])
+BEFORE_13 = int(PIL.__version__.partition(".")[0]) < 13
+YCBCR = pytest.param("YCbCr", marks=pytest.mark.skipif(BEFORE_13, reason="older Pillow cannot read what it writes"))
+
+
+@pytest.mark.parametrize("mode", ["LAB", YCBCR, "PA"])
 def test_modes_that_only_pillow_decodes(mode, tmp_path, everything_is_large, library):
     (image("RGBA") if mode == "PA" else image()).convert(mode).save(tmp_path / "x.tif")
     agrees(tmp_path / "x.tif")
