@@ -7,7 +7,8 @@
     python tools/benchmark.py points        sampling, neighbours and sparse convolution beside the alternatives
     python tools/benchmark.py clouds        models of point clouds against the number of points
     python tools/benchmark.py groups        LION's layers against a dense transformer layer on the same groups
-    python tools/benchmark.py models        whole models against timm's (`linescan benchmark` with its defaults)
+    python tools/benchmark.py models        whole models against timm's DeiT-Ti and Swin-T
+    python tools/benchmark.py precision     models in bfloat16 beside float32, and the bound that their products set
     python tools/benchmark.py memory        what stays in memory after images of changing sizes
 
 Peers run as their authors publish them: installed packages where there is one, else the published algorithm written
@@ -805,13 +806,80 @@ def groups(
 # -- whole models -----------------------------------------------------------------------------------------------------
 
 
+PLAIN = ("vim_tiny_patch16_224", "vig_tiny", "vrwkv_tiny", "vrwkv6_tiny", "local_vim_tiny")
+HIERARCHICAL = ("vmamba_tiny_s1l8", "vig_h_tiny", "local_vssm_tiny", "segman_small")
+
+
 @app.command()
-def models(out: Out = Path("runs/benchmark")):
-    """Vim-Ti against timm's DeiT-Ti with SDPA at 224, 512 and 1024 pixels, one thread."""
+def models(
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    out: Out = Path("runs/benchmark"),
+):
+    """Plain models against timm's DeiT-Ti with SDPA, hierarchical ones against Swin-T, one image, one thread."""
     from linescan.cli import app as command
 
-    names = ["vim_tiny_patch16_224", "--against", "deit_tiny_patch16_224", "--sizes", "224,512,1024"]
-    command(["benchmark", *names, "--out", str(out / "models")], standalone_mode=False)
+    for name, ours, peer, sizes in (
+        ("plain", PLAIN, "deit_tiny_patch16_224", "224,512,1024"),
+        ("hierarchical", HIERARCHICAL, "swin_tiny_patch4_window7_224", "224,512"),
+    ):
+        how = ["--against", peer, "--sizes", sizes, "--precision", precision, "--out", str(out / f"{name}-{precision}")]
+        command(["benchmark", *ours, *how], standalone_mode=False)
+
+
+@app.command()
+def precision(
+    models: Annotated[list[str], typer.Argument(help="timm names.")] = (
+        "vim_tiny_patch16_224", "vmamba_tiny_s1l8", "vig_tiny", "vrwkv_tiny", "deit_tiny_patch16_224",
+    ),
+    budget: Annotated[float, typer.Option(help="Seconds for each row.")] = 10.0,
+    out: Out = Path("runs/benchmark"),
+):  # fmt: skip
+    """Forwards of one image of 224 pixels in float32 and bfloat16, and what faster products alone would give."""
+    from timm import create_model
+    from torch.profiler import ProfilerActivity, profile
+
+    import linescan  # noqa: F401
+
+    torch.set_num_threads(1)
+    keep_memory()
+    rows = []
+    table = Table("model", "float32, ms", "bfloat16, ms", "ratio", "products, ms", "in bfloat16", "bound of the ratio")
+    for name in models:
+        passes = {}
+        for dtype in (torch.float32, torch.bfloat16):
+            torch.manual_seed(0)
+            model = create_model(name).eval().to(dtype)
+            passes[str(dtype)[6:]] = partial(model, torch.randn(1, 3, 224, 224, dtype=dtype))
+        with torch.inference_mode():
+            times = {key: 1e3 * value for key, value in side_by_side(passes, budget).items()}
+            products = {}
+            for key, run in passes.items():
+                with profile(activities=[ProfilerActivity.CPU]) as profiled:
+                    for _ in range(5):
+                        run()
+                spent = {event.key: event.self_cpu_time_total for event in profiled.key_averages()}
+                share = sum(t for op, t in spent.items() if any(word in op for word in PRODUCTS)) / sum(spent.values())
+                products[key] = share * times[key]
+        bound = 1 - (products["float32"] - products["bfloat16"]) / times["float32"]
+        rows.append({"model": name, **times, "products": products, "bound": bound})
+        ratio = times["bfloat16"] / times["float32"]
+        cells = *times.values(), ratio, *products.values(), bound
+        table.add_row(name, *(f"{cell:.2f}" if cell < 2 else f"{cell:.1f}" for cell in cells))
+    console.print(table)
+
+    def draw(axes) -> None:
+        for shift, key in ((-0.2, "float32"), (0.2, "bfloat16")):
+            at = [i + shift for i in range(len(rows))]
+            axes.barh(at, [row[key] for row in rows], 0.36, label=key)
+            axes.barh(at, [row["products"][key] for row in rows], 0.36, color="0.3", alpha=0.5)
+        axes.set_yticks(range(len(rows)), [row["model"] for row in rows])
+        axes.set_xlabel("ms at 224 pixels, one thread; dark: matrix products")
+        axes.legend()
+
+    save(out, "precision", {"machine": machine(), "unit": "ms", "rows": rows}, draw)
+
+
+PRODUCTS = ("linear_pointwise", "aten::mm", "aten::addmm", "aten::bmm", "mkldnn_convolution")  # that oneDNN computes
 
 
 # -- memory at changing sizes -----------------------------------------------------------------------------------------
