@@ -151,7 +151,7 @@ class KittiScenes(SceneSet):
         boxes, labels, levels = [], [], []
         to_scanner = np.linalg.inv(calibration["to_camera"])
         for number, line in enumerate(path.read_text().splitlines() if path.is_file() else [], 1):
-            kind, *fields = line.split()
+            kind, *fields = line.split() or ["DontCare"]
             if kind == "DontCare":
                 continue
             try:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .tracing import opaque
 
-__all__ = ["RMSNorm", "at_least_float32"]
+__all__ = ["RMSNorm", "RowNorm", "at_least_float32"]
 
 
 @opaque
@@ -39,3 +39,15 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}"
+
+
+class RowNorm(nn.BatchNorm1d):
+    """Batch norm of as many rows (N, C) as there are, as of voxels; a single one by the running statistics.
+
+    One row has no deviation, and torch raises an error in training.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) != 1:
+            return super().forward(x)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)

@@ -8,7 +8,7 @@ import torch
 import linescan
 from linescan.errors import InputError
 from linescan.heads.points.box_heads import AnchorHead, CenterHead, Grid, TransFusionHead, draw_heat, heat_radius
-from linescan.heads.points.detector import VoxelDetector
+from linescan.heads.points.detector import VoxelDetector, VoxelEncoder
 from linescan.layers.boxes import iou_3d
 
 ANCHORS = [
@@ -108,17 +108,41 @@ def test_half_precision_keeps_boxes_precise():
         assert len(model.bfloat16().detect(points[None])[0])  # points keep their precision: they say which voxel
 
 
-def test_scans_without_boxes_or_points_in_the_space():
-    for name in HEADS:
-        model = tiny(name)
-        points = torch.cat([street(0)[0], street(1)[0] + torch.tensor([100.0, 0, 0, 0])])
-        lengths = [len(points) // 2] * 2
-        nothing = torch.zeros(0, 7), torch.zeros(0, dtype=torch.long)
-        loss = model.losses(model(points, lengths), [nothing, nothing])["loss"]
+def test_voxels_are_their_points_seen_from_their_mean_and_their_centre():
+    torch.manual_seed(0)
+    encoder = VoxelEncoder(4, 8, (0, -4, 1), (8, 4, 3), (4, 8, 2)).double().eval()
+    points = torch.rand(40, 4).double() * torch.tensor([9, 9, 2.2, 1]) + torch.tensor([-0.5, -4.5, 0.9, 0])
+    voxels = encoder(points[None])
+    size, low = torch.tensor([2.0, 1, 1]), torch.tensor([0.0, -4, 1])
+    cells: dict = {}
+    for point in points:
+        cells.setdefault(tuple(((point[:3] - low) / size).floor().int().tolist()), []).append(point)
+    inside = {cell: rows for cell, rows in cells.items() if all(0 <= c < n for c, n in zip(cell, (4, 8, 2)))}
+    found = {tuple(row[1:].flip(0).tolist()): x for row, x in zip(voxels.sites.coords, voxels.features)}
+    assert found.keys() == inside.keys() and len(inside) < len(cells) and max(map(len, inside.values())) > 1
+    for cell, rows in inside.items():
+        rows = torch.stack(rows)
+        centre = low + size * (torch.tensor(cell) + 0.5)
+        x = torch.cat([rows, rows[:, :3] - rows[:, :3].mean(0), rows[:, :3] - centre], 1)
+        x = encoder.norm1(encoder.linear1(x)).relu()
+        x = torch.cat([x, x.amax(0).expand_as(x)], 1)
+        torch.testing.assert_close(found[cell], encoder.norm2(encoder.linear2(x)).relu().amax(0))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_scans_without_boxes_or_points_in_the_space(name):
+    """Every parameter has its gradient, or the other processes of a training would wait for it."""
+    model, here, away = tiny(name), street(0)[0], street(1)[0] + torch.tensor([100.0, 0, 0, 0])
+    nothing = torch.zeros(0, 7), torch.zeros(0, dtype=torch.long)
+    for scans in ([here, away], [away, away], [away[:0]], [here[:1]]):
+        model.train().zero_grad()
+        points, lengths = torch.cat(scans), [len(scan) for scan in scans]
+        loss = model.losses(model(points, lengths), [nothing] * len(scans))["loss"]
         loss.backward()
         assert loss.isfinite() and not [n for n, p in model.named_parameters() if p.grad is None], name
+        assert all(x.isfinite().all() for x in model.buffers() if x.is_floating_point())
         model.eval()
-        assert len(model.detect(points, lengths)) == 2
+        assert len(model.detect(points, lengths)) == len(scans)
 
 
 def test_anchors_code_and_target():

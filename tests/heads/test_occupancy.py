@@ -107,6 +107,10 @@ def test_half_precision_and_scans_with_nothing_in_the_space():
     losses = model.losses(found, target, labels, weights=class_weights((9, 99, 999, 9999), (9, 99, 999)))
     losses["loss"].backward()
     assert all(loss.isfinite() and loss.dtype == torch.float32 for loss in losses.values())
+    for points_of_one in (far, scan(1)):  # in no voxel, in a single one
+        model.zero_grad()
+        model.losses(model(points_of_one[None]), target[:1], labels[: len(points_of_one)])["loss"].backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     model.eval()
     with torch.no_grad():
         alone = model(far[None]).logits

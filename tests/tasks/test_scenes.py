@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from linescan.cli import app
 from linescan.engine.box_scores import BoxScores, Found, Objects, average_precision, kitti_precision, nuscenes_scores
-from linescan.engine.cards import read_card
+from linescan.engine.cards import read_card, restore
+from linescan.engine.metrics import read_metrics
 from linescan.engine.processes import Processes
-from linescan.engine.recipe import Run
 from linescan.engine.scene_objects import Labelled, ObjectBank
 from linescan.engine.scene_sets import (
     ATTRIBUTES,
@@ -28,15 +28,14 @@ from linescan.engine.scene_sets import (
     open_scenes,
     turned,
 )
-from linescan.engine.scores import Totals
-from linescan.engine.training import Training
+from linescan.engine.scores import Totals, evaluate
 from linescan.errors import InputError
 from linescan.layers.boxes import Boxes, iou_3d, overlap_bev, points_in_boxes
 from linescan.media.clouds import ScanPreprocess
-from linescan.tasks.point_detect import BoxDetector
+from linescan.tasks.point_detect import BoxDetector, ScanDetectionTask
 from linescan.tasks.recipes import ScanDetectionRecipe
 
-from ..runs import contents, finish, kill_and_resume, same
+from ..runs import contents, finish, kill_and_resume, same, train_as_two
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -84,7 +83,7 @@ def kitti(tmp_path_factory):
             kind = "Van" if k == 2 else "Car"
             numbers = (0.0, 0, 0.0, 500, 150, 600, 200, height, width, length, *place, turn)
             lines.append(" ".join([kind, *map(str, numbers)]))
-        (root / "training" / "label_2" / f"{i:06}.txt").write_text("\n".join(lines) + "\n")
+        (root / "training" / "label_2" / f"{i:06}.txt").write_text("\n".join(lines) + "\n\n")
     (root / "ImageSets").mkdir()
     (root / "ImageSets" / "train.txt").write_text("".join(f"{i:06}\n" for i in range(6)))
     (root / "ImageSets" / "val.txt").write_text("000006\n000007\n")
@@ -474,18 +473,25 @@ def test_kitti_trains_is_killed_resumes_and_is_scored(kitti, tmp_path):
 PROPOSALS = {"proposals": 8, "dim": 16, "num_heads": 2, "hidden": 16, "reach": 2}
 
 
-def test_nuscenes_trains(nuscenes, tmp_path):
-    own = {**TINY, "head_args": PROPOSALS, "stride": 1}
-    recipe = ScanDetectionRecipe(str(nuscenes), model="lion_mamba_nuscenes", model_args=own, holdout=0.5, epochs=2)
-    scores = Training(recipe, tmp_path / "run", Processes(0, 1, torch.device("cpu")), Run(workers=0)).run()
-    assert set(scores) == {"map", "nds", "mate", "mase", "maoe", "mave", "maae"}
-    assert all(math.isfinite(value) for value in scores.values())
+def nuscenes_arguments(data, **options):
+    args = arguments(data, holdout=0.5, model="lion_mamba_nuscenes", **options)
+    return (*args, "--model-arg", f"head_args={json.dumps(PROPOSALS)}", "--model-arg", "stride=1")
+
+
+def test_nuscenes_trains_in_two_processes(nuscenes, tmp_path):
+    """Scans are mirrored, now and then all of a process out of what is searched; the other must not wait for it."""
+    train_as_two(tmp_path, *nuscenes_arguments(nuscenes), "-o", "run")
+    (*_, last) = read_metrics(tmp_path / "run" / "metrics.csv")
+    model, card = restore(checkpoint=tmp_path / "run" / "model.safetensors")
+    judge = ScanDetectionTask.judge(ScanDetectionRecipe(str(nuscenes), holdout=0.5), model, card)
+    alone = evaluate(judge, model, Processes(0, 1, torch.device("cpu"))).scores
+    assert set(alone) == {"map", "nds", "mate", "mase", "maoe", "mave", "maae"}
+    assert {name: last[f"val_{name}"] for name in alone} == pytest.approx(alone, abs=1e-3)
 
 
 @pytest.mark.slow
 def test_nuscenes_is_killed_while_it_pastes_and_resumes(nuscenes, tmp_path):
-    args = arguments(nuscenes, holdout=0.5, model="lion_mamba_nuscenes", unpasted=1)
-    args += ("--model-arg", f"head_args={json.dumps(PROPOSALS)}", "--model-arg", "stride=1")
+    args = nuscenes_arguments(nuscenes, unpasted=1)
     finish(tmp_path, args, "whole")
     kill_and_resume(tmp_path, args, "torn", times=1, rows=2)
     assert same(contents(tmp_path / "whole"), contents(tmp_path / "torn"))

@@ -24,7 +24,7 @@ from ...layers.blocks import Block, TokenMixer, run
 from ...layers.linear import linear
 from ...layers.mamba import MambaMixer, stack_routes
 from ...layers.mlp import GatedMlp, Mlp
-from ...layers.norm import RMSNorm
+from ...layers.norm import RMSNorm, RowNorm
 from ...layers.pos_embed import rotate_pairs
 from ...layers.rwkv import ChannelMix, Place, RWKVBlock, SpatialMix6, TokenShift, from_official
 from ...layers.sparse import Sites, SparseTensor, SubmanifoldConv, from_spconv, scatter, unique_cells
@@ -313,12 +313,13 @@ class LIONLayer(nn.Module):
         return sites.cached(("groups", self.window, self.group, self.shift, axes), make)
 
     def forward(self, x: SparseTensor) -> SparseTensor:
+        if not len(x.sites):  # all parameters have gradients: another process that trains along waits for them
+            return x.replace(x.features + 0 * sum(p.sum() for p in self.parameters()))
         features = x.features[None, None]
-        if len(x.sites):
-            for block, axes in zip(self.blocks, ("xyz", "yxz")):
-                route = self.groups(x.sites, axes)
-                y = run(block, read(features, route)[0], checkpointing=self.grad_checkpointing)
-                features = write(y[None], route, len(x.sites), merge=True)[:, None]
+        for block, axes in zip(self.blocks, ("xyz", "yxz")):
+            route = self.groups(x.sites, axes)
+            y = run(block, read(features, route)[0], checkpointing=self.grad_checkpointing)
+            features = write(y[None], route, len(x.sites), merge=True)[:, None]
         return x.replace(features[0, 0])
 
 
@@ -375,7 +376,7 @@ class PositionMLP(nn.Sequential):
     """Where a voxel is in its grid, as features: x, y and z from -pi to pi, through two linear layers."""
 
     def __init__(self, dim: int):
-        super().__init__(nn.Linear(3, dim), nn.BatchNorm1d(dim), nn.ReLU(), nn.Linear(dim, dim))
+        super().__init__(nn.Linear(3, dim), RowNorm(dim), nn.ReLU(), nn.Linear(dim, dim))
 
     def forward(self, x: SparseTensor) -> Tensor:
         size = x.features.new_tensor(x.sites.shape)

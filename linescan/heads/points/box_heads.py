@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ...extras import require
 from ...layers.boxes import Boxes, iou_3d, limit_angle, nms
+from ...layers.norm import RowNorm
 from ...layers.sparse import SparseTensor, SubmanifoldConv
 
 __all__ = ["HEADS", "AnchorHead", "BoxHead", "CenterHead", "Grid", "TransFusionHead", "in_float32"]
@@ -363,7 +364,7 @@ class CenterHead(BoxHead):
 
         def block(chans: int) -> list[nn.Module]:
             if sparse:
-                return [SubmanifoldConv(chans, chans, axes=2), nn.BatchNorm1d(chans, **norm), nn.ReLU()]
+                return [SubmanifoldConv(chans, chans, axes=2), RowNorm(chans, **norm), nn.ReLU()]
             return [nn.Conv2d(chans, chans, 3, 1, 1, bias=bias), nn.BatchNorm2d(chans, **norm), nn.ReLU()]
 
         def last(chans: int, out: int) -> nn.Module:

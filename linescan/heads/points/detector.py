@@ -18,6 +18,7 @@ from ...backbones.points.lion import LION
 from ...checkpoint import rename
 from ...errors import InputError, known
 from ...layers.boxes import Boxes
+from ...layers.norm import RowNorm
 from ...layers.points import Lengths
 from ...layers.sparse import SparseTensor, from_spconv, scatter, voxelize
 from ...zoo import register
@@ -43,8 +44,8 @@ class VoxelEncoder(nn.Module):
     def __init__(self, in_chans: int, dim: int, low: Sequence[float], high: Sequence[float], cells: Sequence[int]):
         super().__init__()
         self.low, self.high, self.cells = tuple(low), tuple(high), tuple(cells)
-        self.linear1, self.norm1 = nn.Linear(in_chans + 6, dim // 2, bias=False), nn.BatchNorm1d(dim // 2, **NORM)
-        self.linear2, self.norm2 = nn.Linear(dim, dim, bias=False), nn.BatchNorm1d(dim, **NORM)
+        self.linear1, self.norm1 = nn.Linear(in_chans + 6, dim // 2, bias=False), RowNorm(dim // 2, **NORM)
+        self.linear2, self.norm2 = nn.Linear(dim, dim, bias=False), RowNorm(dim, **NORM)
 
     def forward(self, points: Tensor, lengths: Lengths = None) -> SparseTensor:
         """Clouds (B, N, in_chans), or packed (N, in_chans) with lengths -> the voxels that hold points."""

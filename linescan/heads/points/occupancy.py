@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...backbones.points.contract import check_clouds
 from ...checkpoint import rename
 from ...errors import InputError
-from ...layers.norm import at_least_float32
+from ...layers.norm import RowNorm, at_least_float32
 from ...layers.points import Lengths
 from ...layers.rwkv import ChannelMix, KernelMix, Place, QuadShift, RWKVBlock, SpatialMix, from_official
 from ...layers.sparse import Sites, SparseTensor, SubmanifoldConv, from_spconv, scatter, unique_cells, voxelize
@@ -126,7 +126,7 @@ class LocalConv(nn.Module):
         super().__init__()
         self.shortcut = SubmanifoldConv(dim, dim, 1)
         self.conv1, self.conv2 = SubmanifoldConv(dim, dim), SubmanifoldConv(dim, dim)
-        self.norm0, self.norm1, self.norm2 = (nn.BatchNorm1d(dim) for _ in range(3))
+        self.norm0, self.norm1, self.norm2 = (RowNorm(dim) for _ in range(3))
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         y = F.leaky_relu(self.norm1(self.conv1(x).features), SLOPE)
@@ -190,9 +190,7 @@ class SemanticBranch(nn.Module):
         self.pools = nn.ModuleList(PyramidPooling(width, 2 * width) for width in widths[:3])
         self.blocks = nn.ModuleList(MapRWKV(width, kernel) for width in widths[1:])
         self.heads = nn.ModuleList(
-            nn.Sequential(
-                nn.Linear(width, 64, bias=False), nn.BatchNorm1d(64), nn.LeakyReLU(SLOPE), nn.Linear(64, classes)
-            )
+            nn.Sequential(nn.Linear(width, 64, bias=False), RowNorm(64), nn.LeakyReLU(SLOPE), nn.Linear(64, classes))
             for width in widths[1:]
         )
 
