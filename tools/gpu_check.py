@@ -18,6 +18,7 @@ import platform
 import sys
 from dataclasses import dataclass, field
 from datetime import date
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -130,25 +131,30 @@ def mamba_ssm(inputs: Inputs) -> Callable | None:
     return run
 
 
-def fla_gla(inputs: Inputs) -> Callable | None:
-    """One call of flash-linear-attention's chunked GLA per route."""
-    if find_spec("fla") is None:
-        return None
-    from fla.ops.gla import chunk_gla
+def fla(family: str) -> Callable[[Inputs], Callable | None]:
+    """One call of a chunked recurrence of flash-linear-attention per route."""
 
-    calls = [
-        {key: x[:, min(k, x.shape[1] - 1)].contiguous().requires_grad_() for key, x in inputs.items()}
-        for k in range(inputs["g"].shape[1])
-    ]
+    def peer(inputs: Inputs) -> Callable | None:
+        if find_spec("fla") is None:
+            return None
+        function = getattr(import_module(f"fla.ops.{family}"), f"chunk_{family}")
+        routes = max(x.shape[1] for x in inputs.values())
+        calls = [
+            {key: x[:, min(k, x.shape[1] - 1)].contiguous().requires_grad_() for key, x in inputs.items()}
+            for k in range(routes)
+        ]
 
-    def run():
-        return sum(chunk_gla(**call)[0] for call in calls)
+        def run():
+            return sum(function(**call)[0] for call in calls)
 
-    run.leaves = [x for call in calls for x in call.values()]
-    return run
+        run.leaves = [x for call in calls for x in call.values()]
+        return run
+
+    return peer
 
 
 LARGE = ((128, 14), (32, 32), (8, 64), (1, 64), (2, 128))  # as many tokens as images of 224 to 2048 px have
+SOME = ((128, 14), (8, 64))
 BARE = ("initial_state", "delta_weight")
 OPERATORS = [
     Operator(
@@ -165,7 +171,7 @@ OPERATORS = [
     ),
     Operator(
         "GLA, ViG: 2 routes, 3 heads of 32 and 64", "gla", BOTH, LARGE, ("q", "k", "v"), sizes=dict(H=3, dk=32, dv=64),
-        peers={"flash-linear-attention": fla_gla},
+        peers={"flash-linear-attention": fla("gla")},
     ),
     Operator("Simple GLA: 2 routes, 3 heads of 32 and 64", "simple_gla", BOTH, LARGE, ("q", "k", "v"),
              sizes=dict(H=3, dk=32, dv=64)),
@@ -176,6 +182,23 @@ OPERATORS = [
     Operator("WKV-6, VRWKV6: 2 routes, 6 heads of 32", "wkv6", BOTH, LARGE, ("r", "k", "v"),
              sizes=dict(H=6, dk=32, dv=32)),
     Operator("Bi-WKV, VRWKV: 192 channels", "bi_wkv", "row", LARGE, sizes=dict(D=192)),
+    Operator("WKV-4: 2 routes, 192 channels", "wkv4", BOTH, SOME, ("k", "v"), sizes=dict(D=192)),
+    Operator("HGRN: 2 routes, 192 channels", "hgrn", BOTH, SOME, ("x",), sizes=dict(D=192)),
+    Operator("Linear attention: 2 routes, 3 heads of 64", "linear_attention", BOTH, SOME, ("q", "k", "v"),
+             sizes=dict(H=3, dk=64, dv=64)),
+    Operator(
+        "Delta rule: 2 routes, 3 heads of 64", "delta_rule", BOTH, SOME, ("q", "k", "v"), sizes=dict(H=3, dk=64, dv=64),
+        peers={"flash-linear-attention": fla("delta_rule")},
+    ),
+    Operator(
+        "Gated delta rule: 2 routes, 3 heads of 64", "gated_delta_rule", BOTH, SOME, ("q", "k", "v"),
+        sizes=dict(H=3, dk=64, dv=64), peers={"flash-linear-attention": fla("gated_delta_rule")},
+    ),
+    Operator(
+        "KDA: 2 routes, 3 heads of 64", "kda", BOTH, SOME, ("q", "k", "v"), sizes=dict(H=3, dk=64, dv=64),
+        peers={"flash-linear-attention": fla("kda")},
+    ),
+    Operator("RWKV-7: 2 routes, 3 heads of 64", "rwkv7", BOTH, SOME, ("r", "k", "v"), sizes=dict(H=3, dk=64, dv=64)),
 ]  # fmt: skip
 
 

@@ -23,6 +23,8 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
 
 HERE = Path(__file__).parent
@@ -61,6 +63,50 @@ def in_interpreter(test):
 def outside_interpreter(test):
     """Decorator of a test that starts processes of its own."""
     return None if INTERPRETING else test
+
+
+@pytest.fixture(autouse=INTERPRETING)
+def no_stray_access(monkeypatch):
+    """Every pointer that a kernel follows must lie in one of its arguments."""
+    if not INTERPRETING:
+        return
+    from triton.runtime import interpreter
+
+    spans = []
+    prepare = interpreter.GridExecutor._init_args_hst
+    load, store = (getattr(interpreter.InterpreterBuilder, f"create_masked_{kind}") for kind in ("load", "store"))
+
+    def note(arguments):
+        for x in arguments:
+            if isinstance(x, torch.Tensor):
+                spans.append((x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()))
+            elif isinstance(x, tuple):
+                note(x)
+
+    def noted(self, *args):
+        positional, named = prepare(self, *args)
+        spans.clear()
+        note((*positional, *named.values()))
+        return positional, named
+
+    def check(pointers, mask):
+        followed = pointers.data[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)].astype(np.int64)
+        inside = np.zeros(followed.shape, bool)
+        for start, size in spans:
+            inside |= (followed >= start) & (followed < start + size)
+        assert inside.all(), "a kernel leaves its arguments' memory"
+
+    def checked_load(self, pointers, mask, *args):
+        check(pointers, mask)
+        return load(self, pointers, mask, *args)
+
+    def checked_store(self, pointers, value, mask, *args):
+        check(pointers, mask)
+        return store(self, pointers, value, mask, *args)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "_init_args_hst", noted)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", checked_load)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", checked_store)
 
 
 def interpret(*files: Path) -> None:

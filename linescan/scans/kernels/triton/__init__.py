@@ -14,10 +14,14 @@ import torch
 from torch import Tensor
 
 from ...ops.causal_conv import _causal_conv1d
+from ...ops.delta import _gated_delta_rule
+from ...ops.dplr import _dplr
 from ...ops.gla import _gla, _simple_gla
+from ...ops.hgrn import _hgrn
+from ...ops.linear_attention import _linear_attention
 from ...ops.selective_scan import _selective_scan
 from ...ops.ssd import _ssd
-from ...ops.wkv4 import _bi_wkv
+from ...ops.wkv4 import _bi_wkv, _wkv4
 from ...ops.wkv6 import _wkv6
 from ...recurrence import Recurrence
 
@@ -84,5 +88,10 @@ _register(_causal_conv1d, "causal_conv", lambda x, weight, *_: weight.shape[-1] 
 _register(_gla, "gla")
 _register(_simple_gla, "gla")
 _register(_ssd, "ssd")
+_register(_linear_attention, "linear_attention")
+_register(_hgrn, "hgrn")
 _register(_bi_wkv, "bi_wkv")
+_register(_wkv4, "wkv4")
 _register(_wkv6, "wkv6")
+_register(_gated_delta_rule, "delta", lambda q, *_: q.shape[-1] <= 128, " and at most 128 key channels")
+_register(_dplr, "dplr", lambda q, *_: q.shape[-1] <= 128, " and at most 128 key channels")

@@ -1,7 +1,7 @@
-"""Bi-WKV (Vision-RWKV) in Triton: a sum over the past and one over the future of every token.
+"""WKV in Triton: Bi-WKV (Vision-RWKV), a sum over the past and one over the future of every token; and WKV of RWKV-4
+(`wkv4`), which is the past alone.
 
-Time is cut into tiles of a few steps, and the
-kernels take all tiles of all routes and channels at once:
+Time is cut into tiles of a few steps, and the kernels take all tiles of all routes and channels at once:
 
     totals    the sum of each tile, as the past of what follows and as the future of what comes before
     carry     the only walk along time: from totals to the sums that enter each tile from either side, in place
@@ -13,7 +13,8 @@ The backward is of the same form. With Z_t the denominator of token t and o_t it
 denominator are go_t / Z_t and -go_t o_t / Z_t, so what key and value of token j get are sums to both sides over t with
 the keys -log Z_t and the parts go_t and -go_t o_t. Outputs and log Z are computed again. The decay's gradient takes,
 at every step, the past of the one kind times the future of the other: all pairs of tokens that the step stands between.
-All kernels are linear in time, and no program adds to what another one writes.
+With the past alone (CAUSAL) outputs read sums of one side, and gradients those of the other. All kernels are linear in
+time, and no program adds to what another one writes.
 """
 
 import torch
@@ -22,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...visits import is_permutation, visited
-from .common import TokenGradient, load_row, place, rows, store_row, visit
+from .common import TokenGradient, channels_of, load_row, place, rows, store_row, visit
 from .gla import merged, per_route
 
 TILE = 16  # steps whose sums stay in registers
@@ -36,7 +37,8 @@ EMPTY = tl.constexpr(-1e38)  # the top of a sum without terms
 #     k, v, grad        Rows of keys, values and the outputs' gradient
 #     w, u              (K, D) float32
 #     again             (2, B, K, S, D) float32: outputs and log denominators in time order, or None
-#     sums, adjoints    (B, K, tiles, 6, D) float32: (x, y, top) of the past, then of the future
+#     sums, adjoints    (B, K, tiles, 6, D) float32: (x, y, top) of the past, then of the future; CAUSAL: (B, K, tiles,
+#                       3, D), sums of the past and adjoints of the future
 #     table, batch      the route's pointer or None, and the stride of its batch axis
 
 
@@ -46,16 +48,6 @@ def _add(x, y, top, key, new_x, new_y, w):
     new = tl.maximum(top - w, key)
     keep, add = tl.exp(top - w - new), tl.exp(key - new)
     return keep * x + add * new_x, keep * y + add * new_y, new
-
-
-@triton.jit
-def _program(tiles, K, D, LANES: tl.constexpr):
-    """(tile, sample, route, channels, which of them exist) of this program."""
-    pid = tl.program_id(0)
-    blocks = tl.cdiv(D, LANES)
-    channels = pid % blocks * LANES + tl.arange(0, LANES)
-    row = (pid // blocks // tiles).to(tl.int64)
-    return pid // blocks % tiles, row // K, row % K, channels, channels < D
 
 
 @triton.jit
@@ -79,8 +71,8 @@ def _adjoint(grad, again, half, table, b, r, row, step, S, D, channels, real):
 
 
 @triton.jit
-def _sum_at(sums, row, tiles, tile, side, D, channels, real):
-    at = sums + ((row * tiles + tile) * 6 + 3 * side) * D + channels
+def _sum_at(sums, row, tiles, tile, side, D, channels, real, CAUSAL: tl.constexpr):
+    at = sums + (row * tiles + tile) * (3 if CAUSAL else 6) * D + 3 * side * D + channels
     return (
         tl.load(at, mask=real, other=0.0),
         tl.load(at + D, mask=real, other=0.0),
@@ -89,8 +81,8 @@ def _sum_at(sums, row, tiles, tile, side, D, channels, real):
 
 
 @triton.jit
-def _put_sum(sums, row, tiles, tile, side, D, channels, real, x, y, top):
-    at = sums + ((row * tiles + tile) * 6 + 3 * side) * D + channels
+def _put_sum(sums, row, tiles, tile, side, D, channels, real, x, y, top, CAUSAL: tl.constexpr):
+    at = sums + (row * tiles + tile) * (3 if CAUSAL else 6) * D + 3 * side * D + channels
     tl.store(at, x, mask=real)
     tl.store(at + D, y, mask=real)
     tl.store(at + 2 * D, top, mask=real)
@@ -99,10 +91,10 @@ def _put_sum(sums, row, tiles, tile, side, D, channels, real, x, y, top):
 @triton.jit
 def _totals(
     k, v, grad, again, half, w, route, route_batch, sums, S, K, D, tiles,
-    TILE: tl.constexpr, LANES: tl.constexpr,
+    TILE: tl.constexpr, LANES: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """Of the tokens, or with `grad` of their adjoints."""
-    tile, b, r, channels, real = _program(tiles, K, D, LANES)
+    tile, b, r, channels, real = channels_of(tiles, K, D, LANES)
     row = b * K + r
     table = None if route is None else route + b * route_batch + r * S
     decay = tl.load(w + r * D + channels, mask=real, other=0.0)
@@ -110,63 +102,87 @@ def _totals(
     past_x, past_y, past_top = zero, zero, zero + EMPTY
     next_x, next_y, next_top = zero, zero, zero + EMPTY
     for i in tl.static_range(TILE):
+        step = tile * TILE + i
         if grad is None:
-            key, x = _token(k, v, table, b, r, tile * TILE + i, S, channels, real)
+            key, x = _token(k, v, table, b, r, step, S, channels, real)
             y = zero + 1
         else:
-            key, x, y = _adjoint(grad, again, half, table, b, r, row, tile * TILE + i, S, D, channels, real)
-        past_x, past_y, past_top = _add(past_x, past_y, past_top, key, x, y, decay)
-        next_x, next_y, next_top = _add(next_x, next_y, next_top, key - i * decay, x, y, 0.0)
-    _put_sum(sums, row, tiles, tile, 0, D, channels, real, past_x, past_y, past_top)
-    _put_sum(sums, row, tiles, tile, 1, D, channels, real, next_x, next_y, next_top)
+            key, x, y = _adjoint(grad, again, half, table, b, r, row, step, S, D, channels, real)
+        if not CAUSAL or grad is None:
+            past_x, past_y, past_top = _add(past_x, past_y, past_top, key, x, y, tl.where(step < S, decay, 0.0))
+        if not CAUSAL or grad is not None:
+            next_x, next_y, next_top = _add(next_x, next_y, next_top, key - i * decay, x, y, 0.0)
+    if not CAUSAL or grad is None:
+        _put_sum(sums, row, tiles, tile, 0, D, channels, real, past_x, past_y, past_top, CAUSAL)
+    if not CAUSAL or grad is not None:
+        side = 0 if CAUSAL else 1
+        _put_sum(sums, row, tiles, tile, side, D, channels, real, next_x, next_y, next_top, CAUSAL)
 
 
 @triton.jit
-def _carry(sums, w, K, D, tiles, TILE: tl.constexpr, LANES: tl.constexpr):
-    """From what each tile holds to what enters it: the past from before, or for odd programs the future from behind."""
+def _carry(
+    sums, first, last, w, S, K, D, tiles,
+    TILE: tl.constexpr, LANES: tl.constexpr, CAUSAL: tl.constexpr, REVERSED: tl.constexpr,
+):  # fmt: skip
+    """From what each tile holds to what enters it: the past from before, or for odd programs the future from behind;
+    CAUSAL: only the one, or REVERSED the other, from the sum `first` on, with what comes after all tiles in `last`.
+
+    first, last: (B, K, 3, D) or None.
+    """
     side = tl.program_id(1)
-    _, b, r, channels, real = _program(1, K, D, LANES)
+    _, b, r, channels, real = channels_of(1, K, D, LANES)
     row = b * K + r
-    decay = TILE * tl.load(w + r * D + channels, mask=real, other=0.0)
+    decay = tl.load(w + r * D + channels, mask=real, other=0.0)
     x, y = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
     top = x + EMPTY
+    if first is not None:
+        x, y, top = _sum_at(first, row, 1, 0, 0, D, channels, real, True)
     for n in range(0, tiles):
-        tile = tl.where(side == 0, n, tiles - 1 - n)
-        tile_x, tile_y, tile_top = _sum_at(sums, row, tiles, tile, side, D, channels, real)
-        _put_sum(sums, row, tiles, tile, side, D, channels, real, x, y, top)
-        new = tl.maximum(top - decay, tile_top)
-        keep, add = tl.exp(top - decay - new), tl.exp(tile_top - new)
+        tile = tl.where((side == 0) and not REVERSED, n, tiles - 1 - n)
+        tile_x, tile_y, tile_top = _sum_at(sums, row, tiles, tile, side, D, channels, real, CAUSAL)
+        _put_sum(sums, row, tiles, tile, side, D, channels, real, x, y, top, CAUSAL)
+        decayed = top - tl.minimum(TILE, S - tile * TILE) * decay
+        new = tl.maximum(decayed, tile_top)
+        keep, add = tl.exp(decayed - new), tl.exp(tile_top - new)
         x, y, top = keep * x + add * tile_x, keep * y + add * tile_y, new
+    if last is not None:
+        _put_sum(last, row, 1, 0, 0, D, channels, real, x, y, top, True)
 
 
 @triton.jit
 def _read(
     k, v, w, u, route, route_batch, sums, out, again, half, S, K, D, tiles,
-    TILE: tl.constexpr, LANES: tl.constexpr,
+    TILE: tl.constexpr, LANES: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """Writes those of out and again that are not None."""
-    tile, b, r, channels, real = _program(tiles, K, D, LANES)
+    tile, b, r, channels, real = channels_of(tiles, K, D, LANES)
     row = b * K + r
     table = None if route is None else route + b * route_batch + r * S
     decay = tl.load(w + r * D + channels, mask=real, other=0.0)
     bonus = tl.load(u + r * D + channels, mask=real, other=0.0)
 
-    x, y, top = _sum_at(sums, row, tiles, tile, 1, D, channels, real)
     futures = ()
-    for i in tl.static_range(TILE):
-        futures = ((x, y, top),) + futures
-        key, value = _token(k, v, table, b, r, tile * TILE + TILE - 1 - i, S, channels, real)
-        x, y, top = _add(x, y, top, key, value, 1.0, decay)
+    if not CAUSAL:
+        x, y, top = _sum_at(sums, row, tiles, tile, 1, D, channels, real, CAUSAL)
+        for i in tl.static_range(TILE):
+            futures = ((x, y, top),) + futures
+            key, value = _token(k, v, table, b, r, tile * TILE + TILE - 1 - i, S, channels, real)
+            x, y, top = _add(x, y, top, key, value, 1.0, decay)
 
-    x, y, top = _sum_at(sums, row, tiles, tile, 0, D, channels, real)
+    x, y, top = _sum_at(sums, row, tiles, tile, 0, D, channels, real, CAUSAL)
     for i in tl.static_range(TILE):
         step = tile * TILE + i
-        next_x, next_y, next_top = futures[i]
         key, value = _token(k, v, table, b, r, step, S, channels, real)
-        most = tl.maximum(tl.maximum(top, next_top), key + bonus)
-        before, after, own = tl.exp(top - most), tl.exp(next_top - most), tl.exp(key + bonus - most)
-        den = before * y + after * next_y + own
-        output = (before * x + after * next_x + own * value) / den
+        most = tl.maximum(top, key + bonus)
+        if not CAUSAL:
+            next_x, next_y, next_top = futures[i]
+            most = tl.maximum(most, next_top)
+        before, own = tl.exp(top - most), tl.exp(key + bonus - most)
+        den, num = before * y + own, before * x + own * value
+        if not CAUSAL:
+            after = tl.exp(next_top - most)
+            den, num = den + after * next_y, num + after * next_x
+        output = num / den
         token, _, written, inside = visit(table, step, S)
         if out is not None:
             store_row(out, place(out, b, r, 0, channels), token, real & written, output)
@@ -180,46 +196,59 @@ def _read(
 @triton.jit
 def _gradients(
     k, v, grad, again, half, w, u, route, route_batch, sums, adjoints, dk, dv, dw, du, S, K, D, tiles,
-    BY_STEP: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
+    BY_STEP: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """dw and du (B, K, tiles, D) hold the share of every tile."""
-    tile, b, r, channels, real = _program(tiles, K, D, LANES)
+    tile, b, r, channels, real = channels_of(tiles, K, D, LANES)
     row = b * K + r
     table = None if route is None else route + b * route_batch + r * S
     decay = tl.load(w + r * D + channels, mask=real, other=0.0)
     bonus = tl.load(u + r * D + channels, mask=real, other=0.0)
 
-    x, y, top = _sum_at(sums, row, tiles, tile, 1, D, channels, real)
-    of_x, of_y, of_top = _sum_at(adjoints, row, tiles, tile, 1, D, channels, real)
+    FUTURE: tl.constexpr = 0 if CAUSAL else 1  # the side where a row of adjoints has it
+    of_x, of_y, of_top = _sum_at(adjoints, row, tiles, tile, FUTURE, D, channels, real, CAUSAL)
+    if not CAUSAL:
+        x, y, top = _sum_at(sums, row, tiles, tile, 1, D, channels, real, CAUSAL)
     futures = ()
     for i in tl.static_range(TILE):
-        futures = ((x, y, top, of_x, of_y, of_top),) + futures
         step = tile * TILE + TILE - 1 - i
-        key, value = _token(k, v, table, b, r, step, S, channels, real)
-        x, y, top = _add(x, y, top, key, value, 1.0, decay)
+        if CAUSAL:
+            futures = ((of_x, of_y, of_top),) + futures
+        else:
+            futures = ((of_x, of_y, of_top, x, y, top),) + futures
+            key, value = _token(k, v, table, b, r, step, S, channels, real)
+            x, y, top = _add(x, y, top, key, value, 1.0, decay)
         key, go, other = _adjoint(grad, again, half, table, b, r, row, step, S, D, channels, real)
-        of_x, of_y, of_top = _add(of_x, of_y, of_top, key, go, other, decay)
+        of_x, of_y, of_top = _add(of_x, of_y, of_top, key, go, other, tl.where(step < S, decay, 0.0))
 
-    x, y, top = _sum_at(sums, row, tiles, tile, 0, D, channels, real)
-    of_x, of_y, of_top = _sum_at(adjoints, row, tiles, tile, 0, D, channels, real)
+    x, y, top = _sum_at(sums, row, tiles, tile, 0, D, channels, real, CAUSAL)
+    if not CAUSAL:
+        of_x, of_y, of_top = _sum_at(adjoints, row, tiles, tile, 0, D, channels, real, CAUSAL)
     of_decay, of_bonus = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
     for i in tl.static_range(TILE):
         step = tile * TILE + i
-        next_x, next_y, next_top, of_next_x, of_next_y, of_next_top = futures[i]
+        of_next_x, of_next_y, of_next_top = futures[i][0], futures[i][1], futures[i][2]
         key, value = _token(k, v, table, b, r, step, S, channels, real)
         log_weight, go, other = _adjoint(grad, again, half, table, b, r, row, step, S, D, channels, real)
-        before, after, own = tl.exp(key + of_top), tl.exp(key + of_next_top), tl.exp(key + bonus + log_weight)
-        of_value = before * of_x + after * of_next_x + own * go
-        of_key = value * of_value + before * of_y + after * of_next_y + own * other
+        after, own = tl.exp(key + of_next_top), tl.exp(key + bonus + log_weight)
+        of_value = after * of_next_x + own * go
+        through = after * of_next_y + own * other  # the denominators
+        passed = tl.exp(top + of_next_top - decay) * (x * of_next_x + y * of_next_y)
+        if not CAUSAL:
+            next_x, next_y, next_top = futures[i][3], futures[i][4], futures[i][5]
+            before = tl.exp(key + of_top)
+            of_value += before * of_x
+            through += before * of_y
+            passed += tl.exp(next_top + of_top - decay) * (next_x * of_x + next_y * of_y)
         of_bonus += own * (value * go + other)
-        of_decay -= tl.exp(top + of_next_top - decay) * (x * of_next_x + y * of_next_y)
-        of_decay -= tl.exp(next_top + of_top - decay) * (next_x * of_x + next_y * of_y)
+        of_decay -= tl.where(step < S, passed, 0.0)
         token, is_token, _, _ = visit(table, step, S)
         at = tl.cast(step, tl.int64) if BY_STEP else token
-        store_row(dk, place(dk, b, r, 0, channels), at, real & is_token, of_key)
+        store_row(dk, place(dk, b, r, 0, channels), at, real & is_token, value * of_value + through)
         store_row(dv, place(dv, b, r, 0, channels), at, real & is_token, of_value)
         x, y, top = _add(x, y, top, key, value, 1.0, decay)
-        of_x, of_y, of_top = _add(of_x, of_y, of_top, log_weight, go, other, decay)
+        if not CAUSAL:
+            of_x, of_y, of_top = _add(of_x, of_y, of_top, log_weight, go, other, decay)
     tl.store(dw + (row * tiles + tile) * D + channels, of_decay, mask=real)
     tl.store(du + (row * tiles + tile) * D + channels, of_bonus, mask=real)
 
@@ -228,9 +257,12 @@ def _gradients(
 
 
 class Tiles:
-    """One call of Bi-WKV: its inputs as the kernels take them, and the launches."""
+    """One call of Bi-WKV, or `causal` of WKV: its inputs as the kernels take them, and the launches.
 
-    def __init__(self, k, v, w, u, route, tile: int):
+    Sums that enter and leave a call are (B, K, 3, D): x, y, top.
+    """
+
+    def __init__(self, k, v, w, u, route, tile: int, causal: bool = False):
         self.k, self.v, self.w, self.u = k, v, w.float().contiguous(), u.float().contiguous()
         self.batch, self.routes, self.length = visited((k, v), route)
         self.route = None if route is None else route.contiguous()
@@ -239,19 +271,22 @@ class Tiles:
         self.tiles = triton.cdiv(self.steps, tile)
         self.counts = self.steps, self.routes, self.channels, self.tiles
         self.programs = self.batch * self.routes * triton.cdiv(self.channels, LANES)
-        self.common = dict(TILE=tile, LANES=LANES, num_warps=1)
+        self.sides = 1 if causal else 2
+        self.common = dict(TILE=tile, LANES=LANES, CAUSAL=causal, num_warps=1)
 
     def _new(self, *shape) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.k.device)
 
-    def _sums(self, grad=None, again=None, half=0) -> Tensor:
-        """What enters every tile from both sides."""
-        sums = self._new(self.batch, self.routes, self.tiles, 6, self.channels)
+    def _sums(self, first=None, grad=None, again=None, half=0) -> tuple[Tensor, Tensor | None]:
+        """What enters every tile from its sides; and causal, what leaves the last one."""
+        sums = self._new(self.batch, self.routes, self.tiles, 3 * self.sides, self.channels)
+        last = self._new(self.batch, self.routes, 3, self.channels) if self.sides == 1 else None
         _totals[(self.programs * self.tiles,)](
             rows(self.k), rows(self.v), rows(grad), again, half, self.w, *self.table, sums, *self.counts, **self.common
         )
-        _carry[(self.programs, 2)](sums, self.w, *self.counts[1:], **self.common)
-        return sums
+        reverse = self.sides == 1 and grad is not None
+        _carry[(self.programs, self.sides)](sums, first, last, self.w, *self.counts, REVERSED=reverse, **self.common)
+        return sums, last
 
     def _read(self, sums, out, again, half) -> None:
         _read[(self.programs * self.tiles,)](
@@ -259,35 +294,44 @@ class Tiles:
             **self.common,
         )  # fmt: skip
 
-    def forward(self, dtype: torch.dtype) -> Tensor:
-        """Outputs (B, K, L, D), zero where no step writes."""
+    def forward(self, dtype: torch.dtype, first: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Outputs (B, K, L, D), zero where no step writes; and causal, the sum after the last step."""
         whole = self.route is None or is_permutation(self.route, self.length)
         shape = self.batch, self.routes, self.length, self.channels
         out = (torch.empty if whole else torch.zeros)(shape, dtype=dtype, device=self.k.device)
-        self._read(self._sums(), out, None, 0)
-        return out
+        sums, last = self._sums(first)
+        self._read(sums, out, None, 0)
+        return out, last
 
-    def backward(self, grad: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of k, v, w, u."""
-        sums = self._sums()
+    def backward(self, grad: Tensor, first: Tensor | None = None, grad_last: Tensor | None = None) -> tuple:
+        """Gradients of k, v, w, u; and causal, the adjoints that arrive before the first step, and the gradient of the
+        last top that is none of the terms' (None without `grad_last`).
+
+        first: the sum before the first step. grad_last: the gradient of the sum after the last one.
+        """
+        sums, last = self._sums(first)
         again = self._new(2, self.batch, self.routes, self.steps, self.channels)
         half = again.stride(0)
         self._read(sums, None, again, half)
-        adjoints = self._sums(grad, again, half)
+        behind = of_top = None
+        if grad_last is not None:  # relative to e^-top, gradients of the parts are adjoints behind the last step
+            (x, y, top), (of_x, of_y, of_top) = last.unbind(2), grad_last.unbind(2)
+            behind, of_top = torch.stack((of_x, of_y, -top), 2), of_top - of_x * x - of_y * y
+        adjoints, ahead = self._sums(behind, grad, again, half)
         dk, dv = (TokenGradient(x, self.routes, self.route) for x in (self.k, self.v))
         dw, du = (self._new(self.batch, self.routes, self.tiles, self.channels) for _ in range(2))
         _gradients[(self.programs * self.tiles,)](
             rows(self.k), rows(self.v), rows(grad), again, half, self.w, self.u, *self.table, sums, adjoints,
             dk.rows, dv.rows, dw, du, *self.counts, BY_STEP=dk.by_step, **self.common,
         )  # fmt: skip
-        return dk.finish(), dv.finish(), dw.sum((0, 2)), du.sum((0, 2))
+        return dk.finish(), dv.finish(), dw.sum((0, 2)), du.sum((0, 2)), ahead, of_top
 
 
 def forward(k, v, w, u, route, merge):
-    output = Tiles(k, v, w, u, route, TILE).forward(torch.float32 if merge else k.dtype)
+    output, _ = Tiles(k, v, w, u, route, TILE).forward(torch.float32 if merge else k.dtype)
     return merged(output, merge, k.dtype), None
 
 
 def backward(grad_output, grad_state, k, v, w, u, route, merge):
-    dk, dv, dw, du = Tiles(k, v, w, u, route, TILE_BACKWARD).backward(per_route(grad_output, merge))
+    dk, dv, dw, du, *_ = Tiles(k, v, w, u, route, TILE_BACKWARD).backward(per_route(grad_output, merge))
     return [dk, dv, dw.to(w.dtype), du.to(u.dtype)]

@@ -12,7 +12,19 @@ from torch import Tensor
 
 from ...visits import is_permutation
 
-__all__ = ["Rows", "TokenGradient", "launch", "load_row", "place", "processors", "rows", "split", "store_row", "visit"]
+__all__ = [
+    "Rows",
+    "TokenGradient",
+    "channels_of",
+    "launch",
+    "load_row",
+    "place",
+    "processors",
+    "rows",
+    "split",
+    "store_row",
+    "visit",
+]
 
 
 class Rows(NamedTuple):
@@ -81,6 +93,16 @@ def visit(route, t, steps):
         read = entry != -1
         keep = entry >= 0
     return token, read, keep, inside
+
+
+@triton.jit
+def channels_of(pieces, K, D, LANES: tl.constexpr):
+    """(piece of time, sample, route, channels, which of them exist) of this program, where states are vectors."""
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(D, LANES)
+    channels = pid % blocks * LANES + tl.arange(0, LANES)
+    row = (pid // blocks // pieces).to(tl.int64)
+    return pid // blocks % pieces, row // K, row % K, channels, channels < D
 
 
 @triton.jit
