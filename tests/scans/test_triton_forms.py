@@ -2,18 +2,25 @@
 and compiled for GPUs that are not there. (Those with more to test have files of their own.)"""
 
 from importlib import import_module
+from math import inf
 
 import pytest
 import torch
 
-from .tools import CASES, bits, results, same, table
-from .triton_tools import compiled, in_interpreter, no_stray_access, outside_interpreter  # noqa: F401  (a fixture)
+from .tools import CASES, bits, case, results, same, table
+from .triton_tools import (
+    LIMITS,
+    compiled,
+    in_interpreter,
+    no_stray_access,  # noqa: F401  (a fixture)
+    outside_interpreter,
+)
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 VECTORS = {"hgrn": {"_scan", "_carry", "_retreat"}, "wkv4": {"_totals", "_carry", "_read", "_gradients"}}
 MATRICES = {"_solve", "_walk", "_outputs", "_gradients"}
 NAMES = [*VECTORS, "linear_attention", "delta_rule", "gated_delta_rule", "kda", "dplr"]
-FORMS = [case for case in CASES if case.public.name in NAMES]
+FORMS = [form for form in CASES if form.public.name in NAMES]
 CALLS = [  # every kind of route, merge and dtype, tokens that routes share or not
     ("per_sample", "sum", torch.float32, False),
     ("permutation", None, torch.bfloat16, True),
@@ -34,49 +41,74 @@ def small(monkeypatch):
         monkeypatch.setattr(import_module(f"{module}dplr"), name, 16)
 
 
-def compare(case, inputs, route, merge, dtype, of=("output", "state")):
+def compare(form, inputs, route, merge, dtype, of=("output", "state")):
     inputs = bits(inputs, dtype)
-    want = results(case, "reference", bits(inputs, torch.float64), route, merge, of)
-    got = results(case, "triton", inputs, route, merge, of)
-    assert {got["output"].dtype} == {dtype} and {got[f"final {state}"].dtype for state in case.states} == {
-        torch.float32
-    }
+    want = results(form, "reference", bits(inputs, torch.float64), route, merge, of)
+    got = results(form, "triton", inputs, route, merge, of)
+    assert got["output"].dtype == dtype and got["final initial_state"].dtype == torch.float32
     same(got, want, TOLERANCE[dtype])
 
 
 @in_interpreter
 @pytest.mark.parametrize("kind, merge, dtype, shared", CALLS, ids=str)
-@pytest.mark.parametrize("case", FORMS, ids=str)
-def test_is_the_definition(monkeypatch, case, kind, merge, dtype, shared):
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_is_the_definition(monkeypatch, form, kind, merge, dtype, shared):
     small(monkeypatch)
     samples = 2 if kind == "per_sample" else 1
-    inputs = case.make(samples, length=11, H=3 - samples)
+    inputs = form.make(samples, length=11, H=3 - samples)
     if shared:
-        inputs = {key: x[:, :1] if key in case.tokens else x for key, x in inputs.items()}
-    compare(case, inputs, table(kind, 2, 2, 11), merge, dtype)
+        inputs = {key: x[:, :1] if key in form.tokens else x for key, x in inputs.items()}
+    compare(form, inputs, table(kind, 2, 2, 11), merge, dtype)
 
 
 @in_interpreter
-@pytest.mark.parametrize("case", FORMS, ids=str)
-def test_the_output_alone(case):
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_the_output_alone(form):
     """In the order of the tokens, from no state, with chunks as users get them; and no gradient of the last state."""
-    inputs = case.make(1, 1, 9, without=case.states)
-    compare(case, inputs, None, None, torch.float32, of=("output",))
+    inputs = form.make(1, 1, 9, without=form.states)
+    compare(form, inputs, None, None, torch.float32, of=("output",))
+
+
+@in_interpreter
+@pytest.mark.parametrize("name", ["gated_delta_rule", "kda", "dplr", "hgrn"])
+def test_gates_of_any_strength(monkeypatch, name):
+    """From none at all to forgetting everything; and equal keys that are corrected twice over, which powers of the
+    triangular matrix, other than its inverse, would not survive."""
+    small(monkeypatch)
+    monkeypatch.setattr(import_module("linescan.scans.kernels.triton.dplr"), "CHUNK", 32)
+    torch.manual_seed(0)
+    inputs = case(name).make(1, 1, 35, H=1)
+    strength = torch.tensor([0.0, 1e-3, 100.0, 1e4, inf], dtype=torch.float64)
+    inputs["g"] = inputs["g"].clamp_max(-1e-6) * strength[(torch.rand(inputs["g"].shape) ** 3 * 5).long()]
+    inputs["g"] = inputs["g"].nan_to_num(0.0, neginf=-inf)
+    if "beta" in inputs:
+        inputs["k"], inputs["beta"] = inputs["k"][:, :, :1].expand_as(inputs["k"]), torch.full_like(inputs["beta"], 2)
+    compare(case(name), inputs, None, None, torch.float32)
 
 
 # -- compiled for GPUs that are not there -----------------------------------------------------------------------------
 
 
+def _launch(names, dtype, route=None, merge=None):
+    for name in names:
+        inputs = case(name).make(1, 2, 100, D=96, H=2, dk=64, dv=64)
+        results(case(name), "triton", bits(inputs, dtype), route, merge)
+
+
 def launches():
-    """Every kernel, in float32 along routes and in bfloat16 without."""
-    for case in FORMS:
-        inputs = case.make(1, 2, 100, D=96, H=2, dk=64, dv=64)
-        results(case, "triton", bits(inputs, torch.float32), table("permutation", 1, 2, 100), "sum")
-        results(case, "triton", bits(inputs, torch.bfloat16))
+    """Every kernel."""
+    _launch((*VECTORS, "linear_attention", "dplr"), torch.bfloat16, table("permutation", 1, 2, 100), "sum")
+
+
+def other_launches():
+    """Other kinds of gates, in the order of the tokens; three-part products."""
+    _launch((*VECTORS, "gated_delta_rule"), torch.bfloat16)
+    _launch(("kda",), torch.float32)
 
 
 @outside_interpreter
 @pytest.mark.slow
-def test_compiles():
-    for _, kernels in compiled("tests.scans.test_triton_forms:launches"):
+@pytest.mark.parametrize("function, archs", [("launches", tuple(LIMITS)), ("other_launches", (90,))])
+def test_compiles(function, archs):
+    for _, kernels in compiled(f"tests.scans.test_triton_forms:{function}", archs):
         assert {kernel["name"] for kernel in kernels} >= MATRICES.union(*VECTORS.values())

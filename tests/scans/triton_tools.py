@@ -117,19 +117,20 @@ def interpret(*files: Path) -> None:
     assert done.returncode == 0, done.stdout[-5000:]
 
 
-def compiled(launches: str) -> list[tuple[int, list[dict]]]:
-    """The kernels that a function launches, for every architecture of `LIMITS`; all fit its shared memory.
+def compiled(launches: str, archs=tuple(LIMITS)) -> list[tuple[int, list[dict]]]:
+    """The kernels that a function launches, for every architecture; all fit its shared memory.
 
     Args:
         launches: "MODULE:FUNCTION".
+        archs: some of those of `LIMITS`.
     """
-    command = [sys.executable, "-m", "tests.scans.triton_tools", launches, *map(str, LIMITS)]
+    command = [sys.executable, "-m", "tests.scans.triton_tools", launches, *map(str, archs)]
     done = subprocess.run(command, env=_environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     for kernel in kernels:
         assert kernel["shared"] <= LIMITS[kernel["arch"]], kernel
-    return [(arch, [kernel for kernel in kernels if kernel["arch"] == arch]) for arch in LIMITS]
+    return [(arch, [kernel for kernel in kernels if kernel["arch"] == arch]) for arch in archs]
 
 
 def main(launches: str, *archs: str) -> None:

@@ -35,7 +35,6 @@ from .gla import (
     _segments,
     _store,
     _store_heads,
-    _table,
     merged,
     per_route,
 )
@@ -110,7 +109,8 @@ def _solve(
     """What is found in a chunk that a state enters is `found` + `by_state` @ that state."""
     chunk, row, b, r, head = _place(N, H, K)
     i = tl.arange(0, C)
-    token, read, written, _ = visit(_table(route, route_batch, b, r, S), chunk * C + i, S)
+    table = None if route is None else route + b * route_batch + r * S
+    token, read, written, _ = visit(table, chunk * C + i, S)
     lower = tl.zeros((C, C), tl.float32)  # what `a` reads of b
     inner = tl.zeros((C, C), tl.float32)  # what `a` reads of keys; REVERSED: what q reads of b
     for first in range(0, DX, BX):
@@ -194,11 +194,11 @@ def _walk(
     b, r, head = row // (H * K), row // H % K, row % H
     channels = tl.arange(0, BX)
     columns = tl.program_id(1) * BY + tl.arange(0, BY)
-    table = _table(route, route_batch, b, r, S)
+    table = None if route is None else route + b * route_batch + r * S
     state = tl.zeros((BX, BY), tl.float32)
     if edge is not None:
-        at, mask = _state(edge, row, 0, 1, channels, columns, DX, DY)
-        state = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        begin, there = _state(edge, row, 0, 1, channels, columns, DX, DY)
+        state = tl.load(begin, mask=there, other=0.0).to(tl.float32)
     for n in range(0, N):
         chunk = N - 1 - n if REVERSED else n
         at, mask = _state(states, row, chunk, N, channels, columns, DX, DY)
@@ -225,8 +225,8 @@ def _walk(
                 others *= tl.exp(after)
             state += tl.dot(tl.trans(keys), values, input_precision=PRECISION)
             state += tl.dot(tl.trans(others), rest, input_precision=PRECISION)
-    at, mask = _state(last, row, 0, 1, channels, columns, DX, DY)
-    tl.store(at, state, mask=mask)
+    end, there = _state(last, row, 0, 1, channels, columns, DX, DY)
+    tl.store(end, state, mask=there)
 
 
 @triton.jit
@@ -239,7 +239,8 @@ def _outputs(
     chunk, row, b, r, head = _place(N, H, K)
     i = tl.arange(0, C)
     step = chunk * C + i
-    token, read, written, _ = visit(_table(route, route_batch, b, r, S), step, S)
+    table = None if route is None else route + b * route_batch + r * S
+    token, read, written, _ = visit(table, step, S)
     columns = tl.program_id(1) * BY + tl.arange(0, BY)
     diagonal = i[:, None] == i[None, :]
     scores = tl.zeros((C, C), tl.float32)
@@ -314,7 +315,8 @@ def _gradients(
     chunk, row, b, r, head = _place(N, H, K)
     i = tl.arange(0, C)
     step = chunk * C + i
-    token, read, written, _ = visit(_table(route, route_batch, b, r, S), step, S)
+    table = None if route is None else route + b * route_batch + r * S
+    token, read, written, _ = visit(table, step, S)
     channels = tl.program_id(1) * BX + tl.arange(0, BX)
     qk, ak = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)  # gradients of scores
     qb, ab = qk, qk
@@ -461,7 +463,7 @@ class LowRank:
         self.bx, self.by = min(WIDTH, _power(self.dk)), min(DEPTH, _power(self.dv))
         self.common = dict(
             DX=self.dk, DY=self.dv, C=self.size, LEVELS=self.size.bit_length() - 1, SCALAR=self.scalar, LATE=late,
-            PRECISION="tf32x3" if torch.float32 in (q.dtype, k.dtype, v.dtype) else "tf32",
+            PRECISION="tf32x3" if torch.float32 in (q.dtype, v.dtype) else "tf32",
             num_warps=4,
         )  # fmt: skip
         self.tokens = rows(q), rows(a), rows(k), rows(b)

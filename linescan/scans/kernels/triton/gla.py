@@ -44,12 +44,6 @@ def _place(N, H, K):
 
 
 @triton.jit
-def _table(route, route_batch, b, k, S):
-    """Where the steps of a sample's route are listed."""
-    return None if route is None else route + b * route_batch + k * S
-
-
-@triton.jit
 def _load(x, b, k, head, at, real, channels, D: tl.constexpr):
     """Rows `at` of a head of x, a Rows, as (C, channels) in float32; zeros where not `real`."""
     start = x.data + b * x.batch + k * x.route + head * x.group
@@ -140,7 +134,7 @@ def _states(
     chunk, row, b, k, head = _place(N, H, K)
     i = tl.arange(0, C)
     step = chunk * C + i
-    table = _table(route, route_batch, b, k, S)
+    table = None if route is None else route + b * route_batch + k * S
     token, read, written, inside = visit(table, step, S)
     channels = tl.program_id(1) * BX + tl.arange(0, BX)
     columns = tl.program_id(2) * BY + tl.arange(0, BY)
@@ -210,7 +204,8 @@ def _outputs(
     chunk, row, b, r, head = _place(N, H, K)
     i = tl.arange(0, C)
     step = chunk * C + i
-    token, read, written, inside = visit(_table(route, route_batch, b, r, S), step, S)
+    table = None if route is None else route + b * route_batch + r * S
+    token, read, written, inside = visit(table, step, S)
     columns = tl.program_id(1) * BY + tl.arange(0, BY)
     scores = tl.zeros((C, C), tl.float32)
     result = tl.zeros((C, BY), tl.float32)
@@ -266,7 +261,8 @@ def _gradients(
     chunk, row, b, r, head = _place(N, H, K)
     i = tl.arange(0, C)
     step = chunk * C + i
-    token, read, written, inside = visit(_table(route, route_batch, b, r, S), step, S)
+    table = None if route is None else route + b * route_batch + r * S
+    token, read, written, inside = visit(table, step, S)
     channels = tl.program_id(1) * BX + tl.arange(0, BX)
     dscores = tl.zeros((C, C), tl.float32)
     of_query = tl.zeros((C, BX), tl.float32)  # through the state that entered
