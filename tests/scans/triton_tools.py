@@ -18,8 +18,10 @@ and is found by test_triton.py's test_in_the_interpreter, which has all such fil
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from importlib import import_module
 from pathlib import Path
 
@@ -133,8 +135,24 @@ def compiled(launches: str, archs=tuple(LIMITS)) -> list[tuple[int, list[dict]]]
     return [(arch, [kernel for kernel in kernels if kernel["arch"] == arch]) for arch in archs]
 
 
+def _resources(cubin: bytes) -> dict[str, int]:
+    """What a thread of a compiled kernel takes, as the tool that comes with Triton says it."""
+    import triton.backends.nvidia
+
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        told = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    return {
+        name: int(re.search(f"{key}:(\\d+)", told.stdout)[1])
+        for name, key in (("registers", "REG"), ("stack", "STACK"))
+    }
+
+
 def main(launches: str, *archs: str) -> None:
-    """Prints one JSON line a kernel: name, arch, options, shared (bytes of shared memory)."""
+    """Prints one JSON line a kernel: module, name, arch, options, shared (bytes of shared memory of a block), registers
+    and stack (bytes, what registers have no room for) of a thread."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
@@ -161,9 +179,10 @@ def main(launches: str, *archs: str) -> None:
         arch = triton.runtime.driver.active.arch
         if (arch, kernel.hash) not in seen:
             seen.add((arch, kernel.hash))
-            assert kernel.asm["cubin"]
             shown = {key: str(value) for key, value in options.items()}
-            print(json.dumps(dict(name=self.__name__, arch=arch, options=shown, shared=kernel.metadata.shared)))
+            module = self.fn.__module__.rpartition(".")[2]
+            about = dict(module=module, name=self.__name__, arch=arch, options=shown, shared=kernel.metadata.shared)
+            print(json.dumps(about | _resources(kernel.asm["cubin"])))
         return kernel
 
     JITFunction.run = only_compile

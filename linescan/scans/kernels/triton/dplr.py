@@ -40,7 +40,7 @@ from .gla import (
 )
 
 CHUNK = 32  # steps that one program takes; a power of two, at least 16
-WIDTH = 32  # key channels at a time, except in `walk`, which holds all of them
+WIDTH = 16  # key channels at a time, except in `walk`, which holds all of them
 DEPTH = 32  # value channels at a time; half as many in `walk`
 
 
@@ -464,8 +464,9 @@ class LowRank:
         self.common = dict(
             DX=self.dk, DY=self.dv, C=self.size, LEVELS=self.size.bit_length() - 1, SCALAR=self.scalar, LATE=late,
             PRECISION="tf32x3" if torch.float32 in (q.dtype, v.dtype) else "tf32",
-            num_warps=4,
         )  # fmt: skip
+        # The halving of channel gates holds many tiles at once: eight warps, so that they stay in registers.
+        self.inside = dict(BX=self.bx, BY=self.by, num_warps=4 if self.scalar else 8)
         self.tokens = rows(q), rows(a), rows(k), rows(b)
 
     def _new(self, *shape) -> Tensor:
@@ -481,21 +482,21 @@ class LowRank:
         y, g = rows(self.v if grad is None else grad), rows(self.g)
         _solve[(self.rows * self.chunks,)](
             *self.tokens, y, g, *self.table, by_state, found, self.scale, *self.counts,
-            BX=self.bx, BY=self.by, **self.common, **back,
+            **self.common, **self.inside, **back,
         )  # fmt: skip
         writes = (self.k, self.b, 1.0) if grad is None else (self.q, self.a, self.scale)
         width = max(16, DEPTH // 2)
         _walk[(self.rows, triton.cdiv(self.dv, width))](
             rows(writes[0]), rows(writes[1]), y, g, *self.table, by_state, found, states,
             None if first is None else first.contiguous(), last, writes[2], *self.counts,
-            BX=_power(self.dk), BY=width, **self.common, **back,
+            **self.common, BX=_power(self.dk), BY=width, num_warps=4, **back,
         )  # fmt: skip
         return found, states, last
 
     def _outputs(self, y: Tensor, states: Tensor, found: Tensor, out, by_step: bool, reverse: bool) -> None:
         _outputs[(self.rows * self.chunks, triton.cdiv(self.dv, self.by))](
             *self.tokens, rows(y), rows(self.g), *self.table, states, found, out, self.scale, *self.counts,
-            BX=self.bx, BY=self.by, REVERSED=reverse, BY_STEP=by_step, **self.common,
+            **self.common, **self.inside, REVERSED=reverse, BY_STEP=by_step,
         )  # fmt: skip
 
     def forward(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -521,7 +522,7 @@ class LowRank:
         _gradients[(self.rows * self.chunks, parts)](
             *self.tokens, rows(self.v), rows(grad), rows(self.g), *self.table,
             states, grad_states, found, grad_found, *places, self.scale, *self.counts, to["g"].stride,
-            BX=self.bx, BY=self.by, BY_STEP=by_step, **self.common,
+            **self.common, **self.inside, BY_STEP=by_step,
         )  # fmt: skip
         return {name: x.finish() for name, x in to.items()} | {"initial_state": of_initial}
 
