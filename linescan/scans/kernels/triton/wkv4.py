@@ -42,7 +42,7 @@ def backward(grad_output, grad_state, k, v, w, u, initial_state, route, merge) -
         of_state = torch.stack((weight * x, weight * y, weight * (x * num + y * den)), -1)
     if of_top is not None:
         top = torch.full_like(of_top, EMPTY) if first is None else top
-        _, pull = torch.func.vjp(lambda *x: _last_top(*x, route), k.float(), w.float(), top)
+        _, pull = torch.func.vjp(lambda k, w, top: _last_top(k, w, top, route), k.float(), w.float(), top)
         more_k, more_w, more_top = pull(of_top)
         dk, dw = dk + more_k, dw + more_w
         if first is not None:
