@@ -20,6 +20,7 @@ __all__ = [
     "is_observed",
     "is_transformed",
     "is_watched",
+    "known_equal",
     "linear_pointwise",
     "mmengine_flop_handles",
     "plain_shape",
@@ -76,6 +77,13 @@ def plain_shape(x: torch.Tensor) -> torch.Size:
         with unwatched():
             return x.shape
     return x.shape
+
+
+def known_equal(a: int, b: int) -> bool:
+    """Whether two sizes are equal; False where that is not known, in a graph of dynamic sizes."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(a == b)
 
 
 def argument_names(operator: torch._ops.OpOverload) -> list[str]:

@@ -83,6 +83,15 @@ def test_inside_unwatched_tensors_are_plain():
     assert torch.func.grad(function)(torch.ones(3)).tolist() == [0, 1, 2]
 
 
+def test_sizes_that_are_not_known_are_not_known_to_be_equal():
+    assert _compat.known_equal(3, 3) and not _compat.known_equal(3, 4)
+    function = lambda x: x + 1 if _compat.known_equal(*x.shape) else x - 1  # noqa: E731
+    for dynamic, square in ((False, 1), (True, -1)):
+        torch._dynamo.reset()
+        compiled = torch.compile(function, fullgraph=True, backend="eager", dynamic=dynamic)
+        assert (compiled(torch.zeros(3, 4)) == -1).all() and (compiled(torch.zeros(5, 5)) == square).all()
+
+
 def test_argument_names():
     assert _compat.argument_names(torch.ops.aten.addcmul.default) == ["self", "tensor1", "tensor2", "value"]
     if cpu.missing() is None:

@@ -120,6 +120,7 @@ MODELS: dict[str, dict[str, Small]] = {
         "sigma_tiny": Small({"depths": (1, 1, 1, 1), "dim": 32, "num_classes": 3, "decoder_depths": (1, 1, 1)}, PAIR),
         "mhsvm_vmunet_3h": Small({"dims": (16, 32, 64, 128), "depths": (1, 1, 1, 1), "depths_decoder": (1, 1, 1, 1)}),
         "mambafcs_base": Small({"depths": (1, 1, 1, 1), "dims": 16}, PAIR),
+        "rwkvsam_small_prompt": Small({"depths": (1, 1, 1), "dims": (16, 32, 32), "dim": 32}, ((3, "HW"), (2, 2))),
         "mambaad_resnet34": Small({"teacher": "resnet18", "depths": (1, 2, 1, 1), "d_state": 2, "directions": 2}),
         "mamba_yolo_world_small": Small(
             {"width": 0.125, "last_chans": 256, "text_dim": 32, "d_state": 8, "head_dim": 16, "num_classes": 8},

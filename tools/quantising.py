@@ -2,12 +2,15 @@
 """What quantisation costs a classifier in accuracy: one table of methods and bits.
 
     python tools/quantising.py
+    python tools/quantising.py --families      # needs elpv-dataset
     python tools/quantising.py --checkpoint runs/solar-cells/vim_tiny/model.safetensors \
         --data runs/solar-cells/cells/test --calibrate runs/solar-cells/cells/train
 
 Without a checkpoint, the small Vim of `linescan demo` is trained on the digits first (about a minute), unless a former
 run has done so. Every row is a file that `linescan quantize` writes, read back and scored on the same held-out images.
-docs/quantise.md has the table of the digits: --page writes it there.
+With --families, a small model of each of four families is trained on the digits, and on the solar cells of
+tools/solar_cells.py (a quarter of an hour in all), and scored in the same way. A run that was ended goes on where it
+was. docs/quantise.md has both tables: --page writes them there.
 """
 
 import csv
@@ -20,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 import typer  # noqa: E402
+from solar_cells import write_cells  # noqa: E402
 
 from linescan.demos.digits import RECIPE  # noqa: E402
 from linescan.engine import train  # noqa: E402
@@ -31,9 +35,21 @@ from linescan.errors import InputError  # noqa: E402
 from linescan.quantise import Recipe  # noqa: E402
 from linescan.tasks.classify import labelled  # noqa: E402
 from linescan.tasks.quantise import quantise_checkpoint  # noqa: E402
+from linescan.tasks.recipes import ClassificationRecipe  # noqa: E402
 
 BITS = ("w8a8", "w6a6", "w4a8", "w4a4")
-ROWS = [("dynamic", "w8a8")] + [(method, bits) for bits in BITS for method in ("naive", "quamba", "mambaquant")]
+METHODS = ("naive", "quamba", "mambaquant")
+ROWS = [("dynamic", "w8a8")] + [(method, bits) for bits in BITS for method in METHODS]
+COLUMNS = [(method, bits) for bits in ("w8a8", "w4a8") for method in METHODS]  # of families
+
+# 64 tokens an image; VMamba, whose patches have 4 pixels, has 16 x 16 of a cell.
+FAMILIES = {
+    "Vim": ("vim_tiny_patch16_224", {"depth": 4, "embed_dim": 64}),
+    "LocalVim": ("local_vim_tiny", {"depth": 4, "embed_dim": 64}),
+    "Mamba-ND": ("mamband_small_patch8_224", {"depths": [2, 2], "dims": [64, 64]}),
+    "VMamba": ("vmamba_tiny_s1l8", {"depths": [2, 2], "dims": [32, 64]}),
+}
+SIDES = {"digits": 32, "solar cells": 64}  # in pixels
 
 
 class Row(NamedTuple):
@@ -66,38 +82,85 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def score(
+    checkpoint: Path, data: str, calibrate: str, ways: list[tuple[str, str]], to: Path, images: int, label: str
+) -> list[Row]:
+    """A row for the classifier as it is, and one for each method and bits; files that are there are not made again."""
+    before, right, size = answers(checkpoint, data)
+    rows = [Row("float32", "w32a32", size, 100 * (before == right).double().mean().item(), 100.0)]
+    with progress_bar(label, len(ways)) as advance:
+        for method, bits in ways:
+            file = to / f"{method}-{bits}.safetensors"
+            if not file.exists():
+                quantise_checkpoint(None, checkpoint, Recipe(method, bits), calibrate, file, images=images, batch=16)
+            after, _, size = answers(file, data)
+            same, top1 = ((after == other).double().mean().item() for other in (before, right))
+            rows.append(Row(method, bits, size, 100 * top1, 100 * same))
+            advance(1, description=f"{method} {bits}")
+    return rows
+
+
+def recipe_of(family: str, data: str, cells: Path) -> ClassificationRecipe:
+    """How a small model of a family is trained."""
+    model, args = FAMILIES[family]
+    side = SIDES[data]
+    patches = {} if family == "VMamba" else {"patch_size": side // 8}
+    sets = {"data": "digits"} if data == "digits" else {"data": str(cells / "train"), "val": str(cells / "test")}
+    return ClassificationRecipe(
+        **sets, model=model, model_args={"img_size": side, "in_chans": 1, **patches, **args}, augment="light",
+        epochs=15, batch=32, lr=2e-3, warmup=1, ema=0.995, evaluate_every=15,
+    )  # fmt: skip
+
+
+def families(to: Path, images: int) -> str:
+    """The table of families in Markdown; a model that is there is not trained again."""
+    cells = write_cells(to / "cells")
+    heads = [f"{method} {bits}" for method, bits in COLUMNS]
+    lines = [f"| trained on | model | parameters | float32 | {' | '.join(heads)} |", "|---|---|" + "---:|" * 8]
+    for data in SIDES:
+        for family in FAMILIES:
+            folder = to / data.replace(" ", "-") / family.lower()
+            checkpoint = folder / "float32" / "model.safetensors"
+            if not checkpoint.exists():
+                train(recipe_of(family, data, cells), checkpoint.parent, device="cpu", workers=0, resume=True)
+            test, others = (data, data) if data == "digits" else (str(cells / "test"), str(cells / "train"))
+            rows = score(checkpoint, test, others, COLUMNS, folder, images, f"{family}, {data}")
+            size = sum(weight.numel() for weight in restore(checkpoint=checkpoint)[0].parameters()) / 1e6
+            lines.append(f"| {data} | {family} | {size:.2f} M | {' | '.join(f'{row.top1:.1f}' for row in rows)} |")
+    return "\n".join(lines) + "\n"
+
+
 def quantising(
     checkpoint: Annotated[Optional[Path], typer.Option("--checkpoint", "-c", help="A classifier of float32.")] = None,
     data: Annotated[str, typer.Option(help="What it is scored on: digits, or a folder of classes.")] = "digits",
     calibrate: Annotated[str, typer.Option(help="What calibrates it: digits, or a folder of images.")] = "digits",
     images: Annotated[int, typer.Option(min=1, help="How many of these.")] = 64,
+    of_families: Annotated[bool, typer.Option("--families", help="Train and score four families instead.")] = False,
     to: Annotated[Path, typer.Option("--out", "-o", help="The folder for everything.")] = Path("runs/quantising"),
     page: Annotated[Optional[Path], typer.Option(help="A page whose table is replaced.")] = None,
-    mark: Annotated[str, typer.Option(help="The table's name in the page.")] = "digits",
+    mark: Annotated[
+        Optional[str], typer.Option(help="The table's name in the page. Default: digits, or families.")
+    ] = None,
 ):
-    """Quantise one classifier in every way, and score each."""
-    if checkpoint is None:
-        checkpoint = to / "float32" / "model.safetensors"
-        if not checkpoint.exists():
-            train(RECIPE, checkpoint.parent, device="cpu")
-    before, right, size = answers(checkpoint, data)
-    rows = [Row("float32", "w32a32", size, 100 * (before == right).double().mean().item(), 100.0)]
-    with progress_bar("quantising", len(ROWS)) as advance:
-        for method, bits in ROWS:
-            file = to / f"{method}-{bits}.safetensors"
-            quantise_checkpoint(None, checkpoint, Recipe(method, bits), calibrate, file, images=images, batch=16)
-            after, _, size = answers(file, data)
-            same, top1 = ((after == other).double().mean().item() for other in (before, right))
-            rows.append(Row(method, bits, size, 100 * top1, 100 * same))
-            advance(1, description=f"{method} {bits}")
-    made, text = table(rows), io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([Row._fields, *rows])
+    """Quantise one classifier in every way, or four in some, and score each."""
+    if of_families:
+        made, files = families(to, images), {}
+    else:
+        if checkpoint is None:
+            checkpoint = to / "float32" / "model.safetensors"
+            if not checkpoint.exists():
+                train(RECIPE, checkpoint.parent, device="cpu")
+        rows = score(checkpoint, data, calibrate, ROWS, to, images, "quantising")
+        made, text = table(rows), io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([Row._fields, *rows])
+        files = {"table.csv": text.getvalue().encode()}
+    name = "families" if of_families else "table"
     for line in made.splitlines():
         show(line)
-    for path in write_all(to, {"table.md": made.encode(), "table.csv": text.getvalue().encode()}):
+    for path in write_all(to, {f"{name}.md": made.encode(), **files}):
         say(str(path))
     if page:
-        _replace(page, made, mark)
+        _replace(page, made, mark or ("families" if of_families else "digits"))
         say(str(page))
 
 

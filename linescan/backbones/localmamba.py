@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from timm.layers import calculate_drop_path_rates, lecun_normal_, to_2tuple
 from torch import Tensor, nn
 
+from .._compat import known_equal
 from ..checkpoint import rename
 from ..errors import InputError, known
 from ..layers.linear import init_linear, trunc_normal_
@@ -146,14 +147,13 @@ class LocalRoutes(MultiRoute):
     def table(self, grid: tuple[int, int], device: torch.device | str | None = None) -> Tensor:
         if not self.class_token:
             return super().table(grid, device)
-        middle = grid[0] * grid[1] // 2  # by the number of tokens, whatever padding a route has
         # As text, which torch.compile reads as a constant.
-        specs = [f"cls({route.spec}, at={middle}, stored={middle})" for route in self.routes]
+        specs = [f"cls({route.spec}, at=half, stored=middle)" for route in self.routes]
         return routes.table(", ".join(specs), grid, device)
 
     def merge_routes(self, y: Tensor, grid: tuple[int, int] | None) -> Tensor:
         """Outputs (B, K, L, D) of the routes -> (B, L, D)."""
-        if grid is not None and grid[0] != grid[1] and not self.class_token:
+        if grid is not None and not self.class_token and not known_equal(*grid):
             row, column = routes.table("row, col", grid, y.device).long()
             places = [column[column] if str(route) in ("col", "-col") else row for route in self.routes]
             y = y[:, torch.arange(len(places), device=y.device)[:, None], torch.stack(places)]

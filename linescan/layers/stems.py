@@ -71,7 +71,9 @@ class ImageStem(nn.Sequential):
 @opaque
 def pad_to_multiple(x: Tensor, size: int) -> Tensor:
     """Images (B, C, H, W) with zeros at the bottom and the right, so that `size` divides both sides."""
-    return F.pad(x, (0, -x.shape[-1] % size, 0, -x.shape[-2] % size))
+    # Not `-n % size`: of that remainder torch.compile makes no tensor, where sides are not known.
+    right, bottom = ((n + size - 1) // size * size - n for n in (x.shape[-1], x.shape[-2]))
+    return F.pad(x, (0, right, 0, bottom))
 
 
 @opaque

@@ -205,7 +205,7 @@ def write(y: Tensor, route: Tensor | None, length: int, merge: bool = False) -> 
     row = torch.arange(batch * routes, device=y.device).reshape(batch, routes, 1)
     slots = batch * routes * length  # one more takes what is dropped
     target = torch.where(table < 0, slots, row * length + table).flatten()
-    step = target.new_full((slots + 1,), -1).scatter(0, target, torch.arange(len(target), device=y.device))[:-1]
+    step = target.new_full((slots + 1,), -1).scatter(0, target, torch.arange(target.shape[0], device=y.device))[:-1]
     out = y.flatten(0, 2).index_select(0, step.clamp_min(0))  # gathering is faster than copying to an index
     visits = known(route)
     if visits is None or not visits.permutation:

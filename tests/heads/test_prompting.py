@@ -37,6 +37,16 @@ def test_prompts_of_one_image_are_independent_and_as_of_many_images():
             assert torch.allclose(own[1], model(images[1:], **{n: x[1:2] for n, x in prompts.items()})[0], atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_serves_any_number_of_prompts():
+    model = small()
+    images, points = torch.randn(3, 3, 64, 96), torch.rand(3, 2, 2) * 64
+    with torch.no_grad():
+        traced = torch.jit.trace(model, (images[:2], points[:2]), check_trace=False)
+        for got, want in zip(traced(images, points), model(images, points)):
+            assert torch.allclose(got, want, atol=1e-5)
+
+
 def test_points_are_shares_of_the_size_that_the_model_is_built_for():
     model, wide = small(), RWKVSAMPrompter(**{**SMALL, "img_size": 128}).eval()
     wide.load_state_dict(model.state_dict())

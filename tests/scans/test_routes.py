@@ -410,6 +410,9 @@ def test_class_tokens_of_published_systems():
     for spec in ("row", "-col", "w2", "-w2", "-w7"):
         got = order(f"cls({spec}, at=middle, stored=middle)", 5, 7)
         assert got[(len(got) - 1) // 2] == 35 // 2
+        got = order(f"cls({spec}, at=half, stored=middle)", 5, 7)
+        assert got == order(f"cls({spec}, at=17, stored=middle)", 5, 7) and got[35 // 2] == 35 // 2
+    assert order("cls(w2, at=half+half, stored=tail)", 1, 3) == [0, 3, 4, 1, -1, -1, 2, -1, -1, -1]
     # Registers, spread over the sequence and stored first.
     assert order("cls(row, at=0+3+5, stored=head)", 1, 3) == [0, 3, 4, 1, 5, 2]
     assert order("cls(col, at=head+tail, stored=head)", 2, 2) == [0, 2, 4, 3, 5, 1]
@@ -621,7 +624,7 @@ def test_a_default_device_is_respected():
         ("window(row)", "sides of at least 1"),
         ("spatial_first(cls(row))", "class tokens go around"),
         ("cls(cls(row))", "class tokens go around"),
-        ("cls(row, at=front)", "head, middle, tail or an index"),
+        ("cls(row, at=front)", "head, middle, half, tail or an index"),
         ("cls(row, at=head+head, stored=1)", "2 places to visit class tokens, 1 to store"),
         ([], "no route given"),
         (3, "a route is a spec"),

@@ -46,6 +46,18 @@ def test_what_is_found_out(entries):
     assert found.permutation == (sorted(entries) == [0, 1, 2, 3, 4]) and found.padding == (-1 in entries)
 
 
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_graph_of_routes_of_each_sample_serves_every_batch(merge):
+    class There(torch.nn.Module):
+        def forward(self, x, route):
+            return write(read(x, route), route, x.shape[2], merge)
+
+    given = [(torch.randn(n, 2, 5, 3), torch.rand(n, 2, 5).argsort(-1).int()) for n in (2, 3)]
+    axes = {0: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(There(), given[0], dynamic_shapes=(axes, axes)).module()
+    torch.testing.assert_close(program(*given[1]), There()(*given[1]))
+
+
 def test_every_sample_and_route_is_looked_at():
     route = torch.arange(4).expand(2, 3, 4).clone()
     check_table("test", route, 4)

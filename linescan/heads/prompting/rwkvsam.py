@@ -256,7 +256,7 @@ class MaskDecoder(nn.Module):
         Returns:
             Logits (P, 1, 4 h, 4 w), and the expected IoU (P, 1).
         """
-        prompts, grid = len(tokens), features.embedding.shape[-2:]
+        prompts, grid = tokens.shape[0], features.embedding.shape[-2:]
         own = torch.cat([self.iou_token.weight, self.mask_tokens.weight[:1]])
         start = x = torch.cat([own.expand(prompts, -1, -1), tokens], 1)
         image = features.embedding.expand(prompts, -1, -1, -1).flatten(2).mT
@@ -356,8 +356,8 @@ class RWKVSAMPrompter(nn.Module):
         Raises:
             InputError: no points and no boxes, or another number of prompts.
         """
-        prompts = {len(x) for x in (points, labels, boxes, masks) if x is not None}
-        if (points is None and boxes is None) or len(prompts) != 1:
+        given = [x for x in (points, labels, boxes, masks) if x is not None]
+        if (points is None and boxes is None) or any(x.shape[0] != given[0].shape[0] for x in given):
             raise InputError("a prompt has points or a box (or both), and all arguments are of the same prompts")
         grid = features.embedding.shape[-2:]
         size = STRIDE * grid[0], STRIDE * grid[1]

@@ -10,7 +10,7 @@ A route is a small immutable object that gives a table of token indices for any 
     w7  w4x2  window(7, inside=R, between=R)    window after window, padded at the bottom and the right
     spatial_first(R)  temporal_first(R)         videos: R in every frame in turn; all frames at every place of R
     twh  twh:R  twh(R)                  videos: axes in this order, slowest first; R over all of them; over the last two
-    cls(R, at=middle, stored=head)      class tokens: each head, middle, tail or an index; several are head+tail
+    cls(R, at=middle, stored=head)      class tokens: each head, middle, half, tail or an index; several: head+tail
 
     table("row, -row, col, -col", (14, 14))     # (4, 196): the four routes of VMamba and of Mamba-ND
     table(["w2", "-w2"], (7, 7))                # LocalMamba, with 15 padding steps each

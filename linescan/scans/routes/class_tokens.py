@@ -9,7 +9,7 @@ from ..visits import declare, known
 
 __all__ = ["insert_tokens", "merge_order", "token_places"]
 
-PLACES = ("head", "middle", "tail")
+PLACES = ("head", "middle", "half", "tail")
 
 
 def token_places(at, stored) -> tuple[tuple, tuple]:
@@ -29,10 +29,13 @@ def token_places(at, stored) -> tuple[tuple, tuple]:
     return at, stored
 
 
-def merge_order(length: int, places: tuple) -> tuple[int, ...]:
-    """Which of `length` things and then len(places) tokens stands where, after the tokens went to their places."""
+def merge_order(length: int, places: tuple, cells: int | None = None) -> tuple[int, ...]:
+    """Which of `length` things and then len(places) tokens stands where, after the tokens went to their places.
+
+    The things are `cells` tokens (by default `length`), and perhaps padding.
+    """
     total = length + len(places)
-    gaps = {"head": 0, "middle": length // 2, "tail": length}
+    gaps = {"head": 0, "middle": length // 2, "half": (length if cells is None else cells) // 2, "tail": length}
     fixed = {place: length + i for i, place in enumerate(places) if isinstance(place, int)}
     if len(fixed) < sum(isinstance(place, int) for place in places) or any(place >= total for place in fixed):
         raise ValueError(f"class tokens need different indices below {total}, got {[*places]}")
@@ -58,8 +61,8 @@ def insert_tokens(
 
     Args:
         table: any table, also one per sample (B, K, S).
-        at: where each token is visited: "head", "middle" (before step S // 2) or "tail", or its step among all S + n.
-            One entry a token, or one name for all.
+        at: where each token is visited: "head", "middle" (before step S // 2), "half" (before step length // 2) or
+            "tail", or its step among all S + n. One entry a token, or one name for all.
         stored: where each token is stored, in the same words: index among all length + n stored tokens.
         length: number of tokens stored so far; None: the number of steps (a table without padding).
 
@@ -75,7 +78,7 @@ def insert_tokens(
     moved = storage[token.clamp_min(0).long()]
     moved = torch.where(table < -1, -2 - moved, torch.where(table == -1, table, moved))
     both = torch.cat([moved, storage[length:].expand(*table.shape[:-1], -1)], -1)
-    both = both[..., torch.tensor(merge_order(steps, at), device=table.device)]
+    both = both[..., torch.tensor(merge_order(steps, at, length), device=table.device)]
     before = known(table)
     if before is None or before.length != length:
         return both

@@ -122,8 +122,9 @@ class Route:
         """This route with class tokens; the cells keep their order.
 
         Args:
-            at: where each token is visited: "head", "middle" (before step S // 2 of the S without tokens) or "tail", or
-                its step among all. One entry a token, or one name for all.
+            at: where each token is visited: "head", "middle" (before step S // 2 of the S without tokens), "half"
+                (before step L // 2, for L cells, whatever padding the route has) or "tail", or its step among all. One
+                entry a token, or one name for all.
             stored: where each token is stored, in the same words: index among all stored tokens.
         """
         return WithTokens(grid_only(self, "with_tokens"), *token_places(at, stored))
@@ -320,7 +321,7 @@ class WithTokens(Route):
         cells, order = prod(grid), self.route._order(grid)
         stored = np.argsort(merge_order(cells, self.stored))  # where each cell, and then each class token, is stored
         steps = np.concatenate([np.where(order < 0, PADDING, stored[order]), stored[cells:]])
-        return steps[list(merge_order(len(order), self.at))]
+        return steps[list(merge_order(len(order), self.at, cells))]
 
     def _steps(self, grid: Grid) -> int:
         return self.route._steps(grid) + len(self.at)
