@@ -19,7 +19,7 @@ from ..media.clouds import PointAugment, PointPreprocess
 from ..media.draw_points import PointView, draw_points
 from ..media.find import find_clouds
 from ..media.labels import class_names
-from ..media.points import PointCloud, read_points
+from ..media.points import PointCloud, column_names, read_points
 from .image_sets import Digits, class_folders, roots, split
 
 __all__ = [
@@ -65,12 +65,15 @@ class CloudFiles(CloudSet):
         files: pairs of a path and the number of its class.
         classes: their names.
         columns: of formats without names, as `read_points` takes them.
+
+    Raises:
+        InputError: wrong columns.
     """
 
     def __init__(self, files: Sequence[tuple[Path, int]], classes: Sequence[str] = (), columns: str | None = None):
         self.names = [str(path) for path, _ in files]
         self.labels = [label for _, label in files]
-        self.classes, self.columns = list(classes), columns
+        self.classes, self.columns = list(classes), column_names(columns)
 
     def cloud(self, index: int) -> PointCloud:
         return read_points(self.names[index], limit=MOST_READ, columns=self.columns)
@@ -398,7 +401,10 @@ class Parts:
                     found |= {(category, label) for label in np.unique(labels).tolist() if label >= 0}
             progress(1)
         if not found:
-            raise InputError(f"no point of the clouds in {data} has a label")
+            raise InputError(
+                f"no point of the clouds in {data} has a label; a column without a name that holds them is named by "
+                "--columns, as in 'x y z label'"
+            )
         kinds = clouds.classes
         return cls([f"{kinds[category]}/{label}" if kinds else str(label) for category, label in sorted(found)])
 

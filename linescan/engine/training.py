@@ -237,7 +237,7 @@ class Training:
                 )
 
     def _name_broken(self, messages: list[str]) -> None:
-        for message in messages:
+        for message in dict.fromkeys(messages):
             if message not in self.broken:
                 say(("left out", "yellow"), f" {message}")
         self.broken |= set(messages)

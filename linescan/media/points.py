@@ -30,7 +30,7 @@ import numpy as np
 from ..errors import BrokenCloud, InputError
 from .formats import is_cloud
 
-__all__ = ["LARGEST_CLOUD", "PointCloud", "read_points", "write_ply"]
+__all__ = ["LARGEST_CLOUD", "PointCloud", "column_names", "read_points", "write_ply"]
 
 LARGEST_CLOUD = 2_000_000
 """Points that are kept of a file, unless asked otherwise."""
@@ -107,9 +107,7 @@ def read_points(
         raise InputError(f"{path}: not a point cloud by its name; these are: {' '.join(_READERS)}")
     if limit < 1 or samples < 1:
         raise InputError(f"a point cloud has at least 1 point, not {min(limit, samples)}")
-    names = columns.split() if isinstance(columns, str) else list(columns or ())
-    if unknown := [name for name in names if name not in (*_COLUMNS, "-")]:
-        raise InputError(f"unknown column {unknown[0]!r}; there are: {' '.join(_COLUMNS)} and -")
+    names = column_names(columns)
     with _reading(path):
         _expect_own_bytes(path)
         table = _READERS[path.suffix.lower()](path, names, min(samples, limit), seed)
@@ -123,6 +121,23 @@ def read_points(
     if rows is not None:
         cloud.notes.insert(0, f"{len(rows):,} of {table.total:,} points, drawn at random")
     return cloud
+
+
+def column_names(columns: str | Sequence[str] | None) -> list[str]:
+    """The names of columns, of `read_points`.
+
+    Raises:
+        InputError: an unknown name, one that comes twice, or a coordinate is missing.
+    """
+    names = columns.split() if isinstance(columns, str) else list(columns or ())
+    if unknown := [name for name in names if name not in (*_COLUMNS, "-")]:
+        raise InputError(f"unknown column {unknown[0]!r}; there are: {' '.join(_COLUMNS)} and -")
+    for name in _COLUMNS:
+        if names.count(name) > 1:
+            raise InputError(f"column {name} is named twice in {' '.join(names)!r}; - is for one that is not used")
+        if names and name in "xyz" and name not in names:
+            raise InputError(f"no column {name} in {' '.join(names)!r}; a point has x, y and z")
+    return names
 
 
 def write_ply(file: BinaryIO, cloud: PointCloud, labels: np.ndarray, colours: np.ndarray) -> None:

@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..media.clouds import PointPreprocess, ScanPreprocess
 from ..media.draw_points import PointView, draw_points, points_page
 from ..media.find import Source
-from ..media.points import LARGEST_CLOUD, PointCloud, read_points
+from ..media.points import LARGEST_CLOUD, PointCloud, column_names, read_points
 from .base import Task
 from .recipes import CloudRecipe
 from .tool import Tool, Writer
@@ -117,7 +117,7 @@ class CloudTool(Tool):
         args: of the model.
 
     Raises:
-        InputError, CheckpointError: see `linescan.engine.cards.restore`; or the model reads no clouds.
+        InputError, CheckpointError: see `linescan.engine.cards.restore`; the model reads no clouds; or wrong columns.
 
     Attributes:
         card: what the model's file says.
@@ -142,7 +142,7 @@ class CloudTool(Tool):
             raise InputError(f"{card.model} reads images or videos, not point clouds")
         super().__init__(card.model, network, device, dtype, batch)
         self.card: ModelCard = card
-        self.limit, self.columns = limit, columns
+        self.limit, self.columns = limit, column_names(columns)
         for module in network.modules():
             if hasattr(module, "set_together"):
                 module.set_together(False)

@@ -529,6 +529,10 @@ def test_names_and_folders(tmp_path):
         read_points(tmp_path / "folder.ply")
     with pytest.raises(InputError, match="unknown column 'w'; there are: x y z intensity"):
         read_points(tmp_path / "a.txt", columns="x y w")
+    with pytest.raises(InputError, match="no column z in 'x y intensity'"):
+        read_points(tmp_path / "a.txt", columns="x y intensity")
+    with pytest.raises(InputError, match="column y is named twice"):
+        read_points(tmp_path / "a.txt", columns="x y y z")
     for wrong in (dict(limit=0), dict(samples=0)):
         with pytest.raises(InputError, match="at least 1 point, not 0"):
             read_points(tmp_path / "c.laz", **wrong)

@@ -410,6 +410,8 @@ def test_what_does_not_fit_is_one_line(tmp_path, shapes):
         PartSegmenter(checkpoint=path)
     with pytest.raises(InputError, match="reads images or videos"):
         CloudTool(checkpoint=image_model(tmp_path))
+    with pytest.raises(InputError, match="unknown column 'smell'"):  # once, not of each file
+        CloudTool(checkpoint=path, columns="x y z smell")
     for bad in ({"points": 0}, {"up": "x"}, {"features": ["smell"]}, {"normalise": 1}, {"points": 10**9}, {"more": 1}):
         values = card.as_dict()
         values["preprocess"] = {**values["preprocess"], **bad}
