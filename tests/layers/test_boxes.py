@@ -74,6 +74,8 @@ def test_suppression_is_greedy():
         if all(ious[i, j] <= 0.2 for j in kept):
             kept.append(i)
     assert nms(boxes, scores, 0.2).tolist() == kept and 5 < len(kept) < 50
+    half = torch.tensor([[0.0, 0, 0, 3, 1, 1, 0], [1, 0, 0, 3, 1, 1, 0]])  # that share exactly that
+    assert nms(half, scores[:2], 0.5).tolist() == scores[:2].argsort(descending=True).tolist()
     assert nms(boxes, scores, 0.2, most=3).tolist() == kept[:3]
     assert set(nms(boxes, scores, 0.2, most_before=10).tolist()) <= set(scores.topk(10).indices.tolist())
 

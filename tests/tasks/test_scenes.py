@@ -249,6 +249,8 @@ def test_kittis_average_precision():
     assert math.isnan(kitti_precision([scan(np.zeros((1, 0)), (0.5,))], 0.7))
     half = right + [scan(np.zeros((0, 2)), ()) for _ in range(20)]
     assert kitti_precision(half, 0.7) == pytest.approx(50, abs=2.5)  # half of the positions of recall are reached
+    few = right[:3] + [scan([[0.9, 0]], (0.7,))] + [scan(np.zeros((0, 2)), ())] * 16
+    assert kitti_precision(few, 0.7) == pytest.approx(100 * 7 / 40)  # 7 of 40 positions, without that of recall 0
     wrong = [scan(np.vstack([np.eye(2) * 0.9, np.zeros((2, 2))]), (0.9, 0.8, 0.95, 0.94)) for _ in range(20)]
     assert kitti_precision(wrong, 0.7) == pytest.approx(50)
     small = [scan(s.overlaps, s.scores, small=(False, False, True, True)) for s in wrong]
