@@ -22,6 +22,7 @@ from PIL import Image  # noqa: E402
 from rendered_changes import waves  # noqa: E402
 
 from linescan.engine.atomic import atomic  # noqa: E402
+from linescan.engine.organ_sets import richest_planes  # noqa: E402
 from linescan.engine.recipe import Recipe  # noqa: E402
 from linescan.engine.training import train  # noqa: E402
 from linescan.tasks.recipes import SegmentationRecipe, VolumeSegmentationRecipe  # noqa: E402
@@ -58,7 +59,7 @@ def body(dice: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     grid, labels = np.stack(np.indices(shape), -1) / shape, np.zeros(shape, np.uint8)
     for number, middle, radii in (
         (1, (0.5, 0.5, 0.5), (0.46, 0.42, 0.9)), (2, (0.68, 0.55, 0.6), (0.17, 0.24, 0.26)),
-        (3, (0.28, 0.42, 0.45), (0.09, 0.11, 0.2)), (4, (0.5, 0.2, 0.5), (0.07, 0.08, 0.9)),
+        (3, (0.27, 0.45, 0.45), (0.13, 0.17, 0.26)), (4, (0.5, 0.18, 0.5), (0.1, 0.11, 0.9)),
     ):  # fmt: skip
         middle, radii = middle + dice.uniform(-0.03, 0.03, 3), radii * dice.uniform(0.85, 1.15, 3)
         labels[(((grid - middle) / radii) ** 2).sum(-1) < 1] = number
@@ -108,6 +109,19 @@ def draw_lesions(weights: Path, folder: Path, count: int = 6) -> None:
         sheet.quantize(128).save(file, "PNG", optimize=True)
 
 
+def draw_volume(segment: VolumeSegmenter, folder: Path, name: str) -> None:
+    """docs/images/volumes.jpg: planes of a volume, with the true classes and with those that are found."""
+    volume = segment.open(folder / "imagesTr" / name)
+    truth = segment.open(folder / "labelsTr" / name).array.astype(np.uint8)
+    places = richest_planes(truth)
+    rows = [segment.draw_at(volume, labels, places) for labels in (truth, segment(volume))]
+    sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
+    for row, top in zip(rows, (0, rows[0].height)):
+        sheet.paste(row, (0, top))
+    with atomic(IMAGES / "volumes.jpg") as file:
+        sheet.save(file, "JPEG", quality=90)
+
+
 def rendered_scans(
     to: Annotated[Path, typer.Option("--out", "-o", help="The folder for everything.")] = Path("runs/rendered-scans"),
 ):
@@ -121,13 +135,10 @@ def rendered_scans(
     )
     draw_lesions(trained(recipe, to / "vm-unet"), to / "lesions" / "val")
     recipe = VolumeSegmentationRecipe(
-        str(to / "volumes"), model_args=MAMBA_ND, window=16, batch=2, steps=120, evaluate_every=120, **common
+        str(to / "volumes"), model_args=MAMBA_ND, window=16, batch=2, steps=300, evaluate_every=100, **common
     )
     segment = VolumeSegmenter(checkpoint=trained(recipe, to / "mamba-nd"), device="cpu")
-    volume = segment.open(to / "volumes" / "imagesTr" / "09.nii.gz")
-    drawn = segment.draw(volume, segment(volume))
-    with atomic(IMAGES / "volumes.jpg") as file:
-        drawn.convert("RGB").save(file, "JPEG", quality=90)
+    draw_volume(segment, to / "volumes", "09.nii.gz")
     print(IMAGES / "lesions.png", IMAGES / "volumes.jpg")
 
 

@@ -20,11 +20,11 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from ..errors import InputError
-from ..media.draw import draw_masks
+from ..media.draw import draw_planes
 from ..media.volumes import VolumePreprocess, read_volume
 from .image_sets import split
 
-__all__ = ["LabelledVolumes", "OrganSet", "Scan", "find_organs", "planes"]
+__all__ = ["LabelledVolumes", "OrganSet", "Scan", "find_organs", "planes", "richest_planes"]
 
 CACHE = 2**31
 """Bytes of resampled volumes that a set keeps in memory, once they are read."""
@@ -184,8 +184,7 @@ class LabelledVolumes(Dataset):
     def preview(self, index: int, side: int = 336) -> Image.Image:
         """A volume as it is shown: three planes, tinted by their labels."""
         volume, labels = self.whole(index)
-        image, mask = planes(volume.numpy(), labels.numpy())
-        drawn = draw_masks(image, mask, self.classes, legend_rows=0)
+        drawn = draw_planes(planes(volume.numpy(), labels.numpy()), self.classes, legend_rows=0)
         drawn.thumbnail((2 * side, 2 * side))
         return drawn
 
@@ -205,25 +204,39 @@ def _changed(volume: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return volume.contiguous(), labels.contiguous()
 
 
-def planes(volume: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The planes across each axis that have most labels, side by side: an image (H, W, 3) of bytes, and its mask.
+PLANES = ("sagittal", "x"), ("coronal", "y"), ("axial", "z")
+"""What the planes across each axis are called, and the axis."""
+
+
+def richest_planes(labels: np.ndarray) -> tuple[int, int, int]:
+    """Of each axis of labels (X, Y, Z) the plane across it that has most of the classes, all of which count alike.
+
+    A class counts by the share of its voxels that lies in the plane; 0 is the background. The middle, where there is no
+    class.
+    """
+    places = []
+    for axis, length in enumerate(labels.shape):
+        rows = [np.bincount(np.take(labels, at, axis).ravel(), minlength=256)[1:] for at in range(length)]
+        counts = np.stack(rows)
+        shares = counts / counts.sum(0).clip(1)
+        places.append(int(shares.sum(1).argmax()) if counts.any() else length // 2)
+    return tuple(places)
+
+
+def planes(
+    volume: np.ndarray, labels: np.ndarray, places: tuple[int, int, int] | None = None
+) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Planes across each axis for `draw_planes`: axial, coronal, sagittal; each with its name, bytes and mask (H, W).
 
     Args:
         volume: (X, Y, Z) in 0..1; what rises along an axis is drawn upwards, or to the right.
-        labels: (X, Y, Z); 0 is the background.
+        labels: (X, Y, Z), bytes; 0, the background, is 255 in the mask.
+        places: of the planes along x, y and z; default: `richest_planes`.
     """
-    pieces = []
-    for axis in (2, 1, 0):  # axial, coronal, sagittal
-        counts = np.count_nonzero(labels, axis=tuple(i for i in range(3) if i != axis))
-        at = int(counts.argmax()) if counts.any() else labels.shape[axis] // 2
-        pieces.append([np.take(one, at, axis).T[::-1] for one in (volume, labels)])
-    height, gap = max(image.shape[0] for image, _ in pieces), 4
-    width = sum(image.shape[1] for image, _ in pieces) + 2 * gap
-    image, mask, left = np.zeros((height, width), np.uint8), np.full((height, width), 255, np.uint8), 0
-    for grey, own in pieces:
-        top = (height - grey.shape[0]) // 2
-        place = slice(top, top + grey.shape[0]), slice(left, left + grey.shape[1])
-        image[place] = np.rint(grey.clip(0, 1) * 255)
-        mask[place] = np.where(own == 0, 255, own)
-        left += grey.shape[1] + gap
-    return np.repeat(image[..., None], 3, -1), mask
+    places, pieces = places or richest_planes(labels), []
+    for axis in (2, 1, 0):
+        name, letter = PLANES[axis]
+        grey, own = (np.take(one, places[axis], axis).T[::-1] for one in (volume, labels))
+        image = np.rint(grey.clip(0, 1) * 255).astype(np.uint8)
+        pieces.append((f"{name}, {letter} = {places[axis]}", image, np.where(own == 0, 255, own).astype(np.uint8)))
+    return pieces

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 __all__ = ["default_palette", "draw_boxes", "draw_changes", "draw_comparison", "draw_labels", "draw_masks",
-           "draw_objects"]  # fmt: skip
+           "draw_objects", "draw_planes"]  # fmt: skip
 
 Colour = tuple[int, int, int]
 
@@ -19,6 +19,7 @@ BEST, REST = (42, 157, 143), (214, 218, 225)  # squares beside the likeliest cla
 GOOD, BAD = (38, 166, 91), (214, 48, 49)  # points on objects, and beside them
 WIDEST = 1600  # comparisons
 SMALLEST = 384  # images whose longer side is below are enlarged, or no word would fit
+NARROWEST = 640  # planes of a volume side by side
 
 
 def default_palette(classes: int) -> list[Colour]:
@@ -58,13 +59,43 @@ def draw_masks(
     palette = _palette(palette, classes)
     mask = np.asarray(mask)
     _check_size("mask", mask.shape, canvas, factor)
-    counts = np.bincount(mask.ravel(), minlength=len(classes))[: len(classes)]
-    if factor > 1:
-        mask = mask.repeat(factor, 0).repeat(factor, 1)
-    pixels = _tint(np.asarray(canvas), mask, palette, opacity)
-    shown = [i for i in np.argsort(-counts, kind="stable") if counts[i]]
-    entries = [(palette[i], f"{classes[i]} · {_percent(counts[i] / mask.size * factor**2)}") for i in shown]
-    return _with_legend(Image.fromarray(pixels), entries, legend_rows)
+    pixels = _tint(np.asarray(canvas), mask.repeat(factor, 0).repeat(factor, 1), palette, opacity)
+    return _with_legend(Image.fromarray(pixels), _shares(mask, classes, palette), legend_rows)
+
+
+def draw_planes(
+    planes: Sequence[tuple[str, np.ndarray, np.ndarray]],
+    classes: Sequence[str],
+    palette: Sequence[Colour] | None = None,
+    *,
+    legend_rows: int | None = None,
+) -> Image.Image:
+    """Planes of a volume side by side, tinted by the class of each pixel, with names above and a legend below.
+
+    Args:
+        planes: of each the name, the image (H, W) of bytes, and the mask (H, W), as for `draw_masks`.
+        classes, palette, legend_rows: as for `draw_masks`.
+
+    Returns:
+        An RGB image; below `NARROWEST` pixels of width, planes are enlarged by a whole factor.
+    """
+    palette, gap = _palette(palette, classes), 8
+    factor = -(-NARROWEST // sum(mask.shape[1] for _, _, mask in planes))
+    height = factor * max(len(mask) for _, _, mask in planes)
+    width = gap + sum(factor * mask.shape[1] + gap for _, _, mask in planes)
+    size = max(round(width / 50), 11)
+    sheet, left = Image.new("RGB", (width, round(1.8 * size) + height), PAPER), gap
+    pen = ImageDraw.Draw(sheet)
+    font, names = _typeset([name for name, _, _ in planes], size)
+    for name, (_, image, mask) in zip(names, planes):
+        grey = Image.fromarray(image).convert("RGB")
+        grey = grey.resize((factor * grey.width, factor * grey.height), Image.Resampling.BICUBIC)
+        tinted = _tint(np.asarray(grey), mask.repeat(factor, 0).repeat(factor, 1), palette, 0.4)
+        pen.text((left, round(0.9 * size)), name, INK, font, anchor="lm")
+        sheet.paste(Image.fromarray(tinted), (left, sheet.height - height + (height - grey.height) // 2))
+        left += grey.width + gap
+    shown = np.concatenate([mask.ravel() for _, _, mask in planes])
+    return _with_legend(sheet, _shares(shown, classes, palette), legend_rows)
 
 
 def draw_boxes(
@@ -318,6 +349,13 @@ def _tint_instance(pixels: np.ndarray, mask: np.ndarray, colour: Colour, factor:
     part = pixels[tuple(slice(factor * s.start, factor * s.stop) for s in box)]
     weight = np.where(border, 0.95, 0.42 * inside).astype(np.float32)[..., None]
     part += (weight * (np.array(colour, np.float32) - part)).round().astype(np.int16).astype(np.uint8)
+
+
+def _shares(mask: np.ndarray, classes: Sequence[str], palette: Sequence[Colour]) -> list[tuple[Colour, str]]:
+    """Of a legend: the classes in a mask and their shares of it, the largest first."""
+    counts = np.bincount(mask.ravel(), minlength=len(classes))[: len(classes)]
+    shown = [i for i in np.argsort(-counts, kind="stable") if counts[i]]
+    return [(palette[i], f"{classes[i]} · {_percent(counts[i] / mask.size)}") for i in shown]
 
 
 def _percent(share: float) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import unicodedata
 from collections import Counter
 from itertools import chain, count
 from pathlib import Path
@@ -153,14 +154,15 @@ def find(
 def pair(first: Sequence[Source], second: Sequence[Source]) -> list[Source]:
     """Sources that are read together: those of the same name, or the only two.
 
+    Accents may be letters of their own in one name and not in the other, as file systems have it.
     One without a partner is a source with an error; one that has an error already keeps it.
     """
     if len(first) == len(second) == 1:
         second = [second[0]._replace(name=first[0].name)]
-    partners = {source.name: source for source in second}
+    partners = {unicodedata.normalize("NFC", source.name): source for source in second}
     pairs = []
     for source in first:
-        partner = partners.pop(source.name, None)
+        partner = partners.pop(unicodedata.normalize("NFC", source.name), None)
         if partner is None:
             pairs.append(source._replace(error=source.error or _alone(source)))
         else:

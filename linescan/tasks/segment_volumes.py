@@ -14,10 +14,10 @@ from torch.nn import functional as F
 
 from ..engine.atomic import atomic, write_all
 from ..engine.cards import ModelCard, read_card, restore
-from ..engine.organ_sets import LabelledVolumes, find_organs, planes
+from ..engine.organ_sets import LabelledVolumes, find_organs, planes, richest_planes
 from ..engine.scores import Evaluator, Totals
 from ..errors import InputError
-from ..media.draw import default_palette, draw_masks
+from ..media.draw import default_palette, draw_planes
 from ..media.find import Source
 from ..media.page import page, table
 from ..media.volumes import Volume, VolumePreprocess, read_volume, write_labels
@@ -281,10 +281,14 @@ class VolumeSegmenter(Tool):
         return labels.cpu().numpy()
 
     def draw(self, opened: Volume, answer: np.ndarray, frame: bool = False) -> Image.Image:
-        """The planes across each axis with most labels, side by side, with a legend."""
+        """Planes across each axis, those with most of the classes, side by side, with a legend."""
+        return self.draw_at(opened, answer, richest_planes(answer))
+
+    def draw_at(self, opened: Volume, answer: np.ndarray, places: tuple[int, int, int]) -> Image.Image:
+        """The planes at these places along x, y and z, side by side, with a legend."""
         low, high = self.preprocess.intensity
-        image, mask = planes((opened.array.astype(np.float32) - low) / (high - low), answer)
-        return draw_masks(image, mask, self.classes, self.palette)
+        shown = planes((opened.array.astype(np.float32) - low) / (high - low), answer, places)
+        return draw_planes(shown, self.classes, self.palette)
 
 
 class LabelFiles(Writer):

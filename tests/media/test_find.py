@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from linescan.errors import InputError
-from linescan.media.find import find, find_images, find_videos
+from linescan.media.find import find, find_images, find_videos, pair
 
 
 def make(root: Path, *names: str) -> None:
@@ -202,3 +202,24 @@ def test_nothing_lies_among_the_frames_of_a_video(tmp_path):
         "film-2/1.png",
     ]
     assert [s.name for s in find([tmp_path / "photos", tmp_path / "film.mp4"])] == ["film/0", "film/1", "film.mp4"]
+
+
+def test_pairs_are_files_of_one_name(tmp_path):
+    first = "a.png", "sub/a.png", "dup.png", "dup.jpg", "caf\u00e9.png", "alone.png", "gone.png"
+    make(tmp_path, *(f"rgb/{name}" for name in first))
+    make(tmp_path, "x/a.jpg", "x/sub/a.tif", "x/dup.png", "x/cafe\u0301.png", "x/other.png", "x/gone.mp4")
+    found = pair(find([tmp_path / "rgb"], ["image"]), find([tmp_path / "x", tmp_path / "x/gone.mp4"], ["image"]))
+    together = {os.path.relpath(s.path, tmp_path): s.partners for s in found if not s.error}
+    want = {"rgb/a.png": "a.jpg", "rgb/sub/a.png": "sub/a.tif", "rgb/caf\u00e9.png": "cafe\u0301.png"}
+    assert together == {name: (tmp_path / "x" / other,) for name, other in want.items()}
+    said = errors(found)
+    assert len(said) == 6
+    for name in (
+        "alone.png: it has no partner named alone", "other.png: it has no partner named other",
+        "dup.jpg: it has no partner named dup.jpg; two files", "rgb/dup.png: it has no partner named dup.png; two files",
+        "x/dup.png: it has no partner named dup", "gone.mp4 is a video",
+    ):  # fmt: skip
+        assert sum(name in line for line in said) == 1, name
+    make(tmp_path, "before.png", "after.jpg")
+    (only,) = pair(find([tmp_path / "before.png"]), find([tmp_path / "after.jpg"]))
+    assert only.name == "before" and only.partners == (tmp_path / "after.jpg",), "the only two, whatever their names"

@@ -13,10 +13,11 @@ from torch.nn import functional as F
 import linescan
 from linescan.engine.cards import ModelCard, read_card, save_model
 from linescan.engine.metrics import read_metrics
-from linescan.engine.organ_sets import LabelledVolumes, Scan, find_organs, planes
+from linescan.engine.organ_sets import LabelledVolumes, Scan, find_organs, planes, richest_planes
 from linescan.engine.processes import Processes
 from linescan.engine.scores import Totals, evaluate
 from linescan.errors import InputError
+from linescan.media.draw import draw_planes
 from linescan.media.volumes import Volume, VolumePreprocess, read_volume, write_labels
 from linescan.tasks.recipes import VolumeSegmentationRecipe
 from linescan.tasks.segment_volumes import OrganDice, VolumeSegmentationTask, VolumeSegmenter, slide_volume
@@ -206,13 +207,25 @@ def test_volumes_that_do_not_fit_their_labels(tmp_path):
                 (1, 1, 1), (0, 1), 16))[0]  # fmt: skip
 
 
-def test_planes_stand_upright():
+def test_planes_stand_upright_where_the_classes_are():
     labels = np.zeros((4, 6, 8), np.uint8)
     labels[1, 2, 7] = 2
-    image, mask = planes(np.ones((4, 6, 8)), labels)
-    assert image.shape == (8, 4 + 4 + 6 + 8, 3) and (image[:, 4:8] == 0).all()
-    rows, columns = np.nonzero(mask == 2)
-    assert list(zip(rows, columns)) == [(0, 9), (0, 18), (4, 1)]  # top of two planes; the third shows it from above
+    found = planes(np.full((4, 6, 8), 2.0), labels)
+    assert [name for name, _, _ in found] == ["axial, z = 7", "coronal, y = 2", "sagittal, x = 1"]
+    assert [mask.shape for _, _, mask in found] == [(6, 4), (8, 4), (8, 6)]
+    assert [np.argwhere(mask == 2).tolist() for _, _, mask in found] == [[[3, 1]], [[0, 1]], [[0, 2]]]
+    assert all(image.dtype == np.uint8 and (image == 255).all() for _, image, _ in found)
+    labels[:, :, 0] = 1  # a large class: each counts alike
+    labels[1, 2, 5] = 3
+    labels[3, 4, 5] = 3
+    labels[0, 2, 5] = 4
+    assert richest_planes(labels) == (1, 2, 5), (
+        "2 and half of 3; these and 4; 3 and 4"
+    )
+    assert richest_planes(np.zeros((4, 6, 8), np.uint8)) == (2, 3, 4)
+    drawn = draw_planes(found, ["background", "a", "b"])
+    assert drawn.width >= 640 and drawn.height > 40 * 8, "enlarged, with words above and below"
+    assert draw_planes(found, ["background", "a", "b"], legend_rows=0).height < drawn.height
 
 
 # -- scores and windows -----------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from ...tasks.anomaly import AnomalyDetector
 from ...tasks.recipes import AnomalyRecipe, ClassificationRecipe
 from ..trainings import train_all
 
-__all__ = ["commands", "run"]
+__all__ = ["commands", "run", "write_patches"]
 
 TEXTURES = "brick", "grass", "gravel"
 PHOTOGRAPHS = *TEXTURES, "astronaut", "camera", "chelsea", "coffee", "coins", "moon", "page", "rocket", "text"
@@ -72,14 +72,19 @@ def save(path: Path, pixels: np.ndarray) -> None:
         Image.fromarray(pixels).save(file, "PNG")
 
 
-def write_images(out: Path, seed: int) -> None:
-    """patches/ and textures/."""
-    dice = np.random.default_rng(seed)
+def write_patches(folder: Path, dice: np.random.Generator) -> None:
+    """Patches of photographs, by photograph."""
     for name in PHOTOGRAPHS:
         image = photograph(name)
         image = image[:TRAIN_ROWS] if name in TEXTURES else image
         for i in range(40):
-            save(out / "patches" / name / f"{i:02d}.png", crop(image, 96, dice))
+            save(folder / name / f"{i:02d}.png", crop(image, 96, dice))
+
+
+def write_images(out: Path, seed: int) -> None:
+    """patches/ and textures/."""
+    dice = np.random.default_rng(seed)
+    write_patches(out / "patches", dice)
     for name in TEXTURES:
         above, below = np.split(photograph(name), [TRAIN_ROWS])
         place = out / "textures" / name
