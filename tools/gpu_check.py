@@ -198,6 +198,8 @@ OPERATORS = [
         "KDA: 2 routes, 3 heads of 64", "kda", BOTH, SOME, ("q", "k", "v"), sizes=dict(H=3, dk=64, dv=64),
         peers={"flash-linear-attention": fla("kda")},
     ),
+    Operator("Log-linear attention: 2 routes, 3 heads of 64", "log_linear_attention", BOTH, SOME, ("q", "k", "v"),
+             sizes=dict(H=3, G=1, dk=64, dv=64, levels=14)),
     Operator("RWKV-7: 2 routes, 3 heads of 64", "rwkv7", BOTH, SOME, ("r", "k", "v"), sizes=dict(H=3, dk=64, dv=64)),
 ]  # fmt: skip
 

@@ -7,6 +7,8 @@ from math import inf
 import pytest
 import torch
 
+from linescan.scans.recurrence import backend
+
 from .tools import CASES, bits, case, results, same, table
 from .triton_tools import (
     LIMITS,
@@ -19,7 +21,7 @@ from .triton_tools import (
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 VECTORS = {"hgrn": {"_scan", "_carry", "_retreat"}, "wkv4": {"_totals", "_carry", "_read", "_gradients"}}
 MATRICES = {"_solve", "_walk", "_outputs", "_gradients"}
-NAMES = [*VECTORS, "linear_attention", "delta_rule", "gated_delta_rule", "kda", "dplr"]
+NAMES = [*VECTORS, "linear_attention", "delta_rule", "gated_delta_rule", "kda", "dplr", "log_linear_attention"]
 FORMS = [form for form in CASES if form.public.name in NAMES]
 CALLS = [  # routes with padding and dropped visits, and those without; tokens that routes share or not
     ("per_sample", "sum", torch.float32, False),
@@ -54,7 +56,7 @@ def compare(form, inputs, route, merge, dtype, of=("output", "state")):
 def test_is_the_definition(monkeypatch, form, kind, merge, dtype, shared):
     small(monkeypatch)
     samples = 2 if kind == "per_sample" else 1
-    inputs = form.make(samples, length=11, H=3 - samples)
+    inputs = form.make(samples, length=11, H=3 - samples, G=1)
     if shared:
         inputs = {key: x[:, :1] if key in form.tokens else x for key, x in inputs.items()}
     compare(form, inputs, table(kind, 2, 2, 11), merge, dtype)
@@ -66,6 +68,21 @@ def test_the_output_alone(form):
     """In the order of the tokens, from no state, with chunks as users get them; and no gradient of the last state."""
     inputs = form.make(1, 1, 9, without=form.states)
     compare(form, inputs, None, None, torch.float32, of=("output",))
+
+
+@in_interpreter
+@pytest.mark.parametrize("length", [64, 70])
+def test_buckets_of_many_chunks(monkeypatch, length):
+    """Four chunks of 16 steps, which fill a bucket, and one more that is not full."""
+    small(monkeypatch)
+    form = case("log_linear_attention")
+    inputs = bits(form.make(1, 1, length, G=1, H=1), torch.float32)
+    with torch.no_grad(), backend("triton"):
+        got = form(inputs)
+    with torch.no_grad(), backend("reference"):
+        want = form(bits(inputs, torch.float64))
+    for x, exact in zip(got, want):
+        torch.testing.assert_close(x.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 @in_interpreter
@@ -96,7 +113,8 @@ def _launch(names, dtype, route=None, merge=None):
 
 def launches():
     """Every kernel."""
-    _launch((*VECTORS, "linear_attention", "dplr"), torch.bfloat16, table("permutation", 1, 2, 100), "sum")
+    names = *VECTORS, "linear_attention", "dplr", "log_linear_attention"
+    _launch(names, torch.bfloat16, table("permutation", 1, 2, 100), "sum")
 
 
 def other_launches():

@@ -19,6 +19,7 @@ from ...ops.dplr import _dplr
 from ...ops.gla import _gla, _simple_gla
 from ...ops.hgrn import _hgrn
 from ...ops.linear_attention import _linear_attention
+from ...ops.log_linear import _log_linear_attention
 from ...ops.selective_scan import _selective_scan
 from ...ops.ssd import _ssd
 from ...ops.wkv4 import _bi_wkv, _wkv4
@@ -54,10 +55,10 @@ def _fits(*args) -> bool:
     )
 
 
-def _register(op: Recurrence, module: str, fits=lambda *args: True, limit: str = "") -> None:
+def _register(op: Recurrence, module: str, fits=lambda *args: True, limit: str = "", backward: str = "") -> None:
     """Registers `forward` and `backward` of a module beside this one, which the first call imports.
 
-    `limit` says in words what `fits` asks for.
+    `limit` says in words what `fits` asks for; `backward` is the form that has the backward where it is not the module.
     """
 
     def run(function: str, inputs: int):
@@ -78,9 +79,10 @@ def _register(op: Recurrence, module: str, fits=lambda *args: True, limit: str =
 
         return implementation
 
-    op.register(
-        "triton", run("forward", 0), run("backward", 2), lambda *call: _fits(*call) and fits(*call) and _installed()
-    )
+    def supports(*call) -> bool:
+        return _fits(*call) and fits(*call) and _installed()
+
+    op.register("triton", run("forward", 0), backward or run("backward", 2), supports)
 
 
 _register(_selective_scan, "selective_scan", lambda u, delta, A, *_: A.shape[-1] <= 64, " and at most 64 states")
@@ -89,6 +91,7 @@ _register(_gla, "gla")
 _register(_simple_gla, "gla")
 _register(_ssd, "ssd")
 _register(_linear_attention, "linear_attention")
+_register(_log_linear_attention, "log_linear", lambda *call: call[7] == 0, " from position 0 on", backward="chunked")
 _register(_hgrn, "hgrn")
 _register(_bi_wkv, "bi_wkv")
 _register(_wkv4, "wkv4")

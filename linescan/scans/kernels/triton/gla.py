@@ -398,21 +398,25 @@ class Chunks:
     def _blocks(self) -> tuple[int, int]:
         return triton.cdiv(self.dk, self.bx), triton.cdiv(self.dv, self.by)
 
-    def _states(self, first: Tensor | None, grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The state that enters every chunk and the last one; with `grad`, gradients of what leaves, and the first."""
+    def added(self, grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What each chunk adds to the state (rows, N, dk, dv), or with `grad` to its gradient, and its decay of one."""
         states = self._new(self.rows, self.chunks, self.dk, self.dv)
         kept = self._new(self.rows, self.chunks, 1 if self.scalar else self.dk)
-        last = self._new(self.batch, self.routes, self.heads, self.dk, self.dv)
         x, y, scale = (self.k, self.v, 1.0) if grad is None else (self.q, grad, self.scale)
-        back = dict(REVERSED=grad is not None)
         _states[self._grid(*self._blocks)](
             rows(x), rows(y), rows(self.g), rows(self.weight), *self.table, states, kept, scale, *self.counts,
-            **self.common, **back, num_warps=4,
+            **self.common, REVERSED=grad is not None, num_warps=4,
         )  # fmt: skip
+        return states, kept
+
+    def _states(self, first: Tensor | None, grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The state that enters every chunk and the last one; with `grad`, gradients of what leaves, and the first."""
+        states, kept = self.added(grad)
+        last = self._new(self.batch, self.routes, self.heads, self.dk, self.dv)
         block = min(256, _power(self.dk * self.dv))
         _carry[(self.rows, triton.cdiv(self.dk * self.dv, block))](
             states, kept, None if first is None else first.contiguous(), last, self.chunks,
-            DX=self.dk, DY=self.dv, BLOCK=block, SCALAR=self.scalar, **back, num_warps=2,
+            DX=self.dk, DY=self.dv, BLOCK=block, SCALAR=self.scalar, REVERSED=grad is not None, num_warps=2,
         )  # fmt: skip
         return states, last
 
@@ -422,12 +426,16 @@ class Chunks:
             self.scale, *self.counts, **self.common, **self.inside, TRANSPOSED=transposed, BY_STEP=by_step,
         )  # fmt: skip
 
+    def room(self, dtype: torch.dtype) -> Tensor:
+        """Room for outputs (B, K, L, H, dv), zero where no step writes."""
+        shape = self.batch, self.routes, self.length, self.heads, self.dv
+        whole = self.route is None or is_permutation(self.route, self.length)
+        return (torch.empty if whole else torch.zeros)(shape, dtype=dtype, device=self.v.device)
+
     def forward(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(outputs (B, K, L, H, dv) of that dtype, zero where no step writes; final state)."""
         states, last = self._states(self.initial)
-        shape = self.batch, self.routes, self.length, self.heads, self.dv
-        whole = self.route is None or is_permutation(self.route, self.length)
-        out = (torch.empty if whole else torch.zeros)(shape, dtype=dtype, device=self.v.device)
+        out = self.room(dtype)
         self._outputs(self.v, states, rows(out), False, False)
         return out, last
 
