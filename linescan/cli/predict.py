@@ -439,17 +439,21 @@ def prompt(
     everything: Annotated[
         bool, typer.Option("--everything", help="All objects: a grid of points, whose masks are filtered.")
     ] = False,
-    grid: Annotated[int, typer.Option(min=1, max=256, help="Of --everything: points along each side.")] = 32,
+    grid: Annotated[
+        Optional[int], typer.Option(min=1, max=256, help="Of --everything: points along each side.", show_default="32")
+    ] = None,
     iou: Annotated[
-        float, typer.Option(min=0, max=1, help="Of --everything: the least IoU that the model expects of a mask.")
-    ] = 0.88,
+        Optional[float], typer.Option(min=0, max=1, help="Of --everything: the least IoU that the model expects of a "
+                                      "mask.", show_default="0.88")
+    ] = None,
     stability: Annotated[
-        float, typer.Option(min=0, max=1, help="Of --everything: the least IoU of a mask drawn larger and smaller.")
-    ] = 0.95,
+        Optional[float], typer.Option(min=0, max=1, help="Of --everything: the least IoU of a mask drawn larger and "
+                                      "smaller.", show_default="0.95")
+    ] = None,
     overlap: Annotated[
-        float, typer.Option(min=0, max=1, help="Of --everything: of two masks whose boxes have a higher IoU than this, "
-                            "the better one is kept.")
-    ] = 0.7,
+        Optional[float], typer.Option(min=0, max=1, help="Of --everything: of two masks whose boxes have a higher IoU "
+                                      "than this, the better one is kept.", show_default="0.7")
+    ] = None,
     model: Annotated[
         Optional[str],
         typer.Option("--model", "-m", help="A name of `linescan list --task prompting`; default: that of "
@@ -474,6 +478,10 @@ def prompt(
         for texts, option in ((point, "--point"), (negative, "--negative"))
     )
     boxes = [_coordinates(text, 4, "--box") for text in box or ()]
+    filters = {"grid": grid, "iou": iou, "stability": stability, "overlap": overlap}
+    filters = {name: value for name, value in filters.items() if value is not None}
+    if filters and not everything:
+        raise InputError(f"--{next(iter(filters))} is for --everything, which is not asked for")
     if everything and (points or negatives or boxes):
         raise InputError("--everything finds all objects by itself, without --point, --negative and --box")
     if not (everything or points or boxes):
@@ -485,7 +493,7 @@ def prompt(
         from linescan.tasks.prompt import Everything, Prompt, PromptedMasks, Prompter
 
         if everything:
-            prompts = Everything(grid, iou, stability, overlap)
+            prompts = Everything(**{"side" if name == "grid" else name: value for name, value in filters.items()})
         elif each:
             prompts = [Prompt([one], negatives) for one in points] + [Prompt((), negatives, one) for one in boxes]
         else:

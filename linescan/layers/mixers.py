@@ -549,7 +549,8 @@ class WKV6(Core):
         return {"bonus"}
 
     def project(self, u: Tensor) -> Sequence[Tensor]:
-        decay = -torch.exp(self.values("decay", u) - 3)  # starts near exp(-0.05) per token
+        # Starts near exp(-0.05) per token; at exp(-exp(20)) nothing is left, and beyond it a gradient would be inf * 0.
+        decay = -torch.exp((self.values("decay", u) - 3).clamp_max(20))
         return *self.tokens(u), decay, self.bonus
 
     def scan(self, *inputs: Tensor, **options):

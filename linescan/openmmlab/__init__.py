@@ -4,7 +4,7 @@ backbone.py      LinescanBackbone, layer-wise learning rates
 models.py        segmentors and detectors of configs, as the inference tools see them
 runner.py        training from a config; resumable.py: so that it can be killed at any moment
 segman.py        SegMAN's decode head for mmseg; sigma.py: Sigma's encoder and head, and images in pairs
-yolo.py          Mamba-YOLO-World as a detector of mmdet
+yolo.py          Mamba-YOLO-World as a detector of mmdet; lvis.py: LVIS's images and fixed AP
 """
 
 from importlib.util import find_spec

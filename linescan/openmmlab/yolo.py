@@ -1,4 +1,4 @@
-"""Mamba-YOLO-World as a detector of mmdet, for its Runner: detector, backbone, neck, head and letterbox. No mmyolo.
+"""Mamba-YOLO-World as a detector of mmdet, for its Runner: detector, backbone, neck, head and data. No mmyolo.
 
     custom_imports = dict(imports=['linescan.openmmlab', 'linescan.openmmlab.yolo'])
     model = dict(
@@ -11,17 +11,22 @@
 What it computes is in `linescan.heads.detection`.
 """
 
+import json
+from functools import lru_cache
+from pathlib import Path
 from typing import Sequence
 
 import numpy as np
 import torch
 from mmcv.transforms import BaseTransform
+from mmdet.datasets import ODVGDataset
 from mmdet.models.detectors.base import BaseDetector
 from mmengine.dist import get_world_size
 from mmengine.optim import DefaultOptimWrapperConstructor
-from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS, TRANSFORMS
+from mmengine.registry import DATASETS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS, TRANSFORMS
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
+from torch.utils.data import ConcatDataset
 
 from ..errors import InputError
 from ..heads.detection import dense_boxes
@@ -30,7 +35,15 @@ from ..media.resize import letterbox
 from ..tasks.prompts import pick, read_embeddings
 from .keys import translate_keys
 
-__all__ = ["FreeVectorsOptimWrapperConstructor", "Letterbox", "MambaYOLOWorldDetector", "SamplePrompts"]
+__all__ = [
+    "FreeVectorsOptimWrapperConstructor",
+    "Letterbox",
+    "MambaYOLOWorldDetector",
+    "MixedDatasets",
+    "PhraseDataset",
+    "SamplePrompts",
+    "phrases",
+]
 
 for part in (YOLOv8Backbone, MambaFusionPAN, YOLOWorldHead):
     MODELS.register_module(module=part)
@@ -111,11 +124,10 @@ class MambaYOLOWorldDetector(BaseDetector):
         return self.forward_features(batch_inputs)[0]
 
     def _forward(self, batch_inputs: Tensor, batch_data_samples=None) -> dense_boxes.Levels:
-        chosen = [sample.get("prompts") for sample in batch_data_samples or ()]
+        chosen = [sample.get("vectors") for sample in batch_data_samples or ()]
         text = None
-        if any(rows is not None for rows in chosen):
-            rows = torch.tensor(np.stack(chosen), device=batch_inputs.device)
-            text = torch.cat([self.vocabulary, torch.zeros_like(self.vocabulary[:1])])[rows]  # -1 is no prompt
+        if any(vectors is not None for vectors in chosen):
+            text = torch.from_numpy(np.stack(chosen)).to(self.vocabulary)
         return self.bbox_head(*self.forward_features(batch_inputs, text))
 
     def loss(self, batch_inputs: Tensor, batch_data_samples) -> dict[str, Tensor]:
@@ -172,33 +184,109 @@ class Letterbox(BaseTransform):
         return results
 
 
+# -- vocabularies of the data -----------------------------------------------------------------------------------------
+
+
+@lru_cache(8)  # what a process has read before it makes the workers of a loader, these share
+def _vocabulary(path: str) -> tuple[dict[str, int], np.ndarray]:
+    """The row of each name in a file of embeddings, and all vectors (n, dim)."""
+    names, vectors = read_embeddings(path)
+    return {name: row for row, name in enumerate(names)}, vectors.numpy()
+
+
 @TRANSFORMS.register_module()
 class SamplePrompts(BaseTransform):
-    """Some of a large vocabulary for each image: the classes that it shows, and others by chance.
+    """Some of a large vocabulary for each image: what it shows, and others by chance.
 
     Args:
-        num_prompts: for an image. Fewer are filled up by embeddings of zeros.
-        negatives: (least, most) classes beside those that are there.
-        num_classes: of the vocabulary.
+        embeddings: the file of the vocabulary; labels are rows in it. Its embedding of "", if it is there, fills up
+            too few prompts, else zeros do.
+        num_prompts: for an image.
+        negatives: (least, most) prompts beside those that are there.
     """
 
-    def __init__(self, num_classes: int, num_prompts: int = 80, negatives: tuple[int, int] = (80, 80)):
-        self.num_classes, self.num_prompts, self.negatives = num_classes, num_prompts, negatives
+    def __init__(self, embeddings: str, num_prompts: int = 80, negatives: tuple[int, int] = (80, 80)):
+        self.embeddings, self.num_prompts, self.negatives = embeddings, num_prompts, negatives
 
     def transform(self, results: dict) -> dict:
-        """Sets `prompts`, rows of the vocabulary, which packing is to keep; numbers `gt_bboxes_labels` by them."""
-        labels = results["gt_bboxes_labels"]
-        there = np.random.permutation(np.unique(labels))[: self.num_prompts]
-        others = np.random.permutation(np.setdiff1d(np.arange(self.num_classes), labels))
-        count = min(np.random.randint(self.negatives[0], self.negatives[1] + 1), self.num_prompts - len(there))
-        chosen = np.random.permutation(np.concatenate([there, others[:count]]))
-        place = np.full(self.num_classes, -1)
-        place[chosen] = np.arange(len(chosen))
-        kept = place[labels] >= 0
+        """Sets `vectors` (num_prompts, dim), which packing is to keep; numbers `gt_bboxes_labels` by them."""
+        rows, vectors = _vocabulary(self.embeddings)
+        empty, labels = rows.get(""), results["gt_bboxes_labels"]
+        chosen = np.random.permutation(np.unique(labels))[: self.num_prompts]
+        count = min(np.random.randint(self.negatives[0], self.negatives[1] + 1), self.num_prompts - len(chosen))
+        if count:
+            others = np.setdiff1d(np.arange(len(vectors)), [*labels, -1 if empty is None else empty])
+            chosen = np.random.permutation(np.append(chosen, np.random.permutation(others)[:count]))
+        place = {row: i for i, row in enumerate(chosen.tolist())}
+        kept = np.isin(labels, chosen)
         for name in ("gt_bboxes", "gt_bboxes_labels", "gt_ignore_flags"):
             if name in results:
                 results[name] = results[name][kept]
-        results["gt_bboxes_labels"] = place[results["gt_bboxes_labels"]]
-        rows = np.full(self.num_prompts, -1)
-        rows[: len(chosen)] = chosen
-        return results | {"prompts": rows}
+        results["gt_bboxes_labels"] = np.array([place[row] for row in labels[kept].tolist()], np.int64)
+        filling = np.zeros_like(vectors[:1]) if empty is None else vectors[empty : empty + 1]
+        missing = self.num_prompts - len(chosen)
+        return results | {"vectors": np.concatenate([vectors[chosen], filling.repeat(missing, 0)])}
+
+
+def _phrase(region: dict) -> str:
+    """What a region of an ODVG file is called: one span of the caption, or several."""
+    return region["phrase"] if isinstance(region["phrase"], str) else " ".join(region["phrase"])
+
+
+def phrases(*files: str | Path) -> list[str]:
+    """The different phrases of annotation files in mmdet's ODVG format, in order, such as those of GoldG."""
+    found: dict[str, None] = {}
+    for file in files:
+        with open(file) as lines:
+            for line in lines:
+                found |= dict.fromkeys(map(_phrase, json.loads(line)["grounding"]["regions"]))
+    return list(found)
+
+
+@DATASETS.register_module()
+class PhraseDataset(ODVGDataset):
+    """Images with captions whose phrases have boxes, such as GoldG's, in mmdet's ODVG format.
+
+    The label of a box is the row of its phrase in a file of embeddings, so that images can be mixed.
+
+    Args:
+        embeddings: the file, which has all `phrases`.
+        kwargs: of `ODVGDataset`: `data_root`, `ann_file`, `data_prefix`, `pipeline`.
+
+    Raises:
+        InputError: a phrase is not in the file.
+    """
+
+    def __init__(self, *args, embeddings: str, **kwargs):
+        self.embeddings = embeddings
+        super().__init__(*args, return_classes=True, **kwargs)
+
+    def load_data_list(self) -> list[dict]:
+        """As of `ODVGDataset`."""
+        rows, _ = _vocabulary(self.embeddings)
+        images = super().load_data_list()
+        for image in images:
+            called = {i: _phrase(region) for i, region in image.pop("phrases").items()}
+            if strange := [name for name in called.values() if name not in rows]:
+                raise InputError(f"{self.embeddings} has no embedding of {strange[0]!r}, a phrase of {self.ann_file}")
+            for instance in image["instances"]:
+                instance["bbox_label"] = rows[called[instance["bbox_label"]]]
+        return images
+
+
+@DATASETS.register_module()
+class MixedDatasets(ConcatDataset):
+    """Datasets one behind the other, each with mosaics of its own images (`MultiImageMixDataset`).
+
+    Args:
+        datasets: configs.
+    """
+
+    def __init__(self, datasets: Sequence[dict]):
+        super().__init__([DATASETS.build(dataset) for dataset in datasets])
+        self.metainfo = self.datasets[0].metainfo
+
+    def update_skip_type_keys(self, keys: Sequence[str]) -> None:
+        """Leaves out transforms of these types, in all datasets: what mmdet's hook for the last epochs asks for."""
+        for dataset in self.datasets:
+            dataset.update_skip_type_keys(keys)

@@ -57,6 +57,17 @@ def test_mixers_take_half_precision_and_any_grid(mixer):
         assert y.shape == x.shape and y.isfinite().all()
 
 
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_gradients_are_finite_however_strong_the_gates_are(mixer):
+    torch.manual_seed(0)
+    core = Mixer(32, mixer, routes="row", head_dim=16, window=3).core
+    x = 300 * torch.randn(1, 4, 6, 32)
+    x[:, 1, :4] = 0  # keys, too
+    y = core(x.requires_grad_())
+    y.sum().backward()
+    assert y.isfinite().all() and x.grad.isfinite().all()
+
+
 def test_hierarchical_shape_takes_the_same_options():
     model = timm.create_model("scanh_tiny", mixer="gla", routes="hilbert,-hilbert", merge="gate", depths=(1, 1, 1, 1))
     maps = model.forward_intermediates(torch.randn(1, 3, 64, 96), intermediates_only=True)

@@ -30,7 +30,7 @@ SIDE = 64
 def _kind(name: str) -> str:
     """The name without width, schedule and data set: configs that differ in no more take the same steps."""
     width_or_schedule = r"_(tiny|small|medium|base|large\d?|b\d|s\d|1x|3x)(?=_)"
-    data = r"_(ade20k|cityscapes|coco|objects365|mfnet|pst900|nyuv2|sunrgbd)(?=_|$)"
+    data = r"_(ade20k|cityscapes|coco|objects365|goldg|mfnet|pst900|nyuv2|sunrgbd)(?=_|$)"
     return re.sub(f"{width_or_schedule}|{data}", "", name)
 
 
@@ -141,8 +141,9 @@ def test_config_builds(cfg):
         expected = getattr(reader, "in_channels", None)
         assert expected in (None, model.backbone.out_channels)
     for loader in (cfg.train_dataloader, cfg.test_dataloader):
-        dataset = loader.dataset.get("dataset", loader.dataset)
-        Compose(dataset.pipeline)
+        for dataset in loader.dataset.get("datasets", [loader.dataset]):
+            Compose(dataset.pipeline)
+            Compose(dataset.get("dataset", dataset).pipeline)
 
 
 @pytest.mark.parametrize("cfg", KINDS, indirect=True, ids=KINDS)

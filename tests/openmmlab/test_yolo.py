@@ -1,5 +1,6 @@
 """Mamba-YOLO-World with mmdet's Runner: trained on scenes of digits by their names, tested, on two processes."""
 
+import json
 
 import numpy as np
 import pytest
@@ -15,8 +16,16 @@ from linescan.demos.render import WORDS, read_pixels, write_scenes, write_words 
 from linescan.demos.scenes import configure  # noqa: E402
 from linescan.errors import InputError  # noqa: E402
 from linescan.openmmlab.models import MMDetector  # noqa: E402
-from linescan.openmmlab.yolo import Letterbox, MambaYOLOWorldDetector, SamplePrompts  # noqa: E402
+from linescan.openmmlab.runner import read_config  # noqa: E402
+from linescan.openmmlab.yolo import (  # noqa: E402
+    Letterbox,
+    MambaYOLOWorldDetector,
+    PhraseDataset,
+    SamplePrompts,
+    phrases,
+)
 from linescan.tasks.detect import Detector  # noqa: E402
+from linescan.tasks.prompts import write_embeddings  # noqa: E402
 
 from ..runs import train_as_two  # noqa: E402
 
@@ -102,16 +111,22 @@ def test_a_published_file_takes_the_words_from_theirs(trained, data):
         other.read_vocabulary()
 
 
-def test_prompts_of_an_image_are_what_it_shows_and_others():
+@pytest.mark.parametrize("empty", [False, True])
+def test_prompts_of_an_image_are_what_it_shows_and_others(tmp_path, empty):
+    """Vectors are those of the rows; "" fills up, if it is there, and is never a prompt."""
     np.random.seed(0)
-    sample = SamplePrompts(num_classes=20, num_prompts=6, negatives=(2, 3))
+    table = torch.eye(20 + empty)
+    write_embeddings(tmp_path / "words.npz", [f"word {i}" for i in range(20)] + [""] * empty, table)
+    sample = SamplePrompts(str(tmp_path / "words.npz"), num_prompts=6, negatives=(2, 3))
     for _ in range(20):
         given = np.random.randint(0, 20, np.random.randint(0, 9))
         results = {"gt_bboxes_labels": given, "gt_bboxes": np.arange(len(given)), "gt_ignore_flags": given > 3}
         made = sample.transform(dict(results))
-        rows = made["prompts"]
+        assert made["vectors"].shape == (6, len(table)) and set(made["vectors"].sum(1)) <= {0, 1}
+        rows = np.where(made["vectors"][:, :20].any(1), made["vectors"].argmax(1), -1)
         there = rows[rows >= 0]
-        assert len(rows) == 6 and len(set(there)) == len(there) and (rows[len(there) :] == -1).all()
+        assert len(set(there)) == len(there) and (rows[len(there) :] == -1).all()
+        assert made["vectors"][len(there) :].sum() == (6 - len(there)) * empty
         assert (rows[made["gt_bboxes_labels"]] == given[made["gt_bboxes"]]).all()
         kinds = set(given)
         assert len(kinds & set(there)) == min(len(kinds), 6)
@@ -126,14 +141,102 @@ def test_other_prompts_with_each_image(trained, data):
     from mmdet.structures import DetDataSample
 
     x = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
-    rows = np.array([[3, 1, -1], [5, 0, 2]])
-    samples = [DetDataSample(metainfo={"prompts": row}) for row in rows]
+    words = model.vocabulary[torch.tensor([[3, 1, 0], [5, 0, 2]])]
+    words[0, 2] = 0
+    samples = [DetDataSample(metainfo={"vectors": own.numpy()}) for own in words]
     with torch.no_grad():
         both = model._forward(x, samples)
-        words = model.vocabulary[torch.from_numpy(rows).clamp(0)]
-        words[0, 2] = 0
         alone = model.bbox_head(*model.forward_features(x, words))
     torch.testing.assert_close(both, alone)
+
+
+# -- phrases of captions, and LVIS ------------------------------------------------------------------------------------
+
+
+def write_phrases(root):
+    """The scenes as GoldG's images, in mmdet's ODVG format: two of the words have two parts in the caption."""
+    content = json.loads((root / "train" / "instances.json").read_text())
+    called = {i: [["the", word], word][i % 5 > 0] for i, word in enumerate(WORDS, 1)}
+    with open(root / "train" / "phrases.json", "w") as file:
+        for image in content["images"]:
+            regions = []
+            for one in content["annotations"]:
+                if one["image_id"] == image["id"]:
+                    x, y, w, h = one["bbox"]
+                    regions.append({"phrase": called[one["category_id"]], "bbox": [x, y, x + w, y + h],
+                                    "tokens_positive": [[0, 1]]})  # fmt: skip
+            line = {"filename": image["file_name"], "height": 96, "width": 96}
+            file.write(json.dumps(line | {"grounding": {"caption": "digits", "regions": regions}}) + "\n")
+    return root / "train" / "phrases.json"
+
+
+def write_lvis(root):
+    """The held-out scenes as LVIS has its images; the names of the classes."""
+    content = json.loads((root / "val" / "instances.json").read_text())
+    for image in content["images"]:
+        image["coco_url"] = f"http://images.cocodataset.org/images/{image.pop('file_name')}"
+        image |= {"neg_category_ids": [1, 2], "not_exhaustive_category_ids": []}
+    for category in content["categories"]:
+        category["frequency"] = "rcf"[category["id"] % 3]
+    (root / "val" / "lvis.json").write_text(json.dumps(content))
+    return [category["name"] for category in content["categories"]]
+
+
+def test_phrases_of_captions_are_trained_on_and_lvis_is_tested(data, tmp_path):
+    """The published pre-training: classes with others as negatives, phrases without, mosaics of each; LVIS's AP."""
+    file = write_phrases(data)
+    classes = write_lvis(data)
+    said = phrases(file, file)
+    assert len(said) == len(set(said)) and {"the four", "three"} & set(said)
+    words, vectors = str(tmp_path / "phrases.safetensors"), torch.randn(len(said) + 1, 64)
+    write_embeddings(words, ["", *said], vectors)
+
+    cfg = read_config("detection/mamba_yolo_world_small_objects365_goldg")
+    cfg.merge_from_dict(
+        {
+            "model": {
+                "backbone": {"width": 0.125, "last_chans": 256}, "embeddings": str(data / "words.npz"),
+                "neck": {"dims": [32, 64, 32], "text_dim": 64, "d_state": 16, "head_dim": 16},
+                "bbox_head": {"dims": [32, 64, 32], "text_dim": 64}, "num_prompts": 10,
+            },
+            "optim_wrapper.type": "OptimWrapper", "work_dir": str(tmp_path / "run"), "log_level": "ERROR",
+            "train_cfg": {"max_epochs": 2, "val_interval": 2}, "custom_hooks.1.num_last_epochs": 0,
+        }
+    )  # fmt: skip
+    scenes = {"data_root": str(data / "train"), "data_prefix": {"img": "images/"}, "indices": 2}
+    objects, *captions = cfg.train_dataloader.dataset.datasets
+    objects.dataset |= {"type": "CocoDataset", "ann_file": "instances.json", **scenes,
+                        "metainfo": {"classes": classes}}  # fmt: skip
+    objects.pipeline[-2].embeddings = str(data / "words.npz")
+    for one in captions:
+        one.dataset |= {"ann_file": file.name, "embeddings": words, **scenes}
+        one.pipeline[-2].embeddings = words
+    for one in cfg.train_dataloader.dataset.datasets:
+        one.pipeline[0].img_scale = one.pipeline[2].scale = (96, 96)
+        one.pipeline[1].border = (-48, -48)
+        one.pipeline[-2].num_prompts = 12
+    for loader, batch in ((cfg.train_dataloader, 3), (cfg.val_dataloader, 1), (cfg.test_dataloader, 1)):
+        loader |= {"batch_size": batch, "num_workers": 0, "persistent_workers": False}
+    for loader in (cfg.val_dataloader, cfg.test_dataloader):
+        loader.dataset |= {"data_root": str(data / "val"), "ann_file": "lvis.json", "indices": 2,
+                           "metainfo": {"classes": classes}}  # fmt: skip
+    cfg.val_evaluator.ann_file = cfg.test_evaluator.ann_file = str(data / "val" / "lvis.json")
+    runner = Runner.from_cfg(cfg)
+    mixed = runner.train_dataloader.dataset
+    assert len(mixed) == 6 and len(mixed.datasets) == 3
+    of_objects, *of_phrases = (mixed[i]["data_samples"].vectors for i in (0, 2, 4))
+    assert of_objects.any(1).sum() == 10, "all classes, those that are not there as negatives"
+    for own in of_phrases:
+        assert (own == vectors[0].numpy()).all(1).any(), "no other prompts than its own"
+    runner.train()
+    assert all(one._skip_type_keys == ("Mosaic", "RandomAffine") for one in mixed.datasets), "in the last epoch"
+    found = {name: runner.message_hub.get_scalar(f"val/lvis/{name}").current() for name in ("AP", "APr", "APc", "APf")}
+    assert 0 <= found["AP"] <= 1
+    DefaultScope._instance_dict.clear()
+
+    write_embeddings(tmp_path / "few.npz", said[1:], torch.randn(len(said) - 1, 64))
+    with pytest.raises(InputError, match="has no embedding of '" + said[0]):
+        PhraseDataset(ann_file=str(file), embeddings=str(tmp_path / "few.npz"), data_prefix={"img": ""}, pipeline=[])
 
 
 def test_letterbox_moves_boxes():

@@ -199,6 +199,8 @@ def test_the_command(weights, photo, tmp_path, linescan_here):
         (("--box", "1,2,3"), "--box is x0,y0,x1,y1 in pixels, as in 120,80,300,240, not '1,2,3'"),
         (("--box", "1,2,3,4", "--box", "1,2,3,4"), "--each"),
         (("--everything", "--point", "1,1"), "by itself"),
+        (("--point", "1,1", "--stability", "0"), "--stability is for --everything"),
+        (("--point", "1,1", "--model", "vim_tiny_patch16_224"), "vim_tiny_patch16_224 takes no prompts"),
         (("--point", "1,1", "--model", "vit_tiny_patch16_224"), "is a checkpoint of rwkvsam_small_prompt"),
     ],
 )

@@ -1,5 +1,4 @@
-# Pre-training on Objects365 v1, 80 prompts for each image: what it shows, and others of its 365 classes. The authors'
-# pre-training has the phrases of GoldG, too.
+# Pre-training on Objects365 v1 alone, 80 prompts for each image: what it shows, and others of its 365 classes.
 _base_ = ['./mamba_yolo_world_coco.py']
 data_root = 'data/objects365v1/'
 data = dict(type='Objects365V1Dataset', data_root=data_root)

@@ -13,12 +13,13 @@ mix_pipeline = [
     dict(type='FilterAnnotations', min_gt_bbox_wh=(1, 1), keep_empty=False),
 ]
 train_pipeline = mix_pipeline + [dict(type='PackDetInputs', meta_keys={{_base_.meta_keys}})]
+pack_prompts = dict(
+    type='PackDetInputs',
+    meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'corner', 'vectors'))
 sampling_pipeline = mix_pipeline + [
-    dict(type='SamplePrompts', num_classes=365, num_prompts=80),
-    dict(
-        type='PackDetInputs',
-        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'corner', 'prompts')),
-]
+    dict(type='SamplePrompts', embeddings='data/texts/objects365.npz'), pack_prompts]
+phrase_pipeline = mix_pipeline + [
+    dict(type='SamplePrompts', embeddings='data/texts/goldg.safetensors', negatives=(0, 0)), pack_prompts]
 optim_wrapper = dict(
     type='AmpOptimWrapper',
     optimizer=dict(type='AdamW', lr=2e-4, weight_decay=0.05),

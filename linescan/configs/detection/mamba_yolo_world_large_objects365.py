@@ -1,4 +1,4 @@
-# Mamba-YOLO-World-L pre-trained: 35.0 AP on LVIS minival, 45.4 on COCO (published, with GoldG; arXiv 2409.08513).
+# Mamba-YOLO-World-L pre-trained on Objects365 alone; nothing is published for it (arXiv 2409.08513).
 _base_ = ['../_base_/mamba_yolo_world_objects365.py']
 dims = [256, 512, 512]
 model = dict(

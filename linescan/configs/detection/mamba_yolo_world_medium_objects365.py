@@ -1,4 +1,4 @@
-# Mamba-YOLO-World-M pre-trained: 32.8 AP on LVIS minival, 43.2 on COCO (published, with GoldG; arXiv 2409.08513).
+# Mamba-YOLO-World-M pre-trained on Objects365 alone; nothing is published for it (arXiv 2409.08513).
 _base_ = ['../_base_/mamba_yolo_world_objects365.py']
 dims = [192, 384, 576]
 model = dict(
