@@ -283,10 +283,11 @@ class MixedDatasets(ConcatDataset):
     """
 
     def __init__(self, datasets: Sequence[dict]):
-        super().__init__([DATASETS.build(dataset) for dataset in datasets])
-        self.metainfo = self.datasets[0].metainfo
+        self.mixes = [DATASETS.build(dataset) for dataset in datasets]
+        super().__init__(self.mixes)
+        self.metainfo = self.mixes[0].metainfo
 
     def update_skip_type_keys(self, keys: Sequence[str]) -> None:
         """Leaves out transforms of these types, in all datasets: what mmdet's hook for the last epochs asks for."""
-        for dataset in self.datasets:
+        for dataset in self.mixes:
             dataset.update_skip_type_keys(keys)
