@@ -14,7 +14,7 @@ from linescan.errors import InputError
 from linescan.tasks.recipes import RECIPES
 
 from .options import app, epilog_of, named_task, side_lengths
-from .train import recipe_of, training_of
+from .train import recipe_of, training_of, with_recipe
 
 # A small network on handwritten digits, which need no download.
 DIGITS = (
@@ -89,11 +89,12 @@ def compare(
 
 def _recipe(args: list[str]) -> tuple[Recipe, str | None]:
     """The recipe that options of `linescan train` make, and the device."""
+    args = with_recipe(args)
     if not any(arg in ("--data", "-d") or arg.startswith("--data=") for arg in args):
         args = [*DIGITS, *args]
     task = named_task(args, list(RECIPES))
     options = training_of(task).make_context("linescan compare", list(args)).params
-    for name in ("task", "to", "config", "cfg_options"):
+    for name in ("task", "to", "recipe", "config", "cfg_options"):
         if options.pop(name) and name == "config":
             raise InputError("models of a --config are compared by training each with `linescan train`")
     device = options["device"]
