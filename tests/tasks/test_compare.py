@@ -71,6 +71,10 @@ def test_models_on_equal_terms(linescan_here, tmp_path):
     page = json.loads((tmp_path / "compare.json").read_text())
     assert status == 0 and not page["results"][0]["costs"] and page["results"][0]["parameters"], said
     assert (tmp_path / "compare.md").read_text().startswith("| model | parameters | top1 |\n")
+    recipe = tmp_path / "s6_row,hilbert" / "0" / "recipe.json"
+    args = "--out", tmp_path, "--mixers", "s6", "--routes", "row,hilbert", "--recipe", recipe, "--no-times"
+    status, shown, said = linescan_here("compare", *args)
+    assert status == 0 and all(path.stat().st_mtime_ns == before for path, before in written.items()), said
 
 
 @pytest.mark.slow
