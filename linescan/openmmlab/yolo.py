@@ -18,6 +18,7 @@ from typing import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from mmcv.transforms import BaseTransform
 from mmdet.datasets import ODVGDataset
 from mmdet.models.detectors.base import BaseDetector
@@ -189,9 +190,9 @@ class Letterbox(BaseTransform):
 
 @lru_cache(8)  # what a process has read before it makes the workers of a loader, these share
 def _vocabulary(path: str) -> tuple[dict[str, int], np.ndarray]:
-    """The row of each name in a file of embeddings, and all vectors (n, dim)."""
+    """The row of each name in a file of embeddings, and all vectors (n, dim), of unit length."""
     names, vectors = read_embeddings(path)
-    return {name: row for row, name in enumerate(names)}, vectors.numpy()
+    return {name: row for row, name in enumerate(names)}, F.normalize(vectors, dim=-1).numpy()
 
 
 @TRANSFORMS.register_module()

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 import linescan
 from linescan.errors import InputError
-from linescan.heads.detection.mamba_yolo_world import GuidedScan, MambaYOLOWorld, as_guide
+from linescan.heads.detection.mamba_yolo_world import Contrast, GuidedScan, MambaYOLOWorld, as_guide
 from linescan.layers.mamba import Mamba2Mixer
 
 SMALL = {
@@ -61,6 +61,13 @@ def test_prompts_are_scanned_in_order_and_change_the_boxes(model):
             model(x, wrong)
     with pytest.raises(InputError, match="keeps no vocabulary"):
         model(x)
+
+
+def test_scores_do_not_follow_the_length_of_embeddings():
+    torch.manual_seed(0)
+    contrast, x, text = Contrast(8, -1.0).eval(), torch.randn(1, 8, 3, 3), torch.randn(1, 2, 8)
+    torch.testing.assert_close(contrast(x, 7 * text), contrast(x, text))
+    assert not torch.allclose(contrast(7 * x, text), contrast(x, text)), "but that of an image's features"
 
 
 @torch.no_grad()

@@ -83,6 +83,19 @@ def test_where_prompts_and_masks_lie_in_the_network(weights, photo, monkeypatch)
     assert abs(left - 100) <= 2 and top == 0 and right == 200 and abs(bottom - 37.5) <= 2
 
 
+@pytest.mark.parametrize("side, first", [(64, 10), (128, 21)])
+def test_masks_begin_at_the_pixel_whose_middle_lies_on_the_object(weights, monkeypatch, side, first):
+    """Logits that rise evenly across the image are 0 at 10.35 of the network's 64 pixels."""
+    prompter = Prompter(checkpoint=weights)
+    ramp = 0.02 * (4 * (torch.arange(16) + 0.5) - 10.35)
+    monkeypatch.setattr(
+        prompter.module, "decode", lambda features, **prompts: (ramp.expand(1, 1, 16, 16), torch.ones(1, 1))
+    )
+    prompter.set_image(np.zeros((side, side, 3), np.uint8))
+    (mask,) = prompter.predict(Prompt([(1, 1)])).masks
+    assert mask[:, first:].all() and not mask[:, :first].any()
+
+
 class Squares(nn.Module):
     """A network whose masks are the cells of a grid in which points lie, with scores and edges that differ."""
 

@@ -75,6 +75,22 @@ def test_files_of_embeddings(files, tmp_path):
         write_embeddings(tmp_path / "words.json", names, vectors)
 
 
+def test_embeddings_have_unit_length_however_many_prompts_there_are(monkeypatch, files):
+    read = []
+
+    def run(prompts):
+        read.append(len(prompts))
+        return torch.tensor([[3.0, len(prompt)] for prompt in prompts])
+
+    monkeypatch.setattr("linescan.tasks.prompts._of_transformers", lambda name, state: run)
+    vectors = encode(["猫", *(200 * ["tree"])])
+    assert max(read) <= 128 and sum(read) == 201
+    torch.testing.assert_close(vectors[[0, 200]], F.normalize(torch.tensor([[3.0, 1], [3, 4]]), dim=-1))
+    model = linescan.create_model(NAME, **SMALL)
+    model.set_vocabulary(5 * torch.ones(2, 16))
+    torch.testing.assert_close(model.vocabulary.norm(dim=-1), torch.ones(2))
+
+
 def test_a_missing_package_says_what_to_install(monkeypatch):
     monkeypatch.setattr("linescan.extras.find_spec", lambda name: None)
     for encoder, package in (("openai/clip-vit-base-patch32", "transformers"), ("open_clip:ViT-B-32/x", "open_clip")):
