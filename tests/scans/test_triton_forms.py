@@ -102,6 +102,15 @@ def test_gates_of_any_strength(monkeypatch, name):
     compare(case(name), inputs, None, None, torch.float32)
 
 
+@in_interpreter
+def test_heads_that_are_too_wide():
+    form = case("dplr")
+    inputs = bits(form.make(1, 1, 2, H=1, dk=129), torch.float32)
+    with backend("triton"), pytest.raises(ValueError, match="dplr: the triton kernel .* at most 128 key channels, got"):
+        form(inputs)
+    same(results(form, "picked", inputs), results(form, "reference", bits(inputs, torch.float64)), 1e-5)
+
+
 # -- compiled for GPUs that are not there -----------------------------------------------------------------------------
 
 
@@ -113,7 +122,7 @@ def _launch(names, dtype, route=None, merge=None):
 
 def launches():
     """Every kernel."""
-    names = *VECTORS, "linear_attention", "dplr", "log_linear_attention"
+    names = *VECTORS, "dplr", "log_linear_attention"
     _launch(names, torch.bfloat16, table("permutation", 1, 2, 100), "sum")
 
 
@@ -123,9 +132,22 @@ def other_launches():
     _launch(("kda",), torch.float32)
 
 
+def wide_launches():
+    """The widest heads there is a kernel for, forward."""
+    with torch.no_grad(), backend("triton"):
+        case("dplr")(bits(case("dplr").make(1, 1, 64, H=1, dk=128, dv=128), torch.float32))
+
+
 @outside_interpreter
 @pytest.mark.slow
-@pytest.mark.parametrize("function, archs", [("launches", tuple(LIMITS)), ("other_launches", (90,))])
-def test_compiles(function, archs):
+@pytest.mark.parametrize(
+    "function, archs, names",
+    [
+        ("launches", tuple(LIMITS), MATRICES.union(*VECTORS.values(), {"_merge"})),
+        ("other_launches", (90,), MATRICES.union(*VECTORS.values())),
+        ("wide_launches", (min(LIMITS, key=LIMITS.get),), MATRICES - {"_gradients"}),
+    ],
+)
+def test_compiles(function, archs, names):
     for _, kernels in compiled(f"tests.scans.test_triton_forms:{function}", archs):
-        assert {kernel["name"] for kernel in kernels} >= MATRICES.union(*VECTORS.values())
+        assert {kernel["name"] for kernel in kernels} >= names

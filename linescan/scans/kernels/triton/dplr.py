@@ -453,7 +453,8 @@ class LowRank:
         self.batch, self.routes, self.length = visited(tokens, route)
         self.heads, self.dk, self.dv = v.shape[3], q.shape[4], v.shape[4]
         self.steps = self.length if route is None else route.shape[-1]
-        self.size = min(CHUNK, _power(self.steps))
+        # `walk` holds all key channels of a chunk: half as many steps of wide heads fit any GPU's shared memory.
+        self.size = min(CHUNK if self.dk <= 64 else max(16, CHUNK // 2), _power(self.steps))
         self.chunks = triton.cdiv(self.steps, self.size)
         self.rows = self.batch * self.routes * self.heads
         self.scalar = g.ndim == 4
