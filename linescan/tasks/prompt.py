@@ -406,8 +406,10 @@ class PromptedMasks(Writer):
 
     def describe(self, answer: Objects) -> str:
         """How many objects there are; of a few the expected IoU and the share of the image."""
-        if len(answer) > 3 or not len(answer):
-            return f"{len(answer) or 'no'} objects"
+        if not len(answer):
+            return "no objects with as high an --iou and --stability"
+        if len(answer) > 3:
+            return f"{len(answer)} objects"
         pixels = answer.size[0] * answer.size[1]
         said = (f"IoU {score:.2f}, {area / pixels:.1%} of the image" for score, area in
                 zip(answer.scores, answer.areas))  # fmt: skip

@@ -81,6 +81,10 @@ def test_where_prompts_and_masks_lie_in_the_network(weights, photo, monkeypatch)
     assert found.scores.tolist() == [1.0] and found.stability.tolist() == [1.0]
     left, top, right, bottom = found.boxes[0]
     assert abs(left - 100) <= 2 and top == 0 and right == 200 and abs(bottom - 37.5) <= 2
+    prompter.set_image(np.zeros((10, 200, 3), np.uint8))  # 64 x 3: rounding makes other scales across and down
+    prompter.predict(Prompt([(100, 5)], box=(0, 5, 200, 10)))
+    assert torch.allclose(given[1]["points"], torch.tensor([[[32, 1.5]]]))
+    assert torch.allclose(given[1]["boxes"], torch.tensor([[0, 1.5, 64, 3]]))
 
 
 @pytest.mark.parametrize("side, first", [(64, 10), (128, 21)])
@@ -201,6 +205,8 @@ def test_the_command(weights, photo, tmp_path, linescan_here):
     assert drawn.shape == (150, 400, 3) and abs(drawn[120 + 1, 240 + 1].astype(int) - (38, 166, 91)).max() < 40
 
     (out / "masks/photo/notes.png").write_bytes(b"of somebody else")
+    status, text, _ = linescan_here("prompt", photo, "-c", weights, "--everything", "--grid", 1, "--iou", 1, "-o", out)
+    assert status == 0 and "no objects with as high an --iou and --stability" in text
     status, _, _ = linescan_here("prompt", photo, "-c", weights, "--point", "120,60", "-o", out, "--no-overlays")
     assert status == 0 and {path.name for path in (out / "masks/photo").iterdir()} == {"000.png", "notes.png"}
 
