@@ -1,5 +1,6 @@
 """VM-UNet with multi-head scans: sizes, channels, training, files; its outputs are golden data's (tests/parity)."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -33,6 +34,8 @@ def test_any_size_and_one_channel(model):
         y = model(x)
         assert y.shape == (2, 2, 45, 70)
         assert torch.allclose(model(x[:1]), y[:1], atol=1e-8)
+        mirrored = torch.from_numpy(np.pad(x.numpy(), ((0, 0), (0, 0), (0, 19), (0, 26)), "symmetric"))
+        assert torch.equal(model(mirrored)[..., :45, :70], y), "mirrored at the bottom and the right, and cut there"
         grey = images(1, 1, 32, 33)
         assert torch.equal(model(grey), model(grey.expand(-1, 3, -1, -1)))
 

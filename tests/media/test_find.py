@@ -205,12 +205,22 @@ def test_nothing_lies_among_the_frames_of_a_video(tmp_path):
 
 
 def test_pairs_are_files_of_one_name(tmp_path):
-    first = "a.png", "sub/a.png", "dup.png", "dup.jpg", "caf\u00e9.png", "alone.png", "gone.png"
+    first = "a.png", "sub/a.png", "dup.png", "dup.jpg", "caf\u00e9.png", "e\u0301t\u00e9.png", "alone.png", "gone.png"
     make(tmp_path, *(f"rgb/{name}" for name in first))
-    make(tmp_path, "x/a.jpg", "x/sub/a.tif", "x/dup.png", "x/cafe\u0301.png", "x/other.png", "x/gone.mp4")
+    make(
+        tmp_path,
+        "x/a.jpg",
+        "x/sub/a.tif",
+        "x/dup.png",
+        "x/cafe\u0301.png",
+        "x/\u00e9t\u00e9.png",
+        "x/other.png",
+        "x/gone.mp4",
+    )
     found = pair(find([tmp_path / "rgb"], ["image"]), find([tmp_path / "x", tmp_path / "x/gone.mp4"], ["image"]))
     together = {os.path.relpath(s.path, tmp_path): s.partners for s in found if not s.error}
     want = {"rgb/a.png": "a.jpg", "rgb/sub/a.png": "sub/a.tif", "rgb/caf\u00e9.png": "cafe\u0301.png"}
+    want["rgb/e\u0301t\u00e9.png"] = "\u00e9t\u00e9.png"
     assert together == {name: (tmp_path / "x" / other,) for name, other in want.items()}
     said = errors(found)
     assert len(said) == 6
