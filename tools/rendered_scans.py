@@ -59,7 +59,7 @@ def body(dice: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     grid, labels = np.stack(np.indices(shape), -1) / shape, np.zeros(shape, np.uint8)
     for number, middle, radii in (
         (1, (0.5, 0.5, 0.5), (0.46, 0.42, 0.9)), (2, (0.68, 0.55, 0.6), (0.17, 0.24, 0.26)),
-        (3, (0.27, 0.45, 0.45), (0.13, 0.17, 0.26)), (4, (0.5, 0.18, 0.5), (0.1, 0.11, 0.9)),
+        (3, (0.28, 0.42, 0.45), (0.09, 0.11, 0.2)), (4, (0.5, 0.2, 0.5), (0.07, 0.08, 0.9)),
     ):  # fmt: skip
         middle, radii = middle + dice.uniform(-0.03, 0.03, 3), radii * dice.uniform(0.85, 1.15, 3)
         labels[(((grid - middle) / radii) ** 2).sum(-1) < 1] = number
@@ -135,7 +135,7 @@ def rendered_scans(
     )
     draw_lesions(trained(recipe, to / "vm-unet"), to / "lesions" / "val")
     recipe = VolumeSegmentationRecipe(
-        str(to / "volumes"), model_args=MAMBA_ND, window=16, batch=2, steps=300, evaluate_every=100, **common
+        str(to / "volumes"), model_args=MAMBA_ND, window=16, batch=2, steps=120, evaluate_every=120, **common
     )
     segment = VolumeSegmenter(checkpoint=trained(recipe, to / "mamba-nd"), device="cpu")
     draw_volume(segment, to / "volumes", "09.nii.gz")
