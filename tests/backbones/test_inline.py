@@ -8,6 +8,7 @@ from torch import nn
 
 import linescan
 from linescan.backbones.inline import (
+    CSwinBlock,
     InLineAttention,
     InLineCSwin,
     InLinePVT,
@@ -98,6 +99,17 @@ def test_class_tokens_are_read_but_not_convolved():
     assert torch.allclose(plain[:, 0], without[:, 0]) and not torch.allclose(plain[:, 1:], without[:, 1:])
     with pytest.raises(ValueError, match="num_heads divides the channels: 8 is not a multiple of 3"):
         InLineAttention(8, 3)
+
+
+def test_what_the_taps_are_made_of():
+    """The mean of the normed tokens, class tokens among them; in CSwin that of what is not normed yet."""
+    torch.manual_seed(0)
+    mixer, given = InLineAttention(8, 2), []
+    mixer.conv.register_forward_hook(lambda module, inputs, output: given.append(inputs[1]))
+    tokens, image = pixels(1, 1 + 12, 8), pixels(1, 3, 4, 8) + 1
+    mixer(tokens, (3, 4))
+    CSwinBlock(8, mixer)(image)
+    assert torch.allclose(given[0], tokens.mean(1)) and torch.allclose(given[1], image.mean((1, 2)))
 
 
 @pytest.mark.parametrize("grid", [(4, 6), (5, 3), (1, 2)])
