@@ -565,7 +565,10 @@ def sampling(count: int, chosen: int) -> dict[str, Callable]:
         import fpsample
 
         array = cloud.numpy()
-        runs["fpsample"] = lambda: torch.from_numpy(fpsample.fps_sampling(array, chosen, start_idx=0).astype(int))[None]
+        for name, sample in {
+            "fpsample": fpsample.fps_sampling, "fpsample, in buckets": partial(fpsample.bucket_fps_kdline_sampling, h=7)
+        }.items():  # fmt: skip
+            runs[name] = partial(sample, array, chosen, start_idx=0)
     assert torch.equal(runs["linescan"](), loop()), "samplings differ"
     return runs
 

@@ -173,13 +173,12 @@ def test_kitti_is_read(kitti):
     assert 0 < len(scene.cloud) < len(points)  # what the camera does not see is left out
     inside = points_in_boxes(torch.from_numpy(scene.cloud.points), torch.from_numpy(scene.boxes))
     assert (inside.sum(1) > 100).all()
-    assert [kitti_level(*x) for x in ((45, 0, 0), (30, 1, 0.2), (30, 2, 0.4), (20, 0, 0), (45, 0, 0.6))] == [
-        0,
-        1,
-        2,
-        3,
-        3,
-    ]
+    easy = [(45, 0, 0), (40, 0, 0.15)]
+    moderate = [(30, 1, 0.2), (39, 0, 0), (45, 1, 0), (45, 0, 0.16), (25, 1, 0.3)]
+    hard = [(30, 2, 0.4), (45, 2, 0), (45, 0, 0.31), (25, 2, 0.5)]
+    never = [(20, 0, 0), (24.9, 0, 0), (45, 3, 0), (45, 0, 0.6)]
+    for level, boxes in enumerate((easy, moderate, hard, never)):
+        assert {kitti_level(*box) for box in boxes} == {level}
 
 
 def test_nuscenes_is_read(nuscenes):
