@@ -263,3 +263,10 @@ def test_demo(linescan_here, tmp_path, monkeypatch):
     line = next(line for line in said.splitlines() if " classify " in line).split()
     status, answers, said = linescan_here(*line[1:])
     assert status == 0 and answers.count("\n") == 12, said
+
+
+def test_of_many_files_that_cannot_be_read_three_are_named(linescan_here, tmp_path):
+    code, _, said = linescan_here("classify", *(tmp_path / f"{i}.png" for i in range(5)))
+    assert code == 2 and said.count("does not exist") == 3 and said.endswith("; and 2 more\n") and said.count("\n") == 1
+    _, _, said = linescan_here("change", tmp_path / "no", tmp_path, "-m", "mambafcs_base")
+    assert said.count(str(tmp_path)) == 1, "of two arguments that which is wrong"
