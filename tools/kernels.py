@@ -31,7 +31,7 @@ def compiled(arch: int) -> list[dict]:
     for name in LAUNCHES:
         command = [sys.executable, "-m", "tests.scans.triton_tools", f"tests.scans.{name}", str(arch)]
         print(" ".join(command[1:]), file=sys.stderr, flush=True)
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
         kernels += map(json.loads, done.stdout.splitlines())
     return kernels
 

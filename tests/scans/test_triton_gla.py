@@ -159,8 +159,8 @@ def launches():
     """Every variant of every kernel, forward and backward, in float32 along routes and in bfloat16 without."""
     for dtype, route, merge in ((torch.float32, table("permutation", 1, 2, 100), "sum"), (torch.bfloat16, None, None)):
         for op in OPS:
-            inputs = {key: x.to(dtype) for key, x in op.inputs(1, 1, 2, 100, 2, 32, 64).items()}
-            results("triton", op, inputs, route, merge)
+            inputs = op.inputs(1, 2 if route is None else 1, 2, 100, 2, 32, 64)  # without a table, tokens of two routes
+            results("triton", op, {key: x.to(dtype) for key, x in inputs.items()}, route, merge)
 
 
 @outside_interpreter
