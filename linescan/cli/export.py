@@ -80,20 +80,29 @@ def export(
     """
     from linescan import zoo
     from linescan.engine.cards import restore
-    from linescan.engine.packages import FORMATS, expect_suffix, export_package
+    from linescan.engine.packages import FORMATS, expect_format, export_package
 
     if name is None and checkpoint is None:
         raise InputError("name a model (`linescan list` shows them), or a checkpoint with --checkpoint")
     to = to or Path(f"{name or checkpoint.stem}{FORMATS[format.value]}")
-    expect_suffix(to, format.value)  # before weights are fetched
+
+    def known(model: str) -> "zoo.Entry | None":
+        """What the zoo says of a model; None of timm's. Raises InputError for one that cannot be exported."""
+        entry = zoo.find(model) if zoo.is_model(model) else None
+        if entry and entry.inputs[0][-1] < 8:
+            raise InputError(f"{model} reads point clouds; networks of images, videos and volumes can be exported")
+        return entry
+
+    expect_format(
+        to, format.value, precision.dtype
+    )  # before weights are fetched, as all that can be known without them
+    if name:
+        known(name)
     sides = pixels(size, "--size")
     network, card = restore(name, checkpoint, **model_args(model_arg))
     if card.quantised:
         raise InputError(f"{checkpoint} is quantised, which linescan alone runs: export what it was made from")
-    entry = zoo.find(card.model) if zoo.is_model(card.model) else None
-    shapes = None
-    if entry and entry.inputs[0][-1] < 8:
-        raise InputError(f"{card.model} reads point clouds; networks of images, videos and volumes can be exported")
+    entry, shapes = known(card.model), None
     if entry and entry.task != "classification":
         shapes = [(*shape[:-2], *(sides or shape[-2:])) if len(shape) >= 3 else shape for shape in entry.inputs]
     elif sides:

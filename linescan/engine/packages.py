@@ -31,7 +31,7 @@ from .atomic import atomic
 from .cards import ModelCard
 
 __all__ = [
-    "FORMATS", "Halved", "Package", "difference", "expect_suffix", "export_package", "is_package", "open_package",
+    "FORMATS", "Halved", "Package", "difference", "expect_format", "export_package", "is_package", "open_package",
     "read_network", "tensors", "write_network",
 ]  # fmt: skip
 
@@ -76,11 +76,15 @@ def _format_of(path: Path) -> str:
     return next(key for key, suffix in FORMATS.items() if suffix == path.suffix.lower())
 
 
-def expect_suffix(path: Path, format: str) -> str:
-    """The suffix of a format; raises InputError where the path has another."""
+def expect_format(path: Path, format: str, dtype: torch.dtype) -> str:
+    """The suffix of a format; raises InputError where the path has another, or the format does not take the dtype."""
     suffix = FORMATS[known("format", format, FORMATS)]
     if path.suffix.lower() != suffix:
         raise InputError(f"a package of the format {format} is a file *{suffix}, not {path.name}")
+    if dtype not in TOLERANCE or dtype == torch.float16 and format != "onnx":
+        raise InputError(
+            f"packages are float32, or float16 as onnx, not {str(dtype).removeprefix('torch.')} as {format}"
+        )
     return suffix
 
 
@@ -164,9 +168,7 @@ def export_package(
             cannot be exported, or the package answers something else.
     """
     path = Path(path)
-    suffix = expect_suffix(path, format)
-    if dtype not in TOLERANCE or dtype == torch.float16 and format != "onnx":
-        raise InputError(f"packages are float32, or float16 as onnx, not {dtype} as {format}")
+    suffix = expect_format(path, format, dtype)
     if shapes is None:
         size, frames = card.preprocess.size, getattr(network, "num_frames", 0)
         shapes = [(size[0], frames, *size[1:]) if frames else size]

@@ -114,7 +114,7 @@ class ConcatMamba(nn.Module):
         grid = rgb.shape[1:3]
         projected = [linear(project, x) for project, x in zip(self.in_proj, (rgb, extra))]
         tokens = torch.cat([self.act(conv(x)).flatten(1, 2) for conv, x in zip(self.conv, projected)], 1)
-        outputs = self.ssm(tokens).chunk(2, 1)  # in a line, whatever the grid
+        outputs = self.ssm(tokens).unflatten(1, (2, -1)).unbind(1)  # in a line, whatever the grid
         gates = [gate(x.mean((1, 2)))[:, None] for gate, x in zip(self.gate, projected)]
         y = torch.cat([norm(y) * g for norm, y, g in zip(self.out_norm, outputs, reversed(gates))], -1)
         return rgb + extra + linear(self.out_proj, y).unflatten(1, grid)
@@ -345,7 +345,7 @@ class SigmaEncoder(nn.Module):
         if rgb.shape != extra.shape:
             raise InputError(f"both images are of one size, got {tuple(rgb.shape)} and {tuple(extra.shape)}")
         maps = self.encoder(torch.cat([rgb, extra]))
-        return self.fuse(*zip(*(x.chunk(2) for x in maps)))
+        return self.fuse(*zip(*(x.unflatten(0, (2, -1)) for x in maps)))
 
     def fuse(self, rgb: Sequence[Tensor], extra: Sequence[Tensor]) -> list[Tensor]:
         """The encoder's four maps (B, C, H, W) of both images -> four of the same sizes."""

@@ -124,6 +124,8 @@ class Classifier(Tool):
             network, card = open_package(checkpoint, trust)
             device = _fixed(model, device, dtype, args)
         else:
+            if model:
+                check_classifier(None, model)  # before weights are fetched
             network, card = restore(model, checkpoint, **args)
         check_classifier(network, card.model)
         frames = getattr(network, "num_frames", 0)
@@ -265,10 +267,10 @@ def _fixed(model: str | None, device: str | None, dtype: torch.dtype, args: dict
     return "cpu"
 
 
-def check_classifier(network: nn.Module, name: str) -> None:
-    """Raises InputError for a model of another task."""
+def check_classifier(network: nn.Module | None, name: str) -> None:
+    """Raises InputError for a model of another task; before there is a network, as far as the name tells."""
     task = zoo.find(name).task if zoo.is_model(name) else "classification"
-    if not hasattr(network, "num_classes") or not task.endswith("classification"):
+    if not task.endswith("classification") or not (network is None or hasattr(network, "num_classes")):
         raise InputError(f"{name} is no classifier: `linescan info {name.partition('.')[0]}` says what it is for")
 
 

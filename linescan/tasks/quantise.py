@@ -97,6 +97,8 @@ def quantise_checkpoint(
         raise InputError(f"{to} is a folder; a file is wanted")
     if recipe.calibrated and data is None:
         raise InputError(f"{recipe.method} needs --calibrate with images like those the model is for")
+    if model:
+        check_classifier(None, model)  # before weights are fetched
     network, card = restore(model, checkpoint, **args)
     check_classifier(network, card.model)
     if card.quantised:

@@ -63,8 +63,10 @@ def test_export_is_a_command(linescan_here, trained, image, tmp_path):
         (("export",), "name a model"),
         ((*args[:-1], tmp_path / "digits.onnx"), "*.ts"),
         (("export", "vim_tiny_patch16_224", "--out", tmp_path / "vim.ts"), "*.onnx"),  # before weights are fetched
+        (("export", "pointmamba_modelnet40", "--out", tmp_path / "points.onnx"), "reads point clouds"),
+        (("export", "vim_tiny_patch16_224", *args[3:], "--precision", "fp16"), "not float16 as torchscript-trace"),
         ((*args, "--size", "64"), "img_size=[64,64]"),
-        ((*args, "--precision", "fp16"), "float16 as onnx"),
+        ((*args[:-3], "onnx", "--out", tmp_path / "b.onnx", "--precision", "bf16"), "not bfloat16 as onnx"),
     ):
         status, _, said = linescan_here(*wrong)
         assert status == 2 and says in said

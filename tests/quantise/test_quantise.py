@@ -13,7 +13,7 @@ from linescan.engine.cards import ModelCard, read_card, restore, save_model
 from linescan.errors import CheckpointError, InputError
 from linescan.media.preprocess import Preprocess
 from linescan.quantise import METHODS, Recipe, arithmetic, quantise
-from linescan.quantise.convert import freeze, layer_errors, transform
+from linescan.quantise.convert import convert, freeze, layer_errors, transform
 from linescan.quantise.layers import QuantisedLinear, QuantisedScan, StatesTimesC, become, integer_product
 from linescan.quantise.quantisers import MinMax, MovingPercentile, Percentile, Quantiser, Weight, fit_grid
 from linescan.quantise.transforms import ClassRows
@@ -88,6 +88,22 @@ def test_observers():
     growing.update(torch.tensor([-1.0, 1.0]))
     growing.update(torch.tensor([-5.0, 3.0]))
     assert growing.range()[0] == pytest.approx(-5, abs=1e-3) and growing.range()[1] == pytest.approx(3, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "method, clipped", [("mambaquant", {"linear", "scan"}), ("quamba", {"scan"}), ("naive", set())]
+)
+def test_methods_leave_out_a_rare_outlier_where_the_page_says(method, clipped):
+    """One number in 1.4 million of its side: beyond both percentiles, and the whole of a largest magnitude."""
+    model = convert(small("vim_tiny_patch16_224"), Recipe(method))
+    scan = model.blocks[0].mixer.acts
+    for place, act in (("linear", model.head.acts["x"]), ("scan", scan["u"] if method == "quamba" else scan["x"])):
+        x = torch.linspace(-1, 1, 2_880_000).view(1, -1, 48).clone()
+        x[0, 7, 3] = 1000
+        act.mode = "observe"
+        act(x)
+        act.settle()
+        assert (act.grid(x).scale < 0.02) == (place in clipped), place
 
 
 def test_class_tokens_have_a_scale_of_their_own():

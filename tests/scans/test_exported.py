@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 
 from linescan.scans import backend, exported, recurrence
 
@@ -41,13 +42,16 @@ def test_the_graph_does_not_grow_with_the_length(name, exporting):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_states_are_float32_in_half_precision(dtype, exporting):
-    inputs = bits(case("selective_scan").make(length=200), dtype)
-    output, state = case("selective_scan")(inputs)
-    assert output.dtype == dtype and state.dtype == torch.float32
-    want, want_state = case("selective_scan")(bits(inputs, torch.float64))
-    torch.testing.assert_close(output, want.to(dtype))
-    torch.testing.assert_close(state, want_state.float(), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("name", ["selective_scan", "ssd", "gla", "wkv6", "delta_rule", "bi_wkv"])
+def test_states_are_float32_in_half_precision(name, dtype, exporting):
+    inputs = bits(case(name).make(length=200), dtype)
+    (output, *states), (want, *want_states) = (
+        pytree.tree_leaves(case(name)(given)) for given in (inputs, bits(inputs, torch.float64))
+    )
+    assert output.dtype == dtype and {state.dtype for state in states} <= {torch.float32}
+    torch.testing.assert_close(output, want.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+    for state, exact in zip(states, want_states, strict=True):
+        torch.testing.assert_close(state, exact.float(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_loop_goes_both_ways():
