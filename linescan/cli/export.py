@@ -93,9 +93,7 @@ def export(
             raise InputError(f"{model} reads point clouds; networks of images, videos and volumes can be exported")
         return entry
 
-    expect_format(
-        to, format.value, precision.dtype
-    )  # before weights are fetched, as all that can be known without them
+    expect_format(to, format.value, precision.dtype)  # before weights are fetched, as all that needs none
     if name:
         known(name)
     sides = pixels(size, "--size")
