@@ -118,8 +118,8 @@ def families(to: Path, images: int) -> str:
     heads = [f"{method} {bits}" for method, bits in COLUMNS]
     lines = [
         "Top-1 in % of small models of four families, trained from scratch on the digits, and on which of the cells of",
-        "[solar cells](examples/solar-cells.md) are defective (654 are held out; 68.8 % of them are not). Files, images",
-        "and scores are as above; made by `python tools/quantising.py --families --page docs/quantise.md`:", "",
+        "[solar cells](examples/solar-cells.md) are defective (654 are held out; 68.8 % of them are not). Files,",
+        "images and scores are as above; made by `python tools/quantising.py --families --page docs/quantise.md`:", "",
         f"| trained on | model | parameters | float32 | {' | '.join(heads)} |", "|---|---|" + "---:|" * 8,
     ]  # fmt: skip
     for data in SIDES:

@@ -257,7 +257,7 @@ class MambaFCS(nn.Module):
     def encode(self, before: Tensor, after: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """The encoder's four maps (B, C, H / s, W / s), s = 4, 8, 16, 32, of each image."""
         maps = self.encoder(torch.cat([before, after]))
-        return tuple(list(one) for one in zip(*(x.unflatten(0, (2, -1)) for x in maps)))
+        return tuple(list(one) for one in zip(*(x.unflatten(0, (2, -1)).unbind() for x in maps)))
 
     def decode_changes(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> list[Tensor]:
         """Maps of both dates -> the change features of each scale, of the same shapes."""

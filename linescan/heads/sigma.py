@@ -345,7 +345,7 @@ class SigmaEncoder(nn.Module):
         if rgb.shape != extra.shape:
             raise InputError(f"both images are of one size, got {tuple(rgb.shape)} and {tuple(extra.shape)}")
         maps = self.encoder(torch.cat([rgb, extra]))
-        return self.fuse(*zip(*(x.unflatten(0, (2, -1)) for x in maps)))
+        return self.fuse(*zip(*(x.unflatten(0, (2, -1)).unbind() for x in maps)))
 
     def fuse(self, rgb: Sequence[Tensor], extra: Sequence[Tensor]) -> list[Tensor]:
         """The encoder's four maps (B, C, H, W) of both images -> four of the same sizes."""
