@@ -21,7 +21,6 @@ LAUNCHES = (
     "test_triton_gla:launches",
     "test_triton_wkv:launches",
     "test_triton_forms:launches",
-    "test_triton_forms:other_launches",
 )
 
 
