@@ -12,6 +12,7 @@ from linescan.scans.recurrence import backend
 from .tools import CASES, bits, case, results, same, table
 from .triton_tools import (
     LIMITS,
+    TIGHTEST,
     compiled,
     in_interpreter,
     no_stray_access,  # noqa: F401  (a fixture)
@@ -145,7 +146,7 @@ def wide_launches():
     [
         ("launches", tuple(LIMITS), MATRICES.union(*VECTORS.values(), {"_merge"})),
         ("other_launches", (90,), MATRICES.union(*VECTORS.values())),
-        ("wide_launches", (min(LIMITS, key=LIMITS.get),), MATRICES - {"_gradients"}),
+        ("wide_launches", TIGHTEST, MATRICES - {"_gradients"}),
     ],
 )
 def test_compiles(function, archs, names):

@@ -32,6 +32,7 @@ import torch
 HERE = Path(__file__).parent
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 LIMITS = {80: 163 * 1024, 90: 227 * 1024, 120: 99 * 1024}  # shared memory of a block
+TIGHTEST = (min(LIMITS, key=LIMITS.__getitem__),)  # for what would take minutes on all of them
 CALLS = [  # every kind of route (`tools.table`), merge and dtype, tokens that routes share or not
     ("none", None, torch.float32, False),
     ("permutation", "sum", torch.float32, True),
