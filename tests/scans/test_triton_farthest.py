@@ -7,7 +7,7 @@ import torch
 
 from linescan.layers.points import _farthest_loop
 
-from .triton_tools import compiled, in_interpreter, outside_interpreter
+from .triton_tools import LIMITS, compiled, in_interpreter, outside_interpreter
 
 
 def call(batch, length, count, dtype, limit=float("inf"), step=0.0):
@@ -42,5 +42,5 @@ def launches():
 @outside_interpreter
 @pytest.mark.slow
 def test_compiles():
-    for _, kernels in compiled("tests.scans.test_triton_farthest:launches"):
+    for _, kernels in compiled("tests.scans.test_triton_farthest:launches", tuple(LIMITS)):
         assert len(kernels) >= 3

@@ -11,8 +11,6 @@ from linescan.scans.recurrence import backend
 
 from .tools import CASES, bits, case, results, same, table
 from .triton_tools import (
-    LIMITS,
-    TIGHTEST,
     compiled,
     in_interpreter,
     no_stray_access,  # noqa: F401  (a fixture)
@@ -142,13 +140,13 @@ def wide_launches():
 @outside_interpreter
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "function, archs, names",
+    "function, names",
     [
-        ("launches", tuple(LIMITS), MATRICES.union(*VECTORS.values(), {"_merge"})),
-        ("other_launches", (90,), MATRICES.union(*VECTORS.values())),
-        ("wide_launches", TIGHTEST, MATRICES - {"_gradients"}),
+        ("launches", MATRICES.union(*VECTORS.values(), {"_merge"})),
+        ("other_launches", MATRICES.union(*VECTORS.values())),
+        ("wide_launches", MATRICES - {"_gradients"}),
     ],
 )
-def test_compiles(function, archs, names):
-    for _, kernels in compiled(f"tests.scans.test_triton_forms:{function}", archs):
+def test_compiles(function, names):
+    for _, kernels in compiled(f"tests.scans.test_triton_forms:{function}"):
         assert {kernel["name"] for kernel in kernels} >= names

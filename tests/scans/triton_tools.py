@@ -12,7 +12,7 @@ and is found by test_triton.py's test_in_the_interpreter, which has all such fil
 
     @outside_interpreter
     def test_compiles():
-        for arch, kernels in compiled("tests.scans.test_this_file:launches"):
+        for _, kernels in compiled("tests.scans.test_this_file:launches"):
             assert {kernel["name"] for kernel in kernels} == {"_forward", "_backward"}
 """
 
@@ -32,7 +32,7 @@ import torch
 HERE = Path(__file__).parent
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 LIMITS = {80: 163 * 1024, 90: 227 * 1024, 120: 99 * 1024}  # shared memory of a block
-TIGHTEST = (min(LIMITS, key=LIMITS.__getitem__),)  # for what would take minutes on all of them
+TIGHTEST = min(LIMITS, key=LIMITS.__getitem__)
 CALLS = [  # every kind of route (`tools.table`), merge and dtype, tokens that routes share or not
     ("none", None, torch.float32, False),
     ("permutation", "sum", torch.float32, True),
@@ -120,8 +120,10 @@ def interpret(*files: Path) -> None:
     assert done.returncode == 0, done.stdout[-5000:]
 
 
-def compiled(launches: str, archs=tuple(LIMITS)) -> list[tuple[int, list[dict]]]:
-    """The kernels that a function launches, for every architecture; all fit its shared memory.
+def compiled(launches: str, archs: tuple[int, ...] = (TIGHTEST,)) -> list[tuple[int, list[dict]]]:
+    """The kernels that a function launches, for each architecture; all fit its shared memory.
+
+    All kernels for one architecture take minutes: the others are for `tools/kernels.py --arch`.
 
     Args:
         launches: "MODULE:FUNCTION".
