@@ -18,8 +18,8 @@ from mmengine.runner import save_checkpoint  # noqa: E402
 
 import linescan.openmmlab  # noqa: E402, F401
 from linescan.checkpoint import CheckpointError  # noqa: E402
+from linescan.engine.configs import CONFIGS  # noqa: E402
 from linescan.errors import InputError  # noqa: E402
-from linescan.openmmlab.backbone import CONFIGS  # noqa: E402
 from linescan.openmmlab.models import _read_config  # noqa: E402
 from linescan.tasks import Detector, Segmenter  # noqa: E402
 
