@@ -813,6 +813,7 @@ def groups(
 
 PLAIN = ("vim_tiny_patch16_224", "vig_tiny", "vrwkv_tiny", "vrwkv6_tiny", "local_vim_tiny")
 HIERARCHICAL = ("vmamba_tiny_s1l8", "vig_h_tiny", "local_vssm_tiny", "segman_small")
+PRODUCTS = ("linear_pointwise", "aten::mm", "aten::addmm", "aten::bmm", "mkldnn_convolution")  # that oneDNN computes
 
 
 @app.command()
@@ -882,9 +883,6 @@ def precision(
         axes.legend()
 
     save(out, "precision", {"machine": machine(), "unit": "ms", "rows": rows}, draw)
-
-
-PRODUCTS = ("linear_pointwise", "aten::mm", "aten::addmm", "aten::bmm", "mkldnn_convolution")  # that oneDNN computes
 
 
 # -- memory at changing sizes -----------------------------------------------------------------------------------------

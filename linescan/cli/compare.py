@@ -13,7 +13,7 @@ from linescan.engine.recipe import Recipe, Run
 from linescan.errors import InputError
 from linescan.tasks.recipes import RECIPES
 
-from .options import app, epilog_of, named_task, side_lengths
+from .options import app, epilog_of, named_task, side_lengths, word_after
 from .train import recipe_of, training_of, with_recipe
 
 # A small network on handwritten digits, which need no download.
@@ -90,7 +90,7 @@ def compare(
 def _recipe(args: list[str]) -> tuple[Recipe, str | None]:
     """The recipe that options of `linescan train` make, and the device."""
     args = with_recipe(args)
-    if not any(arg in ("--data", "-d") or arg.startswith("--data=") for arg in args):
+    if not (word_after(args, "--data") or word_after(args, "-d")):
         args = [*DIGITS, *args]
     task = named_task(args, list(RECIPES))
     options = training_of(task).make_context("linescan compare", list(args)).params

@@ -59,12 +59,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             _flush(path.parent)  # the new name, too, must survive a power cut
 
 
-def _interrupted(error: BaseException | None) -> bool:
+def _interrupted(error: BaseException) -> bool:
     """Whether an error that is not Ctrl-C itself came from handling Ctrl-C."""
-    while error is not None and (error := error.__context__) is not None:
-        if isinstance(error, KeyboardInterrupt):
-            return True
-    return False
+    before = error.__context__
+    return before is not None and (isinstance(before, KeyboardInterrupt) or _interrupted(before))
 
 
 def _partial(path: Path) -> Path:
