@@ -89,38 +89,72 @@ def _mamba3_mimo(
     return output, (memory, turned, last_key, last_value)
 
 
-@_mamba3_mimo.chunked
-def _mamba3_mimo_chunked(
-    q, k, v, a, dt, trap, angle, q_bias, k_bias, D, z, mimo_v, mimo_z, mimo_o, memory, turned, last_key, last_value
+def _by_scan(
+    scan,
+    q,
+    k,
+    v,
+    a,
+    dt,
+    trap,
+    angle,
+    q_bias,
+    k_bias,
+    D,
+    z,
+    mimo_v,
+    mimo_z,
+    mimo_o,
+    memory,
+    turned,
+    last_key,
+    last_value,
 ):
-    length, rank = q.shape[2], q.shape[3]
+    """The definition, of a plain scan: a key counts for its own step and, from the next step on, for that one.
+
+    scan(queries, keys (B, K, T, H, rank, N), values (B, K, T, H, rank, P), log decays (B, K, T, H), state) returns what
+    queries read of all keys up to their own token, of every rank, and the last state.
+    """
     share, v = trap.sigmoid(), _values(v, mimo_v, q.shape[3])
     step = pi * torch.tanh(angle.double()) * dt[..., None].double()  # of long sums only the last turn counts
     angles = torch.remainder(turned[:, :, None] + step.cumsum(2), TURN).to(dt.dtype)
     key, query = _rotated(k, k_bias, angles), _rotated(q, q_bias, angles)  # (B, K, T, H, rank, N)
-
-    # A key counts for its own step and, from the next step on, for that one.
     carried = (1 - share) * dt
     ahead = F.pad(carried[:, :, 1:], (0, 0, 0, 1))
     memory = memory + ((carried[:, :, 0, :, None, None] * last_key)[..., None] * last_value[..., None, :]).sum(-3)
-    weight = (share * dt + ahead)[..., None, None]
+    y, memory = scan(query, (share * dt + ahead)[..., None, None] * key, v, a * dt, memory)
+    y = y - ahead[..., None, None] * (query @ key.mT) @ v
+    output = _output(y, v, z, D, mimo_z, mimo_o)
+    return output, (memory, angles[:, :, -1], key[:, :, -1], v[:, :, -1])
+
+
+def _scan_in_chunks(query: Tensor, key: Tensor, v: Tensor, g: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+    length, rank = query.shape[2], query.shape[4]
 
     def ranks(x):  # (B, K, H, N, C * rank, d), the ranks of a token next to each other
         x = split(x.flatten(4))[0]
         return x.unflatten(-1, (rank, -1)).flatten(-3, -2)
 
-    within, before = segment_sums(split((a * dt)[..., None])[0].squeeze(-1))
-    scores = ranks(query) @ ranks(weight * key).mT
+    query, key, v = ranks(query), ranks(key), ranks(v)
+    within, before = segment_sums(split(g[..., None])[0].squeeze(-1))
     decay = within.exp().repeat_interleave(rank, -2).repeat_interleave(rank, -1)
     reach, left = before.exp(), within[..., -1, :].exp()
-    added = (ranks(weight * key) * left.repeat_interleave(rank, -1)[..., None]).mT @ ranks(v)
+    added = (key * left.repeat_interleave(rank, -1)[..., None]).mT @ v
     states = running(before[..., -1].exp()[..., None, None], added, memory, 3)
-    y = (scores * decay) @ ranks(v)
-    y = y + (ranks(query) * reach.repeat_interleave(rank, -1)[..., None]) @ states[:, :, :, :-1]
+    y = (query @ key.mT * decay) @ v
+    y = y + (query * reach.repeat_interleave(rank, -1)[..., None]) @ states[:, :, :, :-1]
     y = y.unflatten(-2, (-1, rank)).flatten(3, 4)[:, :, :, :length].transpose(2, 3)  # (B, K, T, H, rank, P)
-    y = y - ahead[..., None, None] * (query @ key.mT) @ v
-    output = _output(y, v, z, D, mimo_z, mimo_o)
-    return output, (states[:, :, :, -1], angles[:, :, -1], key[:, :, -1], v[:, :, -1])
+    return y, states[:, :, :, -1]
+
+
+@_mamba3_mimo.chunked
+def _mamba3_mimo_chunked(
+    q, k, v, a, dt, trap, angle, q_bias, k_bias, D, z, mimo_v, mimo_z, mimo_o, memory, turned, last_key, last_value
+):
+    return _by_scan(
+        _scan_in_chunks, q, k, v, a, dt, trap, angle, q_bias, k_bias, D, z, mimo_v, mimo_z, mimo_o, memory, turned,
+        last_key, last_value,
+    )  # fmt: skip
 
 
 @public(

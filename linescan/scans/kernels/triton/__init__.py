@@ -19,7 +19,9 @@ from ...ops.dplr import _dplr
 from ...ops.gla import _gla, _simple_gla
 from ...ops.hgrn import _hgrn
 from ...ops.linear_attention import _linear_attention
-from ...ops.log_linear import _log_linear_attention
+from ...ops.log_linear import _log_linear_attention, _log_linear_gated_delta_rule
+from ...ops.mamba3 import _mamba3_mimo
+from ...ops.mlstm import _mlstm
 from ...ops.selective_scan import _selective_scan
 from ...ops.ssd import _ssd
 from ...ops.wkv4 import _bi_wkv, _wkv4
@@ -55,10 +57,10 @@ def _fits(*args) -> bool:
     )
 
 
-def _register(op: Recurrence, module: str, fits=lambda *args: True, limit: str = "", backward: str = "") -> None:
+def _register(op: Recurrence, module: str, fits=lambda *args: True, limit: str = "") -> None:
     """Registers `forward` and `backward` of a module beside this one, which the first call imports.
 
-    `limit` says in words what `fits` asks for; `backward` is the form that has the backward where it is not the module.
+    `limit` says in words what `fits` asks for.
     """
 
     def run(function: str, inputs: int):
@@ -82,7 +84,7 @@ def _register(op: Recurrence, module: str, fits=lambda *args: True, limit: str =
     def supports(*call) -> bool:
         return _fits(*call) and fits(*call) and _installed()
 
-    op.register("triton", run("forward", 0), backward or run("backward", 2), supports)
+    op.register("triton", run("forward", 0), run("backward", 2), supports)
 
 
 _register(_selective_scan, "selective_scan", lambda u, delta, A, *_: A.shape[-1] <= 64, " and at most 64 states")
@@ -91,10 +93,18 @@ _register(_gla, "gla")
 _register(_simple_gla, "gla")
 _register(_ssd, "ssd")
 _register(_linear_attention, "linear_attention")
-_register(_log_linear_attention, "log_linear", lambda *call: call[7] == 0, " from position 0 on", backward="chunked")
+_register(_log_linear_attention, "log_linear", lambda *call: call[7] == 0, " from position 0 on")
+_register(
+    _log_linear_gated_delta_rule,
+    "log_linear_delta",
+    lambda q, *call: call[7] == 0 and q.shape[-1] <= 128,
+    " from position 0 on and at most 128 key channels",
+)
 _register(_hgrn, "hgrn")
 _register(_bi_wkv, "bi_wkv")
 _register(_wkv4, "wkv4")
 _register(_wkv6, "wkv6")
 _register(_gated_delta_rule, "delta", lambda q, *_: q.shape[-1] <= 128, " and at most 128 key channels")
 _register(_dplr, "dplr", lambda q, *_: q.shape[-1] <= 128, " and at most 128 key channels")
+_register(_mlstm, "mlstm")
+_register(_mamba3_mimo, "mamba3")

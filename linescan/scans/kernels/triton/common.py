@@ -3,19 +3,21 @@
 Only the kernels' modules import this one, and only when a call needs them: `import linescan` must not import triton.
 """
 
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...visits import is_permutation
+from ...visits import is_permutation, read
 
 __all__ = [
     "Rows",
     "TokenGradient",
+    "again",
     "channels_of",
+    "in_time",
     "launch",
     "load_row",
     "place",
@@ -24,6 +26,7 @@ __all__ = [
     "split",
     "store_row",
     "visit",
+    "visits",
 ]
 
 
@@ -93,6 +96,12 @@ def visit(route, t, steps):
         read = entry != -1
         keep = entry >= 0
     return token, read, keep, inside
+
+
+@triton.jit
+def visits(route, route_batch, b, k, t, steps):
+    """`visit` of steps t by route k of sample b; the table is a pointer or None, and a sample's is `route_batch` on."""
+    return visit(None if route is None else route + b * route_batch + k * steps, t, steps)
 
 
 @triton.jit
@@ -166,11 +175,24 @@ class TokenGradient:
             grad = grad.sum(1, keepdim=True)
         return grad.to(self.like.dtype)
 
+    def of_steps(self, grad: Tensor) -> Tensor:
+        """`finish`, of a gradient (B, K, S, ...) in time order."""
+        share = self.shares[0]
+        if self.route is None or self.by_step:
+            share.copy_(grad)
+        else:
+            table = self._table(*share.shape[:2])
+            share.scatter_(2, table.reshape(*table.shape, *[1] * (grad.ndim - 3)).expand_as(grad), grad.to(share.dtype))
+        return self.finish()
+
+    def _table(self, batch: int, routes: int) -> Tensor:
+        table = self.route.long().expand(batch, -1, -1) if self.route.ndim == 2 else self.route.long()
+        return table.expand(batch, routes, -1)
+
     def _gather(self, grad: Tensor) -> Tensor:
         batch, routes, _, *rest = grad.shape
         length = self.like.shape[2]
-        table = self.route.long().expand(batch, -1, -1) if self.route.ndim == 2 else self.route.long()
-        table = table.expand(batch, routes, -1)
+        table = self._table(batch, routes)
         row = torch.arange(batch * routes, device=grad.device).view(batch, routes, 1) * length
         token = row + torch.where(table < 0, -2 - table, table)
         token = torch.where(table == -1, batch * routes * length, token).flatten()  # one more row takes the padding
@@ -178,3 +200,43 @@ class TokenGradient:
         out = grad.new_zeros(batch * routes * length + 1, *rest)
         out.index_put_((token,), grad.flatten(0, 2), accumulate=True)  # sorts on a GPU: no atomics
         return out[:-1].view(batch, routes, length, *rest)
+
+
+# -- plain torch around kernels ---------------------------------------------------------------------------------------
+
+
+class _InTime(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, route):
+        ctx.save_for_backward(x, route)
+        return read(x, route)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, route = ctx.saved_tensors
+        return TokenGradient(x, grad.shape[1], route).of_steps(grad), None
+
+
+def in_time(x: Tensor, route: Tensor | None) -> Tensor:
+    """`read`, with a gradient that is added up in a fixed order."""
+    return x if route is None else _InTime.apply(x, route)
+
+
+def again(forward: Callable) -> Callable:
+    """The backward of an implementation that is kernels with plain torch around them: runs `forward` again.
+
+    The kernels are `torch.autograd.Function`s, which `torch.func` would hand tensors without memory.
+    """
+
+    def backward(grad_output, grad_state, *args) -> list[Tensor]:
+        with torch.enable_grad():
+            args = [x.detach().requires_grad_(x.is_floating_point()) if isinstance(x, Tensor) else x for x in args]
+            inputs = [x for x in args if isinstance(x, Tensor) and x.requires_grad]
+            output, states = forward(*args)
+        states = states if isinstance(states, tuple) else (states,)
+        grads = grad_state if isinstance(grad_state, tuple) else (grad_state,)
+        pairs = [(output, grad_output), *zip(states, grads)]
+        outputs, grads = zip(*[(x, grad) for x, grad in pairs if grad is not None and x.requires_grad])
+        return list(torch.autograd.grad(outputs, inputs, grads, allow_unused=True, materialize_grads=True))
+
+    return backward

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...visits import is_permutation, visited
-from .common import TokenGradient, rows, visit
+from .common import TokenGradient, rows, visits
 from .gla import (
     _across,
     _corner,
@@ -107,10 +107,9 @@ def _solve(
     SCALAR: tl.constexpr, LATE: tl.constexpr, REVERSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What is found in a chunk that a state enters is `found` + `by_state` @ that state."""
-    chunk, row, b, r, head = _place(N, H, K)
+    chunk, row, b, r, head, step = _place(N, H, K, C)
     i = tl.arange(0, C)
-    table = None if route is None else route + b * route_batch + r * S
-    token, read, written, _ = visit(table, chunk * C + i, S)
+    token, read, written, _ = visits(route, route_batch, b, r, step, S)
     lower = tl.zeros((C, C), tl.float32)  # what `a` reads of b
     inner = tl.zeros((C, C), tl.float32)  # what `a` reads of keys; REVERSED: what q reads of b
     for first in range(0, DX, BX):
@@ -194,7 +193,6 @@ def _walk(
     b, r, head = row // (H * K), row // H % K, row % H
     channels = tl.arange(0, BX)
     columns = tl.program_id(1) * BY + tl.arange(0, BY)
-    table = None if route is None else route + b * route_batch + r * S
     state = tl.zeros((BX, BY), tl.float32)
     if edge is not None:
         begin, there = _state(edge, row, 0, 1, channels, columns, DX, DY)
@@ -203,7 +201,7 @@ def _walk(
         chunk = N - 1 - n if REVERSED else n
         at, mask = _state(states, row, chunk, N, channels, columns, DX, DY)
         tl.store(at, state, mask=mask)
-        token, read, written, _ = visit(table, chunk * C + tl.arange(0, C), S)
+        token, read, written, _ = visits(route, route_batch, b, r, chunk * C + tl.arange(0, C), S)
         at, mask = _buffer(by_state, row, chunk, N, channels, DX, C)
         reads = tl.load(at, mask=mask, other=0.0)
         at, mask = _buffer(found, row, chunk, N, columns, DY, C)
@@ -236,11 +234,9 @@ def _outputs(
     SCALAR: tl.constexpr, LATE: tl.constexpr, REVERSED: tl.constexpr, BY_STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What queries read of keys and of b; REVERSED: what keys read of queries and of `a`."""
-    chunk, row, b, r, head = _place(N, H, K)
+    chunk, row, b, r, head, step = _place(N, H, K, C)
     i = tl.arange(0, C)
-    step = chunk * C + i
-    table = None if route is None else route + b * route_batch + r * S
-    token, read, written, _ = visit(table, step, S)
+    token, read, written, _ = visits(route, route_batch, b, r, step, S)
     columns = tl.program_id(1) * BY + tl.arange(0, BY)
     diagonal = i[:, None] == i[None, :]
     scores = tl.zeros((C, C), tl.float32)
@@ -293,13 +289,12 @@ def _outputs(
     at, mask = _buffer(found, row, chunk, N, columns, DY, C)
     rest = tl.load(at, mask=mask, other=0.0)
     if REVERSED:
-        result += tl.dot(tl.trans(scores), values, input_precision=PRECISION)
-        result += tl.dot(tl.trans(second), rest, input_precision=PRECISION)
-    elif writer is None:
-        result += tl.dot(scores, values - rest, input_precision=PRECISION)
-    else:
-        result += tl.dot(scores, values, input_precision=PRECISION)
+        scores, second = tl.trans(scores), tl.trans(second)
+    if REVERSED or writer is not None:
         result += tl.dot(second, rest, input_precision=PRECISION)
+    else:
+        values -= rest
+    result += tl.dot(scores, values, input_precision=PRECISION)
     place = step.to(tl.int64) if BY_STEP else token
     _store(out, b, r, head, place, read if REVERSED else written, columns, result, DY)
 
@@ -312,11 +307,9 @@ def _gradients(
     SCALAR: tl.constexpr, LATE: tl.constexpr, BY_STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of queries, `a`, keys, b (if it is not -k) and gates, for BX channels."""
-    chunk, row, b, r, head = _place(N, H, K)
+    chunk, row, b, r, head, step = _place(N, H, K, C)
     i = tl.arange(0, C)
-    step = chunk * C + i
-    table = None if route is None else route + b * route_batch + r * S
-    token, read, written, _ = visit(table, step, S)
+    token, read, written, _ = visits(route, route_batch, b, r, step, S)
     channels = tl.program_id(1) * BX + tl.arange(0, BX)
     qk, ak = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)  # gradients of scores
     qb, ab = qk, qk
@@ -526,6 +519,28 @@ class LowRank:
             **self.common, **self.inside, BY_STEP=by_step,
         )  # fmt: skip
         return {name: x.finish() for name, x in to.items()} | {"initial_state": of_initial}
+
+
+class Rule(torch.autograd.Function):
+    """`LowRank` of a delta rule, as a function that plain torch can stand around.
+
+    Takes (q, k, v, a, g, initial_state), tokens in time order, b being -k; returns outputs (B, K, S, H, dv) in float32
+    and the final state.
+    """
+
+    @staticmethod
+    def _low_rank(q, k, v, a, g, initial_state) -> LowRank:
+        return LowRank(q, k, v, a, None, g, 1.0, initial_state, None, late=False)
+
+    @staticmethod
+    def forward(ctx, *tensors):
+        ctx.save_for_backward(*tensors)
+        return Rule._low_rank(*tensors).forward(torch.float32)
+
+    @staticmethod
+    def backward(ctx, grad, grad_state):
+        grads = Rule._low_rank(*ctx.saved_tensors).backward(grad, grad_state)
+        return tuple(grads[name] for name in ("q", "k", "v", "a", "g", "initial_state"))
 
 
 def forward(*args) -> tuple[Tensor, Tensor]:

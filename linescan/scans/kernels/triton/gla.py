@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...visits import is_permutation, visited
-from .common import TokenGradient, rows, visit
+from .common import TokenGradient, rows, visits
 
 CHUNK = 64  # steps that one program takes, half as many in float32; a power of two, at least 32
 WIDTH = 32  # key channels at a time
@@ -36,11 +36,11 @@ DEPTH = 64  # value channels at a time
 
 
 @triton.jit
-def _place(N, H, K):
-    """(chunk, row, sample, route, head) of this program; a row is (sample, route, head) as one index."""
+def _place(N, H, K, C: tl.constexpr):
+    """(chunk, row, sample, route, head, steps) of this program; a row is (sample, route, head) as one index."""
     chunk = tl.program_id(0) % N
     row = (tl.program_id(0) // N).to(tl.int64)
-    return chunk, row, row // (H * K), row // H % K, row % H
+    return chunk, row, row // (H * K), row // H % K, row % H, chunk * C + tl.arange(0, C)
 
 
 @triton.jit
@@ -131,11 +131,9 @@ def _states(
 
     x decays to the chunk's end, or REVERSED to its start (in which case y is an output's gradient).
     """
-    chunk, row, b, k, head = _place(N, H, K)
+    chunk, row, b, k, head, step = _place(N, H, K, C)
     i = tl.arange(0, C)
-    step = chunk * C + i
-    table = None if route is None else route + b * route_batch + k * S
-    token, read, written, inside = visit(table, step, S)
+    token, read, written, inside = visits(route, route_batch, b, k, step, S)
     channels = tl.program_id(1) * BX + tl.arange(0, BX)
     columns = tl.program_id(2) * BY + tl.arange(0, BY)
     values = _load(y, b, k, head, token, written if REVERSED else read, columns, DY)
@@ -145,7 +143,7 @@ def _states(
     SHIFT: tl.constexpr = (-1 if LATE else 0) if REVERSED else 1
     here = (i + SHIFT >= 0) & (i + SHIFT < C)
     near_step = tl.maximum(step + SHIFT, 0)
-    near, near_read, _, near_inside = visit(table, near_step, S)
+    near, near_read, _, near_inside = visits(route, route_batch, b, k, near_step, S)
     if SCALAR:
         if weight is not None and not REVERSED:
             keys *= _load_heads(weight, b, k, head, step, inside)
@@ -201,11 +199,9 @@ def _outputs(
     TRANSPOSED: tl.constexpr, BY_STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """scores @ y + (decayed q) @ states; TRANSPOSED: scores^T @ y + (decayed k) @ states."""
-    chunk, row, b, r, head = _place(N, H, K)
+    chunk, row, b, r, head, step = _place(N, H, K, C)
     i = tl.arange(0, C)
-    step = chunk * C + i
-    table = None if route is None else route + b * route_batch + r * S
-    token, read, written, inside = visit(table, step, S)
+    token, read, written, inside = visits(route, route_batch, b, r, step, S)
     columns = tl.program_id(1) * BY + tl.arange(0, BY)
     scores = tl.zeros((C, C), tl.float32)
     result = tl.zeros((C, BY), tl.float32)
@@ -258,11 +254,9 @@ def _gradients(
     BY_STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of queries, keys, gates, and where there are any, of bonus and weights; for BX channels."""
-    chunk, row, b, r, head = _place(N, H, K)
+    chunk, row, b, r, head, step = _place(N, H, K, C)
     i = tl.arange(0, C)
-    step = chunk * C + i
-    table = None if route is None else route + b * route_batch + r * S
-    token, read, written, inside = visit(table, step, S)
+    token, read, written, inside = visits(route, route_batch, b, r, step, S)
     channels = tl.program_id(1) * BX + tl.arange(0, BX)
     dscores = tl.zeros((C, C), tl.float32)
     of_query = tl.zeros((C, BX), tl.float32)  # through the state that entered
@@ -439,19 +433,23 @@ class Chunks:
         self._outputs(self.v, states, rows(out), False, False)
         return out, last
 
+    def gradient_room(self, x: Tensor) -> TokenGradient:
+        """Room for the gradient of q or k, one for each head."""
+        if self.common["SHARE"] > 1:
+            x = x.new_empty(1, dtype=torch.float32).expand(*x.shape[:3], self.heads, self.dk)
+        return TokenGradient(x, self.routes, self.route)
+
+    def per_group(self, grad: Tensor, x: Tensor) -> Tensor:
+        """The gradient of x, q or k, from that of every head."""
+        return grad.unflatten(3, (x.shape[3], -1)).sum(4).to(x.dtype) if self.common["SHARE"] > 1 else grad
+
     def backward(self, grad: Tensor, grad_state: Tensor | None) -> dict[str, Tensor]:
         """Gradients by name, of the outputs' gradient (B, K or 1, L, H, dv)."""
         states, _ = self._states(self.initial)
         grad_states, of_initial = self._states(grad_state, grad)
         parts = self._blocks[0]
-        like = self.q.new_empty(1, dtype=torch.float32)
-        shared = self.common["SHARE"] > 1
-
-        def room(x):
-            each = like.expand(*x.shape[:3], self.heads, self.dk) if shared else x
-            return TokenGradient(each, self.routes, self.route)
-
-        dq, dk, dv = room(self.q), room(self.k), TokenGradient(self.v, self.routes, self.route)
+        dq, dk = self.gradient_room(self.q), self.gradient_room(self.k)
+        dv = TokenGradient(self.v, self.routes, self.route)
         dg = TokenGradient(self.g, self.routes, None if self.stepwise else self.route, parts if self.scalar else 1)
         dweight = None if self.weight is None else TokenGradient(self.weight, self.routes, None, parts)
         dbonus = None if self.bonus is None else self._new(self.batch, self.routes, self.heads, self.chunks, self.dk)
@@ -462,19 +460,40 @@ class Chunks:
             None if dweight is None else dweight.rows, self.scale, *self.counts, dg.stride,
             **self.common, **self.inside, BY_STEP=dq.by_step,
         )  # fmt: skip
-
-        def per_group(x, of):
-            return x.unflatten(3, (of.shape[3], -1)).sum(4).to(of.dtype) if shared else x
-
         return dict(
-            q=per_group(dq.finish(), self.q),
-            k=per_group(dk.finish(), self.k),
+            q=self.per_group(dq.finish(), self.q),
+            k=self.per_group(dk.finish(), self.k),
             v=dv.finish(),
             g=dg.finish(),
             initial_state=of_initial,
             bonus=None if dbonus is None else dbonus.sum((0, 3)),
             weight=None if dweight is None else dweight.finish(),
         )
+
+
+class Scan(torch.autograd.Function):
+    """`Chunks`, one number a head and step, as a function that plain torch can stand around.
+
+    Takes arguments of `Chunks`, (q, k, v, g, weight, initial_state, scale, route) with g and weight in time order, and
+    returns the outputs (B, K, L, H, dv), in grid order and float32, and the final state.
+    """
+
+    @staticmethod
+    def _chunks(q, k, v, g, weight, initial_state, scale, route) -> Chunks:
+        return Chunks(q, k, v, g, scale, initial_state, route, weight=weight, stepwise=True)
+
+    @staticmethod
+    def forward(ctx, *args):
+        *tensors, ctx.scale, route = args
+        ctx.save_for_backward(*tensors, route)
+        return Scan._chunks(*args).forward(torch.float32)
+
+    @staticmethod
+    def backward(ctx, grad, grad_state):
+        *tensors, route = ctx.saved_tensors
+        grads = Scan._chunks(*tensors, ctx.scale, route).backward(grad, grad_state)
+        named = zip(("q", "k", "v", "g", "weight", "initial_state"), tensors)
+        return *(None if x is None else grads[name].to(x.dtype) for name, x in named), None, None
 
 
 # -- implementations --------------------------------------------------------------------------------------------------

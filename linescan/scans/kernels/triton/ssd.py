@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...ops.ssd import _output, _step_sizes
-from ...visits import is_permutation, visited
+from ...visits import is_permutation, read, visited, write
 from .common import TokenGradient
 from .gla import Chunks, merged, per_route
 
@@ -19,33 +19,14 @@ class _Call:
     def __init__(self, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, initial_state, route):
         self.batch, self.routes, self.length = visited([v for v in (x, dt, B, C, z) if v is not None], route)
         self.route = route
-        if route is not None:
-            table = route.long() if route.ndim == 3 else route.long().expand(self.batch, -1, -1)
-            self.table = table.expand(-1, self.routes, -1)
         self.settings = dt_softplus, dt_min, dt_max
-        self.small = [None if v is None else v.float() for v in (self._in_time(dt), A, dt_bias)]
+        dt = read(dt, route)
+        dt = dt.expand(-1, self.routes, *dt.shape[2:])
+        self.small = [None if v is None else v.float() for v in (dt, A, dt_bias)]
         g, step = self.gates(*self.small)
         self.chunks = Chunks(C, B, x, g, 1.0, initial_state, route, weight=step, stepwise=True)
         bare = D is None and z is None
         self.around = [v if v is None or bare else v.float() for v in (x, D, z)]
-
-    def _in_time(self, dt: Tensor) -> Tensor:
-        dt = dt.expand(self.batch, self.routes, *dt.shape[2:])
-        if self.route is None:
-            return dt
-        token = torch.where(self.table < 0, (-2 - self.table).clamp_min(0), self.table)
-        read = dt.gather(2, token[..., None].expand(*token.shape, dt.shape[3]))
-        return read.masked_fill((self.table == -1)[..., None], 0)
-
-    def back_in_place(self, grad: Tensor, dt: Tensor) -> Tensor:
-        """The gradient of step sizes in time order as that of dt."""
-        of_dt = TokenGradient(dt, self.routes, self.route)
-        share = of_dt.shares[0]
-        if self.route is None or of_dt.by_step:
-            share.copy_(grad)
-        else:
-            share.scatter_(2, self.table[..., None].expand_as(grad), grad.to(share.dtype))
-        return of_dt.finish()
 
     def gates(self, dt: Tensor, A: Tensor, dt_bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """(log decays, step sizes), both (B, K, S, H)."""
@@ -57,9 +38,8 @@ class _Call:
         y = _output(y, x, D, z)
         if self.route is None or is_permutation(self.route, self.length):
             return y
-        target = torch.where(self.table < 0, self.length, self.table)
-        written = y.new_zeros(self.batch, self.routes, self.length + 1).scatter(2, target, 1.0)
-        return y * written[:, :, : self.length, None, None]
+        steps = y.new_ones(self.batch, self.routes, self.route.shape[-1], 1, 1)
+        return y * write(steps, self.route, self.length)
 
 
 def forward(*args) -> tuple[Tensor, Tensor]:
@@ -81,7 +61,7 @@ def backward(grad_output, grad_state, *args) -> list[Tensor]:
     of_dt, of_A, of_bias = _pull(call.gates, call.small, (found["g"], found["weight"]))
     grads = {
         "x": found["v"] + of_x,
-        "dt": call.back_in_place(of_dt, dt),
+        "dt": TokenGradient(dt, call.routes, call.route).of_steps(of_dt),
         "A": of_A,
         "B": found["k"],
         "C": found["q"],
