@@ -571,6 +571,7 @@ def answer_files(
         raise InputError(f"{to} is a file; --out is a folder")
     tool, writer = open_tool()
     found = sources(tool.kinds if partners is None else kinds)
+    tool.expect([source.given for source in found if source.error is None])
     if to:
         to.mkdir(parents=True, exist_ok=True)
     failed = 0

@@ -7,7 +7,7 @@ nor found.
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Sequence
+from typing import Any, Sequence
 
 import numpy as np
 import torch
@@ -84,7 +84,7 @@ class PartSegmenter(CloudTool):
             there = ", ".join(self.parts.categories) or "none"
             raise InputError(f"the model knows no category {category!r}; there are: {there}")
 
-    def category_of(self, path: Path | None) -> int:
+    def category_of(self, path: str | Path | None) -> int:
         """The number of the category that the object in a file is of.
 
         Raises:
@@ -92,11 +92,17 @@ class PartSegmenter(CloudTool):
         """
         if not self.parts.categories:
             return 0
-        name = self.category or (path.absolute().parent.name if path else "")
+        name = self.category or (Path(path).absolute().parent.name if path else "")
         if name not in self.parts.categories:
             there = ", ".join(self.parts.categories)
             raise InputError(f"what kind of object is it? Name it with --category, or by its folder: {there}")
         return self.parts.categories.index(name)
+
+    def expect(self, inputs: Sequence[Any]) -> None:
+        super().expect(inputs)
+        known = {self.category, *(Path(given).absolute().parent.name for given in inputs)} & {*self.parts.categories}
+        if inputs and not known:
+            self.category_of(inputs[0])  # no file's can be told
 
     def open(self, given: CloudLike) -> OpenedCloud:
         opened = super().open(given)

@@ -55,7 +55,7 @@ class Prompt:
         box: (x0, y0, x1, y1) around it.
 
     Raises:
-        InputError: neither a point on the object nor a box; numbers that are none; a box without area.
+        InputError: neither a point on the object nor a box; numbers that are none, or below 0; a box without area.
     """
 
     points: Sequence[Point] = ()
@@ -70,6 +70,9 @@ class Prompt:
             raise InputError("a prompt needs a point on the object, or a box around it")
         if box is not None and not (box[0] < box[2] and box[1] < box[3]):
             raise InputError(f"a box is x0,y0,x1,y1 with x0 < x1 and y0 < y1, not {_said(box)}")
+        for place in (*points, *negatives, *([box] if box else [])):
+            if min(place) < 0:
+                raise InputError(f"pixels are counted from 0 on, {_said(place)} lies outside of every image")
         for name, value in (("points", points), ("negatives", negatives), ("box", box)):
             object.__setattr__(self, name, value)
 
@@ -77,11 +80,10 @@ class Prompt:
         """Raises InputError: something lies outside of an image of this (height, width)."""
         height, width = size
         for x, y in (*self.points, *self.negatives):
-            if not (0 <= x < width and 0 <= y < height):
+            if x >= width or y >= height:
                 raise InputError(f"the point {_said((x, y))} is outside of the image, {_extent(size)}")
         if self.box is not None:
-            left, top, right, bottom = self.box
-            if left < 0 or top < 0 or right > width or bottom > height:
+            if self.box[2] > width or self.box[3] > height:
                 raise InputError(f"the box {_said(self.box)} reaches out of the image, {_extent(size)}")
 
 

@@ -4,7 +4,7 @@ import json
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
-from typing import Iterable, Iterator, Sequence
+from typing import Any, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -325,16 +325,24 @@ class Segmenter(WindowTool):
         if not self.window and self.model.window and not self.model.resizes:
             self.window, self.stride = self.model.window, self.model.stride
 
+    def expect(self, inputs: Sequence[Any]) -> None:
+        for given in inputs:
+            self._expect_images(given)
+
+    def _expect_images(self, given: Any) -> None:
+        count = len(given) if isinstance(given, tuple) else 1
+        if count != self.model.images:
+            wanted = f"{self.model.images} images of each scene (--extra)" if self.model.images > 1 else "one image"
+            raise InputError(f"{self.model_name} reads {wanted}, got {count}")
+
     def open(self, given: ImageLike | Pixels | tuple[ImageLike, ...]) -> Pixels:
         """The pixels of an image, or of the images of a scene, as many as the model reads.
 
         Raises:
             InputError: more or fewer of them, or of different sizes.
         """
+        self._expect_images(given)
         images = given if isinstance(given, tuple) else (given,)
-        if len(images) != self.model.images:
-            wanted = f"{self.model.images} images of each scene (--extra)" if self.model.images > 1 else "one image"
-            raise InputError(f"{self.model_name} reads {wanted}, got {len(images)}")
         if len(images) == 1:
             return open_pixels(images[0])
         return PairedPixels([open_pixels(image) for image in images], self.model.grey_extra)

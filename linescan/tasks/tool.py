@@ -98,6 +98,16 @@ class Tool:
         """Reads one input. Whatever it raises is the error of this input."""
         raise NotImplementedError
 
+    def expect(self, inputs: Sequence[Any]) -> None:
+        """Looks at all inputs of a command before any is opened.
+
+        Raises:
+            InputError: something is wrong with all of them, such as the number of files that are read together.
+        """
+        files = max((len(given) for given in inputs if isinstance(given, tuple)), default=1)
+        if files > 1:
+            raise InputError(f"{self.model_name} reads one file at a time, not {files} together")
+
     def answer(self, opened: Sequence[Any], progress: Progress) -> Sequence[Any]:
         """The answers for at most `batch` opened inputs. If it raises, they are tried again one by one."""
         raise NotImplementedError

@@ -92,5 +92,12 @@ def test_folders_from_the_command_line(seg, weights, tmp_path):
     assert "both images are of one size" in outcomes["b.png"]["error"]
     assert "has no partner" in outcomes["alone.png"]["error"]
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out/masks/a.png")), seg([(rgb, grey)])[0])
-    ran = CliRunner().invoke(app, ["segment", *map(str, (tmp_path / "rgb/a.png", *options)), "--json"])
-    assert ran.exit_code == 1 and "(--extra), got 1" in json.loads(ran.stdout)[0]["error"]
+
+
+def test_what_is_wrong_with_all_files_is_said_once(weights, tmp_path, linescan_here):
+    for i in range(3):
+        Image.fromarray(images()[0]).save(tmp_path / f"{i}.png")
+    (tmp_path / "3.png").write_bytes(b"never read")
+    options = ["-m", "sigma_tiny", "-c", weights, "-o", tmp_path / "out", "--device", "cpu", *ARGS]
+    said = linescan_here("segment", tmp_path, *options)
+    assert said == (2, "", "linescan: sigma_tiny reads 2 images of each scene (--extra), got 1\n")

@@ -535,6 +535,9 @@ def test_files_in_parts_out(scans, segmented, tmp_path):
         "points", "segment", scans / "2.ply", "--checkpoint", segmented, "-o", out, "--category", "ball"
     )
     assert "ball/" in told.stdout
+    with pytest.raises(InputError, match="what kind of object is it"):  # of all files together
+        linescan_cli("points", "segment", named_otherwise := shutil.copytree(scans, tmp_path / "what"), *common)
+    PartSegmenter(checkpoint=segmented).expect([scans / "2.ply", named_otherwise / "2.ply"])
     far = PointCloud(np.zeros((2, 3), np.float32), origin=np.array([5e6, 0, 0]))
     with open(tmp_path / "far.ply", "wb") as file:
         write_ply(file, far, np.zeros(2, int), np.zeros((2, 3)))

@@ -178,10 +178,13 @@ def test_prompts_that_are_none(prompt, said):
 def test_prompts_at_the_border_of_the_image():
     for inside in (dict(points=[(9.99, 4.99)]), dict(points=[(0, 0)]), dict(box=(0, 0, 10, 5))):
         Prompt(**inside).expect_inside((5, 10))
-    for outside in (dict(points=[(10, 1)]), dict(points=[(1, 5)]), dict(points=[(1, 1)], negatives=[(-1, 1)]),
-                    dict(box=(0, 0, 10, 5.1)), dict(box=(-1, 0, 5, 5))):  # fmt: skip
+    for outside in (dict(points=[(10, 1)]), dict(points=[(1, 5)]), dict(points=[(1, 1)], negatives=[(10, 1)]),
+                    dict(box=(0, 0, 10, 5.1)), dict(box=(0, 0, 10.1, 5))):  # fmt: skip
         with pytest.raises(InputError, match="10 pixels wide and 5 high"):
             Prompt(**outside).expect_inside((5, 10))
+    for outside in (dict(points=[(1, -1)]), dict(points=[(1, 1)], negatives=[(-1, 1)]), dict(box=(-1, 0, 5, 5))):
+        with pytest.raises(InputError, match="pixels are counted from 0 on, .*-1.* lies outside of every image"):
+            Prompt(**outside)
 
 
 def test_the_command(weights, photo, tmp_path, linescan_here):
