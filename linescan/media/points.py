@@ -183,9 +183,11 @@ _FIRST_BYTES = {
 
 
 def _expect_own_bytes(path: Path) -> None:
-    """Raises BrokenCloud for a file that is of another format than its name says."""
+    """Raises BrokenCloud for an empty file, and for one that is of another format than its name says."""
     with open(path, "rb") as file:
         head = file.read(8)
+    if not head:
+        raise BrokenCloud(f"{path}: holds no points")
     for first, suffixes in _FIRST_BYTES.items():
         if head.startswith(first) and path.suffix.lower() not in suffixes:
             raise BrokenCloud(f"{path}: not a {path.suffix} file: its first bytes are those of a {suffixes[0]} file")
