@@ -4,12 +4,14 @@
     python tools/benchmark.py scan          the selective scan on the CPU
     python tools/benchmark.py recurrences   every recurrence in the same model, beside S6, softmax and its own bound
     python tools/benchmark.py kernels       the CPU kernels against the chunked torch forms, over shapes
+    python tools/benchmark.py threads       the CPU kernels on two threads against one
     python tools/benchmark.py points        sampling, neighbours and sparse convolution beside the alternatives
     python tools/benchmark.py clouds        models of point clouds against the number of points
     python tools/benchmark.py groups        LION's layers against a dense transformer layer on the same groups
     python tools/benchmark.py models        whole models against timm's DeiT-Ti and Swin-T
     python tools/benchmark.py precision     models in bfloat16 beside float32, and the bound that their products set
     python tools/benchmark.py memory        what stays in memory after images of changing sizes
+    python tools/benchmark.py page FOLDER   writes the tables of a folder into docs/benchmarks/README.md
 
 Peers run as their authors publish them: installed packages where there is one, else the published algorithm written
 again from its description, each in its own memory layout. Numbers are medians over many runs on one thread, in CPU time
@@ -19,17 +21,20 @@ disturbances. Several threads are timed by the wall clock, the best of turns.
 
 import json
 import math
+import multiprocessing
 import os
 import platform
 import subprocess
 import sys
+import textwrap
 import time
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Callable
+from typing import Annotated, Callable, Iterable, NamedTuple, Sequence
 
 import torch
 import typer
@@ -327,17 +332,188 @@ EQUATIONS: dict[str, tuple[int, int]] = {
 # Mixers whose recurrence needs less than the operator that serves it.
 CHEAPER: dict[str, tuple[int, int]] = {"retention": (3, 10), "delta": (3, 11)}
 
+# What else a call cannot do without, each measured in the same run: `bounds` puts it together.
+#
+# Functions: exponentials at the pace of the kernels' own, not the five multiply-adds above (EMBEDDED says how many of
+# those are taken back for an element); quotients at the pace of a sigmoid less that of an exponential. HGRN has one
+# exponential for a channel and token, and once more backward; WKV-4 four and a quotient, Bi-WKV seven and a quotient,
+# and all of them once more backward. S6's exponentials come with a product and a sum, of which the kernel makes one
+# chain, so that they stay multiply-adds; its step sizes are a softplus each, of a product with `rank` numbers, that
+# backward is made again and has two gradients. Matrix states have an exponential for each log decay, both ways.
+EMBEDDED: dict[str, int] = {"hgrn": 1, "wkv4": 4, "bi_wkv": 7}
+#
+# Numbers that the backward keeps for a token and an element of the state and reads again: all states of S6; a state in
+# BLOCK = 4 tokens of matrix states that decay; of vector states those before every token, which for WKV are four rows
+# of sums on each side, and four more of their gradients.
+KEPT: dict[str, float] = {"selective_scan": 1, "hgrn": 1, "wkv4": 8, "bi_wkv": 12}
+# The axis of a state whose elements have no arithmetic of their own: twice as long, only what belongs to elements
+# doubles, so that what belongs to tokens and rows of the state is 2 T(n) - T(2 n).
+LONGER: dict[str, str] = {"selective_scan": "N", "ssd": "P"}
+WANTED = {"forward": 1.5, "training": 2.0}  # times the multiply-adds
 
-def elements(name: str, inputs: list) -> int:
-    """Elements of the states that a call of a recurrence updates: batch, routes, steps, and a state's own."""
-    from linescan.scans import recurrences
 
-    *inputs, route = inputs
-    layout = recurrences()[name].layout
-    output, states = layout.shapes(inputs, route)
-    steps = output[2] if route is None else route.shape[-1]
-    last = states[0] if states else (*output[:2], output[3])
-    return steps * math.prod(last[:3] if name == "wkv4" else last)
+class Call(NamedTuple):
+    """A call of a recurrence, its inputs checked and filled."""
+
+    recurrence: object
+    inputs: list
+    route: Tensor | None
+    merge: str | None
+
+    @property
+    def name(self) -> str:
+        return self.recurrence.name
+
+    @property
+    def tokens(self) -> list[Tensor]:
+        """Token inputs that are there."""
+        return [self.inputs[at] for at in self.recurrence.layout.token_positions if self.inputs[at] is not None]
+
+    @property
+    def shapes(self) -> tuple[tuple, tuple, int]:
+        """Of the output and the state, without the three numbers of a channel of WKV, and the number of steps."""
+        output, states = self.recurrence.layout.shapes(self.inputs, self.route)
+        last = states[0] if states else (*output[:2], output[3])
+        steps = output[2] if self.route is None else self.route.shape[-1]
+        return output, last[:3] if self.name == "wkv4" else last, steps
+
+    @property
+    def elements(self) -> int:
+        """Elements of the states that the call updates: batch, routes, steps, and a state's own."""
+        _, state, steps = self.shapes
+        return steps * math.prod(state)
+
+    @property
+    def is_matrix(self) -> bool:
+        return len(self.shapes[1]) == 5
+
+    def runs(self) -> dict[str, Callable]:
+        """Its forward, and forward and backward."""
+        recurrence, inputs, route, merge = self
+        is_float = [torch.is_tensor(x) and x.is_floating_point() for x in inputs]
+        leaves = [x.detach().clone().requires_grad_() if ok else x for x, ok in zip(inputs, is_float)]
+        wanted = [x for x, ok in zip(leaves, is_float) if ok]
+        weight = torch.randn_like(recurrence(*leaves, route=route, merge=merge))
+
+        def forward():
+            with torch.no_grad():
+                recurrence(*leaves, route=route, merge=merge)
+
+        def both():
+            torch.autograd.grad(recurrence(*leaves, route=route, merge=merge), wanted, weight)
+
+        return {"forward": forward, "training": both}
+
+    def of_a_token(self) -> "Call":
+        """The same of one token: what is left is Python's, torch's and the parameters'."""
+        inputs = list(self.inputs)
+        for at in self.recurrence.layout.token_positions:
+            inputs[at] = None if inputs[at] is None else inputs[at][:, :, :1]
+        route = None if self.route is None else torch.zeros_like(self.route[..., :1])
+        return self._replace(inputs=inputs, route=route)
+
+    def longer(self) -> "Call | None":
+        """The same with states twice as large, if these have an axis that allows it."""
+        axis, inputs = LONGER.get(self.name, "dv" if self.is_matrix else ""), list(self.inputs)
+        layout = self.recurrence.layout
+        for at, key in enumerate(layout.parameters):
+            if key not in layout.arguments or inputs[at] is None:
+                continue
+            for dim, (named, _) in enumerate(layout.arguments[key].paired(inputs[at].shape)):
+                if named.text == axis:
+                    inputs[at] = torch.cat([inputs[at]] * 2, dim)
+        return self._replace(inputs=inputs) if axis else None
+
+    def moves(self) -> dict[str, Callable]:
+        """Reads all token inputs along the routes and writes the output, as the kernels go: head by head, or in blocks
+        of channels. Backward: reads them and the output's gradient, and writes their own.
+        """
+        move = torch.ops.linescan_cpu.move_rows
+
+        def rows(x: Tensor) -> tuple[Tensor, int]:
+            most = 64 if len(self.shapes[1]) == 3 else 384
+            return x.detach().flatten(3), min(x.shape[-1], most)
+
+        inputs = [rows(x) for x in self.tokens]
+        output = rows(torch.empty(self.shapes[0]))
+        gradients = [(torch.empty_like(x, memory_format=torch.contiguous_format), n) for x, n in inputs]
+
+        def forward():
+            for x, width in inputs:
+                move(x, self.route, width, False)
+            move(output[0], self.route, output[1], True)
+
+        def both():
+            forward()
+            for x, width in (*inputs, output):
+                move(x, self.route, width, False)
+            for x, width in gradients:
+                move(x, self.route, width, True)
+
+        return {"forward": forward, "training": both}
+
+
+class Pace:
+    """Seconds that this core takes, measured when first asked for: `products` for a multiply-add, functions for one."""
+
+    def __init__(self):
+        self.products = multiply_add_bound(1) / 9
+        x = torch.linspace(-4, 4, 1 << 14)
+        y, few = torch.empty_like(x), len(x) // 2
+        for which, name in enumerate(("exponential", "softplus", "sigmoid")):
+            run = partial(torch.ops.linescan_cpu.unary, which)
+            taken = [seconds(partial(run, x[:count], y[:count]), budget=0.2) for count in (few, len(x))]
+            setattr(self, name, (taken[1] - taken[0]) / few)  # without the call
+        self.quotient = max(self.sigmoid - self.exponential, 0.0)
+        self._nothing = seconds(lambda: y[:1].copy_(x[:1]), budget=0.2)
+        self._copies: dict[int, float] = {}
+
+    def copy(self, size: int) -> float:
+        """Seconds for a byte that is read or written, where `size` bytes are gone through again and again."""
+        power = min(max(size.bit_length(), 16), 27)
+        if power not in self._copies:
+            x = torch.zeros(1 << power - 3)
+            y = torch.empty_like(x)
+            taken = seconds(lambda: y.copy_(x), budget=0.2)
+            self._copies[power] = max(taken - self._nothing, 0.2 * taken) / (1 << power)
+        return self._copies[power]
+
+
+def bounds(mixer: str, call: Call, pace: Pace, kind: str, once: float, moved: float) -> dict[str, float]:
+    """Lower bounds of a call's seconds, from the times of the same call on a token and of its rows' moves.
+
+    The call's own time comes on top of all, and one unit computes both products and functions: these are sums. Loads
+    and stores run beside them on units of their own, so of the two the larger counts.
+    """
+    _, state, steps = call.shapes
+    backward = kind == "training"
+    cost = CHEAPER.get(mixer, EQUATIONS[call.name])[backward]
+    channels, times = steps * math.prod(state[:3]), 1 + backward
+    embedded = EMBEDDED.get(call.name, 0)
+    products, functions = (cost - 5 * embedded * times) * call.elements, embedded * times * channels * pace.exponential
+    if call.name in ("wkv4", "bi_wkv"):
+        functions += times * channels * pace.quotient
+    given = dict(zip(call.recurrence.parameters, call.inputs))
+    if call.name == "selective_scan":
+        functions += times * channels * pace.softplus * bool(given["delta_softplus"])
+        rank = 0 if given["delta_weight"] is None else given["delta_weight"].shape[-1]
+        products += channels * rank * (4 if backward else 1)
+    elif call.is_matrix:
+        gate = next((given[name] for name in ("g", "w", "dt") if given.get(name) is not None), None)
+        if gate is not None:
+            functions += times * steps * math.prod(state[:2]) * math.prod(gate.shape[3:]) * pace.exponential
+    decays = call.name != "linear_attention" and not (call.name == "gated_delta_rule" and given["g"] is None)
+    kept = KEPT.get(call.name, 0.25 * (call.is_matrix and decays))
+    room = min(4 * kept * steps * math.prod(state[2:]), 640 << 10)
+    stored = backward * 8 * kept * call.elements * pace.copy(int(room))
+    arithmetic = products * pace.products + functions
+    return {
+        "call": once,
+        "products": cost * call.elements * pace.products,
+        "arithmetic": arithmetic,
+        "loads and stores": moved + stored,
+        "bound": once + max(arithmetic, moved + stored),
+    }
 
 
 MIXERS = (
@@ -357,8 +533,9 @@ def recurrences(
 ):
     """scan_tiny with each mixer, forward and a training step, beside S6 and softmax; and each recurrence by itself.
 
-    The latter beside the multiply-adds of its equation, at the pace that this core reaches in the same run, and beside
-    its chunked torch form.
+    The latter beside its bounds, all measured in the same run: the multiply-adds of its equation; and what a call, its
+    arithmetic, and its loads and stores take. Also beside the part of its time that belongs to the elements of its
+    state, and to its chunked torch form. What is slower than wanted is listed with the reason.
     """
     import linescan
     from linescan.scans import backend
@@ -368,7 +545,7 @@ def recurrences(
     keep_memory()
     sizes = [int(length) for length in lengths.split(",")]
     rows: dict[str, dict[str, float]] = {}
-    pace = multiply_add_bound(1) / 9
+    alone: list[dict] = []
 
     def prepare(mixer: str, length: int):
         """The model's forward and training step, and the calls of recurrences in its first block."""
@@ -386,7 +563,8 @@ def recurrences(
             model.zero_grad(set_to_none=True)
 
         def recorded(self, *inputs, route=None, merge=None, **options):
-            calls.append((self, inputs, route, merge))
+            filled = list(self.layout.check(inputs, route).fill(inputs))
+            calls.append(Call(self, [x.detach() if torch.is_tensor(x) else x for x in filled], route, merge))
             return call(self, *inputs, route=route, merge=merge, **options)
 
         Recurrence.__call__ = recorded
@@ -397,28 +575,15 @@ def recurrences(
             Recurrence.__call__ = call
         return forward, train, calls[: len(calls) // depth]
 
-    def alone(recurrence, inputs, route, merge) -> dict[str, Callable]:
-        leaves = [
-            x.detach().clone().requires_grad_() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs
-        ]
-        wanted = [x for x in leaves if torch.is_tensor(x) and x.requires_grad]
-        weight = torch.randn_like(recurrence(*leaves, route=route, merge=merge))
-
-        def forward():
-            with torch.no_grad():
-                recurrence(*leaves, route=route, merge=merge)
-
-        def both():
-            torch.autograd.grad(recurrence(*leaves, route=route, merge=merge), wanted, weight)
-
-        return {"forward": forward, "training": both}
-
     def in_form(form: str, run: Callable) -> None:
         with backend(form):
             run()
 
+    ready = {mixer: prepare(mixer, sizes[0]) for mixer in mixers.split()}
+    pace = Pace()
     for length in sizes:
-        ready = {mixer: prepare(mixer, length) for mixer in mixers.split()}
+        if length != sizes[0]:
+            ready = {mixer: prepare(mixer, length) for mixer in mixers.split()}
         for at, kind in enumerate(("forward", "training")):
             with console.status(f"{kind}, {length} tokens"):
                 taken = side_by_side({mixer: parts[at] for mixer, parts in ready.items()}, budget)
@@ -429,32 +594,48 @@ def recurrences(
                     f"{kind} {length} / {peer}": several / taken[peer] for peer in ("s6", "softmax") if peer in taken
                 }
         for mixer, (*_, calls) in ready.items():
-            if len(calls) != 1 or calls[0][0].name not in EQUATIONS:
+            if len(calls) != 1 or calls[0].name not in EQUATIONS:
                 continue
-            recurrence, inputs, route, merge = calls[0]
-            count = elements(recurrence.name, [*recurrence.layout.check(inputs, route).fill(inputs), route])
-            for kind, run in alone(*calls[0]).items():
+            call = calls[0]
+            longer, moves, token = call.longer(), call.moves(), call.of_a_token()
+            small = token.moves()
+            for kind, run in call.runs().items():
+                runs = {"": run, "call": token.runs()[kind], "moves": moves[kind], "no moves": small[kind]}
+                if longer is not None:
+                    runs["longer"] = longer.runs()[kind]
+                runs["chunked"] = partial(in_form, "chunked", run)
                 with console.status(f"{mixer} alone, {kind}, {length} tokens"):
-                    taken = side_by_side({form: partial(in_form, form, run) for form in ("", "chunked")}, budget)
-                cost = CHEAPER.get(mixer, EQUATIONS[recurrence.name])[kind == "training"]
-                rows[mixer] |= {
-                    f"{kind} {length}, recurrence": 1e3 * taken[""],
-                    f"{kind} {length}, recurrence / bound": taken[""] / (cost * pace * count),
-                    f"{kind} {length}, chunked / recurrence": taken["chunked"] / taken[""],
-                }
+                    taken = side_by_side(runs, budget)
+                moved = max(taken["moves"] - taken["no moves"], 0.0)
+                parts = bounds(mixer, call, pace, kind, taken["call"], moved)
+                row = {"mixer": mixer, "kind": kind, "tokens": length, "ms": 1e3 * taken[""]}
+                row |= {f"{name}, ms": 1e3 * part for name, part in parts.items()}
+                row |= {"/ products": taken[""] / parts["products"], "/ bound": taken[""] / parts["bound"]}
+                if longer is not None:
+                    of_elements = min(max(taken["longer"] - taken[""], 0.0), taken[""])
+                    row |= {"elements, ms": 1e3 * of_elements, "elements / products": of_elements / parts["products"]}
+                alone.append(row | {"chunked /": taken["chunked"] / taken[""]})
 
     kinds = [f"{kind} {length}" for kind in ("forward", "training") for length in sizes]
     whole = Table("scan_tiny", *(heading for kind in kinds for heading in (f"{kind}, ms", "/ s6", "/ softmax")))
-    single = Table("recurrence", *(h for kind in kinds for h in (f"{kind}, ms", "/ bound", "chunked /")))
     for mixer, row in rows.items():
         ends = ("", " / s6", " / softmax")
         whole.add_row(
             mixer, *(f"{row.get(kind + end, math.nan):.{2 if end else 1}f}" for kind in kinds for end in ends)
         )
-        ends = (", recurrence", ", recurrence / bound", ", chunked / recurrence")
-        if kinds[0] + ends[0] in row:
-            single.add_row(mixer, *(f"{row[kind + end]:.2f}" for kind in kinds for end in ends))
-    console.print(whole, single)
+    console.print(whole)
+    columns = (
+        "ms", "products, ms", "/ products", "call, ms", "arithmetic, ms", "loads and stores, ms", "bound, ms",
+        "/ bound", "elements / products", "chunked /",
+    )  # fmt: skip
+    for kind in kinds:
+        table = Table(kind, *columns)
+        for row in alone:
+            if kind == f"{row['kind']} {row['tokens']}":
+                table.add_row(row["mixer"], *(f"{row[key]:.2f}" if key in row else "-" for key in columns))
+        console.print(table)
+    missed = [line for row in alone for line in reasons(row)]
+    console.print(*missed, sep="\n", highlight=False)
 
     def draw(axes):
         axes.axvline(1, color="grey", linewidth=0.8)
@@ -465,12 +646,65 @@ def recurrences(
         axes.set(xlabel=f"time of scan_tiny (depth {depth}) / that with s6, 1 thread")
         axes.legend()
 
-    results = {"machine": machine(), "unit": "ms", "depth": depth, "multiply_add_ns": 1e9 * pace, "rows": rows}
-    save(out, "recurrences", results, draw)
+    paces = {f"{name}_ns": 1e9 * value for name, value in vars(pace).items() if not name.startswith("_")}
+    results = {"machine": machine(), "unit": "ms", "depth": depth, "pace": paces, "rows": rows, "alone": alone}
+    save(out, "recurrences", results | {"missed": missed}, draw)
+
+
+def reasons(row: dict) -> list[str]:
+    """Why a recurrence takes more than the wanted multiple of its multiply-adds, as far as it was measured; or none."""
+    wanted = WANTED[row["kind"]]
+    if row["/ products"] <= wanted:
+        return []
+    line = f"{row['mixer']}, {row['kind']} {row['tokens']}: {row['/ products']:.2f} of its products (wanted {wanted})"
+    shares = {
+        "the call": row["call, ms"],
+        "products and functions": row["arithmetic, ms"],
+        "loads and stores of tokens and kept states": row["loads and stores, ms"],
+    }
+    line += "; of its time " + ", ".join(f"{name} {part / row['ms']:.0%}" for name, part in shares.items())
+    line += f", so that it is at {row['/ bound']:.2f} of its bound"
+    if "elements, ms" in row:
+        line += (
+            f"; what is done to elements of the state takes {row['elements / products']:.2f} of their products, "
+            f"the rest, {1 - row['elements, ms'] / row['ms']:.0%} of the time, belongs to tokens and rows"
+        )
+    return [line]
 
 
 # Tokens, heads and the sides of a head's state, or the channels; what a kernel serves must be faster in all of them.
 SHAPES = [(16, 6, 32, 32), (64, 1, 4, 4), (196, 6, 32, 32), (256, 2, 128, 128), (256, 1, 256, 256), (1024, 4, 64, 64)]
+
+
+def kernel_call(name: str, length: int, heads: int, keys: int, values: int) -> Callable[[str, bool], None]:
+    """A function (form, whether to train) that runs a recurrence on an example, float32, one sample and route."""
+    from linescan.scans import backend
+    from linescan.scans import recurrences as registered
+
+    recurrence = registered()[name]
+    layout = recurrence.layout
+    options = {key: 0.5 if key == "scale" else layout.sizes.get(key, 0) for key in layout.options}
+    sizes = {"H": heads, "dk": keys, "gates": keys, "dv": values, "P": values, "D": heads * values, "W": 4}
+    sizes |= {"N": keys if "H" in layout.sizes else 16, "G": 1, "rank": 12}
+    torch.manual_seed(0)
+    tensors = layout.example(1, 1, length, without=layout.states, dtype=torch.float32, **sizes)
+    leaves = {key: x.requires_grad_() for key, x in tensors.items()}
+    inputs = [(options | leaves).get(key) for key in recurrence.parameters]
+
+    def run(form: str, train: bool) -> None:
+        with backend(form), torch.set_grad_enabled(train):
+            y = recurrence(*inputs)
+        if train:
+            torch.autograd.grad(y.sum(), list(leaves.values()))
+
+    return run
+
+
+def served() -> list[str]:
+    """Recurrences that have a C++ kernel."""
+    from linescan.scans import recurrences as registered
+
+    return [name for name, recurrence in sorted(registered().items()) if "cpu" in recurrence.implementations]
 
 
 @app.command()
@@ -482,32 +716,14 @@ def kernels(
 
     What serves a call must follow from this table: `tests/scans/data/kernels.json` and a test hold it.
     """
-    from linescan.scans import backend
-    from linescan.scans import recurrences as registered
-
     torch.set_num_threads(1)
     keep_memory()
     rows = []
     table = Table("chunked / kernel", *(f"{n}, {h} x {k} x {v}" for n, h, k, v in SHAPES))
-    for name, recurrence in sorted(registered().items()):
-        if "cpu" not in recurrence.implementations:
-            continue
-        layout, cells = recurrence.layout, []
-        options = {key: 0.5 if key == "scale" else layout.sizes.get(key, 0) for key in layout.options}
+    for name in served():
+        cells = []
         for length, heads, keys, values in SHAPES:
-            sizes = {"H": heads, "dk": keys, "gates": keys, "dv": values, "P": values, "D": heads * values, "W": 4}
-            sizes |= {"N": keys if "H" in layout.sizes else 16, "G": 1, "rank": 12}
-            torch.manual_seed(0)
-            tensors = layout.example(1, 1, length, without=layout.states, dtype=torch.float32, **sizes)
-            leaves = {key: x.requires_grad_() for key, x in tensors.items()}
-            inputs = [(options | leaves).get(key) for key in recurrence.parameters]
-
-            def run(form: str, train: bool, recurrence=recurrence, inputs=inputs, leaves=leaves):
-                with backend(form), torch.set_grad_enabled(train):
-                    y = recurrence(*inputs)
-                if train:
-                    torch.autograd.grad(y.sum(), list(leaves.values()))
-
+            run = kernel_call(name, length, heads, keys, values)
             row = {"recurrence": name, "length": length, "heads": heads, "keys": keys, "values": values}
             with console.status(f"{name}, {length} tokens"):
                 for kind, train in (("forward", False), ("training", True)):
@@ -528,6 +744,85 @@ def kernels(
         axes.legend()
 
     save(out, "kernels", {"machine": machine(), "rows": rows}, draw)
+
+
+THREADED = 1024, 6, 64, 64  # tokens, heads and the sides of a head's state, or 384 channels
+
+
+def companion(pipe) -> None:
+    """In a process of its own: runs the kernel that it is told to until it is told the next thing."""
+    torch.set_num_threads(1)
+    keep_memory()
+    while (told := pipe.recv()) is not None:
+        run = kernel_call(told[0], *THREADED)
+        run("cpu", told[1])
+        pipe.send("runs")
+        while not pipe.poll():
+            run("cpu", told[1])
+        pipe.recv()
+
+
+@app.command()
+def threads(
+    out: Out = Path("runs/benchmark"),
+    budget: Annotated[float, typer.Option(help="Seconds for each number.")] = 1.0,
+):
+    """Every C++ kernel on two threads against one, float32, one sample, by the wall clock, the best of turns.
+
+    Beside it the bound that this machine sets: twice what a core keeps of its pace while another process on the other
+    core does the same.
+    """
+    keep_memory()
+    context = multiprocessing.get_context("spawn")
+    pipe, other = context.Pipe()
+    process = context.Process(target=companion, args=(other,), daemon=True)
+    process.start()
+    wall = partial(seconds, budget=budget / 10, pick=min, clock=time.perf_counter)
+    rows, table = [], Table("kernel", *(f"{kind}, {h}" for kind in WANTED for h in ("1 / 2 threads", "bound")))
+    for name in served():
+        run, cells = kernel_call(name, *THREADED), []
+        for kind in WANTED:
+            train = kind == "training"
+            best = {"one": math.inf, "two": math.inf, "beside": math.inf}
+            with console.status(f"{name}, {kind}"):
+                for _ in range(5):
+                    for count, key in ((1, "one"), (2, "two")):
+                        torch.set_num_threads(count)
+                        best[key] = min(best[key], wall(partial(run, "cpu", train)))
+                torch.set_num_threads(1)
+                pipe.send((name, train))
+                pipe.recv()
+                for _ in range(5):
+                    best["beside"] = min(best["beside"], wall(partial(run, "cpu", train)))
+                pipe.send("enough")
+            gain, bound = best["one"] / best["two"], 2 * best["one"] / best["beside"]
+            rows.append({"kernel": name, "kind": kind, "gain": gain, "bound": bound, "ms": 1e3 * best["one"]})
+            cells += [f"{gain:.2f}", f"{bound:.2f}"]
+        table.add_row(name, *cells)
+    pipe.send(None)
+    process.join()
+    console.print(table)
+    missed = [
+        f"{row['kernel']}, {row['kind']}: {row['gain']:.2f} times (wanted 1.8), {row['gain'] / row['bound']:.0%} of "
+        "what two processes reach here"
+        for row in rows
+        if row["gain"] < 1.8
+    ]
+    console.print(*missed, sep="\n", highlight=False)
+
+    def draw(axes):
+        names = list(dict.fromkeys(row["kernel"] for row in rows))
+        for kind, marker in zip(WANTED, "ox"):
+            some = [row for row in rows if row["kind"] == kind]
+            at = [names.index(row["kernel"]) for row in some]
+            axes.plot([row["gain"] for row in some], at, marker, label=kind)
+            axes.plot([row["bound"] for row in some], at, "|", color="grey", markersize=12)
+        axes.axvline(1.8, color="grey", linewidth=0.8)
+        axes.set_yticks(range(len(names)), names, fontsize=7)
+        axes.set(xlabel="time on one thread / on two; grey: what two processes reach")
+        axes.legend()
+
+    save(out, "threads", {"machine": machine(), "shape": THREADED, "rows": rows, "missed": missed}, draw)
 
 
 # -- points and voxels -------------------------------------------------------------------------------------------------
@@ -816,20 +1111,179 @@ HIERARCHICAL = ("vmamba_tiny_s1l8", "vig_h_tiny", "local_vssm_tiny", "segman_sma
 PRODUCTS = ("linear_pointwise", "aten::mm", "aten::addmm", "aten::bmm", "mkldnn_convolution")  # that oneDNN computes
 
 
+@dataclass(frozen=True)
+class Group:
+    """Models that are compared with one of timm, and the multiples of its time that are wanted of them by size."""
+
+    models: tuple[str, ...]
+    peer: str
+    wanted: dict[int, float]
+    dim: int  # of the linear layers whose pace counts, from it to its fourfold
+    stride: int = 16
+
+
+GROUPS = {
+    "plain": Group(PLAIN, "deit_tiny_patch16_224", {224: 1.5, 512: 1.0, 1024: 0.45}, 192),
+    "hierarchical": Group(HIERARCHICAL, "swin_tiny_patch4_window7_224", {224: 1.2, 512: 1.0}, 384),
+}
+
+
+def operations(run: Callable) -> dict[str, int]:
+    """Floating-point operations of a forward by kind, two for a multiply-add."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run()
+    kinds = {"products": 0, "convolutions": 0, "attention": 0, "scans": 0}
+    for operator, count in counter.get_flop_counts()["Global"].items():
+        name = str(operator)
+        words = {"linescan.": "scans", "scaled_dot_product": "attention", "convolution": "convolutions"}
+        kinds[next((kind for word, kind in words.items() if word in name), "products")] += count
+    return kinds
+
+
+def spent(run: Callable, rounds: int = 3) -> dict[str, float]:
+    """Shares of CPU time by operator, the largest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU]) as profiled:
+        for _ in range(rounds):
+            run()
+    times = {event.key: event.self_cpu_time_total for event in profiled.key_averages()}
+    total = sum(times.values())
+    return {name: t / total for name, t in sorted(times.items(), key=lambda item: -item[1])}
+
+
+def shares(by_operator: dict[str, float]) -> dict[str, float]:
+    """The same by kind: what computes, and everything else by its operator."""
+    kinds: dict[str, float] = {}
+    for name, share in by_operator.items():
+        if "scaled_dot_product" in name or "flash_attention" in name:
+            kind = "attention"
+        elif "linescan" in name:
+            kind = "scans"
+        else:
+            computes = any(word in name for word in PRODUCTS)
+            kind = "products and convolutions" if computes else name.removeprefix("aten::")
+        kinds[kind] = kinds.get(kind, 0.0) + share
+    return kinds
+
+
 @app.command()
 def models(
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     out: Out = Path("runs/benchmark"),
+    largest: Annotated[int, typer.Option(help="Leave out larger images.")] = 1024,
+    budget: Annotated[float, typer.Option(help="Seconds for each number.")] = 3.0,
 ):
-    """Plain models against timm's DeiT-Ti with SDPA, hierarchical ones against Swin-T, one image, one thread."""
-    from linescan.cli import app as command
+    """Plain models against timm's DeiT-Ti with SDPA, hierarchical ones against Swin-T, one image, one thread.
 
-    for name, ours, peer, sizes in (
-        ("plain", PLAIN, "deit_tiny_patch16_224", "224,512,1024"),
-        ("hierarchical", HIERARCHICAL, "swin_tiny_patch4_window7_224", "224,512"),
-    ):
-        how = ["--against", peer, "--sizes", sizes, "--precision", precision, "--out", str(out / f"{name}-{precision}")]
-        command(["benchmark", *ours, *how], standalone_mode=False)
+    Beside the times the operations of each model, and the bound that they set: those of products, convolutions and
+    attention at the pace of a plain linear layer of that size, and those of scans at that of multiply-adds, both
+    measured in the same run. Of models that are slower than wanted the time is shown by operator.
+    """
+    from linescan.engine.benchmark import _at_size, benchmark, write_report
+    from linescan.scans.matmul import linear
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    for title, group in GROUPS.items():
+        sizes = [size for size in group.wanted if size <= largest]
+        names = (*group.models, group.peer)
+        results = []
+        with console.status(title) as status:
+            show = lambda *_, description="", **__: status.update(description) if description else None  # noqa: E731
+            results += benchmark(names, sizes, dtype=dtype, budget=budget, progress=show)
+        torch.set_num_threads(1)
+        scans = 1 / multiply_add_bound(1) * 9 * 2
+        times = {(r.model, r.size): r.seconds for r in results}
+        rows, missed = [], []
+        for size in sizes:
+            x, weight = torch.randn(1, (size // group.stride) ** 2, group.dim), torch.randn(4 * group.dim, group.dim)
+            x, weight = x.to(dtype), weight.to(dtype)
+            with torch.inference_mode():
+                taken = seconds(lambda x=x, weight=weight: linear(x, weight), budget=budget / 3)
+            pace = 2 * x.shape[1] * weight.numel() / taken
+            for name in names:
+                model, image = _at_size(name, size).eval(), torch.randn(1, 3, size, size)
+                with console.status(f"operations of {name} at {size}"):
+                    counted = operations(lambda model=model, image=image: model(image))
+                bound = sum(n / (scans if kind == "scans" else pace) for kind, n in counted.items())
+                ratio = times[name, size] / times[group.peer, size]
+                row = {"model": name, "size": size, "ms": 1e3 * times[name, size], "ratio": ratio, "flops": counted}
+                row |= {"bound": 1e3 * bound, "pace": pace}
+                rows.append(row)
+                if ratio > group.wanted[size] and name != group.peer:
+                    row["shares"] = shares(spent(lambda model=model, image=image: model(image)))
+        columns = "pixels", "ms", "/ peer", "GFLOP", "of scans", "/ peer", "bound, ms", "/ bound", "bound / peer"
+        table = Table(title, *columns)
+        for row in rows:
+            peer = next(r for r in rows if r["size"] == row["size"] and r["model"] == group.peer)
+            total = {r["model"]: sum(r["flops"].values()) / 1e9 for r in (row, peer)}
+            row["flops / peer"] = total[row["model"]] / total[group.peer]
+            row["bound / peer"] = row["bound"] / peer["ms"]
+            cells = [f"{row['ms']:.1f}", f"{row['ratio']:.2f}", f"{total[row['model']]:.2f}"]
+            cells += [f"{row['flops']['scans'] / 1e9:.2f}", f"{row['flops / peer']:.2f}", f"{row['bound']:.1f}"]
+            table.add_row(row["model"], str(row["size"]), *cells, f"{row['ms'] / row['bound']:.2f}",
+                          f"{row['bound / peer']:.2f}")  # fmt: skip
+            if "shares" in row:
+                most = [f"{kind} {share:.0%}" for kind, share in row["shares"].items() if share > 0.025]
+                missed.append(
+                    f"{row['model']}, {row['size']} pixels: {row['ratio']:.2f} times {group.peer} (wanted "
+                    f"{group.wanted[row['size']]}); {row['flops / peer']:.2f} times its operations, which take "
+                    f"{row['bound / peer']:.2f} times its time at a linear layer's pace; of its own time "
+                    + ", ".join(most)
+                )
+        console.print(table)
+        console.print(*missed, sep="\n", highlight=False)
+        report = write_report(results, group.peer, out / f"{title}-{precision}", precision=precision, budget=budget)[0]
+        whole = json.loads(report.read_text()) | {"processor": machine()["processor"], "rows": rows, "missed": missed}
+        report.write_text(json.dumps(whole, indent=2) + "\n")
+
+
+# Small models that read the digits, as `linescan train` takes their arguments.
+DIGITS = {
+    "vim_tiny_patch16_224": ["img_size=32", "patch_size=8", "depth=4", "embed_dim=96"],
+    "vmamba_tiny_s1l8": ["img_size=32", "depths=[1,1,2,1]", "dims=32"],
+}
+
+
+def agreement(name: str, runs: Path, epochs: int) -> dict[str, float]:
+    """A small model of the digits, trained in runs/NAME if it is not there yet: top-1 in both formats, and how often
+    they agree, in percent of the held-out digits.
+    """
+    from linescan.cli import app as command
+    from linescan.engine.cards import restore
+    from linescan.tasks.classify import labelled
+
+    run = runs / name
+    if not (run / "model.safetensors").exists():
+        arguments = [word for argument in DIGITS[name] for word in ("--model-arg", argument)]
+        how = ["--data", "digits", "--model", name, *arguments, "--epochs", str(epochs), "--out", str(run), "--resume"]
+        command(["train", *how], standalone_mode=False)
+    model, card = restore(None, run / "best.safetensors")
+    items = [labelled("digits", card)[i] for i in range(len(labelled("digits", card)))]
+    images, labels = torch.stack([x["input"] for x in items]), torch.tensor([int(x["label"]) for x in items])
+    with torch.inference_mode():
+        exact = model.eval()(images).argmax(1)
+        half = model.bfloat16()(images.bfloat16()).argmax(1)
+    share = lambda same: 100 * same.double().mean().item()  # noqa: E731
+    return {"float32": share(exact == labels), "bfloat16": share(half == labels), "agree": share(exact == half)}
+
+
+def compiled_peer(name: str, size: int) -> dict[str, Callable]:
+    """timm's model in OpenVINO on one thread, in both formats."""
+    import openvino
+    from timm import create_model
+
+    image = torch.randn(1, 3, size, size)
+    graph = openvino.convert_model(create_model(name, img_size=size).eval(), example_input=image)
+    graph.reshape([1, 3, size, size])
+    runs = {}
+    for precision in ("f32", "bf16"):
+        settings = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": precision}
+        request = openvino.compile_model(graph, "CPU", settings).create_infer_request()
+        runs[f"{name}, OpenVINO {precision}"] = partial(request.infer, [image.numpy()])
+    return runs
 
 
 @app.command()
@@ -838,39 +1292,66 @@ def precision(
         "vim_tiny_patch16_224", "vmamba_tiny_s1l8", "vig_tiny", "vrwkv_tiny", "deit_tiny_patch16_224",
     ),
     budget: Annotated[float, typer.Option(help="Seconds for each row.")] = 10.0,
+    sizes: Annotated[str, typer.Option(help="Sides of the images beside OpenVINO.")] = "224,512,1024",
+    epochs: Annotated[int, typer.Option(help="Of the small models of the digits, where they are not there yet.")] = 30,
     out: Out = Path("runs/benchmark"),
 ):  # fmt: skip
-    """Forwards of one image of 224 pixels in float32 and bfloat16, and what faster products alone would give."""
+    """Forwards of one image of 224 pixels in float32 and bfloat16, and what faster products alone would give.
+
+    Then the first model and timm's DeiT-Ti beside the latter in OpenVINO, where that is installed; and how often
+    bfloat16 gives the class of float32, of small models trained on the digits (kept in OUT/digits).
+    """
     from timm import create_model
-    from torch.profiler import ProfilerActivity, profile
 
     import linescan  # noqa: F401
 
     torch.set_num_threads(1)
     keep_memory()
     rows = []
-    table = Table("model", "float32, ms", "bfloat16, ms", "ratio", "products, ms", "in bfloat16", "bound of the ratio")
-    for name in models:
+
+    def forwards(name: str, size: int = 224) -> dict[str, Callable]:
         passes = {}
         for dtype in (torch.float32, torch.bfloat16):
             torch.manual_seed(0)
-            model = create_model(name).eval().to(dtype)
-            passes[str(dtype)[6:]] = partial(model, torch.randn(1, 3, 224, 224, dtype=dtype))
+            model = create_model(name, img_size=size).eval().to(dtype)
+            passes[str(dtype)[6:]] = partial(model, torch.randn(1, 3, size, size, dtype=dtype))
+        return passes
+
+    table = Table("model", "float32, ms", "bfloat16, ms", "ratio", "products, ms", "in bfloat16", "bound of the ratio")
+    for name in models:
+        passes = forwards(name)
         with torch.inference_mode():
             times = {key: 1e3 * value for key, value in side_by_side(passes, budget).items()}
-            products = {}
-            for key, run in passes.items():
-                with profile(activities=[ProfilerActivity.CPU]) as profiled:
-                    for _ in range(5):
-                        run()
-                spent = {event.key: event.self_cpu_time_total for event in profiled.key_averages()}
-                share = sum(t for op, t in spent.items() if any(word in op for word in PRODUCTS)) / sum(spent.values())
-                products[key] = share * times[key]
+        products = {
+            key: times[key] * sum(t for op, t in spent(run, 5).items() if any(word in op for word in PRODUCTS))
+            for key, run in passes.items()
+        }
         bound = 1 - (products["float32"] - products["bfloat16"]) / times["float32"]
         rows.append({"model": name, **times, "products": products, "bound": bound})
         ratio = times["bfloat16"] / times["float32"]
         cells = *times.values(), ratio, *products.values(), bound
         table.add_row(name, *(f"{cell:.2f}" if cell < 2 else f"{cell:.1f}" for cell in cells))
+    console.print(table)
+
+    beside: dict[str, dict[str, float]] = {}
+    if find_spec("openvino"):
+        sides = [int(size) for size in sizes.split(",")]
+        for size in sides:
+            runs = {f"{name}, {key}": run for name in (models[0], "deit_tiny_patch16_224")
+                    for key, run in forwards(name, size).items()}  # fmt: skip
+            runs |= compiled_peer("deit_tiny_patch16_224", size)
+            with torch.inference_mode(), console.status(f"beside OpenVINO, {size} pixels"):
+                for name, several in side_by_side(runs, budget, turns=3).items():
+                    beside.setdefault(name, {})[str(size)] = 1e3 * several
+        table = Table("ms", *(f"{size} pixels" for size in sides))
+        for name, row in beside.items():
+            table.add_row(name, *(f"{several:.1f}" for several in row.values()))
+        console.print(table)
+
+    agreements = {name: agreement(name, out / "digits", epochs) for name in DIGITS}
+    table = Table("digits held out, %", "top-1, float32", "top-1, bfloat16", "the same class")
+    for name, row in agreements.items():
+        table.add_row(name, *(f"{share:.2f}" for share in row.values()))
     console.print(table)
 
     def draw(axes) -> None:
@@ -882,7 +1363,8 @@ def precision(
         axes.set_xlabel("ms at 224 pixels, one thread; dark: matrix products")
         axes.legend()
 
-    save(out, "precision", {"machine": machine(), "unit": "ms", "rows": rows}, draw)
+    results = {"machine": machine(), "unit": "ms", "rows": rows, "openvino": beside, "digits": agreements}
+    save(out, "precision", results, draw)
 
 
 # -- memory at changing sizes -----------------------------------------------------------------------------------------
@@ -926,6 +1408,153 @@ def memory(
         axes.legend()
 
     save(out, "memory", {"machine": machine(), "unit": "MB", "forwards": forwards, "rows": rows}, draw)
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks" / "README.md"
+
+
+def grid(headings: Sequence[str], rows: Iterable[Sequence]) -> list[str]:
+    """A table of Markdown; numbers with three digits or two decimals."""
+
+    def cell(x) -> str:
+        if not isinstance(x, float):
+            return str(x)
+        return "-" if math.isnan(x) else f"{x:,.0f}" if x >= 100 else f"{x:.1f}" if x >= 20 else f"{x:.2f}"
+
+    lines = [headings, ["---"] * len(headings), *rows]
+    return ["| " + " | ".join(map(cell, line)) + " |" for line in lines] + [""]
+
+
+def bullets(lines: Iterable[str]) -> list[str]:
+    """A list, its lines broken as elsewhere."""
+    return [textwrap.fill(f"- {line}", 120, subsequent_indent="  ", break_on_hyphens=False) for line in lines] + [""]
+
+
+def page_of_recurrences(found: dict) -> list[str]:
+    kinds = list(dict.fromkeys(f"{row['kind']} {row['tokens']}" for row in found["alone"]))
+    whole = [
+        [mixer, *(f"{row[kind]:.1f} ({row.get(f'{kind} / s6', math.nan):.2f})" for kind in kinds)]
+        for mixer, row in found["rows"].items()
+    ]
+    lines = [f"**`recurrences`**: `scan_tiny` with {found['depth']} blocks, ms; in brackets the time over S6's.", ""]
+    lines += grid(["mixer", *kinds], whole)
+    lines += [
+        "Each recurrence by itself, ms: its multiply-adds at the pace of this core (*products*); what a call takes",
+        "before its kernel begins; its products with step sizes and exponentials (*arithmetic*); what it must load and",
+        "store. The *bound* is the call and the larger of the last two. *Elements*: the part of the time that grows",
+        "with the state, over products.", "",
+    ]  # fmt: skip
+    keys = ["ms", "products, ms", "/ products", "call, ms", "arithmetic, ms", "loads and stores, ms", "/ bound"]
+    keys += ["elements / products", "chunked /"]
+    for kind in kinds:
+        some = [row for row in found["alone"] if f"{row['kind']} {row['tokens']}" == kind]
+        lines += grid([kind, *keys], [[row["mixer"], *(row.get(key, math.nan) for key in keys)] for row in some])
+    return lines + ["Slower than wanted, and why:", "", *bullets(found["missed"])]
+
+
+def page_of_threads(found: dict) -> list[str]:
+    rows = {}
+    for row in found["rows"]:
+        rows.setdefault(row["kernel"], []).extend([row["gain"], row["bound"]])
+    length, heads, keys, _ = found["shape"]
+    return [
+        f"**`threads`**: time on one thread over that on two, {length} tokens, {heads} heads of {keys}; *bound*: two",
+        "processes that do the same on a core each.", "",
+        *grid(["kernel", "forward", "bound", "training", "bound"], [[name, *row] for name, row in rows.items()]),
+        *bullets(found["missed"]),
+    ]  # fmt: skip
+
+
+def page_of_precision(found: dict) -> list[str]:
+    lines = [
+        "**`precision`**: forwards of one image of 224 pixels; *bound*: the ratio if all but matrix products and",
+        "convolutions took what it takes in float32.", "",
+    ]  # fmt: skip
+    headings = ["model", "float32, ms", "bfloat16, ms", "ratio", "products, ms", "in bfloat16", "bound"]
+    lines += grid(headings, [
+        [row["model"], row["float32"], row["bfloat16"], row["bfloat16"] / row["float32"], *row["products"].values(),
+         row["bound"]] for row in found["rows"]
+    ])  # fmt: skip
+    if found["openvino"]:
+        sides = list(next(iter(found["openvino"].values())))
+        lines += grid(["ms", *(f"{side} pixels" for side in sides)],
+                      [[name, *row.values()] for name, row in found["openvino"].items()])  # fmt: skip
+    lines += ["Small models trained on the digits, percent of those held out:", ""]
+    headings = ["model", "top-1, float32", "top-1, bfloat16", "the same class"]
+    rows = [[name, *(f"{x:.2f}" for x in row.values())] for name, row in found["digits"].items()]
+    return lines + grid(headings, rows)
+
+
+def page_of_models(found: dict) -> list[str]:
+    lines = [
+        f"**`models`**: float32, one image; in brackets the time over that of {found['against']}. *Bound*: operations",
+        "at the pace of a plain linear layer of that size, scans at that of multiply-adds.", "",
+    ]  # fmt: skip
+    headings = ["model", "pixels", "ms", "GFLOP", "of scans", "/ peer's", "bound, ms", "/ bound", "bound / peer's time"]
+    rows = [
+        [row["model"], row["size"], f"{row['ms']:.1f} ({row['ratio']:.2f})", sum(row["flops"].values()) / 1e9,
+         row["flops"]["scans"] / 1e9, row["flops / peer"], row["bound"], row["ms"] / row["bound"], row["bound / peer"]]
+        for row in found["rows"]
+    ]  # fmt: skip
+    return lines + grid(headings, rows) + bullets(found["missed"])
+
+
+def page_of_sizes(title: str) -> Callable[[dict], list[str]]:
+    """A row for each thing that was measured, a column for each size."""
+
+    def lines(found: dict) -> list[str]:
+        rows = found["rows"]
+        cells = [[name, *row.values()] for name, row in rows.items()]
+        return [title, "", *grid(["", *next(iter(rows.values()))], cells)]
+
+    return lines
+
+
+def page_of_points(found: dict) -> list[str]:
+    rows = [[title if not i else "", name, ms]
+            for title, row in found["rows"].items() for i, (name, ms) in enumerate(row.items())]  # fmt: skip
+    return ["**`points`**, ms.", "", *grid(["", "", "ms"], rows)]
+
+
+SECTIONS = {
+    "recurrences": page_of_recurrences,
+    "threads": page_of_threads,
+    "precision": page_of_precision,
+    "plain-fp32": page_of_models,
+    "hierarchical-fp32": page_of_models,
+    "points": page_of_points,
+    "groups": page_of_sizes(
+        "**`groups`**: LION's operators beside a dense transformer layer, ms, by voxels of a group"
+    ),
+    "clouds": page_of_sizes("**`clouds`**: clouds per second, one at a time, by number of points"),
+}
+
+
+@app.command()
+def page(folder: Annotated[Path, typer.Argument(help="Where the sections' JSON files are, below docs/benchmarks.")]):
+    """Writes the tables of a folder into docs/benchmarks/README.md, in the place of those of this folder before."""
+    begin = f"<!-- Written by tools/benchmark.py, from {folder.name}. -->\n"
+    end = f"<!-- End of {folder.name}. -->\n"
+    lines = []
+    for name, section in SECTIONS.items():
+        file = folder / f"{name}.json"
+        found = json.loads(file.read_text()) if file.exists() else {}
+        if not found:
+            continue
+        on = found["machine"] | {key: found[key] for key in ("date", "processor") if key in found}
+        if not lines:
+            lines += [f"{on['processor']}, {on['cores']} cores, torch {on['torch']}; one thread and CPU time unless",
+                      f"said otherwise. All numbers: `{folder.name}/*.json`.", ""]  # fmt: skip
+        lines += section(found)
+        if (folder / f"{name}.png").exists():
+            lines += [f"![{name}]({folder.name}/{name}.png)", ""]
+    text = PAGE.read_text()
+    if begin not in text:
+        raise typer.BadParameter(f"{PAGE} has no place for it: put {begin.strip()} {end.strip()} there")
+    before, _, rest = text.partition(begin)
+    PAGE.write_text(before + begin + "\n" + "\n".join(lines) + "\n" + end + rest.partition(end)[2])
 
 
 if __name__ == "__main__":

@@ -15,15 +15,42 @@ namespace LINESCAN_ISA {
 #include "matrix_scan.h"
 #include "vector_scan.h"
 
+template <class F>
+static void for_each(const float* x, float* y, int64_t n, const F& f) {
+  const int64_t whole = n / W * W;
+  for (int64_t i = 0; i < whole; i += W) store(y + i, f(load(x + i)));
+  if (whole == n) return;
+  float lanes[W] = {};
+  std::memcpy(lanes, x + whole, (n - whole) * 4);
+  store(lanes, f(load(lanes)));
+  std::memcpy(y + whole, lanes, (n - whole) * 4);
+}
+
 static void unary(Unary which, const float* x, float* y, int64_t n) {
-  for (int64_t i = 0; i < n; i += W) {
-    float lanes[W] = {};
-    const int64_t count = n - i < W ? n - i : W;
-    std::memcpy(lanes, x + i, count * 4);
-    const V v = load(lanes);
-    store(lanes, which == Unary::exp ? exp(v) : which == Unary::softplus ? softplus(v) : sigmoid(v));
-    std::memcpy(y + i, lanes, count * 4);
+  if (which == Unary::exp) for_each(x, y, n, [](V v) LINESCAN_STAGE { return exp(v); });
+  else if (which == Unary::softplus) for_each(x, y, n, [](V v) LINESCAN_STAGE { return softplus(v); });
+  else for_each(x, y, n, [](V v) LINESCAN_STAGE { return sigmoid(v); });
+}
+
+// Reads rows of `width` numbers, or fills them: what no kernel can do without.
+static float move_rows(float* base, int64_t pitch, const int64_t* token, int64_t rows, int64_t width, bool fill) {
+  const V value = splat(1.0f);
+  V sums[2] = {};
+  for (int64_t t = 0; t < rows; ++t) {
+    const float* later = base + token[t + AHEAD < rows ? t + AHEAD : t] * pitch;
+    for (int64_t i = 0; i < width; i += 16) __builtin_prefetch(later + i);
+    float* row = base + token[t] * pitch;
+    int64_t i = 0;
+    for (; i + W <= width; i += W) {
+      if (fill) store(row + i, value);
+      else sums[i / W % 2] += load(row + i);
+    }
+    for (; i < width; ++i) {
+      if (fill) row[i] = 1.0f;
+      else sums[0][0] += row[i];
+    }
   }
+  return sums[0][0] + sums[1][0];
 }
 
 // `rounds` times 16 independent multiply-adds of vectors: the pace that no kernel can beat.
@@ -44,7 +71,7 @@ const Kernels LINESCAN_JOIN(LINESCAN_ISA, _kernels) = {
     LINESCAN_STRING(LINESCAN_ISA), LINESCAN_ISA::scan_forward,  LINESCAN_ISA::scan_backward,
     LINESCAN_ISA::conv_forward,    LINESCAN_ISA::conv_backward, LINESCAN_ISA::matrix_forward,
     LINESCAN_ISA::matrix_backward, LINESCAN_ISA::vector_forward, LINESCAN_ISA::vector_backward,
-    LINESCAN_ISA::unary,           LINESCAN_ISA::multiply_add,
+    LINESCAN_ISA::unary,           LINESCAN_ISA::multiply_add,   LINESCAN_ISA::move_rows,
 };
 
 }  // namespace linescan

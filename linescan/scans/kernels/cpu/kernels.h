@@ -186,6 +186,7 @@ struct Kernels {
   void (*vector_backward)(const Vectors&, int64_t begin, int64_t end);
   void (*unary)(Unary, const float* x, float* y, int64_t n);
   float (*multiply_add)(int64_t rounds);
+  float (*move_rows)(float* base, int64_t pitch, const int64_t* token, int64_t rows, int64_t width, bool fill);
 };
 
 #if defined(LINESCAN_X86)

@@ -536,6 +536,31 @@ void multiply_add(Value* stack, uint64_t, uint64_t) {
   stack[0] = Value(lanes_of(current));
 }
 
+// linescan_cpu::move_rows(Tensor x, Tensor? route, int width, bool fill) -> (): for the benchmark. Reads all float32
+// tokens of x (B, K or 1, L, channels) along every route, or fills them, `width` channels at a time, as kernels do that
+// take head by head, or block by block of channels.
+void move_rows(Value* stack, uint64_t, uint64_t) {
+  Arguments in(stack);
+  const Tensor x = in.tensor(), table = in.table();
+  const int64_t width = in.integer();
+  const bool fill = in.flag();
+  const Table steps(table, x.size(2));
+  const View rows = view(x);
+  const int64_t count = table ? table.size(-1) : x.size(2);
+  const int64_t routes = table ? std::max(x.size(1), table.size(-2)) : x.size(1);
+  std::vector<int64_t> reads(count), writes(count);
+  volatile float kept = 0.0f;
+  for (int64_t b = 0; b < x.size(0); ++b)
+    for (int64_t channel = 0; channel < x.size(3); channel += width)
+      for (int64_t k = 0; k < routes; ++k) {
+        steps.route.steps(b, k, 0, count, reads.data(), writes.data());
+        for (int64_t& t : reads) t = t < 0 ? 0 : t;
+        float* base = reinterpret_cast<float*>(rows.at(b, k, 0, channel));
+        kept = current->move_rows(base, rows.token, reads.data(), count, lesser(width, x.size(3) - channel), fill);
+      }
+  (void)kept;
+}
+
 // -- registration -------------------------------------------------------------------------------------------------------
 
 struct Registration {
@@ -543,6 +568,7 @@ struct Registration {
     const char* everywhere = "CompositeExplicitAutograd";
     define("instruction_set(int lanes) -> int", "instruction_set", everywhere, instruction_set);
     define("multiply_add(int rounds) -> int", "multiply_add", everywhere, multiply_add);
+    define("move_rows(Tensor(a!) x, Tensor? route, int width, bool fill) -> ()", "move_rows", "CPU", move_rows);
     define("unary(int which, Tensor x, Tensor(a!) y) -> ()", "unary", "CPU", unary);
     define("selective_scan(" LINESCAN_SCAN_INPUTS ", Tensor(a!) y, Tensor(b!) final_state) -> bool", "selective_scan",
            "CPU", selective_scan);
