@@ -419,9 +419,9 @@ class Call(NamedTuple):
         for at, key in enumerate(layout.parameters):
             if key not in layout.arguments or inputs[at] is None:
                 continue
-            for dim, (named, _) in enumerate(layout.arguments[key].paired(inputs[at].shape)):
-                if named.text == axis:
-                    inputs[at] = torch.cat([inputs[at]] * 2, dim)
+            axes = [part.text for part in layout.arguments[key].axes]
+            if axis in axes:  # counted from the end: one in front may be missing
+                inputs[at] = torch.cat([inputs[at]] * 2, axes.index(axis) - len(axes))
         return self._replace(inputs=inputs) if axis else None
 
     def moves(self) -> dict[str, Callable]:
