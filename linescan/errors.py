@@ -7,6 +7,7 @@ __all__ = [
     "BrokenImage",
     "BrokenVideo",
     "CheckpointError",
+    "CommandError",
     "DamagedVideo",
     "Diverged",
     "InputError",
@@ -18,6 +19,10 @@ __all__ = [
 
 class InputError(ValueError):
     """Something given by the user cannot be used; one line says what was wrong and what would be right."""
+
+
+class CommandError(InputError):
+    """What is wrong with every input alike, such as windows that the model cannot read: a batch ends with it."""
 
 
 class BrokenImage(InputError):

@@ -224,8 +224,8 @@ def draw_comparison(
     width, height = (max(round(side * scale), 1) for side in after.size)
     size = max(round(width / 40), 11)
     line = round(size * 1.8)
-    side = (width - 2 * gap) // 3  # of a magnified detail
-    boxes = _details(*pair, max(min(round(side / 4), *after.size), 1))
+    side = (width - 2 * gap) // 3  # of a magnified detail, for which a narrow image has no room
+    boxes = _details(*pair, max(min(round(side / 4), *after.size), 1)) if side > 0 else []
     sheet = Image.new("RGB", (2 * width + 3 * gap, line + height + gap + (side + gap if side > 0 else 0)), PAPER)
     pen = ImageDraw.Draw(sheet)
     font, words = _typeset(names, size)

@@ -26,7 +26,7 @@ from ..engine.mask_sets import (
     scenes_to_score,
 )
 from ..engine.scores import Evaluator, Totals
-from ..errors import InputError
+from ..errors import CommandError, InputError
 from ..media.draw import draw_masks
 from ..media.find import Source
 from ..media.images import ImageLike
@@ -386,7 +386,9 @@ class Segmenter(WindowTool):
         try:
             logits = self.model.logits(tensor).float()
         except ValueError as error:  # the backbone says which sizes it takes
-            raise InputError(f"windows of {'x'.join(map(str, images.shape[1:3]))} pixels: {error}") from error
+            if images.shape[1:3] == self.window:
+                raise CommandError(f"windows of {'x'.join(map(str, self.window))} pixels: {error}") from error
+            raise
         return expect_finite(logits, large=True)
 
     def _slide(self, pixels: Pixels, progress: Progress) -> Iterator[Block]:

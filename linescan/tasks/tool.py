@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..engine.atomic import atomic
 from ..engine.processes import pick_device
 from ..engine.scores import precision
-from ..errors import InputError
+from ..errors import CommandError, InputError
 from ..media.find import Source
 from ..media.formats import is_video
 from ..media.video import open_video
@@ -109,7 +109,11 @@ class Tool:
             raise InputError(f"{self.model_name} reads one file at a time, not {files} together")
 
     def answer(self, opened: Sequence[Any], progress: Progress) -> Sequence[Any]:
-        """The answers for at most `batch` opened inputs. If it raises, they are tried again one by one."""
+        """The answers for at most `batch` opened inputs. If it raises, they are tried again one by one.
+
+        Raises:
+            CommandError: what is wrong with every input alike; all ends with it.
+        """
         raise NotImplementedError
 
     def draw(self, opened: Any, answer: Any, frame: bool = False) -> Image.Image:
@@ -154,6 +158,8 @@ class Tool:
         try:
             with torch.inference_mode(), self.precision():
                 return dict(zip(opened, self.answer(list(opened.values()), progress), strict=True))
+        except CommandError:
+            raise
         except Exception as error:
             if len(opened) == 1:
                 return dict.fromkeys(opened, _refusal(error))
@@ -267,6 +273,7 @@ def run(
 
     Raises:
         OSError: an answer cannot be written. What was answered before is saved.
+        CommandError: what is wrong with every input alike.
     """
     done = 0.0
 
@@ -372,5 +379,5 @@ _OF_ONE_FILE = (None, errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG)
 
 
 def _fatal(error: Exception) -> bool:
-    """Whether a file cannot be written for a reason that holds for the following ones as well, such as a full disk."""
-    return isinstance(error, OSError) and error.errno not in _OF_ONE_FILE
+    """Whether it holds for the following files as well, as a full disk does."""
+    return isinstance(error, CommandError) or (isinstance(error, OSError) and error.errno not in _OF_ONE_FILE)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from linescan.media import draw
-from linescan.media.draw import SMALLEST, default_palette, draw_boxes, draw_masks
+from linescan.media.draw import SMALLEST, default_palette, draw_boxes, draw_comparison, draw_masks
 
 from ..conftest import ENVIRONMENT
 
@@ -118,3 +118,11 @@ def test_colours_differ():
     palette = np.array(default_palette(24), int)
     distances = abs(palette[:, None] - palette).sum(2) + 999 * np.eye(24, dtype=int)
     assert distances.min() > 30 and palette.min() >= 0 and palette.max() <= 255
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (2, 400), (300, 1), (17, 700), (90, 60)])
+def test_images_of_any_shape_are_compared(size):
+    before, after = Image.new("RGB", size, (200, 0, 0)), Image.new("RGB", (2 * size[0], 2 * size[1]), (0, 0, 200))
+    drawn = np.asarray(draw_comparison(before, after))
+    red, blue = ((drawn == colour).all(2).sum() for colour in ((200, 0, 0), (0, 0, 200)))
+    assert min(red, blue) > 0.9 * after.width * after.height

@@ -298,6 +298,12 @@ def test_windows_cut_both_images_alike(detect, trained):
     np.testing.assert_array_equal(tool(first, second).codes, np.concatenate(halves, 1))
 
 
+def test_windows_that_the_model_cannot_read_are_refused_once(trained, towns, tmp_path, linescan_here):
+    images, options = towns / "test", ("-c", trained[1] / "best.safetensors", "-o", tmp_path, "--device", "cpu")
+    status, _, said = linescan_here("change", images / "im1", images / "im2", *options, "--window", 3)
+    assert status == 2 and said.count("windows of 3x3 pixels: VMamba expects images of at least 4x4 pixels") == 1
+
+
 def test_codes_of_many_classes_and_of_nothing():
     codes = np.array([[0, 20 * 30 + 7], [0, 0]], np.uint16)
     change = Change(codes, [str(i) for i in range(30)])
