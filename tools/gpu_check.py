@@ -4,6 +4,7 @@
     python tools/gpu_check.py                       everything, into docs/benchmarks/gpu-DATE-CHIP.md and .json
     python tools/gpu_check.py --only correctness    one part: correctness, operators or models
     python tools/gpu_check.py --sizes 224 512       fewer sizes of images
+    python tools/gpu_check.py --minutes 30          nothing is left out for want of time (10 by default)
 
 Needs torch, Triton and this checkout; timm for the models. Peers are measured where they are installed (mamba-ssm,
 flash-linear-attention), and always the chunked torch form. Every function with a kernel is checked; those in OPERATORS
@@ -14,16 +15,22 @@ wrong; 2 where there is no GPU or no Triton.
 import argparse
 import gc
 import json
+import multiprocessing
+import os
 import platform
 import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from datetime import date
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from itertools import repeat
+from math import inf
 from pathlib import Path
 from types import ModuleType
-from typing import Callable
+from typing import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -199,8 +206,13 @@ OPERATORS = [
         peers={"flash-linear-attention": fla("kda")},
     ),
     Operator("Log-linear attention: 2 routes, 3 heads of 64", "log_linear_attention", BOTH, SOME, ("q", "k", "v"),
-             sizes=dict(H=3, G=1, dk=64, dv=64, levels=14)),
+             sizes=dict(H=3, G=1, dk=64, dv=64, levels=15)),
+    Operator("Log-linear delta rule: 2 routes, 3 heads of 64", "log_linear_gated_delta_rule", BOTH, SOME,
+             ("q", "k", "v"), sizes=dict(H=3, dk=64, dv=64, levels=15)),
     Operator("RWKV-7: 2 routes, 3 heads of 64", "rwkv7", BOTH, SOME, ("r", "k", "v"), sizes=dict(H=3, dk=64, dv=64)),
+    Operator("mLSTM: 2 routes, 3 heads of 64", "mlstm", BOTH, SOME, ("q", "k", "v"), sizes=dict(H=3, dk=64, dv=64)),
+    Operator("Mamba-3: 2 routes, 6 heads of 64, N 64", "mamba3", BOTH, SOME, ("q", "k", "v"), ("initial_state", "z"),
+             sizes=dict(H=6, P=64, G=1, N=64, A=16)),
 ]  # fmt: skip
 
 
@@ -249,11 +261,26 @@ def gradients(name, operator: Operator, inputs: Inputs, route, dtype) -> dict[st
     return {"output": output.detach()} | dict(zip(floats, grads))
 
 
-def correctness(device: torch.device, trials: int, kernel: str = "triton") -> list[dict]:
+def correctness(device: torch.device, trials: int, kernel: str = "triton", jobs: int = 1) -> list[dict]:
     """Every operator on random shapes and tables, against float64, and against itself bit by bit."""
+    names = [operator.name for operator in operators_with(kernel)]
+    return [row for found in in_processes(jobs, right, names, device, trials, kernel) for row in found]
+
+
+def in_processes(jobs: int, function: Callable, names: list[str], *args) -> Iterable:
+    """What function(name, *args) returns for all names. Compiling takes the time here, and a process has one core."""
+    if jobs == 1:
+        yield from (function(name, *args) for name in names)
+        return
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(function, names, *map(repeat, args))
+
+
+def right(name: str, device: torch.device, trials: int, kernel: str) -> list[dict]:
+    """The rows of one operator."""
     limits = {torch.float32: 2e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}
     rows = []
-    for operator in operators_with(kernel):
+    for operator in [operator for operator in operators_with(kernel) if operator.name == name]:
         generator = torch.Generator().manual_seed(0)
         routes = len(parse(operator.routes))
         for trial in range(trials):
@@ -285,9 +312,8 @@ def correctness(device: torch.device, trials: int, kernel: str = "triton") -> li
                     passed=errors[worst] <= limits[dtype],
                 )
             )
-        mine = [row for row in rows if row["operator"] == operator.name]
-        bad = [row for row in mine if not (row["passed"] and row["repeats"])]
-        print(f"{operator.name}: {len(mine) - len(bad)} of {len(mine)} right", *bad, sep="\n    ", flush=True)
+    bad = [row for row in rows if not (row["passed"] and row["repeats"])]
+    print(f"{name}: {len(rows) - len(bad)} of {len(rows)} right", *bad, sep="\n    ", flush=True)
     return rows
 
 
@@ -345,22 +371,43 @@ def case(operator: Operator, batch: int, side: int, dtype: torch.dtype, device, 
             times = (None, None) if run is None else timed(run, run.leaves)
         except torch.OutOfMemoryError:
             times = None, None
-        for what, time, floor in zip(("forward", "both"), times, floors):
-            row |= {what: time, f"{what}_floor": floor / ceiling * 1000}
+        for what, took, floor in zip(("forward", "both"), times, floors):
+            row |= {what: took, f"{what}_floor": floor / ceiling * 1000}
         print(row, flush=True)
         rows.append(row)
     return rows
 
 
-def operators(device: torch.device, ceiling: float) -> list[dict]:
-    """Times of our kernels and their peers, and how far each is from moving every tensor once at a copy's bandwidth."""
-    rows = []
-    for operator in operators_with("triton"):
-        for batch, side in operator.cases:
+def compile_for_times(name: str, device: torch.device) -> None:
+    """Runs an operator at all sizes of its table, one sample each: its kernels are then in Triton's cache on disk."""
+    for operator in [operator for operator in operators_with("triton") if operator.name == name]:
+        for side in {side for _, side in operator.cases}:
             for dtype in (torch.bfloat16, torch.float32):
-                rows += case(operator, batch, side, dtype, device, ceiling)
-                torch.cuda.empty_cache()
-    return rows
+                inputs = {key: x.requires_grad_() for key, x in operator.inputs(1, side, dtype, device).items()}
+                run = forced("triton", operator, inputs, side)
+                run().sum().backward()
+
+
+def operators(device: torch.device, ceiling: float, deadline: float = inf, jobs: int = 1) -> tuple[list[dict], int]:
+    """Times of our kernels and their peers, and how far each is from moving every tensor once at a copy's bandwidth;
+    and how many cases the time was too short for. The first sizes of all operators come first."""
+    listed = [operator for operator in operators_with("triton") if operator.cases]
+    if jobs > 1:
+        list(in_processes(jobs, compile_for_times, [operator.name for operator in listed], device))
+    cases = [
+        (at, dtype is torch.float32, n, operator, sizes, dtype)
+        for n, operator in enumerate(listed)
+        for at, sizes in enumerate(operator.cases)
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
+    rows, left_out = {}, 0
+    for *place, operator, (batch, side), dtype in sorted(cases, key=lambda x: x[:3]):
+        if time.monotonic() > deadline:
+            left_out += 1
+            continue
+        rows[tuple(reversed(place))] = case(operator, batch, side, dtype, device, ceiling)
+        torch.cuda.empty_cache()
+    return [row for key in sorted(rows) for row in rows[key]], left_out
 
 
 # -- models -----------------------------------------------------------------------------------------------------------
@@ -377,15 +424,19 @@ MODELS = {
 PIXELS = 128 * 224 * 224  # of a batch, at any size of its images
 
 
-def models(device: torch.device, sizes: list[int]) -> list[dict]:
-    """Images per second and peak memory of a forward and of a training step (AdamW), bfloat16 autocast."""
+def models(device: torch.device, sizes: list[int], deadline: float = inf) -> tuple[list[dict], int]:
+    """Images per second and peak memory of a forward and of a training step (AdamW), bfloat16 autocast; and how many
+    rows the time was too short for."""
     import timm
 
     import linescan  # noqa: F401  (registers the models)
 
-    rows = []
-    for name, model_name in MODELS.items():
-        for image in sizes:
+    rows, left_out = [], 0
+    for image in sizes:
+        for name, model_name in MODELS.items():
+            if time.monotonic() > deadline:
+                left_out += 1
+                continue
             batch = max(1, PIXELS // image**2)
             row = dict(model=name, size=image, batch=batch)
             try:
@@ -417,7 +468,7 @@ def models(device: torch.device, sizes: list[int]) -> list[dict]:
             model = x = optimizer = None
             gc.collect()
             torch.cuda.empty_cache()
-    return rows
+    return sorted(rows, key=lambda row: list(MODELS).index(row["model"])), left_out
 
 
 # -- the report -------------------------------------------------------------------------------------------------------
@@ -503,6 +554,10 @@ def markdown(results: dict) -> str:
                 for r in results["models"]
             ],
         )
+    left_out = {part: count for part, count in results.get("left_out", {}).items() if count}
+    if left_out:
+        told = ", ".join(f"{count} of {part}" for part, count in left_out.items())
+        text += [f"The time was over before all was timed; left out: {told}.", ""]
     return "\n".join(text)
 
 
@@ -510,7 +565,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = ("correctness", "operators", "models")
     parser.add_argument("--only", choices=parts, nargs="+", default=parts, help="parts to run")
-    parser.add_argument("--trials", type=int, default=24, help="random shapes per operator")
+    parser.add_argument("--trials", type=int, default=12, help="random shapes per operator (default: 12)")
+    parser.add_argument("--minutes", type=float, default=10, help="after which nothing more is timed (default: 10)")
     parser.add_argument(
         "--sizes", type=int, nargs="+", default=[224, 512, 1024, 2048], help="sides of images in pixels"
     )
@@ -522,20 +578,23 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"gpu_check: {missing} here, so nothing was checked or measured", file=sys.stderr)
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
-    results: dict = {"machine": machine(device)}
+    deadline, jobs = time.monotonic() + 60 * options.minutes, min(8, os.cpu_count() or 1)
+    left_out: dict[str, int] = {}
+    results: dict = {"machine": machine(device), "left_out": left_out}
     print(results["machine"], flush=True)
     status = 0
     try:
         if "correctness" in options.only:
-            results["correctness"] = correctness(device, options.trials)
+            results["correctness"] = correctness(device, options.trials, jobs=jobs)
             status = int(not all(row["passed"] and row["repeats"] for row in results["correctness"]))
         if "operators" in options.only:
-            results["operators"] = operators(device, results["machine"]["copy_bandwidth"])
+            ceiling = results["machine"]["copy_bandwidth"]
+            results["operators"], left_out["operators"] = operators(device, ceiling, deadline, jobs)
         if "models" in options.only:
             if find_spec("timm") is None:
                 print("models: timm is not installed, so they are left out", flush=True)
             else:
-                results["models"] = models(device, options.sizes)
+                results["models"], left_out["models"] = models(device, options.sizes, deadline)
     finally:  # an interrupted run keeps what it has
         options.out.mkdir(parents=True, exist_ok=True)
         chip = "-".join(results["machine"]["chip"].lower().replace("/", " ").split())

@@ -1,12 +1,14 @@
 """The Triton forms with plain torch around their kernels: in Triton's interpreter against the float64 definition, and
 compiled for GPUs that are not there."""
 
+from importlib.util import module_from_spec, spec_from_file_location
+
 import pytest
 import torch
 
 from .test_triton_forms import TOLERANCE, small
 from .tools import bits, case, results, same, table
-from .triton_tools import in_interpreter, no_stray_access  # noqa: F401  (a fixture)
+from .triton_tools import HERE, in_interpreter, no_stray_access, outside_interpreter  # noqa: F401  (a fixture)
 
 PADDED = "per_sample", "sum", torch.float32, True  # route, merge, dtype, whether routes share their tokens
 PLAIN = "none", None, torch.bfloat16, False
@@ -44,3 +46,50 @@ def launches():
     for form in map(case, ("mlstm", "log_linear_gated_delta_rule")):
         inputs = form.make(1, 2, 130, H=2, dk=64, dv=64)
         results(form, "triton", bits(inputs, torch.bfloat16), table("permutation", 1, 2, 130), "sum")
+
+
+# -- tools/traffic.py -------------------------------------------------------------------------------------------------
+
+PTX = """
+.visible .entry copy(.param .u64 copy_param_0, .param .u32 copy_param_1, .param .u64 copy_param_2)
+.reqntid 64
+{
+	ld.param.b64 	%rd1, [copy_param_0];
+	ld.param.b32 	%r1, [copy_param_1];
+	mov.u32 	%r2, %ctaid.x;
+	mov.u32 	%r3, %tid.x;
+	shl.b32 	%r4, %r3, 2;                  // threads 32 apart read the same 16 bytes
+	and.b32 	%r4, %r4, 127;
+	mul.wide.s32 	%rd2, %r4, 4;
+	add.s64 	%rd3, %rd1, %rd2;
+	mov.b32 	%r5, 0;
+$L__BB0_1:
+	setp.lt.s32 	%p1, %r3, 32;
+	@%p1 ld.global.v4.b32 { %r6, %r7, %r8, %r9 }, [ %rd3 + 0 ];
+	ld.global.b32 { %r10 }, [ %rd1 + 0 ];
+	add.s32 	%r11, %r10, %r6;
+	setp.gt.s32 	%p2, %r10, 0;
+	mul.wide.s32 	%rd4, %r10, 4;
+	@%p2 st.global.b16 [ %rd4 + 0 ], { %rs1 };
+	setp.eq.b32 	%p3, %r2, 1;
+	selp.b32 	%r12, 16, 0, %p3;
+	cp.async.cg.shared.global [ %r13 + 0 ], [ %rd3 + 0 ], 0x10, %r12;
+	add.s32 	%r5, %r5, 1;
+	setp.lt.s32 	%p4, %r5, %r1;
+	@%p4 bra 	$L__BB0_1;
+	ret;
+}
+"""
+
+
+@outside_interpreter
+def test_bytes_that_a_kernel_asks_for():
+    """Loops and masks are followed; threads that ask for the same count once, unless only data says what they ask."""
+    spec = spec_from_file_location("traffic", HERE.parents[1] / "tools" / "traffic.py")
+    tool = module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    loops = 3
+    each = loops * (32 * 16 + 4)
+    second = loops * 32 * 16  # the asynchronous copy, of program 1 alone
+    assert tool.traffic(PTX, [1 << 40, loops, 0], (1,)) == (each, loops * 64 * 2)
+    assert tool.traffic(PTX, [1 << 40, loops, 0], (2,)) == (2 * each + second, 2 * loops * 64 * 2)

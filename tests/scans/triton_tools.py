@@ -24,6 +24,7 @@ import sys
 import tempfile
 from importlib import import_module
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import pytest
@@ -153,9 +154,8 @@ def _resources(cubin: bytes) -> dict[str, int]:
     }
 
 
-def main(launches: str, *archs: str) -> None:
-    """Prints one JSON line a kernel: module, name, arch, options, shared (bytes of shared memory of a block), registers
-    and stack (bytes, what registers have no room for) of a thread."""
+def pretend(arch: int, launched: Callable) -> None:
+    """From now on kernels are compiled for a GPU and not run: `launched(function, kernel, args, options, grid)` is."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
@@ -175,25 +175,37 @@ def main(launches: str, *archs: str) -> None:
         def get_current_stream(self, device):
             return 0
 
-    run, seen = JITFunction.run, set()
+    compile_ = getattr(JITFunction.run, "compiles", JITFunction.run)
 
     def only_compile(self, *args, grid, warmup, **options):
-        kernel = run(self, *args, grid=grid, warmup=True, **options)
-        arch = triton.runtime.driver.active.arch
-        if (arch, kernel.hash) not in seen:
-            seen.add((arch, kernel.hash))
-            shown = {key: str(value) for key, value in options.items()}
-            module = self.fn.__module__.rpartition(".")[2]
-            about = dict(module=module, name=self.__name__, arch=arch, options=shown, shared=kernel.metadata.shared)
-            print(json.dumps(about | _resources(kernel.asm["cubin"])))
+        kernel = compile_(self, *args, grid=grid, warmup=True, **options)
+        launched(self, kernel, args, options, grid)
         return kernel
 
+    only_compile.compiles = compile_
     JITFunction.run = only_compile
     kernels = import_module("linescan.scans.kernels.triton")
     kernels._fits = lambda *args: True  # CPU tensors stand for CUDA ones
-    module, function = launches.split(":")
-    for arch in archs:
-        triton.runtime.driver.set_active(Pretended(int(arch)))
+    triton.runtime.driver.set_active(Pretended(arch))
+
+
+def main(launches: str, *archs: str) -> None:
+    """Prints one JSON line a kernel: module, name, arch, options, shared (bytes of shared memory of a block), registers
+    and stack (bytes, what registers have no room for) of a thread."""
+    seen = set()
+    for arch in map(int, archs):
+
+        def launched(function, kernel, args, options, grid):
+            if (arch, kernel.hash) not in seen:
+                seen.add((arch, kernel.hash))
+                shown = {key: str(value) for key, value in options.items()}
+                module = function.fn.__module__.rpartition(".")[2]
+                about = dict(module=module, name=function.__name__, arch=arch, options=shown)
+                about |= dict(shared=kernel.metadata.shared)
+                print(json.dumps(about | _resources(kernel.asm["cubin"])))
+
+        pretend(arch, launched)
+        module, function = launches.split(":")
         getattr(import_module(module), function)()
     sys.stdout.flush()
     os._exit(0)  # LLVM's own clean-up may crash where no driver is

@@ -459,8 +459,11 @@ class LowRank:
             DX=self.dk, DY=self.dv, C=self.size, LEVELS=self.size.bit_length() - 1, SCALAR=self.scalar, LATE=late,
             PRECISION="tf32x3" if torch.float32 in (q.dtype, v.dtype) else "tf32",
         )  # fmt: skip
-        # The halving of channel gates holds many tiles at once: eight warps, so that they stay in registers.
-        self.inside = dict(BX=self.bx, BY=self.by, num_warps=4 if self.scalar else 8)
+        # The halving of channel gates holds many tiles at once: eight warps and no loads ahead of their turn, so that
+        # they stay in registers.
+        self.inside = dict(
+            BX=self.bx, BY=self.by, **dict(num_warps=4) if self.scalar else dict(num_warps=8, num_stages=1)
+        )
         self.tokens = rows(q), rows(a), rows(k), rows(b)
 
     def _new(self, *shape) -> Tensor:
@@ -540,7 +543,8 @@ class Rule(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, grad_state):
         grads = Rule._low_rank(*ctx.saved_tensors).backward(grad, grad_state)
-        return tuple(grads[name] for name in ("q", "k", "v", "a", "g", "initial_state"))
+        named = zip(("q", "k", "v", "a", "g", "initial_state"), ctx.saved_tensors)
+        return tuple(grads[name].to(x.dtype) for name, x in named)
 
 
 def forward(*args) -> tuple[Tensor, Tensor]:

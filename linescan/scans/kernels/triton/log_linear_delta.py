@@ -6,8 +6,11 @@ at once, as sequences of their own, and what arrives at their ends makes the sta
 up to CHUNK steps are small products in plain torch.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ...chunks import decayed_scores, solve_unit_lower
 from ...ops.log_linear import _full, _log_linear_gated_delta_rule, _weights_within
@@ -17,7 +20,8 @@ from .dplr import Rule
 CHUNK = 16  # steps; a power of two
 
 
-def _core(q, k, v, g, beta, lam, scale, initial_state, position):
+def _core(dtype, q, k, v, g, beta, lam, scale, initial_state, position):
+    """The recurrence in time order, with what the kernels multiply in `dtype`."""
     length, levels, dv = q.shape[2], lam.shape[-1], v.shape[-1]
     q, written = scale * q, beta[..., None] * k
 
@@ -53,10 +57,10 @@ def _core(q, k, v, g, beta, lam, scale, initial_state, position):
             states = F.pad(states, (0, 0, 0, 0, 0, 1))
         left, own = states.unflatten(3, (-1, 2)).unbind(4)
         pairs = left.shape[3]
-        queries = right(q * lam[..., span.bit_length(), None])
-        nothing = q.new_zeros(dv).expand(*queries.shape[:-1], dv)
+        queries, keys = right(q * lam[..., span.bit_length(), None]).to(dtype), right(k).to(dtype)
+        nothing = queries.new_zeros(dv).expand(*queries.shape[:-1], dv)
         entering = left.movedim(3, 1).flatten(0, 1)
-        more, passed = Rule.apply(queries, right(written), nothing, right(k), right(g), entering)
+        more, passed = Rule.apply(queries, right(written), nothing, keys, right(g), entering)
         more = F.pad(more.unflatten(0, (-1, pairs)), (0, 0, 0, 0, span, 0))  # (B, pairs, K, 2 span, H, dv)
         out = out + more.movedim(1, 2).flatten(2, 3)[:, :, :length]
         passed = passed.unflatten(0, (-1, pairs)).movedim(1, 3)
@@ -68,5 +72,9 @@ def _core(q, k, v, g, beta, lam, scale, initial_state, position):
     return out, torch.stack(buckets, 2)
 
 
-forward = _log_linear_gated_delta_rule._through_route(_core, in_time)
+def forward(*args) -> tuple[Tensor, Tensor]:
+    core = partial(_core, args[0].dtype)
+    return _log_linear_gated_delta_rule._through_route(core, in_time)(*args)
+
+
 backward = again(forward)

@@ -3,6 +3,8 @@
 What turns queries and keys adds up along each route: every route has its own, in time order, as all else is then.
 """
 
+from functools import partial
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -11,11 +13,11 @@ from .common import again, in_time
 from .gla import Scan
 
 
-def _scan(queries: Tensor, keys: Tensor, v: Tensor, g: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-    """The scan of `_by_scan`."""
+def _scan(queries: Tensor, keys: Tensor, v: Tensor, g: Tensor, memory: Tensor, dtype) -> tuple[Tensor, Tensor]:
+    """The scan of `_by_scan`, on tokens of that dtype."""
     length, rank = queries.shape[2], queries.shape[4]
     gates = F.pad(g[:, :, :, None], (0, 0, 0, rank - 1))  # of the first rank's step alone
-    q, k, values = (x.transpose(3, 4).flatten(2, 3) for x in (queries, keys, v))
+    q, k, values = (x.transpose(3, 4).flatten(2, 3).to(dtype) for x in (queries, keys, v))
     y, memory = Scan.apply(q, k, values, gates.flatten(2, 3), None, memory, 1.0, None)
     y = y.unflatten(2, (length, rank)).transpose(3, 4)
     if rank > 1:  # later steps of the same token
@@ -23,9 +25,9 @@ def _scan(queries: Tensor, keys: Tensor, v: Tensor, g: Tensor, memory: Tensor) -
     return y, memory
 
 
-def _core(*inputs):
-    return _by_scan(_scan, *inputs)
+def forward(*args) -> tuple[Tensor, tuple[Tensor, ...]]:
+    core = partial(_by_scan, partial(_scan, dtype=args[0].dtype))
+    return _mamba3_mimo._through_route(core, in_time)(*args)
 
 
-forward = _mamba3_mimo._through_route(_core, in_time)
 backward = again(forward)
