@@ -165,18 +165,26 @@ def _attend(q, k, v, window, bias, scale) -> Tensor:
 
 def _strip(q, k, v, bias, rows: _Tiles, columns: _Tiles, scale) -> Tensor:
     """The queries of whole rows of blocks: (B, rows, W, heads, d)."""
-    heads, width = q.shape[3], q.shape[2]
+    batch, height, width, heads = q.shape[:4]
     grid = len(rows.query), len(columns.query)
     side = rows.query.shape[1], columns.query.shape[1]
 
-    def blocks(x: Tensor, down: Tensor, across: Tensor) -> Tensor:  # -> (B, heads * blocks, positions, d)
-        x = x.index_select(1, down.flatten()).index_select(2, across.flatten())
-        x = x.unflatten(2, across.shape).unflatten(1, down.shape)
-        return x.permute(0, 5, 1, 3, 2, 4, 6).flatten(4, 5).flatten(1, 3)
+    def lookup(table: Tensor, index: Tensor) -> Tensor:  # rows of a table
+        return table.index_select(0, index.flatten()).unflatten(0, index.shape)
 
-    mask = bias.index_select(1, rows.bias.flatten()).index_select(2, columns.bias.flatten())
-    mask = mask.unflatten(2, columns.bias.shape).unflatten(1, rows.bias.shape)
-    mask = mask.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)  # (heads or 1, *grid, queries, keys)
+    def blocks(x: Tensor, down: Tensor, across: Tensor) -> Tensor:  # -> (B, heads * blocks, positions, d)
+        places = (down[:, None, :, None] * width + across[:, None]).flatten(2).flatten(0, 1)
+        of_heads = torch.arange(heads, device=x.device)[:, None, None]
+        of_images = torch.arange(batch, device=x.device)[:, None, None] * (height * width * heads)
+        return lookup(x.flatten(0, 3), of_images + (places * heads + of_heads).flatten(0, 1))
+
+    # Columns first, of the small table; what is then looked up are rows of keys.
+    kinds = bias.shape[1]  # rows of the table
+    across = bias.index_select(2, columns.bias.flatten()).unflatten(2, columns.bias.shape)
+    table = across.movedim(1, 3).flatten(0, 3)  # (heads or 1, blocks across, queries, kinds) by keys
+    first = torch.arange(len(bias) * grid[1] * side[1], device=q.device).view(len(bias), 1, grid[1], 1, side[1], 1)
+    mask = lookup(table, first * kinds + rows.bias[:, None, :, None])  # (heads or 1, *grid, *queries, *keys)
+    mask = mask.flatten(5, 6).flatten(3, 4)
     mask = mask.expand(heads, -1, -1, -1, -1).flatten(0, 2)[None]
 
     q = blocks(q, rows.query, columns.query)
