@@ -42,6 +42,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from linescan.engine.processes import keep_memory
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 console = Console(width=None if sys.stdout.isatty() else 120)  # room for the tables in a file
 Out = Annotated[Path, typer.Option(help="Folder for the JSON file and the plot.")]
@@ -70,14 +72,6 @@ def seconds(run: Callable[[], object], budget: float = 1.5, pick=median, clock=t
             run()
         times.append((clock() - start) / together)
     return pick(times)
-
-
-def keep_memory() -> None:
-    """Makes glibc keep what is freed: fresh pages, of which the kernel clears each, would be half of a peer's time.
-
-    The first large block to be freed decides how large the blocks are that go back to the system.
-    """
-    torch.empty(31 << 20, dtype=torch.uint8).fill_(0)
 
 
 def side_by_side(runs: dict[str, Callable[[], object]], budget: float, turns: int = 5) -> dict[str, float]:
@@ -1189,6 +1183,7 @@ def models(
     for title, group in GROUPS.items():
         sizes = [size for size in group.wanted if size <= largest]
         names = (*group.models, group.peer)
+        keep_memory()
         results = []
         with console.status(title) as status:
             show = lambda *_, description="", **__: status.update(description) if description else None  # noqa: E731

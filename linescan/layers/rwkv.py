@@ -212,9 +212,9 @@ class SpatialMix6(TokenMixer):
     def project(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Tokens (B, L, dim) on a grid -> r, k, v, log decays (B, 1, L, heads, head_dim), and the gate (B, L, dim)."""
         step = self.shift(x, grid) - x
-        mix = torch.tanh((x + step * self.mix_x) @ self.mix_w1).unflatten(-1, (5, -1))
+        mix = torch.tanh(torch.addcmul(x, step, self.mix_x) @ self.mix_w1).unflatten(-1, (5, -1))
         mix = self.mix[:, None] + torch.einsum("blgr,grc->gblc", mix, self.mix_w2)
-        w, k, v, r, g = x + step * mix
+        w, k, v, r, g = torch.addcmul(x, step, mix)
         w = self.decay + torch.tanh(w @ self.decay_w1) @ self.decay_w2
         w = -torch.exp(w.to(torch.promote_types(w.dtype, torch.float32)))
         tokens = linear(self.receptance, r), linear(self.key, k), linear(self.value, v), w
