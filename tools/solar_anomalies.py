@@ -10,7 +10,7 @@ as in `make demo-pixels`: no weights are fetched, and no solar cell is seen. Mon
 classes of one set, as in MVTec-AD: one model is trained on both, and scores are means over the types. The baselines
 are a Gaussian for each place of the feature map (as in PaDiM, arXiv 2011.08785) and the distance from the nearest of
 4,000 features (as in PatchCore, arXiv 2106.08265). The same command again goes on where it was stopped.
-docs/tasks/anomaly.md has the results.
+docs/examples/solar-cells.md has the results.
 """
 
 import json
@@ -33,7 +33,7 @@ from linescan.engine.anomaly_scores import ranking  # noqa: E402
 from linescan.engine.anomaly_sets import AnomalySet, find_anomalies  # noqa: E402
 from linescan.engine.atomic import atomic  # noqa: E402
 from linescan.engine.cards import restore  # noqa: E402
-from linescan.engine.progress import say  # noqa: E402
+from linescan.engine.progress import progress_bar, say  # noqa: E402
 from linescan.errors import InputError  # noqa: E402
 
 NETWORK = {"teacher": "resnet18", "directions": 2, "d_state": 4, "depths": "[1,1,1,1]", "drop_path_rate": 0}
@@ -109,9 +109,12 @@ def by_baselines(run: Path, cells: Path) -> dict[str, dict[str, float]]:
     def features(images) -> torch.Tensor:
         """(N, 256 places, 100 channels) of all images."""
         chosen, parts = torch.randperm(448, generator=torch.Generator().manual_seed(0))[:100], []
-        for batch in DataLoader(AnomalySet(images, found.categories, card.preprocess), batch_size=32):
-            maps = [F.adaptive_avg_pool2d(F.avg_pool2d(x, 3, 1, 1), 16) for x in model.teacher.eval()(batch["input"])]
-            parts.append(torch.cat(maps, 1).flatten(2).mT[..., chosen])
+        with progress_bar("reading features", len(images)) as advance:
+            for batch in DataLoader(AnomalySet(images, found.categories, card.preprocess), batch_size=32):
+                maps = [F.avg_pool2d(x, 3, 1, 1) for x in model.teacher.eval()(batch["input"])]
+                maps = [F.adaptive_avg_pool2d(x, 16).flatten(2).mT for x in maps]
+                parts.append(torch.cat(maps, 2)[..., chosen])
+                advance(len(parts[-1]))
         return torch.cat(parts)
 
     train, test = features(found.train), features(found.test)
