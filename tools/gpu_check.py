@@ -7,9 +7,9 @@
     python tools/gpu_check.py --minutes 30          nothing is left out for want of time (10 by default)
 
 Needs torch, Triton and this checkout; timm for the models. Peers are measured where they are installed (mamba-ssm,
-flash-linear-attention), and always the chunked torch form. Every function with a kernel is checked; those in OPERATORS
-are timed, at the sizes of published models. A new model is one entry of MODELS. Exit status: 0; 1 where a kernel is
-wrong; 2 where there is no GPU or no Triton.
+flash-linear-attention), and always the chunked torch form; beside linear attention, softmax attention. Every function
+with a kernel is checked; those in OPERATORS are timed, at the sizes of published models. A new model is one entry of
+MODELS. Exit status: 0; 1 where a kernel is wrong; 2 where there is no GPU or no Triton.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from types import ModuleType
 from typing import Callable, Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -160,6 +161,23 @@ def fla(family: str) -> Callable[[Inputs], Callable | None]:
     return peer
 
 
+def sdpa(inputs: Inputs) -> Callable | None:
+    """Causal softmax attention of the same queries, keys and values, one call for each route."""
+    calls = [
+        [
+            inputs[key][:, min(k, inputs[key].shape[1] - 1)].transpose(1, 2).contiguous().requires_grad_()
+            for key in "qkv"
+        ]
+        for k in range(2)
+    ]
+
+    def run():
+        return sum(F.scaled_dot_product_attention(*call, is_causal=True) for call in calls)
+
+    run.leaves = [x for call in calls for x in call]
+    return run
+
+
 LARGE = ((128, 14), (32, 32), (8, 64), (1, 64), (2, 128))  # as many tokens as images of 224 to 2048 px have
 SOME = ((128, 14), (8, 64))
 BARE = ("initial_state", "delta_weight")
@@ -191,8 +209,8 @@ OPERATORS = [
     Operator("Bi-WKV, VRWKV: 192 channels", "bi_wkv", "row", LARGE, sizes=dict(D=192)),
     Operator("WKV-4: 2 routes, 192 channels", "wkv4", BOTH, SOME, ("k", "v"), sizes=dict(D=192)),
     Operator("HGRN: 2 routes, 192 channels", "hgrn", BOTH, SOME, ("x",), sizes=dict(D=192)),
-    Operator("Linear attention: 2 routes, 3 heads of 64", "linear_attention", BOTH, SOME, ("q", "k", "v"),
-             sizes=dict(H=3, dk=64, dv=64)),
+    Operator("Linear attention: 2 routes, 3 heads of 64", "linear_attention", BOTH, LARGE, ("q", "k", "v"),
+             sizes=dict(H=3, dk=64, dv=64), peers={"softmax (SDPA)": sdpa}),
     Operator(
         "Delta rule: 2 routes, 3 heads of 64", "delta_rule", BOTH, SOME, ("q", "k", "v"), sizes=dict(H=3, dk=64, dv=64),
         peers={"flash-linear-attention": fla("delta_rule")},
