@@ -231,6 +231,8 @@ OPERATORS = [
     Operator("mLSTM: 2 routes, 3 heads of 64", "mlstm", BOTH, SOME, ("q", "k", "v"), sizes=dict(H=3, dk=64, dv=64)),
     Operator("Mamba-3: 2 routes, 6 heads of 64, N 64", "mamba3", BOTH, SOME, ("q", "k", "v"), ("initial_state", "z"),
              sizes=dict(H=6, P=64, G=1, N=64, A=16)),
+    Operator("TTT-Linear: 2 routes, 3 heads of 64", "ttt_linear", BOTH, SOME, ("q", "k", "v"),
+             sizes=dict(H=3, D=64, mini_batch=16)),
 ]  # fmt: skip
 
 

@@ -8,19 +8,21 @@ import torch
 
 from .test_triton_forms import TOLERANCE, small
 from .tools import bits, case, results, same, table
-from .triton_tools import HERE, in_interpreter, no_stray_access, outside_interpreter  # noqa: F401  (a fixture)
+from .triton_tools import HERE, compiled, in_interpreter, no_stray_access, outside_interpreter  # noqa: F401  (a fixture)
 
 PADDED = "per_sample", "sum", torch.float32, True  # route, merge, dtype, whether routes share their tokens
 PLAIN = "none", None, torch.bfloat16, False
 CALLS = [  # lengths of several chunks, the last of them full or not
     ("mlstm", 18, *PADDED),
-    ("mlstm", 18, *PLAIN),
+    ("mlstm", 18, "permutation", *PLAIN[1:]),
     ("mamba3", 18, *PLAIN),
     ("mamba3_mimo", 12, *PADDED),
     ("log_linear_attention", 44, *PADDED),
     ("log_linear_attention", 32, *PLAIN),
     ("log_linear_gated_delta_rule", 28, *PADDED),
     ("log_linear_gated_delta_rule", 32, *PLAIN),
+    ("ttt_linear", 7, *PADDED),
+    ("ttt_linear_fla", 18, *PLAIN),
 ]
 
 
@@ -32,8 +34,11 @@ def test_is_the_definition(monkeypatch, name, length, kind, merge, dtype, shared
     inputs = bits(form.make(1, length=length, H=1 if "log" in name else 2, G=1), dtype)
     if shared:
         inputs = {key: x[:, :1] if key in form.tokens else x for key, x in inputs.items()}
-    want = results(form, "reference", bits(inputs, torch.float64), route, merge)
-    got = results(form, "triton", inputs, route, merge)
+    if "log" in name:  # so that states of many chunks ago still count
+        inputs["g"] = inputs["g"] / 16
+    options = dict(position=4) if "ttt" in name else {}  # inside a mini-batch
+    want = results(form, "reference", bits(inputs, torch.float64), route, merge, **options)
+    got = results(form, "triton", inputs, route, merge, **options)
     assert got["output"].dtype == dtype and all(got[f"final {name}"].dtype == torch.float32 for name in form.states)
     same(got, want, TOLERANCE[dtype])
 
@@ -42,10 +47,23 @@ def test_is_the_definition(monkeypatch, name, length, kind, merge, dtype, shared
 
 
 def launches():
+    """The kernels of TTT-Linear."""
+    inputs = case("ttt_linear").make(1, 2, 130, H=2, D=64, mini_batch=16)
+    results(case("ttt_linear"), "triton", bits(inputs, torch.bfloat16), table("permutation", 1, 2, 130), "sum")
+
+
+def other_launches():
     """For `tools/kernels.py`: kernels of `gla` and `dplr` as these forms need them, which tests of those compile."""
     for form in map(case, ("mlstm", "log_linear_gated_delta_rule")):
         inputs = form.make(1, 2, 130, H=2, dk=64, dv=64)
         results(form, "triton", bits(inputs, torch.bfloat16), table("permutation", 1, 2, 130), "sum")
+
+
+@outside_interpreter
+@pytest.mark.slow
+def test_compiles():
+    for _, kernels in compiled("tests.scans.test_triton_more:launches"):
+        assert {kernel["name"] for kernel in kernels} == {"_forward", "_backward"}
 
 
 # -- tools/traffic.py -------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from ...ops.mamba3 import _mamba3_mimo
 from ...ops.mlstm import _mlstm
 from ...ops.selective_scan import _selective_scan
 from ...ops.ssd import _ssd
+from ...ops.ttt import _ttt_linear
 from ...ops.wkv4 import _bi_wkv, _wkv4
 from ...ops.wkv6 import _wkv6
 from ...recurrence import Recurrence
@@ -108,3 +109,12 @@ _register(_gated_delta_rule, "delta", lambda q, *_: q.shape[-1] <= 128, " and at
 _register(_dplr, "dplr", lambda q, *_: q.shape[-1] <= 128, " and at most 128 key channels")
 _register(_mlstm, "mlstm")
 _register(_mamba3_mimo, "mamba3")
+
+
+def _ttt_fits(q: Tensor, *call) -> bool:
+    # Triton 3.6 cannot compile its backward for sm_100: a pass on tensor memory fails.
+    compiles = not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] != 10
+    return q.shape[-1] <= 64 and call[7] <= 64 and compiles
+
+
+_register(_ttt_linear, "ttt", _ttt_fits, " (no sm_100), at most 64 channels and mini-batches of at most 64")
