@@ -13,7 +13,7 @@ from ..errors import InputError
 from .data import evaluation_batches, to_device
 from .processes import Processes
 
-__all__ = ["Evaluation", "Evaluator", "Totals", "evaluate", "precision"]
+__all__ = ["Evaluation", "Evaluator", "Totals", "evaluate", "expect_readable", "precision"]
 
 
 class Totals:
@@ -185,9 +185,26 @@ def evaluate(
     totals.reduce(processes)
     read = sum(processes.share(read))
     if not read:
-        raise InputError(f"none of the {len(evaluator.data)} held-out samples can be read" + _first(broken))
+        raise _unreadable(evaluator, broken)
     return Evaluation(evaluator.scores(totals), read, broken, totals)
 
 
-def _first(messages: list[str]) -> str:
-    return f"; the first: {messages[0]}" if messages else ""
+def expect_readable(evaluator: Evaluator) -> None:
+    """Reads held-out samples up to the first that can be read: before a training, not after its first epoch.
+
+    Raises:
+        InputError: none can be read.
+    """
+    broken = []
+    for index in range(len(evaluator.data)):
+        try:
+            evaluator.data[index]
+            return
+        except InputError as error:
+            broken.append(str(error))
+    raise _unreadable(evaluator, broken)
+
+
+def _unreadable(evaluator: Evaluator, broken: list[str]) -> InputError:
+    first = f"; the first: {broken[0]}" if broken else ""
+    return InputError(f"none of the {len(evaluator.data)} held-out samples can be read{first}")

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from linescan.checkpoint import CARD, CheckpointError
@@ -40,7 +40,7 @@ from .optimisers import build_optimizer, build_schedule
 from .processes import Processes, processes
 from .progress import progress_bar, say
 from .recipe import Recipe, Run, flag
-from .scores import evaluate, precision
+from .scores import evaluate, expect_readable, precision
 
 __all__ = ["Training", "train"]
 
@@ -118,6 +118,7 @@ class Training:
         if processes.first:
             self._describe()
             sweep(self.out)
+        expect_readable(self.task.evaluator)
         columns = ("step", "epoch", "lr", *self.task.losses, *map(self._column, self.task.evaluator.names), "seconds")
         log = Log(self.out, self.step, columns) if processes.first else None
         batches = iter(
@@ -169,7 +170,7 @@ class Training:
             more = processes.count > 1 and part + 1 < recipe.accumulate
             with self.model.no_sync() if more else nullcontext():
                 with precision(processes.device, dtype):
-                    result = self.task(self.model, content)
+                    result = self._forward(content)
                 (result["loss"] / recipe.accumulate).backward()
             self.losses += torch.stack([result[name].detach().float() for name in self.task.losses]) / recipe.accumulate
         if recipe.clip_grad:
@@ -180,6 +181,15 @@ class Training:
         self.rows += 1
         if self.ema:
             self.ema.update(self.bare, step=self.step)
+
+    def _forward(self, content) -> dict[str, Tensor]:
+        try:
+            return self.task(self.model, content)
+        except ValueError as error:
+            if not str(error).startswith("Expected more than 1 value per channel"):
+                raise
+            why = "a norm over the batch sees a single value of each channel"
+            raise InputError(f"{why}; a larger --batch, or larger inputs, are needed") from error
 
     def evaluate(self) -> dict[str, float]:
         """Held-out scores of the weights as they would be used."""

@@ -1,5 +1,6 @@
 """The loop: what a step does, and that stopping and resuming changes nothing."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -301,10 +302,21 @@ def test_one_broken_image_does_not_stop_batches_of_one(images, tmp_path, capsys)
         (images / "circle" / f"{i}.png").write_bytes(b"broken")
     Training(Recipe(str(images), **VIT, epochs=1, batch=1), tmp_path / "run", ALONE).run()
     assert "circle/1.png" in capsys.readouterr().err
+    good = shutil.copytree(images, tmp_path / "good")
     for path in images.rglob("*.png"):
         path.write_bytes(b"broken")
-    with pytest.raises(InputError, match="none of the 21 training samples can be read"):
-        Training(Recipe(str(images), **VIT, epochs=1, batch=4), tmp_path / "other", ALONE).run()
+    with pytest.raises(InputError, match="none of the 24 training samples can be read"):
+        Training(Recipe(str(images), val=str(good), **VIT, epochs=1, batch=4), tmp_path / "other", ALONE).run()
+    training = Training(Recipe(str(good), val=str(images), **VIT, epochs=1, batch=4), tmp_path / "third", ALONE)
+    with pytest.raises(InputError, match="none of the 24 held-out samples can be read; the first: .*circle/0.png"):
+        training.run()
+    assert training.step == 0, "said before anything is trained"
+
+
+def test_a_norm_of_a_single_value_is_one_line(images, tmp_path):
+    recipe = Recipe(str(images), model="resnet18", model_args={"img_size": 32}, epochs=1, batch=1)
+    with pytest.raises(InputError, match="a norm over the batch sees a single value .*; a larger --batch"):
+        Training(recipe, tmp_path / "run", ALONE).run()
 
 
 def test_fine_tuning_keeps_the_features_and_not_the_classifier(tmp_path, trained, images):

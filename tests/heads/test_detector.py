@@ -9,7 +9,7 @@ import linescan
 from linescan.errors import InputError
 from linescan.heads.points.box_heads import AnchorHead, CenterHead, Grid, TransFusionHead, draw_heat, heat_radius
 from linescan.heads.points.detector import VoxelDetector, VoxelEncoder
-from linescan.layers.boxes import iou_3d
+from linescan.layers.boxes import Boxes, iou_3d
 
 ANCHORS = [
     {"size": (3.0, 1.5, 1.5), "bottom": 0.0, "matched": 0.5, "unmatched": 0.35},
@@ -167,6 +167,15 @@ def test_anchors_code_and_target():
     assert (head.assign(anchors, far, torch.tensor([0]))[0] == 0).sum() >= 1
 
 
+def test_anchors_that_overlap_exactly_as_much_as_they_must_are_matched():
+    rule = {"size": (4, 4, 1), "bottom": 0, "matched": 0.5, "unmatched": 0.25}
+    head = AnchorHead(4, 1, Grid((0.0, 0.0), (1.0, 1.0), (1, 2)), anchors=[rule])
+    anchors = torch.tensor([[0, 0, 0, 4, width, 1, 0] for width in (4, 2, 1, 0.5)])  # an IoU of 1, 1/2, 1/4 and 1/8
+    assert head.assign(anchors, anchors[:1], torch.tensor([0]))[0].tolist() == [0, 0, -1, 1]
+    beyond = anchors[:1] + torch.eye(7)[:1] * 99  # a box that no anchor meets is no anchor's
+    assert head.assign(anchors, beyond, torch.tensor([0]))[0].tolist() == [1, 1, 1, 1]
+
+
 def test_directions_tell_front_from_rear():
     grid = Grid((0.0, -8.0), (0.5, 0.5), (32, 32))
     head = AnchorHead(4, 2, grid, anchors=ANCHORS, score=0.5)
@@ -199,9 +208,9 @@ def test_directions_tell_front_from_rear():
 def test_what_has_no_loss_is_decoded_as_the_truth(angle):
     grid = Grid((0.0, -8.0), (0.5, 0.25), (8, 16))
     box = torch.tensor([[1.3, -6.1, 0.7, 3.9, 1.6, 1.4, angle, 2.0, -1.0]])
-    head = CenterHead(4, 2, grid, shared=4, velocity=True, score=0.5)
+    head = CenterHead(4, 2, grid, shared=4, velocity=True, score=0.5, with_iou=True, rectify=(0.5, 0.25))
     maps = {"center": (0.6, 0.6), "center_z": (0.7,), "dim": [math.log(v) for v in (3.9, 1.6, 1.4)],
-            "rot": (math.cos(angle), math.sin(angle)), "vel": (2.0, -1.0)}  # fmt: skip
+            "rot": (math.cos(angle), math.sin(angle)), "vel": (2.0, -1.0), "iou": (0.0,)}  # fmt: skip
     raw = {name: torch.tensor(values).view(1, -1, 1, 1).expand(1, -1, 16, 8) for name, values in maps.items()}
     raw["hm"] = torch.full((1, 2, 16, 8), -9.0)
     raw["hm"][0, 1, 7, 2] = 9.0  # row and column of the cell that holds the centre
@@ -210,12 +219,22 @@ def test_what_has_no_loss_is_decoded_as_the_truth(angle):
     (found,) = head.decode([raw])
     torch.testing.assert_close(found.boxes, box, atol=1e-5, rtol=1e-5)
     assert found.labels.tolist() == [1]
+    assert found.scores.item() == pytest.approx(0.5**0.25, abs=1e-3)  # likely to be there, with an IoU of one half
 
     other = TransFusionHead(4, 2, grid, proposals=3, dim=8, num_heads=2, hidden=8, small=(), reach=1)
     code = other.encode(box)
     said = dict(zip(other.parts, code.split(list(other.parts.values()), 1)))
     torch.testing.assert_close(other.boxes_of(said), box, atol=1e-5, rtol=1e-5)
     assert said["height"].item() == pytest.approx(1.4)  # the top: 0.7 + 1.4 / 2
+
+
+def test_each_class_is_suppressed_by_itself_and_the_best_come_first():
+    head = CenterHead(4, 2, Grid((0.0, 0.0), (1.0, 1.0), (8, 8)), iou=(0.2, 0.9))
+    box = torch.tensor([0.0, 0, 0, 4, 4, 1, 0])
+    boxes = torch.stack([box, box, box + torch.eye(7)[0], box, box + torch.eye(7)[0]])
+    found = Boxes(boxes, torch.tensor([0.3, 0.5, 0.4, 0.6, 0.9]), torch.tensor([0, 0, 0, 1, 1]))
+    kept = head.suppress(found)  # the first class's best; of the second both, whose IoU is 0.6
+    assert kept.labels.tolist() == [1, 1, 0] and kept.scores.tolist() == pytest.approx([0.9, 0.6, 0.5])
 
 
 def test_heat():

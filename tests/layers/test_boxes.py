@@ -77,13 +77,14 @@ def test_suppression_is_greedy():
     half = torch.tensor([[0.0, 0, 0, 3, 1, 1, 0], [1, 0, 0, 3, 1, 1, 0]])  # that share exactly that
     assert nms(half, scores[:2], 0.5).tolist() == scores[:2].argsort(descending=True).tolist()
     assert nms(boxes, scores, 0.2, most=3).tolist() == kept[:3]
+    assert nms(boxes, scores, 1.0, most_before=10).tolist() == scores.argsort(descending=True)[:10].tolist()
     assert set(nms(boxes, scores, 0.2, most_before=10).tolist()) <= set(scores.topk(10).indices.tolist())
 
 
 def test_points_angles_and_rows():
     box = torch.tensor([[1.0, 2, 3, 4, 2, 1, math.pi / 2]])
-    points = torch.tensor([[1.0, 3.9, 3.4], [1, 4.1, 3], [1.9, 2, 3], [2.1, 2, 3], [1, 2, 3.6]])
-    assert points_in_boxes(points, box).tolist() == [[True, False, True, False, False]]
+    points = torch.tensor([[1.0, 3.9, 3.4], [1, 4.1, 3], [1.9, 2, 3], [2.1, 2, 3], [1, 2, 3.6], [1, 2, 3.5]])
+    assert points_in_boxes(points, box).tolist() == [[True, False, True, False, False, True]]
     angle = torch.tensor([0.0, 3.2, -3.2, 9.0])
     assert ((limit_angle(angle) >= -math.pi) & (limit_angle(angle) < math.pi)).all()
     torch.testing.assert_close(limit_angle(angle).sin(), angle.sin())

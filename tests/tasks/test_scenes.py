@@ -256,11 +256,29 @@ def test_kittis_average_precision():
     assert kitti_precision(small, 0.7) == pytest.approx(100)
     vans = [scan([[0.9, 0], [0, 0.9]], (0.9, 0.95), truth=(0, 1)) for _ in range(20)]
     assert kitti_precision(vans, 0.7) == pytest.approx(100)
+    vans = [scan([[0.9, 0], [0, 0.9], [0, 0]], (0.9, 0.95, 0.97), truth=(0, 1)) for _ in range(20)]
+    assert kitti_precision(vans, 0.7) == pytest.approx(50)  # a van that is found is not right either
     twice = [scan([[0.9], [0.8]], (0.9, 0.95)) for _ in range(20)]  # of two on one object the surer one is right
     assert kitti_precision(twice, 0.7) == pytest.approx(100)
     late = [scan([[0.9, 0], [0.8, 0], [0, 0.9]], (0.9, 0.95, 0.5)) for _ in range(20)]
     assert kitti_precision(late, 0.7) == pytest.approx(100 * (20 + 20 * 2 / 3) / 40)  # and the other one wrong
     assert kitti_precision(right, 0.95) == 0
+    edge = [scan([[0.9, 0], [0, 0.7]], (0.9, 0.95)) for _ in range(20)]  # an overlap of the threshold is none
+    assert kitti_precision(edge, 0.7) == pytest.approx(100 * (20 / 2) / 40)
+    faint = [scan([[0.9, 0], [0, 0.9], [0, 0]], (0.9, 0.5, 0.6), small=(False, True, False)) for _ in range(20)]
+    assert kitti_precision(faint, 0.7) == pytest.approx(50)  # what is too small is no hit at whose score one counts
+
+
+@pytest.mark.parametrize(
+    "level, height, wrong", [(0, 39, 0), (0, 40, 1), (1, 24, 0), (1, 25, 1), (2, 24, 0), (2, 25, 1)]
+)
+def test_wrong_boxes_that_are_too_small_for_a_level_do_not_count(kitti, level, height, wrong):
+    evaluator = BoxScores(SceneSamples(open_scenes(str(kitti), 0.5)[1], ScanPreprocess(("intensity",))))
+    boxes = torch.tensor([[10.0, 0, 0, 4, 2, 1.5, 0], [20, 0, 0, 4, 2, 1.5, 0]])
+    zeros, none = torch.zeros(2), torch.full((2,), -1)
+    found = evaluator.rows(0, boxes, zeros, torch.tensor([0.9, 0.95]), torch.tensor([100, height]), none)
+    there = evaluator.rows(0, boxes[:1], zeros[:1], zeros[:1], zeros[:1], none[:1])
+    assert evaluator.precision([(found, there)], 0, level) == pytest.approx(100 / (1 + wrong))
 
 
 def objects(boxes, labels, scores=0.9, attributes=-1):
@@ -294,6 +312,16 @@ def test_nuscenes_scores():
     nothing = [objects(np.zeros((0, 9)), 0)] * 3
     assert nuscenes_scores(nothing, truth, classes)["nds"] == 0
     assert nuscenes_scores(truth, truth, ("car", "bus"))["map"] == pytest.approx(50)  # as its devkit has it
+    row = objects([[10 * i, 0, 0, 4, 2, 1.5, 0, 0, 0] for i in range(5)], 0, 1 - np.arange(5) / 10)
+    away = np.array([0.0, 0.1, 0.3, 0.2, 1.4])  # the mean error up to each recall, from 0.11 to 1
+    found = row._replace(boxes=row.boxes + away[:, None] * (np.arange(9) == 1))
+    running = np.interp(np.arange(11, 101) / 100, np.arange(1, 6) / 5, away.cumsum() / np.arange(1, 6))
+    assert nuscenes_scores([found], [row], classes)["mate"] == pytest.approx(running.mean())
+    both = objects([truth[0].boxes[0], truth[0].boxes[0] + 7], 0)
+    one = [truth[0].only(slice(1))]
+    ties = [nuscenes_scores([both._replace(scores=np.array(s))], one, classes)["map"]
+            for s in ((0.9, 0.9), (0.9, 0.91), (0.91, 0.9))]  # fmt: skip
+    assert ties[0] == ties[1] < ties[2]  # of equal scores the last comes first
     ap, curve = average_precision(np.array([True, False, True, True]), 4)
     assert curve[0] == 1 and ap == pytest.approx(0.5, abs=0.02) and average_precision(np.array([False]), 4)[0] == 0
 
