@@ -90,7 +90,8 @@ def start(out, recipe, data, **options) -> tuple[Training, object]:
 # -- how clouds are read ----------------------------------------------------------------------------------------------
 
 
-def test_clouds_are_fitted_chosen_and_changed():
+def test_clouds_are_fitted_chosen_and_changed(monkeypatch):
+    torch.manual_seed(0)
     dice = np.random.default_rng(0)
     points = (5 * dice.normal(size=(300, 3)) + 7).astype(np.float32)
     normals = F.normalize(torch.randn(300, 3), dim=1).numpy()
@@ -115,6 +116,7 @@ def test_clouds_are_fitted_chosen_and_changed():
     assert apart.min() > 0.1 and near.min() > 0.08  # far from each other, too
     outlier = torch.cat([rows, 9 * torch.ones(1, 6)])
     assert 300 in how.choose(outlier)
+    assert 21000 in how.choose(torch.cat([rows.repeat(70, 1), outlier[300:]]))  # of a large cloud to its end
     draws = [300 in how.choose(outlier, random=True) for _ in range(60)]
     assert 30 < sum(draws) < 60  # any of 1.17 times as many: the farthest, too, can be left out
     few = how.choose(rows[:10])
@@ -125,11 +127,15 @@ def test_clouds_are_fitted_chosen_and_changed():
     for words in ("rotate", "turn"):
         turned = PointAugment(words, how)(rows)
         torch.testing.assert_close(turned[:, :3] @ turned[:, 3:].T, rows[:, :3] @ rows[:, 3:].T, atol=1e-4, rtol=0)
-        basis = PointAugment(words, PointPreprocess(3))(torch.eye(3))
-        assert torch.linalg.det(basis) == pytest.approx(1, abs=1e-5)  # never mirrored
+        bases = torch.stack([PointAugment(words, PointPreprocess(3))(torch.eye(3)) for _ in range(20)])
+        torch.testing.assert_close(torch.linalg.det(bases), torch.ones(20))  # never mirrored
     other = PointAugment("scale+shift+jitter", how)(rows)
     assert torch.equal(other[:, 3:], rows[:, 3:]) and not torch.allclose(other[:, :3], rows[:, :3], atol=0.01)
-    assert len(PointAugment("drop", how)(rows).unique(dim=0)) < 300
+    dropped = PointAugment("drop", how)(rows)
+    assert len(dropped.unique(dim=0)) < 300 and (dropped[:, None] == rows).all(-1).any(1).all()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "randn", lambda *shape: 9 * torch.ones(shape))  # of a deviation of 0.01
+        torch.testing.assert_close(PointAugment("jitter", how)(rows)[:, :3], rows[:, :3] + 0.05)
     assert torch.equal(PointAugment("none", how)(rows), rows)
     with pytest.raises(InputError, match="unknown augmentation 'flip'"):
         PointAugment("rotate+flip", how)
@@ -265,6 +271,14 @@ def test_votes_do_not_depend_on_other_files(shapes, named):
     together = {str(path): [g.probability for g in answer] for path, answer in zip(paths, classify(paths))}
     for path in paths:
         assert [g.probability for g in classify(path)] == pytest.approx(together[str(path)], abs=1e-6)
+    model, rows = classify.module, classify.open(paths[0]).rows
+    with torch.no_grad():
+        first = model(classify.drawn(rows, 0)[None])
+        classify.module = lambda x: 1000 * (model(x) - first)  # votes that differ
+        logits = torch.stack([classify.module(classify.drawn(rows, vote)[None])[0] for vote in range(2)])
+    expected = logits.mean(0).softmax(-1)
+    torch.testing.assert_close(classify(paths[0]).probabilities, expected, atol=1e-3, rtol=0)
+    assert (logits.softmax(-1).mean(0) - expected).abs().max() > 0.01
 
 
 def test_votes_are_the_mean_of_logits(shapes):
@@ -542,6 +556,26 @@ def test_files_in_parts_out(scans, segmented, tmp_path):
     with open(tmp_path / "far.ply", "wb") as file:
         write_ply(file, far, np.zeros(2, int), np.zeros((2, 3)))
     assert read_points(tmp_path / "far.ply").origin[0] == 5e6
+
+
+def test_other_points_get_what_their_three_nearest_say(scans, segmented):
+    segment = PartSegmenter(checkpoint=segmented, category="box")
+    rows, model = segment.open(scans / "2.ply").rows, segment.module
+    read = rows[segment.card.preprocess.choose(rows)]
+
+    def module(x, told):
+        scores = model(x, told)
+        return 1000 * (scores - scores.mean(1, keepdim=True))  # as different as a trained model's
+
+    with torch.no_grad():
+        likely = module(read[None], torch.tensor([1]))[0, :, 2:4].softmax(-1)
+    away, near = torch.cdist(rows.double(), read.double()).topk(3, largest=False)
+    weight = 1 / (away.square() + 1e-8)
+    expected = (likely[near] * (weight / weight.sum(1, keepdim=True))[..., None]).sum(1).argmax(-1) + 2
+    segment.module = module
+    found = torch.from_numpy(segment(scans / "2.ply").labels)
+    assert (found == expected).float().mean() > 0.99
+    assert (found != likely[near[:, 0]].argmax(-1) + 2).float().mean() > 0.02  # not what the nearest one says
 
 
 def test_published_models_know_their_classes():

@@ -24,6 +24,7 @@ from linescan.engine.scene_sets import (
     NuScenes,
     SceneAugment,
     SceneSamples,
+    in_image,
     kitti_level,
     open_scenes,
     turned,
@@ -230,6 +231,13 @@ def test_augmented_boxes_stay_around_their_points():
         assert ((after - before).abs() <= 2).all() and not torch.equal(rows, plain["points"])
         speed = boxes[:, 7:].norm(dim=1, keepdim=True)  # velocities point where boxes point
         torch.testing.assert_close(boxes[:, 7:] / speed, torch.stack([boxes[:, 6].cos(), boxes[:, 6].sin()], 1))
+        torch.testing.assert_close(speed[:, 0], boxes[:, 3] / moving[:, 3])  # and grow with them
+
+
+def test_a_camera_does_not_see_what_is_behind_it():
+    camera = np.array([[100.0, 0, 50, 0], [0, 100, 30, 0], [0, 0, 1, 0]])
+    points = np.array([[0.0, 0, 5], [0, 0, -5], [2.4, 1.4, 5], [2.5, 0, 5], [0, 1.5, 5], [-2.6, 0, 5]])
+    assert in_image(points, camera, (100, 60)).tolist() == [True, False, True, False, False, False]
 
 
 # -- metrics -----------------------------------------------------------------------------------------------------------
