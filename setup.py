@@ -1,8 +1,8 @@
 """Compiles the CPU kernels. Everything else about the package stands in pyproject.toml.
 
 The kernels need a C++17 compiler (g++ or clang++), and nothing of torch or Python: they find libtorch's stable C
-interface when they are loaded. One library therefore serves every Python and every torch >= 2.10, and an isolated build
-does not have to download torch. Where they do not compile, the package is installed without them.
+interface when they are loaded. One library therefore serves every Python, every torch >= 2.10 and every ONNX Runtime,
+and an isolated build does not have to download torch. Where they do not compile, the package is installed without them.
 """
 
 import sys
@@ -49,10 +49,11 @@ class Wheel(bdist_wheel):
 
 kernels = Extension(
     KERNELS,
-    sources=[f"{FOLDER}/{name}.cpp" for name in ("ops", "points", "avx512", "avx2", "baseline")],
+    sources=[f"{FOLDER}/{name}.cpp" for name in ("ops", "points", "onnx_runtime", "avx512", "avx2", "baseline")],
     depends=[
         f"{FOLDER}/{name}.h"
         for name in (
+            "calls",
             "kernels",
             "instruction_set",
             "vector",
@@ -61,6 +62,7 @@ kernels = Extension(
             "vector_scan",
             "causal_conv",
             "stable",
+            "onnx_runtime",
         )
     ],
     language="c++",

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 __all__ = [
     "argument_names",
     "dispatch_modes_active",
+    "example_size",
     "has_int8_products",
     "is_jit_tracing",
     "is_observed",
@@ -84,6 +85,13 @@ def known_equal(a: int, b: int) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return statically_known_true(a == b)
+
+
+def example_size(size: int | torch.SymInt) -> int:
+    """A size as a number: of the example that is traced, where it is a symbol."""
+    from torch.fx.experimental.symbolic_shapes import hint_int
+
+    return hint_int(size)
 
 
 def argument_names(operator: torch._ops.OpOverload) -> list[str]:

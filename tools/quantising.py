@@ -9,15 +9,16 @@
 Without a checkpoint, the small Vim of `linescan demo` is trained on the digits first (about a minute), unless a former
 run has done so. Every row is a file that `linescan quantize` writes, read back and scored on the same held-out images.
 With --families, a small model of each of four families is trained on the digits, and on the solar cells of
-tools/solar_cells.py (a quarter of an hour in all), and scored in the same way. A run that was ended goes on where it
-was. docs/quantise.md has both tables: --page writes them there.
+tools/solar_cells.py (an hour in all), and scored in the same way; the table is written after each. A run that was ended
+goes on where it was. docs/quantise.md has both tables: --page writes them there.
 """
 
 import csv
 import io
 import sys
+from itertools import product
 from pathlib import Path
-from typing import Annotated, NamedTuple, Optional
+from typing import Annotated, Iterator, NamedTuple, Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -112,27 +113,28 @@ def recipe_of(family: str, data: str, cells: Path) -> ClassificationRecipe:
     )  # fmt: skip
 
 
-def families(to: Path, images: int) -> str:
-    """The table of families in Markdown, with what it is; a model that is there is not trained again."""
+def families(to: Path, images: int) -> Iterator[str]:
+    """The table of families in Markdown, with what it is, after each of its rows; no model is trained again."""
     cells = write_cells(to / "cells")
     heads = [f"{method} {bits}" for method, bits in COLUMNS]
-    lines = [
+    head = [
         "Top-1 in % of small models of four families, trained from scratch on the digits, and on which of the cells of",
         "[solar cells](examples/solar-cells.md) are defective (654 are held out; 68.8 % of them are not). Files,",
-        "images and scores are as above; made by `python tools/quantising.py --families --page docs/quantise.md`:", "",
+        "images and scores are as above; made by `python tools/quantising.py --families --page docs/quantise.md`,",
+        "which adds the rows that are missing:", "",
         f"| trained on | model | parameters | float32 | {' | '.join(heads)} |", "|---|---|" + "---:|" * 8,
     ]  # fmt: skip
-    for data in SIDES:
-        for family in FAMILIES:
-            folder = to / data.replace(" ", "-") / family.lower()
-            checkpoint = folder / "float32" / "model.safetensors"
-            if not checkpoint.exists():
-                train(recipe_of(family, data, cells), checkpoint.parent, device="cpu", workers=0, resume=True)
-            test, others = (data, data) if data == "digits" else (str(cells / "test"), str(cells / "train"))
-            rows = score(checkpoint, test, others, COLUMNS, folder, images, f"{family}, {data}")
-            size = sum(weight.numel() for weight in restore(checkpoint=checkpoint)[0].parameters()) / 1e6
-            lines.append(f"| {data} | {family} | {size:.2f} M | {' | '.join(f'{row.top1:.1f}' for row in rows)} |")
-    return "\n".join(lines) + "\n"
+    lines: dict[str, list[str]] = {data: [] for data in SIDES}
+    for family, data in product(FAMILIES, SIDES):
+        folder = to / data.replace(" ", "-") / family.lower()
+        checkpoint = folder / "float32" / "model.safetensors"
+        if not checkpoint.exists():
+            train(recipe_of(family, data, cells), checkpoint.parent, device="cpu", workers=0, resume=True)
+        test, others = (data, data) if data == "digits" else (str(cells / "test"), str(cells / "train"))
+        rows = score(checkpoint, test, others, COLUMNS, folder, images, f"{family}, {data}")
+        size = sum(weight.numel() for weight in restore(checkpoint=checkpoint)[0].parameters()) / 1e6
+        lines[data].append(f"| {data} | {family} | {size:.2f} M | {' | '.join(f'{row.top1:.1f}' for row in rows)} |")
+        yield "\n".join(head + sum(lines.values(), [])) + "\n"
 
 
 def quantising(
@@ -148,25 +150,26 @@ def quantising(
     ] = None,
 ):
     """Quantise one classifier in every way, or four in some, and score each."""
+    name = "families" if of_families else "table"
     if of_families:
-        made, files = families(to, images), {}
+        tables, files = families(to, images), {}
     else:
         if checkpoint is None:
             checkpoint = to / "float32" / "model.safetensors"
             if not checkpoint.exists():
                 train(RECIPE, checkpoint.parent, device="cpu")
         rows = score(checkpoint, data, calibrate, ROWS, to, images, "quantising")
-        made, text = table(rows), io.StringIO()
+        text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([Row._fields, *rows])
-        files = {"table.csv": text.getvalue().encode()}
-    name = "families" if of_families else "table"
+        tables, files = [table(rows)], {"table.csv": text.getvalue().encode()}
+    for made in tables:
+        write_all(to, {f"{name}.md": made.encode(), **files})
+        if page:
+            _replace(page, made, mark or ("families" if of_families else "digits"))
     for line in made.splitlines():
         show(line)
-    for path in write_all(to, {f"{name}.md": made.encode(), **files}):
+    for path in (*(to / file for file in (f"{name}.md", *files)), *([page] if page else [])):
         say(str(path))
-    if page:
-        _replace(page, made, mark or ("families" if of_families else "digits"))
-        say(str(page))
 
 
 def _replace(page: Path, made: str, mark: str) -> None:

@@ -70,13 +70,15 @@ def export(
     precision: Precision = Floats.fp32,
     size: Annotated[Optional[str], typer.Option(metavar="HxW", help="Of images, for a network that is no classifier. "
                                                 "Default: as published.")] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="onnx without functions, for runtimes that do not know them: "
+                                        "linescan's kernels then never run.")] = False,
     model_arg: ModelArgs = None,
 ):  # fmt: skip
     """Write a network as one file for other runtimes, with its preprocessing and the names of its classes.
 
     Batches may have any size; images have the size of the model (`--model-arg img_size=384` for another classifier,
     `--size 480x640` for other networks). What was written is run once, and its answers are compared with the model's.
-    `linescan classify FILE IMAGE` runs a classifier.
+    `linescan classify FILE IMAGE` runs a classifier: an ONNX file with linescan's kernels, where they are installed.
     """
     from linescan import zoo
     from linescan.engine.cards import restore
@@ -94,6 +96,8 @@ def export(
         return entry
 
     expect_format(to, format.value, precision.dtype)  # before weights are fetched, as all that needs none
+    if plain and format is not Format.onnx:
+        raise InputError(f"--plain is for onnx, not {format.value}")
     if name:
         known(name)
     sides = pixels(size, "--size")
@@ -105,7 +109,7 @@ def export(
         shapes = [(*shape[:-2], *(sides or shape[-2:])) if len(shape) >= 3 else shape for shape in entry.inputs]
     elif sides:
         raise InputError(f"a classifier is built for its size: --model-arg 'img_size=[{sides[0]},{sides[1]}]'")
-    error = export_package(network, card, to, format.value, precision.dtype, shapes)
+    error = export_package(network, card, to, format.value, precision.dtype, shapes, plain)
     say(f"{to}: {to.stat().st_size / 1e6:.1f} MB, its answers differ from the model's by at most {error:.0e}")
 
 

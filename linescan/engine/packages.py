@@ -1,6 +1,7 @@
 """Packages: a network in one file for another runtime; a classifier's says its preprocessing and its classes, too.
 
-    onnx                standard operators of ONNX; runs in ONNX Runtime and others, without linescan and torch
+    onnx                standard operators of ONNX; runs in ONNX Runtime and others, without linescan and torch, and in
+                        ONNX Runtime with linescan's kernels
     pt2                 compiled ahead of time by AOTInductor for this machine's processor; runs in torch
     torchscript-trace   recorded by torch.jit.trace; runs in torch
 
@@ -16,6 +17,8 @@ import shutil
 import tempfile
 import warnings
 import zipfile
+from contextlib import nullcontext
+from inspect import Parameter, signature
 from math import inf, isnan
 from pathlib import Path
 from typing import Any, Callable, Sequence
@@ -27,6 +30,8 @@ from .. import zoo
 from ..checkpoint import CARD, CheckpointError
 from ..errors import InputError, known, one_line
 from ..extras import require
+from ..scans.exported import DOMAIN, Functions, functions
+from ..scans.kernels import cpu
 from .atomic import atomic
 from .cards import ModelCard
 
@@ -110,7 +115,9 @@ def _as_float(answer: Any) -> Any:
     return [_as_float(part) for part in answer]
 
 
-def write_network(network: nn.Module, inputs: tuple[Tensor, ...], path: str | Path, note: str = "") -> None:
+def write_network(
+    network: nn.Module, inputs: tuple[Tensor, ...], path: str | Path, note: str = "", plain: bool = False
+) -> None:
     """Writes a network of any task, in the format that the path's suffix names.
 
         write_network(linescan.create_model("segman_seg_tiny").eval(), (torch.rand(2, 3, 512, 512),), "segman.onnx")
@@ -120,6 +127,8 @@ def write_network(network: nn.Module, inputs: tuple[Tensor, ...], path: str | Pa
         inputs: an example of each, of a batch of two or more: batches may then have any size, all else is as here.
         path: `*.onnx`, `*.pt2` or `*.ts`.
         note: a text that the file carries.
+        plain: whether an ONNX graph has no functions. Else recurrences are functions of the domain "linescan": ONNX
+            Runtime runs linescan's kernels in their place where the library is registered, as `read_network` does.
 
     Raises:
         InputError: the suffix is no format's; a package that the format needs, or a compiler, is missing; the network
@@ -129,11 +138,16 @@ def write_network(network: nn.Module, inputs: tuple[Tensor, ...], path: str | Pa
     if not is_package(path):
         raise InputError(f"a package is a file *{', *'.join(FORMATS.values())}, not {path.name}")
     format = _format_of(path)
+    if plain and format != "onnx":
+        raise InputError(f"{format} has no functions that could be left out: `plain` is for onnx")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporters' own, of their insides
         try:
             with torch.no_grad():
-                _WRITERS[format](network, inputs, note, path)
+                if format == "onnx":
+                    _write_onnx(network, inputs, note, path, plain)
+                else:
+                    _WRITERS[format](network, inputs, note, path)
         except InputError:
             raise
         except Exception as error:  # an exporter may raise anything at all
@@ -148,6 +162,7 @@ def export_package(
     format: str,
     dtype: torch.dtype = torch.float32,
     shapes: Sequence[Sequence[int]] | None = None,
+    plain: bool = False,
 ) -> float:
     """Writes a package, after its answers for a batch of one and of three samples were held against the network's.
 
@@ -159,6 +174,7 @@ def export_package(
         dtype: torch.float32; or torch.float16 for ONNX, whose graph then takes and gives float32, and keeps the states
             of recurrences in it.
         shapes: of each input of one sample; by default of one image of `card.preprocess.size`, or of a clip of them.
+        plain: as of `write_network`.
 
     Returns:
         The largest difference between the answers, as a share of the largest one.
@@ -181,7 +197,7 @@ def export_package(
         made = Path(folder) / f"model{suffix}"
         try:
             note = json.dumps(card.as_dict(), allow_nan=False)
-            write_network(ready, tuple(x[:2] for x in samples), made, note)
+            write_network(ready, tuple(x[:2] for x in samples), made, note, plain)
         except InputError as error:
             raise InputError(f"{card.model}: {error}") from error
         run = read_network(made)
@@ -215,23 +231,79 @@ def difference(want: Any, got: Any) -> float:
     return max((inf if isnan(share) else share for share in worst), default=0.0)
 
 
-def _write_onnx(network: nn.Module, inputs: tuple[Tensor, ...], note: str, path: Path) -> None:
+def _write_onnx(network: nn.Module, inputs: tuple[Tensor, ...], note: str, path: Path, plain: bool) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         require(package, "onnx")
     names = ["images"] if len(inputs) == 1 else [f"input{i}" for i in range(len(inputs))]
-    program = torch.onnx.export(
-        network, inputs, dynamo=True, opset_version=OPSET, verbose=False, input_names=names,
-        dynamic_shapes=_any_batch(network, inputs),
-    )  # fmt: skip
+    with nullcontext() if plain else functions() as found:
+        program = _to_onnx(network, inputs, names, _any_batch(network, inputs))
+    if found is not None and found.bodies:
+        _add_functions(program.model, found)
     if note:
         program.model.metadata_props[CARD] = note
     program.save(path)
 
 
+def _to_onnx(network: nn.Module, inputs: tuple[Tensor, ...], names: Sequence[str], dynamic: tuple, **options):
+    return torch.onnx.export(
+        network, inputs, dynamo=True, opset_version=OPSET, verbose=False, input_names=names, dynamic_shapes=dynamic,
+        **options,
+    )  # fmt: skip
+
+
+class _SideBySide(nn.Module):
+    """Networks of different inputs as one, which is exported faster than each by itself."""
+
+    def __init__(self, networks: Sequence[nn.Module], counts: Sequence[int]):
+        super().__init__()
+        self.networks, self.counts = nn.ModuleList(networks), counts
+
+    def forward(self, *inputs: Tensor) -> list[Tensor]:
+        rest = iter(inputs)
+        return [y for run, n in zip(self.networks, self.counts) for y in run(*(next(rest) for _ in range(n)))]
+
+
+def _add_functions(model, found: Functions) -> None:
+    """Adds the bodies of the functions that a model calls."""
+    import onnx_ir as ir
+
+    calls = [node for node in model.graph.all_nodes() if node.domain == DOMAIN]
+    for node in calls:
+        node.overload = node.attributes.pop("body").as_string()
+    bodies = {node.overload: found.bodies[node.overload] for node in calls}
+    inputs = {f"{name}.{key}": example for name, body in bodies.items() for key, example in body.examples.items()}
+    counts = {node.overload: len(node.outputs) for node in calls}
+    outputs = [f"{name}:{i}" for name in bodies for i in range(counts[name])]
+    whole = _to_onnx(
+        _SideBySide([body.module for body in bodies.values()], [len(body.examples) for body in bodies.values()]),
+        tuple(torch.zeros(shape, dtype=dtype) for shape, dtype in inputs.values()), list(inputs),
+        (tuple(dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for body in bodies.values() for axes in body.dynamic),),
+        output_names=outputs,
+    ).model.graph  # fmt: skip
+    for name, body in bodies.items():
+        graph = ir.convenience.extract(
+            whole,
+            [key for key in inputs if key.startswith(f"{name}.")],
+            [key for key in outputs if key.startswith(f"{name}:")],
+        )
+        for constant in list(graph.initializers.values()):  # functions have none
+            node = ir.node("Constant", [], {"value": constant.const_value})
+            graph.insert_before(graph[0], node)
+            del graph.initializers[constant.name]
+            constant.replace_all_uses_with(node.outputs[0])
+        given = {x.name: x for x in graph.inputs}
+        graph.inputs[:] = [given.get(f"{name}.{key}") or ir.val(f"no_{key}") for key in body.arguments]
+        attributes = [ir.Attr(key, ir.AttributeType.UNDEFINED, None) for key in body.attributes]
+        function = ir.Function(DOMAIN, body.operator, name, graph=graph, attributes=attributes)
+        model.functions[function.identifier()] = function
+    model.graph.opset_imports[DOMAIN] = 1
+
+
 def _any_batch(network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple:
     batch = torch.export.Dim("batch", min=1)
     axes = tuple({0: batch} for _ in inputs)
-    return (axes,) if isinstance(network, Halved) else axes  # forward(*inputs) has one argument
+    kinds = {parameter.kind for parameter in signature(network.forward).parameters.values()}
+    return (axes,) if Parameter.VAR_POSITIONAL in kinds else axes  # forward(*inputs) has one argument
 
 
 def _write_pt2(network: nn.Module, inputs: tuple[Tensor, ...], note: str, path: Path) -> None:
@@ -250,7 +322,7 @@ def _write_trace(network: nn.Module, inputs: tuple[Tensor, ...], note: str, path
     torch.jit.save(traced, str(path), _extra_files={CARD: note} if note else {})
 
 
-_WRITERS = {"onnx": _write_onnx, "pt2": _write_pt2, "torchscript-trace": _write_trace}
+_WRITERS = {"pt2": _write_pt2, "torchscript-trace": _write_trace}
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -323,6 +395,7 @@ class _OnnxSession:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3  # errors alone, which are raised too
+        _register_kernels(options)
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # of many classes, all ONNX Runtime's own
@@ -340,6 +413,15 @@ class _OnnxSession:
         named = {given.name: x.detach().cpu().numpy() for given, x in zip(self.inputs, inputs, strict=True)}
         answers = [torch.from_numpy(answer) for answer in self.session.run(None, named)]
         return answers if len(answers) > 1 else answers[0]
+
+
+def _register_kernels(options) -> None:
+    """Lets a session run linescan's kernels; where they are missing, it runs the functions that stand in the file."""
+    if cpu.missing() is None:
+        try:
+            options.register_custom_ops_library(str(cpu.LIBRARY))
+        except Exception:  # of many classes: a library or an ONNX Runtime from before there were such kernels
+            return
 
 
 def _in_torch(load: Callable[[str], Callable]) -> Callable[[Path], Callable]:

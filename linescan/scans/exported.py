@@ -7,22 +7,29 @@ graph has the size of one piece, whatever the length and the batch.
 A recurrence needs nothing for that: its definition, called on a few tokens at a time with the states between, is the
 body of the loop. Where more can be done for all tokens at once, or the recurrence reads them in both directions, it has
 a form of its own: `Recurrence.exported`.
+
+Inside `functions`, a recurrence with a kernel becomes the call of an operator of the domain "linescan" instead, whose
+body is that form: a runtime that has the kernel runs it, and any other the body.
 """
 
-from typing import TYPE_CHECKING, Callable, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from .._compat import scan
+from .._compat import example_size, scan
 from . import visits
 
 if TYPE_CHECKING:
     from .recurrence import Recurrence
 
-__all__ = ["in_pieces", "loop", "read", "write"]
+__all__ = ["DOMAIN", "Body", "Functions", "functions", "in_pieces", "loop", "read", "write"]
 
+DOMAIN = "linescan"  # of the operators that have kernels
 STEPS = 4  # of a piece; measured in ONNX Runtime: the loop's own work counts little from there on
 
 
@@ -145,3 +152,108 @@ def write(y: Tensor, route: Tensor | None, length: int, merge: bool) -> Tensor:
     out = y.flatten(1, 2).index_select(1, _columns(step.clamp_min(0), steps, False)).unflatten(1, step.shape)
     out = out.masked_fill(_place(step < 0, y), 0)
     return out.sum(1) if merge else out
+
+
+# -- functions --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Body:
+    """What the calls of one kind compute, in standard operators.
+
+    Attributes:
+        operator: that is called.
+        arguments: names of its tensors, in order; those that are left out, too.
+        attributes: names of the others.
+        module: takes the tensors that are there, and returns the outputs.
+        examples: shapes and dtypes of these tensors by name.
+        dynamic: of each, the axes that may have any size.
+    """
+
+    operator: str
+    arguments: list[str]
+    attributes: list[str]
+    module: nn.Module
+    examples: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    dynamic: list[tuple[int, ...]]
+
+
+class _Standard(nn.Module):
+    """A recurrence in standard operators, from the tensors that are there.
+
+    Args:
+        run: (*inputs, route, merge) -> outputs.
+        call: its arguments, with the position of a tensor in place of each tensor.
+    """
+
+    def __init__(self, run: Callable, call: Sequence):
+        super().__init__()
+        self.run, self.call = run, call
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return self.run(*(tensors[x.at] if isinstance(x, _Position) else x for x in self.call))
+
+
+@dataclass(frozen=True)
+class _Position:
+    at: int
+
+
+class Functions:
+    """The bodies of all calls of a graph, by name; calls of the same kind share one.
+
+    A call is a node of the domain, whose attribute `body` is the name.
+    """
+
+    def __init__(self) -> None:
+        self.bodies: dict[str, Body] = {}
+        self._names: dict[tuple, str] = {}
+
+    def call(self, recurrence: "Recurrence", inputs: Sequence, route: Tensor | None, merge: bool) -> tuple:
+        """(output, *states) of a recurrence that has a kernel, in float32."""
+        operator, arguments = recurrence.in_graphs
+        inputs = [x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
+        call = [*inputs, None if route is None else route.long(), merge]
+        given = arguments(*call)
+        tensors = {key: x for key, x in given.items() if x is None or isinstance(x, Tensor)}
+        others = {key: x for key, x in given.items() if key not in tensors}
+        there = {key: x for key, x in tensors.items() if x is not None}
+        positions = {id(x): _Position(at) for at, x in enumerate(there.values())}
+        call = [positions[id(x)] if isinstance(x, Tensor) else x for x in call]
+
+        shapes = tuple((key, tuple(map(str, x.shape))) for key, x in there.items())
+        kind = (recurrence.name, *call, *others.items(), *shapes)
+        if kind not in self._names:
+            name = self._names[kind] = f"{recurrence.name}_{len(self.bodies)}"
+            self.bodies[name] = Body(
+                operator, list(tensors), list(others), _Standard(recurrence.in_standard_operators, call),
+                {key: (tuple(map(example_size, x.shape)), x.dtype) for key, x in there.items()},
+                [tuple(at for at, size in enumerate(x.shape) if not isinstance(size, int)) for x in there.values()],
+            )  # fmt: skip
+        output, states = recurrence.layout.shapes(inputs, route)
+        results = [(output[0], *output[2:]) if merge else output, *states]
+        return tuple(
+            torch.onnx.ops.symbolic_multi_out(
+                f"{DOMAIN}::{operator}", list(tensors.values()), {**others, "body": self._names[kind]},
+                dtypes=[torch.float32] * len(results), shapes=results, version=1,
+            )
+        )  # fmt: skip
+
+
+_functions: ContextVar[Functions | None] = ContextVar("linescan_functions", default=None)
+
+
+def current_functions() -> Functions | None:
+    """Those of the `with functions()` block at hand."""
+    return _functions.get()
+
+
+@contextmanager
+def functions() -> Iterator[Functions]:
+    """Inside, recurrences with a kernel are traced as calls of functions."""
+    found = Functions()
+    token = _functions.set(found)
+    try:
+        yield found
+    finally:
+        _functions.reset(token)

@@ -163,6 +163,8 @@ class Recurrence:
         parameters: names of the inputs.
         layout: of the inputs, the output and the states.
         implementations: by name; the later ones are preferred.
+        in_graphs: the operator of `linescan.scans.exported.DOMAIN` that has a kernel, and what makes its arguments by
+            name, in order, from (*inputs, route, merge): these tensors, None and plain values. None: no kernel.
     """
 
     def __init__(self, definition: Callable, layout: Layout, empty: Callable[..., Sequence[Tensor]] | None = None):
@@ -175,6 +177,7 @@ class Recurrence:
         self.register("reference", self._through_route(definition))
         self._nothing = Implementation(self._without_steps)
         self._exported: Callable = lambda *inputs: exported.in_pieces(self, inputs)
+        self.in_graphs: tuple[str, Callable[..., dict[str, Any]]] | None = None
         self._make_operator()
         _recurrences[self.name] = self
 
@@ -348,9 +351,9 @@ class Recurrence:
     # -- the operator ---------------------------------------------------------------------------------------------
 
     def _make_operator(self) -> None:
-        # `slack` is S - L, which a traced graph keeps as a number: a table that is a constant of the graph, run with
-        # another number of tokens, gives itself away.
-        common = f"{self._schema()}, Tensor? route, bool merge, str backend, int slack"
+        # `slack` is S - L, which a traced graph keeps as a number where the table may be a constant of the graph: run
+        # with another number of tokens, it gives itself away. A table that is made in the graph has any number of steps.
+        common = f"{self._schema()}, Tensor? route, bool merge, str backend, SymInt slack"
         qualified = f"linescan::{self.name}"
         states = list(self.layout.states)
         results = ", ".join(["Tensor"] * (1 + len(states)))
@@ -489,9 +492,17 @@ class Recurrence:
         """The call in standard operators, for graphs that run elsewhere."""
         inputs = self.layout.check(inputs, route).fill(inputs)
         inputs = [x.detach() if isinstance(x, Tensor) else x for x in inputs]  # else the loop is traced for a backward
+        found = exported.current_functions()
+        if found is None or self.in_graphs is None or self._compute_dtype(inputs) != torch.float32:
+            return self.in_standard_operators(*inputs, route, merge)
+        output, *states = found.call(self, inputs, route, merge)
+        return output.to(self._tokens(inputs)[0].dtype), *states
+
+    def in_standard_operators(self, *call) -> tuple:
+        """(output, *states) of a call (*inputs, route, merge)."""
         forward = self._through_route(self._exported, exported.read, exported.write)
-        with torch.autocast(inputs[0].device.type, enabled=False):
-            return _flat(forward(*inputs, route, merge))
+        with torch.autocast(call[0].device.type, enabled=False):
+            return _flat(forward(*call))
 
     def _dispatch(self, inputs, route: Tensor | None, merge: bool, name: str) -> tuple:
         """The operator, through torch's dispatcher."""
@@ -500,7 +511,12 @@ class Recurrence:
 
     def _slack(self, inputs, route: Tensor | None) -> int:
         """S - L."""
-        return 0 if route is None else plain_shape(route)[-1] - plain_shape(inputs[self.layout.token_positions[0]])[2]
+        if route is None:
+            return 0
+        steps = plain_shape(route)[-1]
+        slack = steps - plain_shape(inputs[self.layout.token_positions[0]])[2]
+        # A table with a plain number of steps may be a constant, which fits this number of tokens alone.
+        return slack if isinstance(steps, torch.SymInt) else int(slack)
 
     def new_outputs(self, *call) -> tuple[Tensor, Tensor | tuple | None]:
         """Room for (output, final state) of a call (*inputs, route, merge), with nothing in it yet."""

@@ -9,12 +9,15 @@ import onnx
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import linescan
 from linescan import Classifier
 from linescan.engine.cards import restore
-from linescan.engine.packages import difference, export_package, open_package, read_network
+from linescan.engine.packages import difference, export_package, open_package, read_network, write_network
 from linescan.errors import CheckpointError, InputError
+from linescan.scans import causal_conv1d, selective_scan
+from linescan.scans.kernels import cpu
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +53,45 @@ def test_a_package_classifies_as_its_model_does(linescan_here, trained, packed, 
     assert linescan_here("classify", path)[0] == 2
 
 
+class Recurrent(nn.Module):
+    """Two convolutions along routes, and a scan of their outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("route", torch.tensor([[0, 1, 2, 3, 4], [4, 3, -1, 1, 0]]))
+        self.taps, self.rates = nn.Parameter(torch.rand(2, 4, 3)), nn.Parameter(-torch.rand(2, 4, 3))
+
+    def forward(self, x):
+        for _ in range(2):
+            x = causal_conv1d(x, self.taps, route=self.route)
+        return selective_scan(x, x, self.rates, x[..., :3], x[..., 1:], merge="sum", route=self.route)
+
+
+def test_a_kernel_takes_the_place_of_a_function(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    network, path = Recurrent().eval(), tmp_path / "routes.onnx"
+    write_network(network, (torch.randn(2, 1, 5, 4),), path)
+    model = onnx.load(path)
+    onnx.checker.check_model(model)
+    calls = [(node.op_type, node.overload) for node in model.graph.node if node.domain == "linescan"]
+    assert [name for name, _ in calls] == ["causal_conv1d", "causal_conv1d", "selective_scan"]
+    assert len({body.overload for body in model.functions}) == len(model.functions) == 3, "shared or not, by shape"
+    assert {(body.name, body.overload) for body in model.functions} == set(calls)
+    assert {node.domain for body in model.functions for node in body.node} == {""}
+    for body in model.functions:
+        del body.node[:]
+    onnx.save(model, tmp_path / "bodiless.onnx")
+    x = torch.randn(5, 1, 5, 4)
+    with torch.no_grad():
+        want = network(x)
+    if cpu.missing() is None and b"RegisterCustomOps" in cpu.LIBRARY.read_bytes():
+        assert difference(want, read_network(tmp_path / "bodiless.onnx")(x)) < 1e-5
+    monkeypatch.setattr(cpu, "_missing", "turned off")
+    assert difference(want, read_network(path)(x)) < 1e-5
+    with pytest.raises(CheckpointError):
+        read_network(tmp_path / "bodiless.onnx")
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_export_is_a_command(linescan_here, trained, image, tmp_path):
     out = tmp_path / "deep" / "digits.ts"
@@ -66,6 +108,7 @@ def test_export_is_a_command(linescan_here, trained, image, tmp_path):
         (("export", "pointmamba_modelnet40", "--out", tmp_path / "points.onnx"), "reads point clouds"),
         (("export", "vim_tiny_patch16_224", *args[3:], "--precision", "fp16"), "not float16 as torchscript-trace"),
         ((*args, "--size", "64"), "img_size=[64,64]"),
+        ((*args, "--plain"), "--plain is for onnx"),
         ((*args[:-3], "onnx", "--out", tmp_path / "b.onnx", "--precision", "bf16"), "not bfloat16 as onnx"),
     ):
         status, _, said = linescan_here(*wrong)
@@ -100,10 +143,11 @@ def test_answers_are_compared_part_by_part():
 
 def test_float16_graphs_take_and_give_float32(packed, tmp_path):
     network, card, _ = packed
-    error = export_package(network, card, tmp_path / "half.onnx", "onnx", torch.float16)
+    error = export_package(network, card, tmp_path / "half.onnx", "onnx", torch.float16, plain=True)
     assert 0 < error < 2e-2
-    types = {tensor.data_type for tensor in onnx.load(tmp_path / "half.onnx").graph.initializer}
-    assert onnx.TensorProto.FLOAT16 in types
+    model = onnx.load(tmp_path / "half.onnx")
+    assert onnx.TensorProto.FLOAT16 in {tensor.data_type for tensor in model.graph.initializer}
+    assert not model.functions and {node.domain for node in model.graph.node} == {""}
 
 
 def test_files_from_outside_are_refused_in_one_line(packed, tmp_path):

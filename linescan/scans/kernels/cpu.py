@@ -83,6 +83,14 @@ def info() -> str:
     return f"C++, {instruction_set()}" if _missing is None else f"chunked torch serves; the kernels are {_missing}"
 
 
+def _in_graphs(op: Recurrence, operator: str, call=lambda *args: args) -> None:
+    """Lets graphs of ONNX call the kernel `operator`, with the arguments call(*inputs, route, merge)."""
+    if _missing is not None or not hasattr(torch.ops.linescan_cpu, operator):
+        return
+    names = argument_names(getattr(torch.ops.linescan_cpu, operator).default)
+    op.in_graphs = operator, lambda *args: dict(zip(names, call(*args)))
+
+
 # -- what all operators share -----------------------------------------------------------------------------------------
 
 
@@ -271,6 +279,7 @@ def _register_matrix(op: Recurrence, rule: int, names: str) -> None:
         return _finish(*zip(*((grads[key], x) for key, x in given.items() if isinstance(x, Tensor))))
 
     _register_both(op, forward, backward)
+    _in_graphs(op, "matrix_scan", lambda *args: _matrix_call(rule, dict(zip(keys, args[:-2])), *args[-2:]))
 
 
 def _register_both(op: Recurrence, forward, backward) -> None:
@@ -346,7 +355,7 @@ def _register_vector(op: Recurrence, rule: int, names: str) -> None:
     """Registers the kernel for a recurrence, whose inputs have those `names` here."""
     keys = names.split()
 
-    def call(args):
+    def call(*args):
         *inputs, route, merge = args
         given = dict(zip(keys, inputs))
         return rule, *map(given.get, ("x", "g", "w", "u", "initial_state")), route, merge
@@ -354,11 +363,11 @@ def _register_vector(op: Recurrence, rule: int, names: str) -> None:
     def forward(*args):
         y, state = op.new_outputs(*args)
         sums = y.float() if args[-1] else y
-        _run(torch.ops.linescan_cpu.vector_scan.default, call(args), _vector_inputs, sums, state)
+        _run(torch.ops.linescan_cpu.vector_scan.default, call(*args), _vector_inputs, sums, state)
         return sums.to(y.dtype), state
 
     def backward(grad_output, grad_state, *args):
-        inputs = call(args)
+        inputs = call(*args)
         grads = [_like(x) for x in inputs[1:6]]
         others = _rows(grad_output), _parameter(grad_state), *grads
         _run(torch.ops.linescan_cpu.vector_scan_backward.default, inputs, _vector_inputs, *others)
@@ -369,6 +378,7 @@ def _register_vector(op: Recurrence, rule: int, names: str) -> None:
         return _supports(*args) and hasattr(torch.ops.linescan_cpu, "vector_scan")
 
     op.register("cpu", forward, backward, supports, partial(_check, op), kernel=True)
+    _in_graphs(op, "vector_scan", call)
 
 
 _missing = _load()
@@ -384,3 +394,5 @@ _register_vector(_wkv4, WKV, "x g w u initial_state")
 _register_vector(_bi_wkv, WKV_BOTH, "x g w u")
 _selective_scan.register("cpu", _scan_forward, _scan_backward, _supports, partial(_check, _selective_scan), kernel=True)
 _causal_conv1d.register("cpu", _conv_forward, _conv_backward, _supports, partial(_check, _causal_conv1d), kernel=True)
+_in_graphs(_selective_scan, "selective_scan")
+_in_graphs(_causal_conv1d, "causal_conv1d")

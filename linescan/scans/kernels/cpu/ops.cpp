@@ -5,7 +5,7 @@
 #include <memory>
 #include <vector>
 
-#include "kernels.h"
+#include "calls.h"
 #include "stable.h"
 
 namespace linescan {
@@ -34,7 +34,11 @@ std::vector<const Kernels*> available() {
   return sets;
 }
 
+}  // namespace
+
 const Kernels* current = available().front();
+
+namespace {
 
 // linescan_cpu::instruction_set(int lanes) -> int: takes the best set of at most `lanes` float lanes (0: changes nothing)
 // and answers with the lanes of the set in use.
@@ -56,103 +60,6 @@ void instruction_set(Value* stack, uint64_t, uint64_t) {
   stack[0] = Value(lanes_of(current));
 }
 
-// -- tensors as the kernels see them ------------------------------------------------------------------------------------
-
-Dtype dtype(const Tensor& x) {
-  if (x.dtype() == stable::torch().aoti_torch_dtype_float32()) return Dtype::float32;
-  if (x.dtype() == stable::torch().aoti_torch_dtype_bfloat16()) return Dtype::bfloat16;
-  if (x.dtype() == stable::torch().aoti_torch_dtype_float16()) return Dtype::float16;
-  throw std::runtime_error("linescan: the CPU kernels take float32, bfloat16 and float16 tokens");
-}
-
-// (B, K or 1, L, ..., channels), or (B, L, channels) when `merged`.
-View view(const Tensor& x, bool merged = false) {
-  View v;
-  if (!x) return v;
-  const int64_t token = merged ? 1 : 2;
-  v.data = static_cast<char*>(x.data());
-  v.dtype = dtype(x);
-  v.batch = x.stride(0);
-  v.route = merged || x.size(1) == 1 ? 0 : x.stride(1);
-  v.token = x.stride(token);
-  v.group = x.dim() == token + 3 ? x.stride(token + 1) : 0;
-  return v;
-}
-
-// (B, K or 1, L, H): a number a head.
-View numbers(const Tensor& x) {
-  View v = view(x);
-  if (x) v.group = x.stride(3);
-  return v;
-}
-
-Parameter parameter(const Tensor& x) {  // (K or 1, ...)
-  Parameter p;
-  if (!x) return p;
-  p.data = x.floats();
-  p.route = x.size(0) == 1 ? 0 : x.stride(0);
-  return p;
-}
-
-Parameter state(const Tensor& x) {  // (B, K, ...)
-  Parameter p;
-  if (!x) return p;
-  p.data = x.floats();
-  p.batch = x.stride(0);
-  p.route = x.stride(1);
-  return p;
-}
-
-// A route table (K, S) or (B, K, S), contiguous, checked, and the tokens that its rows do not write.
-class Table {
- public:
-  Table() = default;
-  Table(const Tensor& x, int64_t length) {
-    if (!x) return;
-    route.data = x.data();
-    route.wide = x.dtype() == stable::torch().aoti_torch_dtype_int64();
-    if (route.wide) look_through<int64_t>(x, length);
-    else look_through<int32_t>(x, length);
-    route.batch = x.dim() == 3 ? x.stride(0) : 0;
-    route.route = x.stride(-2);
-    route.rows = x.dim() == 3 ? x.size(1) : 0;
-    route.gaps = gaps_.data(), route.gaps_begin = begin_.data();
-    permutes = gaps_.empty() && x.size(-1) == length;
-  }
-
-  Route route;  // points into this object
-  bool permutes = true;  // every route reads every token once
-
- private:
-  template <class T>
-  void look_through(const Tensor& x, int64_t length) {
-    const T* entries = static_cast<const T*>(x.data());
-    const int64_t steps = x.size(-1), rows = x.size(-2) * (x.dim() == 3 ? x.size(0) : 1);
-    std::vector<char> written(length);
-    int64_t wrong = 0;
-    for (int64_t row = 0; row < rows; ++row, entries += steps) {
-      std::fill(written.begin(), written.end(), 0);
-      int64_t count = 0;
-      for (int64_t t = 0; t < steps; ++t) {
-        if (entries[t] >= length || entries[t] < -length - 1) ++wrong;
-        else if (entries[t] >= 0) count += !written[entries[t]], written[entries[t]] = 1;
-      }
-      if (count < length)
-        for (int64_t i = 0; i < length; ++i)
-          if (!written[i]) gaps_.push_back(i);
-      begin_.push_back(gaps_.size());
-    }
-    if (wrong)
-      throw std::runtime_error("linescan: " + std::to_string(wrong) + " entries of a route table lie outside the " +
-                               std::to_string(length) + " tokens");
-  }
-
-  std::vector<int64_t> gaps_, begin_ = {0};
-};
-
-// An output; the K routes of a merged one meet in its rows.
-Target output(const Tensor& y, bool merged) { return {view(y, merged), false, merged}; }
-
 // The gradient of a token input. Cleared here where a route may read a token twice, or not at all.
 Target gradient(const Tensor& x, const Table& steps, int64_t routes) {
   if (!x) return {};
@@ -162,20 +69,6 @@ Target gradient(const Tensor& x, const Table& steps, int64_t routes) {
     std::memset(x.data(), 0, count * 4);
   }
   return {view(x), !steps.permutes, x.size(1) == 1 && routes > 1};
-}
-
-int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// The work of a call is shared out unless it is so small that waking the threads takes longer.
-int64_t grain(int64_t units, int64_t work) { return work < (int64_t(1) << 18) ? units : 1; }
-
-// Forward: a channel's results do not depend on its block, so blocks may shrink until every thread has some.
-void spread(Blocks& blocks, int64_t others) {
-  uint32_t threads = 1;
-  stable::check(stable::torch().torch_get_num_threads(&threads));
-  blocks.width = lesser(384, blocks.D / blocks.G);
-  while (threads > 1 && blocks.width > 16 && others * blocks.count() < 2 * int64_t(threads))
-    blocks.width = (blocks.width / 2 + 15) / 16 * 16;
 }
 
 void add(int64_t n, const float* __restrict x, float* __restrict y) {
@@ -197,45 +90,13 @@ void sum_parts(const float* x, int64_t B, int64_t K, int64_t n, int64_t pitch, c
 
 // -- selective scan -----------------------------------------------------------------------------------------------------
 
-#define LINESCAN_SCAN_INPUTS                                                                                          \
-  "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "                  \
-  "bool delta_softplus, Tensor? initial_state, Tensor? delta_weight, Tensor? route, bool merge"
-
-struct ScanInputs {
-  Tensor u, delta, A, B, C, D, z, bias, initial, weight, table;
-  Table steps;
-  Scan scan;
-
-  explicit ScanInputs(Arguments& in) {
-    Scan& s = scan;
-    u = in.tokens(), delta = in.tokens(), A = in.parameter(), B = in.tokens(), C = in.tokens();
-    D = in.optional_parameter(), z = in.optional_tokens(), bias = in.optional_parameter(), s.softplus = in.flag();
-    initial = in.optional_parameter(), weight = in.optional_parameter(), table = in.table(), s.merge = in.flag();
-    if (!in.fit) return;
-    s.K = A.size(0), s.B = u.size(0), s.L = u.size(2), s.S = table ? table.size(-1) : s.L;
-    s.D = u.size(3), s.G = B.dim() == 5 ? B.size(3) : 1, s.N = A.size(-1);
-    s.u = view(u), s.delta = view(delta), s.b = view(B), s.c = view(C), s.z = view(z);
-    s.A = parameter(A), s.skip = parameter(D), s.bias = parameter(bias), s.initial = state(initial);
-    s.weight = parameter(weight), s.rank = weight ? weight.size(-1) : 0;
-    steps = Table(table, s.L), s.route = steps.route;
-    s.blocks.D = s.D, s.blocks.G = s.G;
-  }
-};
-
 // (inputs, Tensor(a!) y, Tensor(b!) final_state) -> bool
 void selective_scan(Value* stack, uint64_t, uint64_t) {
   Arguments in(stack);
   ScanInputs inputs(in);
   const Tensor y = in.tensor(), final_state = in.tensor();
   stack[0] = Value(in.fit);
-  if (!in.fit) return;
-  Scan& s = inputs.scan;
-  s.y = output(y, s.merge), s.state = state(final_state);
-  const int64_t samples = s.merge ? s.B : s.B * s.K;
-  spread(s.blocks, samples);
-  const int64_t units = samples * s.blocks.count();
-  parallel(units, grain(units, s.B * s.K * s.S * s.D * (s.N + 4)),
-           [&](int64_t begin, int64_t end) { current->scan_forward(s, begin, end); });
+  if (in.fit) inputs.forward(in, y, final_state);
 }
 
 // Backward: the states of a segment of time are kept, for blocks so narrow that one segment is enough, if possible.
@@ -304,41 +165,13 @@ void selective_scan_backward(Value* stack, uint64_t, uint64_t) {
 
 // -- causal convolution -------------------------------------------------------------------------------------------------
 
-#define LINESCAN_CONV_INPUTS                                                                                          \
-  "Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_state, Tensor? route, bool merge"
-
-struct ConvInputs {
-  Tensor x, weight, bias, initial, table;
-  Table steps;
-  Conv conv;
-
-  explicit ConvInputs(Arguments& in) {
-    Conv& s = conv;
-    x = in.tokens(), weight = in.parameter(), bias = in.optional_parameter(), s.silu = in.flag();
-    initial = in.optional_parameter(), table = in.table(), s.merge = in.flag();
-    if (!in.fit) return;
-    s.K = weight.size(0), s.B = x.size(0), s.L = x.size(2), s.S = table ? table.size(-1) : s.L;
-    s.D = x.size(3), s.W = weight.size(-1);
-    s.x = view(x), s.weight = parameter(weight), s.bias = parameter(bias), s.initial = state(initial);
-    steps = Table(table, s.L), s.route = steps.route;
-    s.blocks.D = s.D;
-  }
-};
-
 // (inputs, Tensor(a!) y, Tensor(b!) final_state) -> bool
 void causal_conv1d(Value* stack, uint64_t, uint64_t) {
   Arguments in(stack);
   ConvInputs inputs(in);
   const Tensor y = in.tensor(), final_state = in.tensor();
   stack[0] = Value(in.fit);
-  if (!in.fit) return;
-  Conv& s = inputs.conv;
-  s.y = output(y, s.merge), s.state = state(final_state);
-  const int64_t samples = s.merge ? s.B : s.B * s.K;
-  spread(s.blocks, samples);
-  const int64_t units = samples * s.blocks.count();
-  parallel(units, grain(units, s.B * s.K * s.S * s.D * s.W),
-           [&](int64_t begin, int64_t end) { current->conv_forward(s, begin, end); });
+  if (in.fit) inputs.forward(in, y, final_state);
 }
 
 // (inputs, Tensor grad_y, Tensor? grad_state, Tensor(a!) dx, Tensor(b!) dweight, Tensor(c!)? dbias,
@@ -373,55 +206,13 @@ void causal_conv1d_backward(Value* stack, uint64_t, uint64_t) {
 
 // -- matrix states ------------------------------------------------------------------------------------------------------
 
-#define LINESCAN_MATRIX_INPUTS                                                                                        \
-  "int rule, Tensor q, Tensor k, Tensor v, Tensor? a, Tensor? b, Tensor? gate, Tensor? beta, Tensor? bonus, "          \
-  "Tensor? skip, Tensor? idle, float scale, bool normalize, Tensor? initial_state, Tensor? route, bool merge"
-
-struct MatrixInputs {
-  Tensor q, k, v, a, b, gate, beta, bonus, skip, idle, initial, table;
-  Table steps;
-  Matrix matrix;
-
-  explicit MatrixInputs(Arguments& in) {
-    Matrix& s = matrix;
-    s.rule = Rule(in.integer());
-    q = in.tokens(), k = in.tokens(), v = in.tokens(), a = in.optional_tokens(), b = in.optional_tokens();
-    gate = in.optional(), beta = in.optional(), bonus = in.optional_parameter(), skip = in.optional_parameter();
-    idle = in.optional_parameter(), s.scale = float(in.number()), s.normalize = in.flag();
-    initial = in.optional_parameter(), table = in.table(), s.merge = in.flag();
-    if (gate && gate.dim() == 5) in.fit &= gate.stride(-1) == 1 || gate.size(-1) == 1;
-    if (!in.fit) return;
-    s.K = 1;
-    for (const Tensor* x : {&q, &k, &v, &a, &b, &gate, &beta})
-      if (*x && x->size(1) > s.K) s.K = x->size(1);
-    if (table && table.size(-2) > s.K) s.K = table.size(-2);
-    s.B = v.size(0), s.L = v.size(2), s.S = table ? table.size(-1) : s.L;
-    s.H = v.size(3), s.N = q.size(4), s.M = v.size(4), s.share = s.H / q.size(3);
-    s.gates = !gate ? 0 : gate.dim() == 4 ? 1 : gate.size(4);
-    s.q = view(q), s.k = view(k), s.v = view(v), s.a = view(a), s.b = view(b), s.gate = numbers(gate), s.beta = numbers(beta);
-    s.bonus = parameter(bonus), s.skip = parameter(skip), s.idle = parameter(idle), s.initial = state(initial);
-    steps = Table(table, s.L), s.route = steps.route;
-  }
-};
-
 // (inputs, Tensor(a!) y, Tensor(b!) final_state) -> bool
 void matrix_scan(Value* stack, uint64_t, uint64_t) {
   Arguments in(stack);
   MatrixInputs inputs(in);
   const Tensor y = in.tensor(), final_state = in.tensor();
   stack[0] = Value(in.fit);
-  if (!in.fit) return;
-  Matrix& s = inputs.matrix;
-  s.y = output(y, s.merge), s.state = state(final_state);
-  // Columns do not depend on each other: they may be shared out until every thread has some.
-  Blocks columns;
-  columns.D = s.M;
-  const int64_t heads = s.B * s.H * (s.merge ? 1 : s.K);
-  spread(columns, heads);
-  s.width = columns.width;
-  const int64_t units = heads * s.parts();
-  parallel(units, grain(units, s.B * s.K * s.H * s.S * s.N * s.M),
-           [&](int64_t begin, int64_t end) { current->matrix_forward(s, begin, end); });
+  if (in.fit) inputs.forward(in, y, final_state);
 }
 
 // (inputs, Tensor grad_y, Tensor? grad_state, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? da,
@@ -454,48 +245,13 @@ void matrix_scan_backward(Value* stack, uint64_t, uint64_t) {
 
 // -- vector states ------------------------------------------------------------------------------------------------------
 
-#define LINESCAN_VECTOR_INPUTS                                                                                        \
-  "int rule, Tensor x, Tensor g, Tensor? w, Tensor? u, Tensor? initial_state, Tensor? route, bool merge"
-
-struct VectorInputs {
-  Tensor x, g, w, u, initial, table;
-  Table steps;
-  Vectors vectors;
-
-  explicit VectorInputs(Arguments& in) {
-    Vectors& s = vectors;
-    s.rule = VectorRule(in.integer());
-    x = in.tokens(), g = in.tokens(), w = in.optional_parameter(), u = in.optional_parameter();
-    initial = in.optional_parameter(), table = in.table(), s.merge = in.flag();
-    if (!in.fit) return;
-    s.K = std::max(x.size(1), g.size(1));
-    for (const Tensor* p : {&w, &u})
-      if (*p) s.K = std::max(s.K, p->size(0));
-    if (initial) s.K = std::max(s.K, initial.size(1));
-    if (table) s.K = std::max(s.K, table.size(-2));
-    s.B = std::max(x.size(0), g.size(0)), s.L = x.size(2), s.S = table ? table.size(-1) : s.L, s.D = x.size(3);
-    s.numbers = s.rule == VectorRule::gated ? 1 : 3;
-    s.x = view(x), s.g = view(g), s.w = parameter(w), s.u = parameter(u), s.initial = state(initial);
-    steps = Table(table, s.L), s.route = steps.route;
-    s.blocks.D = s.D;
-  }
-};
-
 // (inputs, Tensor(a!) y, Tensor(b!)? final_state) -> bool
 void vector_scan(Value* stack, uint64_t, uint64_t) {
   Arguments in(stack);
   VectorInputs inputs(in);
   const Tensor y = in.tensor(), final_state = in.optional();
   stack[0] = Value(in.fit);
-  if (!in.fit) return;
-  Vectors& s = inputs.vectors;
-  s.y = output(y, s.merge), s.state = state(final_state);
-  const int64_t samples = s.merge ? s.B : s.B * s.K;
-  spread(s.blocks, samples);
-  s.blocks.width = lesser(s.blocks.width, 64);
-  const int64_t units = samples * s.blocks.count();
-  parallel(units, grain(units, s.B * s.K * s.S * s.D * 8),
-           [&](int64_t begin, int64_t end) { current->vector_forward(s, begin, end); });
+  if (in.fit) inputs.forward(in, y, final_state);
 }
 
 // (inputs, Tensor grad_y, Tensor? grad_state, Tensor(a!) dx, Tensor(b!) dg, Tensor(c!)? dw, Tensor(d!)? du,

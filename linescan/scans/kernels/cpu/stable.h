@@ -12,6 +12,8 @@
 #include <string>
 #include <utility>
 
+#include "kernels.h"
+
 namespace linescan::stable {
 
 using Value = uint64_t;  // an argument or result on the stack: a bool, an integer, a tensor handle, or a pointer
@@ -114,9 +116,29 @@ class Tensor {
   void* data_ = nullptr;
 };
 
+inline Dtype dtype_of(const Tensor& x) {
+  if (x.dtype() == torch().aoti_torch_dtype_float32()) return Dtype::float32;
+  if (x.dtype() == torch().aoti_torch_dtype_bfloat16()) return Dtype::bfloat16;
+  if (x.dtype() == torch().aoti_torch_dtype_float16()) return Dtype::float16;
+  throw std::runtime_error("linescan: the CPU kernels take float32, bfloat16 and float16 tokens");
+}
+inline bool is_wide(const Tensor& x) { return x.dtype() == torch().aoti_torch_dtype_int64(); }
+
+// f(begin, end) over [0, count) on torch's own threads, at least `grain` of them each.
+template <class F>
+void parallel(int64_t count, int64_t grain, const F& f) {
+  if (count <= grain) {
+    if (count > 0) f(int64_t(0), count);
+    return;
+  }
+  const Loop loop = [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); };
+  check(torch().torch_parallel_for(0, count, grain, loop, const_cast<F*>(&f)));
+}
+
 // Takes the arguments off the stack in the order of the schema.
 class Arguments {
  public:
+  using Tensor = stable::Tensor;
   Arguments(Value* stack) : next_(stack) {}
   bool fit = true;  // whether the kernels can read all of them as they stand
 
@@ -137,7 +159,7 @@ class Arguments {
   // A table of routes, int32 or int64.
   Tensor table() {
     Tensor x = optional();
-    const bool wide = x && x.dtype() == torch().aoti_torch_dtype_int64();
+    const bool wide = x && is_wide(x);
     return plain(std::move(x), wide ? torch().aoti_torch_dtype_int64() : torch().aoti_torch_dtype_int32());
   }
   bool flag() { return *reinterpret_cast<const bool*>(next_++); }
@@ -146,6 +168,16 @@ class Arguments {
     double x;
     std::memcpy(&x, next_++, sizeof x);
     return x;
+  }
+
+  int64_t threads() const {
+    uint32_t count = 1;
+    check(torch().torch_get_num_threads(&count));
+    return count;
+  }
+  template <class F>
+  void parallel(int64_t count, int64_t grain, const F& f) const {
+    stable::parallel(count, grain, f);
   }
 
  private:
@@ -160,17 +192,6 @@ class Arguments {
 
   Value* next_;
 };
-
-// f(begin, end) over [0, count) on torch's own threads, at least `grain` of them each.
-template <class F>
-void parallel(int64_t count, int64_t grain, const F& f) {
-  if (count <= grain) {
-    if (count > 0) f(int64_t(0), count);
-    return;
-  }
-  const Loop loop = [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); };
-  check(torch().torch_parallel_for(0, count, grain, loop, const_cast<F*>(&f)));
-}
 
 // Adds an operator linescan_cpu::NAME with an implementation for `key`; nothing with a torch that is too old. The library
 // handles live as long as the process.
