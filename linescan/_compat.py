@@ -89,9 +89,7 @@ def known_equal(a: int, b: int) -> bool:
 
 def example_size(size: int | torch.SymInt) -> int:
     """A size as a number: of the example that is traced, where it is a symbol."""
-    from torch.fx.experimental.symbolic_shapes import hint_int
-
-    return hint_int(size)
+    return size if isinstance(size, int) else size.node.hint
 
 
 def argument_names(operator: torch._ops.OpOverload) -> list[str]:

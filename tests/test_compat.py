@@ -92,6 +92,18 @@ def test_sizes_that_are_not_known_are_not_known_to_be_equal():
         assert (compiled(torch.zeros(3, 4)) == -1).all() and (compiled(torch.zeros(5, 5)) == square).all()
 
 
+def test_the_sizes_of_an_example_are_known_while_it_is_traced():
+    seen = []
+
+    class Looks(nn.Module):
+        def forward(self, x):
+            seen.append((type(x.shape[0]), *map(_compat.example_size, x.shape)))
+            return x + 1
+
+    torch.export.export(Looks(), (torch.zeros(3, 4),), dynamic_shapes=({0: torch.export.Dim("n")},), strict=False)
+    assert (torch.SymInt, 3, 4) in seen
+
+
 def test_argument_names():
     assert _compat.argument_names(torch.ops.aten.addcmul.default) == ["self", "tensor1", "tensor2", "value"]
     if cpu.missing() is None:

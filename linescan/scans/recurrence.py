@@ -352,7 +352,7 @@ class Recurrence:
 
     def _make_operator(self) -> None:
         # `slack` is S - L, which a traced graph keeps as a number where the table may be a constant of the graph: run
-        # with another number of tokens, it gives itself away. A table that is made in the graph has any number of steps.
+        # with another number of tokens, it gives itself away. A table that is made in the graph may have any number.
         common = f"{self._schema()}, Tensor? route, bool merge, str backend, SymInt slack"
         qualified = f"linescan::{self.name}"
         states = list(self.layout.states)

@@ -124,7 +124,8 @@ def test_kernels_in_onnx_runtime_are_those_of_torch(op):
         call = op.layout.check(call, None).fill(call)
         route = table(kind, 3, 2, length)
         for merge in (None, "sum"):
-            want = pytree.tree_leaves(op(*call, route=route, merge=merge, return_final_state=True))
+            answers = pytree.tree_leaves(op(*call, route=route, merge=merge, return_final_state=True))
+            want = [x for x in answers if x is not None]
             got = in_onnx_runtime(op, (*call, None if route is None else route.long(), merge is not None), threads)
             for x, y in zip(got, want, strict=True):
                 torch.testing.assert_close(torch.from_numpy(x), y, rtol=0, atol=0)

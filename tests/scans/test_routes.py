@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from linescan.scans import routes, selective_scan
+from linescan.scans import causal_conv1d, routes, selective_scan
 from linescan.scans.routes import insert_tokens, inverse, orders, pad_slots, parse, point_table, points, table, tables
 from linescan.scans.routes.curves import CURVES, hilbert_keys, zorder_keys
 
@@ -566,7 +566,7 @@ def test_tables_are_constants_of_traced_graphs(how, spec, cached):
 
 @pytest.mark.parametrize("how", ["compile", "export strict", "export"])
 def test_one_graph_serves_every_grid(how):
-    model, x = Scan("row, -col, hilbert, -hilbert"), torch.randn(2, 3, 5, 7)
+    model, x = Scan("row, -col, hilbert, -w4"), torch.randn(2, 3, 5, 7)  # windows of 4 leave padding
     torch._dynamo.reset()
     if how == "compile":
         counter = CompileCounterWithBackend("aot_eager")
@@ -583,6 +583,34 @@ def test_one_graph_serves_every_grid(how):
     route = torch.ops.linescan.route_table("table", "row", [4, 6], x.device)
     route.zero_()
     assert torch.equal(table("row", (4, 6))[0], torch.arange(24, dtype=torch.int32)), "a graph has a copy"
+
+
+class Fixed(torch.nn.Module):
+    """Reads through a table of five tokens and one of padding."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("route", torch.tensor([[0, 1, 2, 3, 4, -1]]))
+        self.taps = torch.nn.Parameter(torch.rand(1, 3, 2))
+
+    def forward(self, x):
+        return causal_conv1d(x, self.taps, route=self.route)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_constant_table_is_for_its_number_of_tokens():
+    model, x, more = Fixed(), torch.rand(1, 1, 5, 3), torch.rand(1, 1, 6, 3)
+    traced = torch.jit.trace(model, (x,), check_trace=False)
+    torch.testing.assert_close(traced(x), model(x))
+    with pytest.raises(Exception, match="traced with 5 tokens and a route table for them, now run with 6"):
+        traced(more)
+    tokens = {2: torch.export.Dim.DYNAMIC}
+    with pytest.raises(Exception, match="(?s)marked.*dynamic.*specialized"):
+        torch.export.export(model, (x,), dynamic_shapes=(tokens,))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (x, more):
+        torch.testing.assert_close(compiled(tokens), model(tokens))
 
 
 def test_nothing_is_recomputed_in_a_compiled_forward():
