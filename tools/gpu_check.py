@@ -67,6 +67,8 @@ class Operator:
         without: names of optional inputs that are left out.
         sizes: of the axes that the layout names.
         options: what else the function is called with.
+        scales: what the layout's examples of an input are multiplied with: rates at which wide heads still converge.
+        from_states: whether states are inputs, too: a layer norm of what weights of zero give has no derivative.
         peers: name -> function of the inputs that returns a function to time, or None where the peer is missing. A peer
             gets tensors in its own layout; moving them there is not timed.
     """
@@ -79,6 +81,8 @@ class Operator:
     without: tuple[str, ...] = ("initial_state",)
     sizes: dict[str, int] = field(default_factory=dict)
     options: dict = field(default_factory=dict)
+    scales: dict[str, float] = field(default_factory=dict)
+    from_states: bool = False
     peers: dict[str, Callable] = field(default_factory=dict)
 
     @property
@@ -93,22 +97,28 @@ class Operator:
     def inputs(self, batch: int, side: int, dtype: torch.dtype, device: torch.device) -> Inputs:
         """Inputs by name, with parameters in float32."""
         layout, routes = self.public.layout, len(parse(self.routes))
-        made = layout.example(  # from states of zero
+        made = layout.example(
             batch,
             routes,
             side * side,
             shared=self.shared,
-            without=(*self.without, *layout.states),
+            without=self.without if self.from_states else (*self.without, *layout.states),
             device=device,
             **self.sizes,
         )
         return {
-            name: x.to(dtype if name in layout.tokens else torch.float32) if x.is_floating_point() else x
+            name: (x * self.scales.get(name, 1.0)).to(dtype if name in layout.tokens else torch.float32)
+            if x.is_floating_point()
+            else x
             for name, x in made.items()
         }
 
     def call(self, inputs: Inputs, route: Tensor | None, merge: str | None) -> Tensor:
-        return self.public.function(**inputs, **self.options, route=route, merge=merge)
+        options = dict(self.options, route=route, merge=merge)
+        if self.from_states:
+            options["initial_state"] = tuple(inputs[name] for name in self.public.layout.states)
+            inputs = {name: x for name, x in inputs.items() if name not in self.public.layout.states}
+        return self.public.function(**inputs, **options)
 
     def run(self, inputs: Inputs, side: int, merge: str | None = "sum") -> Tensor:
         device = next(iter(inputs.values())).device
@@ -184,11 +194,11 @@ BARE = ("initial_state", "delta_weight")
 OPERATORS = [
     Operator(
         "S6, Vim: 2 routes, D 384, N 16", "selective_scan", BOTH, LARGE, ("u", "z"), BARE,
-        dict(D=384, N=16, G=1), dict(delta_softplus=True), {"mamba-ssm": mamba_ssm},
+        dict(D=384, N=16, G=1), dict(delta_softplus=True), peers={"mamba-ssm": mamba_ssm},
     ),
     Operator(
         "S6, VMamba: 4 routes, D 192, N 1", "selective_scan", CROSS, ((128, 28), (32, 56), (8, 128)), ("u",),
-        (*BARE, "z"), dict(D=192, N=1, G=1), dict(delta_softplus=True), {"mamba-ssm": mamba_ssm},
+        (*BARE, "z"), dict(D=192, N=1, G=1), dict(delta_softplus=True), peers={"mamba-ssm": mamba_ssm},
     ),
     Operator(
         "causal conv + SiLU: 2 routes, D 384, 4 taps", "causal_conv1d", BOTH, LARGE, ("x",),
@@ -231,8 +241,10 @@ OPERATORS = [
     Operator("mLSTM: 2 routes, 3 heads of 64", "mlstm", BOTH, SOME, ("q", "k", "v"), sizes=dict(H=3, dk=64, dv=64)),
     Operator("Mamba-3: 2 routes, 6 heads of 64, N 64", "mamba3", BOTH, SOME, ("q", "k", "v"), ("initial_state", "z"),
              sizes=dict(H=6, P=64, G=1, N=64, A=16)),
-    Operator("TTT-Linear: 2 routes, 3 heads of 64", "ttt_linear", BOTH, SOME, ("q", "k", "v"),
-             sizes=dict(H=3, D=64, mini_batch=16)),
+    Operator("TTT-Linear: 2 routes, 3 heads of 64", "ttt_linear", BOTH, SOME, ("q", "k", "v"), (),
+             dict(H=3, D=64, mini_batch=16), scales=dict(lr=1 / 64, start=1 / 8), from_states=True),
+    Operator("TTT-Linear by reader: 2 routes, 3 heads of 64", "ttt_linear_fla", BOTH, (), ("q", "k", "v"), (),
+             dict(H=3, D=64), scales=dict(eta=1 / 64, start=1 / 8), from_states=True),
 ]  # fmt: skip
 
 
