@@ -534,8 +534,11 @@ def recurrences(
     """
     import linescan
     from linescan.scans import backend
+    from linescan.scans.kernels import cpu
     from linescan.scans.recurrence import Recurrence
 
+    if cpu.missing() or not hasattr(torch.ops.linescan_cpu, "move_rows"):
+        raise typer.BadParameter("the CPU kernels are missing or old: python setup.py build_ext --inplace")
     torch.set_num_threads(1)
     keep_memory()
     sizes = [int(length) for length in lengths.split(",")]
