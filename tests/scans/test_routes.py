@@ -481,9 +481,15 @@ def test_each_sample_may_have_a_curve_of_its_own_depth():
     assert torch.equal(published[1:], point_table(far, "hilbert", cell=0.02))
 
 
+def test_a_reversed_curve_is_the_curve_backwards_points_of_one_cell_too():
+    coords = torch.randn(2, 30, 3).repeat(1, 2, 1)
+    both = point_table(coords, "hilbert, -hilbert, zorder-trans, -zorder-trans, axis1, -axis1")
+    assert torch.equal(both[:, 1::2], both[:, ::2].flip(-1))
+
+
 @pytest.mark.parametrize("options", [dict(), dict(cell=0.02), dict(cell=0.02, together=False)])
 def test_what_is_no_point_is_not_visited(options):
-    coords = torch.randn(3, 20, 3)
+    coords = torch.randn(3, 20, 3) + 5  # far from the origin, where padding would be
     lengths = [20, 7, 0]
     coords[1, 7:] = 1e6  # what is there does not matter
     coords[0, 4] = float("nan")
