@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from linescan.errors import InputError
+from linescan.errors import CommandError, InputError
 from linescan.media.find import Source, find, pair
 from linescan.media.images import read_image
 from linescan.tasks.tool import Outcome, Tool, Writer, run
@@ -71,6 +71,18 @@ def folder(tmp_path):
     for i in range(7):
         Image.new("L", (1, 1) if i == 2 else (8, 8), 10 * i).save(tmp_path / f"{i}.png")
     return tmp_path
+
+
+def test_what_is_wrong_with_every_input_ends_the_run(folder):
+    tool, writer = Brightness(), Lines(folder / "out")
+    tool.trouble = CommandError("no image is bright enough")
+    done = []
+    with pytest.raises(CommandError, match="bright enough"):
+        done.extend(run(tool, writer, find([folder])))
+    assert tool.sizes == [3] and writer.closed, "the others were not tried"
+    tool.expect(["a.png", "b.png"])
+    with pytest.raises(InputError, match="brightness reads one file at a time, not 2 together"):
+        tool.expect([("a.png", "b.png")])
 
 
 TROUBLE = [
