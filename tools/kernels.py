@@ -168,7 +168,8 @@ def main() -> None:
         count(options.count, options.arch[0])
     archs = ", ".join(f"sm_{arch}" for arch in options.arch)
     kernels = [x for arch in options.arch for x in compiled(arch)]
-    text = f"""Compiled for {archs}, one number for each, the most that any variant takes; a stack is what registers had no room for.
+    text = f"""Compiled for {archs}, one number for each, the most that any variant takes; a stack is what
+registers had no room for.
 
 {table(kernels, options.arch)}
 Bytes for each token, route and channel of the output, in bfloat16: what the compiled code asks of global memory,
