@@ -114,6 +114,11 @@ class Entry:
     licence: str
     build: Callable = field(repr=False)
 
+    @property
+    def reads_points(self) -> bool:
+        """Whether its samples are point clouds (points, channels)."""
+        return self.inputs[0][-1] < 8
+
     def __post_init__(self):
         if not self.family:
             object.__setattr__(self, "family", self.cls.__module__.rpartition(".")[2])

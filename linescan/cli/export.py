@@ -91,11 +91,13 @@ def export(
     def known(model: str) -> "zoo.Entry | None":
         """What the zoo says of a model; None of timm's. Raises InputError for one that cannot be exported."""
         entry = zoo.find(model) if zoo.is_model(model) else None
-        if entry and entry.inputs[0][-1] < 8:
+        if entry and entry.reads_points:
             raise InputError(f"{model} reads point clouds; networks of images, videos and volumes can be exported")
         return entry
 
     expect_format(to, format.value, precision.dtype)  # before weights are fetched, as all that needs none
+    if to.is_dir():
+        raise InputError(f"{to} is a folder; --out is a file")
     if plain and format is not Format.onnx:
         raise InputError(f"--plain is for onnx, not {format.value}")
     if name:

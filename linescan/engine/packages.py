@@ -340,7 +340,7 @@ def open_package(path: str | Path, trust: bool = False) -> tuple[Package, ModelC
     path = Path(path)
     format = _format_of(path)
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
+        raise CheckpointError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}")
     if format != "onnx" and not trust:
         raise InputError(f"{path} is a program ({format}) and could do anything: --trust opens it; onnx is data alone")
     run = None

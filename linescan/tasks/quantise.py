@@ -9,13 +9,13 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from .. import zoo
 from ..engine.atomic import atomic, write_all
 from ..engine.cards import restore, save_model
 from ..engine.image_sets import Digits, Files, ImageSet
 from ..engine.samples import reader
 from ..errors import InputError, one_line
 from ..media.look import BAD, GOOD, GREY, INK, PAPER, plain
-from ..media.preprocess import Preprocess
 from ..quantise import LayerError, Recipe, arithmetic, quantise
 from ..quantise.convert import passes
 from .classify import check_classifier
@@ -99,12 +99,13 @@ def quantise_checkpoint(
         raise InputError(f"{recipe.method} needs --calibrate with images like those the model is for")
     if model:
         check_classifier(None, model)  # before weights are fetched
+        _check_images(model)
     network, card = restore(model, checkpoint, **args)
     check_classifier(network, card.model)
     if card.quantised:
         raise InputError(f"{checkpoint} is quantised already")
-    if not isinstance(card.preprocess, Preprocess):
-        raise InputError(f"{card.model} reads point clouds; models of images and videos can be quantised")
+    _check_images(card.model)
+    to.parent.mkdir(parents=True, exist_ok=True)  # before what takes minutes
     frames, size = getattr(network, "num_frames", 0), _bytes(network)
     found = _open(data, bool(frames)) if data is not None else None
     chosen = _spread(len(found), images) if found else []
@@ -142,6 +143,11 @@ def quantise_checkpoint(
 
 def _open(data: str, videos: bool) -> ImageSet:
     return Digits(held_out=False) if data == "digits" else Files(data, videos=videos)
+
+
+def _check_images(model: str) -> None:
+    if zoo.is_model(model) and zoo.find(model).reads_points:
+        raise InputError(f"{model} reads point clouds; models of images and videos can be quantised")
 
 
 def _spread(count: int, wanted: int) -> list[int]:

@@ -83,9 +83,11 @@ def test_no_calibration_is_needed_where_scales_are_dynamic(digits, linescan_here
     (["--calibrate", "nowhere"], "nowhere is not a folder"),
     (["--calibrate", "digits", "--out", "small.pth"], "a quantised model is written to a .safetensors file"),
     (["--calibrate", "digits", "--model-arg", "depth"], "--model-arg takes KEY=VALUE"),
+    (["--calibrate", "digits", "--out", "file/x.safetensors"], "file: a file of this name is where a folder is needed"),
 ])  # fmt: skip
 def test_what_is_wrong_is_said_in_one_line(args, line, digits, linescan_here, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
     status, said, news = linescan_here("quantize", "--checkpoint", digits, *args)
     assert status == 2 and not said and line in news and news.count("\n") == 1, news
     assert not list(tmp_path.rglob("*.safetensors"))
@@ -101,3 +103,6 @@ def test_models_of_other_tasks_are_refused(linescan_here, tmp_path):
     ):
         status, _, news = linescan_here(*command)
         assert status == 2 and "mhsvm_vmunet_3h is no classifier" in news, news  # before weights are fetched
+    clouds = "quantize", "pointmamba_modelnet40", "--method", "dynamic", "-o", tmp_path / "x.safetensors"
+    status, _, news = linescan_here(*clouds)
+    assert status == 2 and "pointmamba_modelnet40 reads point clouds" in news, news
