@@ -16,7 +16,7 @@ from linescan import Classifier
 from linescan.engine.cards import restore
 from linescan.engine.packages import difference, export_package, open_package, read_network, write_network
 from linescan.errors import CheckpointError, InputError
-from linescan.scans import causal_conv1d, selective_scan
+from linescan.scans import hgrn
 from linescan.scans.kernels import cpu
 
 
@@ -54,17 +54,16 @@ def test_a_package_classifies_as_its_model_does(linescan_here, trained, packed, 
 
 
 class Recurrent(nn.Module):
-    """Two convolutions along routes, and a scan of their outputs."""
+    """Three recurrences along routes, two of them alike."""
 
     def __init__(self):
         super().__init__()
         self.register_buffer("route", torch.tensor([[0, 1, 2, 3, 4], [4, 3, -1, 1, 0]]))
-        self.taps, self.rates = nn.Parameter(torch.rand(2, 4, 3)), nn.Parameter(-torch.rand(2, 4, 3))
 
     def forward(self, x):
         for _ in range(2):
-            x = causal_conv1d(x, self.taps, route=self.route)
-        return selective_scan(x, x, self.rates, x[..., :3], x[..., 1:], merge="sum", route=self.route)
+            x = hgrn(x, -x.abs(), route=self.route)
+        return hgrn(x, -x.abs(), route=self.route, merge="sum")
 
 
 def test_a_kernel_takes_the_place_of_a_function(tmp_path, monkeypatch):
@@ -74,8 +73,8 @@ def test_a_kernel_takes_the_place_of_a_function(tmp_path, monkeypatch):
     model = onnx.load(path)
     onnx.checker.check_model(model)
     calls = [(node.op_type, node.overload) for node in model.graph.node if node.domain == "linescan"]
-    assert [name for name, _ in calls] == ["causal_conv1d", "causal_conv1d", "selective_scan"]
-    assert len(model.functions) == 2, "both convolutions share a body"
+    assert [name for name, _ in calls] == ["vector_scan"] * 3 and calls[0] == calls[1] != calls[2]
+    assert len(model.functions) == 2, "calls that are alike share a body"
     assert {(body.name, body.overload) for body in model.functions} == set(calls)
     assert {node.domain for body in model.functions for node in body.node} == {""}
     for body in model.functions:
