@@ -3,6 +3,9 @@
 Whole graphs in ONNX Runtime: tests/backbones and tests/engine.
 """
 
+import subprocess
+import sys
+
 import onnx
 import onnxruntime
 import pytest
@@ -137,3 +140,13 @@ def test_a_wrong_table_is_refused_in_onnx_runtime():
     call = [torch.ones(1, 1, 4, 3), torch.ones(1, 3, 2), None, False, None, torch.tensor([[0, 1, 2, 4]]), False]
     with pytest.raises(Exception, match="1 entries of a route table lie outside the 4 tokens"):
         in_onnx_runtime(op, call, 1)
+
+
+@with_kernels
+def test_the_library_may_be_loaded_before_torch_is():
+    """As by ONNX Runtime; its operators are then defined when linescan looks for them."""
+    code = (
+        "import ctypes, sys; ctypes.CDLL(sys.argv[1]); from linescan.scans.kernels import cpu; sys.exit(cpu.missing())"
+    )
+    done = subprocess.run((sys.executable, "-c", code, cpu.LIBRARY), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]

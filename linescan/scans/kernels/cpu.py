@@ -8,6 +8,7 @@ The environment variable LINESCAN_CPU_KERNELS caps the instruction set ("avx512"
 kernels off ("off").
 """
 
+import ctypes
 import logging
 import os
 from functools import partial
@@ -55,6 +56,8 @@ def _load() -> str | None:
     except OSError as error:
         return f"not loadable ({error.__cause__ or error}); run `pip install` of linescan again"
     operators = torch.ops.linescan_cpu
+    if not hasattr(operators, "selective_scan"):  # ONNX Runtime may have loaded the library before torch was there
+        getattr(ctypes.CDLL(str(LIBRARY)), "linescan_define_operators", lambda: None)()
     if not hasattr(operators, "selective_scan"):
         return f"made for torch >= 2.10, this is {torch.__version__}"
     arguments = argument_names(operators.selective_scan.default)

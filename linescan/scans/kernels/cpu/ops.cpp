@@ -319,40 +319,42 @@ void move_rows(Value* stack, uint64_t, uint64_t) {
 
 // -- registration -------------------------------------------------------------------------------------------------------
 
-struct Registration {
-  Registration() {
-    const char* everywhere = "CompositeExplicitAutograd";
-    define("instruction_set(int lanes) -> int", "instruction_set", everywhere, instruction_set);
-    define("multiply_add(int rounds) -> int", "multiply_add", everywhere, multiply_add);
-    define("move_rows(Tensor(a!) x, Tensor? route, int width, bool fill) -> ()", "move_rows", "CPU", move_rows);
-    define("unary(int which, Tensor x, Tensor(a!) y) -> ()", "unary", "CPU", unary);
-    define("selective_scan(" LINESCAN_SCAN_INPUTS ", Tensor(a!) y, Tensor(b!) final_state) -> bool", "selective_scan",
-           "CPU", selective_scan);
-    define("selective_scan_backward(" LINESCAN_SCAN_INPUTS
-           ", Tensor grad_y, Tensor? grad_state, Tensor(a!) du, Tensor(b!) ddelta, Tensor(c!) dA, Tensor(d!) dB, "
-           "Tensor(e!) dC, Tensor(f!)? dD, Tensor(g!)? dz, Tensor(h!)? ddelta_bias, Tensor(i!)? dinitial_state) -> bool",
-           "selective_scan_backward", "CPU", selective_scan_backward);
-    define("matrix_scan(" LINESCAN_MATRIX_INPUTS ", Tensor(a!) y, Tensor(b!) final_state) -> bool", "matrix_scan",
-           "CPU", matrix_scan);
-    define("matrix_scan_backward(" LINESCAN_MATRIX_INPUTS
-           ", Tensor grad_y, Tensor? grad_state, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? da, "
-           "Tensor(e!)? db, Tensor(f!)? dgate, Tensor(g!)? dbeta, Tensor(h!)? dbonus, Tensor(i!)? dskip, "
-           "Tensor(j!)? didle, Tensor(k!)? dinitial_state) -> bool",
-           "matrix_scan_backward", "CPU", matrix_scan_backward);
-    define("vector_scan(" LINESCAN_VECTOR_INPUTS ", Tensor(a!) y, Tensor(b!)? final_state) -> bool", "vector_scan",
-           "CPU", vector_scan);
-    define("vector_scan_backward(" LINESCAN_VECTOR_INPUTS
-           ", Tensor grad_y, Tensor? grad_state, Tensor(a!) dx, Tensor(b!) dg, Tensor(c!)? dw, Tensor(d!)? du, "
-           "Tensor(e!)? dinitial_state) -> bool",
-           "vector_scan_backward", "CPU", vector_scan_backward);
-    define("causal_conv1d(" LINESCAN_CONV_INPUTS ", Tensor(a!) y, Tensor(b!) final_state) -> bool", "causal_conv1d",
-           "CPU", causal_conv1d);
-    define("causal_conv1d_backward(" LINESCAN_CONV_INPUTS
-           ", Tensor grad_y, Tensor? grad_state, Tensor(a!) dx, Tensor(b!) dweight, Tensor(c!)? dbias, "
-           "Tensor(d!)? dinitial_state) -> bool",
-           "causal_conv1d_backward", "CPU", causal_conv1d_backward);
-  }
-} registration;
+const stable::Definitions definitions([] {
+  const char* everywhere = "CompositeExplicitAutograd";
+  define("instruction_set(int lanes) -> int", "instruction_set", everywhere, instruction_set);
+  define("multiply_add(int rounds) -> int", "multiply_add", everywhere, multiply_add);
+  define("move_rows(Tensor(a!) x, Tensor? route, int width, bool fill) -> ()", "move_rows", "CPU", move_rows);
+  define("unary(int which, Tensor x, Tensor(a!) y) -> ()", "unary", "CPU", unary);
+  define("selective_scan(" LINESCAN_SCAN_INPUTS ", Tensor(a!) y, Tensor(b!) final_state) -> bool", "selective_scan",
+         "CPU", selective_scan);
+  define("selective_scan_backward(" LINESCAN_SCAN_INPUTS
+         ", Tensor grad_y, Tensor? grad_state, Tensor(a!) du, Tensor(b!) ddelta, Tensor(c!) dA, Tensor(d!) dB, "
+         "Tensor(e!) dC, Tensor(f!)? dD, Tensor(g!)? dz, Tensor(h!)? ddelta_bias, Tensor(i!)? dinitial_state) -> bool",
+         "selective_scan_backward", "CPU", selective_scan_backward);
+  define("matrix_scan(" LINESCAN_MATRIX_INPUTS ", Tensor(a!) y, Tensor(b!) final_state) -> bool", "matrix_scan",
+         "CPU", matrix_scan);
+  define("matrix_scan_backward(" LINESCAN_MATRIX_INPUTS
+         ", Tensor grad_y, Tensor? grad_state, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? da, "
+         "Tensor(e!)? db, Tensor(f!)? dgate, Tensor(g!)? dbeta, Tensor(h!)? dbonus, Tensor(i!)? dskip, "
+         "Tensor(j!)? didle, Tensor(k!)? dinitial_state) -> bool",
+         "matrix_scan_backward", "CPU", matrix_scan_backward);
+  define("vector_scan(" LINESCAN_VECTOR_INPUTS ", Tensor(a!) y, Tensor(b!)? final_state) -> bool", "vector_scan",
+         "CPU", vector_scan);
+  define("vector_scan_backward(" LINESCAN_VECTOR_INPUTS
+         ", Tensor grad_y, Tensor? grad_state, Tensor(a!) dx, Tensor(b!) dg, Tensor(c!)? dw, Tensor(d!)? du, "
+         "Tensor(e!)? dinitial_state) -> bool",
+         "vector_scan_backward", "CPU", vector_scan_backward);
+  define("causal_conv1d(" LINESCAN_CONV_INPUTS ", Tensor(a!) y, Tensor(b!) final_state) -> bool", "causal_conv1d",
+         "CPU", causal_conv1d);
+  define("causal_conv1d_backward(" LINESCAN_CONV_INPUTS
+         ", Tensor grad_y, Tensor? grad_state, Tensor(a!) dx, Tensor(b!) dweight, Tensor(c!)? dbias, "
+         "Tensor(d!)? dinitial_state) -> bool",
+         "causal_conv1d_backward", "CPU", causal_conv1d_backward);
+});
 
 }  // namespace
+
+// For a process in which something else has loaded the library before torch.
+extern "C" __attribute__((visibility("default"))) void linescan_define_operators() { stable::define_pending(); }
+
 }  // namespace linescan

@@ -177,12 +177,10 @@ void farthest_points(Value* stack, uint64_t, uint64_t) {
   else sample<double>(points, live, first, limited, chosen);
 }
 
-struct Registration {
-  Registration() {
-    stable::define("farthest_points(Tensor points, Tensor live, Tensor first, bool limited, Tensor(a!) chosen) -> ()",
-                   "farthest_points", "CPU", farthest_points);
-  }
-} registration;
+const stable::Definitions definitions([] {
+  stable::define("farthest_points(Tensor points, Tensor live, Tensor first, bool limited, Tensor(a!) chosen) -> ()",
+                 "farthest_points", "CPU", farthest_points);
+});
 
 }  // namespace
 }  // namespace linescan

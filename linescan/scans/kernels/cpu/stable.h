@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "kernels.h"
 
@@ -26,15 +27,12 @@ constexpr uint64_t VERSION = (uint64_t(2) << 56) | (uint64_t(10) << 48);
 
 template <class F>
 F* find(const char* name, bool& complete) {
-  static void* torch = [] {
 #if defined(__APPLE__)
-    void* loaded = dlopen("@rpath/libtorch_cpu.dylib", RTLD_NOW | RTLD_NOLOAD);
+  void* loaded = dlopen("@rpath/libtorch_cpu.dylib", RTLD_NOW | RTLD_NOLOAD);
 #else
-    void* loaded = dlopen("libtorch_cpu.so", RTLD_NOW | RTLD_NOLOAD);
+  void* loaded = dlopen("libtorch_cpu.so", RTLD_NOW | RTLD_NOLOAD);
 #endif
-    return loaded ? loaded : RTLD_DEFAULT;
-  }();
-  void* found = dlsym(torch, name);
+  void* found = dlsym(loaded ? loaded : RTLD_DEFAULT, name);
   complete &= found != nullptr;
   return reinterpret_cast<F*>(found);
 }
@@ -62,9 +60,16 @@ struct Interface {
 #undef LINESCAN_FUNCTION
 };
 
-inline const Interface& torch() {
-  static const Interface functions;
+inline Interface& found() {
+  static Interface functions;
   return functions;
+}
+inline const Interface& torch() { return found(); }
+
+// Whether torch is there, looked for once more if it was not: ONNX Runtime may have loaded the library before it.
+inline bool is_there() {
+  if (!found().complete) found() = Interface();
+  return found().complete;
 }
 
 inline void check(int32_t status) {
@@ -193,15 +198,31 @@ class Arguments {
   Value* next_;
 };
 
-// Adds an operator linescan_cpu::NAME with an implementation for `key`; nothing with a torch that is too old. The library
-// handles live as long as the process.
+// Adds an operator linescan_cpu::NAME with an implementation for `key`. The library handles live as long as the process.
 inline void define(const char* schema, const char* name, const char* key, Boxed function) {
-  if (!torch().complete) return;  // the caller sees that there is no operator
   Library fragment, kernels;
   check(torch().aoti_torch_library_init_fragment("linescan_cpu", __FILE__, __LINE__, &fragment));
   check(torch().aoti_torch_library_def(fragment, schema));
   check(torch().aoti_torch_library_init_impl("linescan_cpu", key, __FILE__, __LINE__, &kernels));
   check(torch().torch_library_impl(kernels, name, function, VERSION));
 }
+
+// What the source files define: at once, or when torch is there. With a torch that is too old the caller sees that there are
+// no operators.
+inline std::vector<void (*)()>& pending() {
+  static std::vector<void (*)()> list;
+  return list;
+}
+inline void define_pending() {
+  if (!is_there()) return;
+  for (void (*define_all)() : pending()) define_all();
+  pending().clear();
+}
+struct Definitions {
+  explicit Definitions(void (*define_all)()) {
+    pending().push_back(define_all);
+    define_pending();
+  }
+};
 
 }  // namespace linescan::stable
