@@ -149,7 +149,7 @@ def _forward(
         waiting += tl.dot(learning * slope, tl.trans(keys), input_precision=PRECISION)
         waiting_row += _over_tokens(learning * slope)
         full = (n + 1) * MINI - lead <= S  # the mini-batch
-        final = tl.sum(tl.where((tl.arange(0, C)[None, :] == MINI - 1) & full, reading, 0.0))
+        final = tl.sum(tl.where(tl.arange(0, C)[None, :] == MINI - 1, reading, 0.0))  # 0 where not full
         weights -= final * waiting
         weights_row -= final * waiting_row
         waiting = tl.where(full, 0.0, waiting)
@@ -216,7 +216,7 @@ def _backward(
 
         # The weights that the mini-batch leaves, if it is full.
         full = (n + 1) * MINI - lead <= S
-        is_last = (i == MINI - 1)[None, :] & full
+        is_last = (i == MINI - 1)[None, :]  # no step where not full
         final = tl.sum(tl.where(is_last, reading, 0.0))
         sums = waiting + tl.dot(steps, tl.trans(keys), input_precision=PRECISION)
         share = tl.sum(tl.sum(of_weights * sums, 1), 0)
