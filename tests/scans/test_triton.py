@@ -236,15 +236,14 @@ def other_launches():
     """float32, any table, time cut in chunks; many states; nothing that is optional."""
     torch.manual_seed(0)
     route = table("repeated", 1, 2, 55).long()
-    bare = scan_inputs(1, 2, 55, 24, 1, G=2, without=("D", "z", "delta_bias", "initial_state"))
-    _run(selective_scan, bare, torch.float32, route=route, merge="sum")
-    _run(causal_conv1d, conv_inputs(1, 1, 55, 24, 2, without=("bias", "initial_state")), torch.float16, merge="sum")
     scan = import_module(f"{KERNELS}.selective_scan")
+    bare = scan_inputs(1, 2, 55, 48, 16, G=2, without=("D", "z", "delta_bias", "initial_state"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scan, "split", lambda programs, steps, multiple, device: (2, 32))
-        _run(selective_scan, scan_inputs(1, 2, 55, 48, 16), torch.float32, route=table("repeated", 1, 2, 55))
+        _run(selective_scan, bare, torch.float32, route=route)
     _run(selective_scan, scan_inputs(1, 1, 64, 48, 64), torch.float16, merge="sum")
-    _run(causal_conv1d, conv_inputs(1, 2, 55, 48, 4), torch.float32, route=table("repeated", 1, 2, 55))
+    _run(causal_conv1d, conv_inputs(1, 1, 55, 24, 2, without=("bias", "initial_state")), torch.float16, merge="sum")
+    _run(causal_conv1d, conv_inputs(1, 2, 55, 48, 4), torch.float32, route=route)
 
 
 @outside_interpreter

@@ -45,22 +45,22 @@ def compare(inputs, route=None, merge=None, dtype=torch.float32, tolerance=None)
 def short_tiles(monkeypatch):
     """Several tiles in a short sequence."""
     kernels = import_module("linescan.scans.kernels.triton.bi_wkv")
-    monkeypatch.setattr(kernels, "TILE", 4)
-    monkeypatch.setattr(kernels, "TILE_BACKWARD", 4)
+    monkeypatch.setattr(kernels, "TILE", 2)
+    monkeypatch.setattr(kernels, "TILE_BACKWARD", 2)
 
 
 @in_interpreter
 @pytest.mark.parametrize("kind, merge, dtype, shared", CALLS, ids=str)
 def test_is_the_definition(short_tiles, kind, merge, dtype, shared):
     torch.manual_seed(0)
-    B, K, L = 2 if kind == "per_sample" else 1, 2, 9
+    B, K, L = 2 if kind == "per_sample" else 1, 2, 5
     compare(make(B, 1 if shared else K, K, L, 5), table(kind, B, K, L), merge, dtype)
 
 
 @in_interpreter
 def test_a_whole_tile_and_more_channels_than_a_program_has():
     torch.manual_seed(0)
-    compare(make(1, 1, 1, 17, 35))
+    compare(make(1, 1, 1, 17, 33))
 
 
 @in_interpreter
@@ -84,9 +84,8 @@ def test_keys_and_decays_of_any_size(short_tiles):
 
 
 def launches():
-    """Every kernel: forward and backward, in float32 along a table and in bfloat16 without one."""
-    for dtype, route, merge in ((torch.float32, table("permutation", 1, 2, 100), "sum"), (torch.bfloat16, None, None)):
-        results("triton", {key: x.to(dtype) for key, x in make(1, 2, 2, 100, 64).items()}, route, merge)
+    """Every kernel, forward and backward, without a table. (wkv4, of the same kernels, is compiled with one.)"""
+    results("triton", {key: x.bfloat16() for key, x in make(1, 2, 2, 100, 64).items()}, None, None)
 
 
 @outside_interpreter

@@ -16,12 +16,14 @@ and is found by test_triton.py's test_in_the_interpreter, which has all such fil
             assert {kernel["name"] for kernel in kernels} == {"_forward", "_backward"}
 """
 
+import inspect
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Callable
@@ -48,19 +50,31 @@ def _environment(**more: str) -> dict[str, str]:
     return inherited | {"PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"} | more
 
 
+@cache
+def _adapt_interpreter() -> None:
+    """Makes Triton's interpreter fit for NumPy 2.4, and quicker."""
+    import triton.language as language
+    import triton.runtime.interpreter as interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+    members = cache(lambda package: [name for name, x in inspect.getmembers(package) if language.core.is_builtin(x)])
+
+    def patched_tensor(tensor, scope):  # an array of one element is no index any more
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    def patch_builtin(package, builder, scope):  # at each call of each function: members are searched once
+        for name in members(package):
+            if language.core.is_builtin(member := getattr(package, name)):
+                interpreter._patch_attr(package, name, member, builder, scope)
+
+    interpreter._patch_lang_tensor, interpreter._patch_builtin = patched_tensor, patch_builtin
+
+
 def in_interpreter(test):
     """Decorator of a test that interprets kernels."""
     if INTERPRETING:
-        import triton.runtime.interpreter as interpreter
-
-        patch = interpreter._patch_lang_tensor
-        if patch.__module__ == interpreter.__name__:  # NumPy 2.4 takes no array of one element for an index
-
-            def patched(tensor, scope):
-                patch(tensor, scope)
-                scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-            interpreter._patch_lang_tensor = patched
+        _adapt_interpreter()
         return test
 
 
