@@ -7,7 +7,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PYTEST ?= $(BIN)/python -m pytest -n auto --maxprocesses=8 --maxschedchunk=1
+PYTEST ?= $(BIN)/python -m pytest -n auto --maxprocesses=8 --dist=loadgroup
 
 .PHONY: demo demo-dense demo-points demo-pixels test test-core lint docs cases models pictures clean
 

@@ -18,9 +18,14 @@ if sys.version_info < (3, 11):
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def pytest_collection_modifyitems(items) -> None:
-    """Slow tests first: workers take one test at a time (Makefile), so the quick ones fill up the end evenly."""
+def pytest_collection_modifyitems(config, items) -> None:
+    """Slow tests first, so the quick ones fill up the end evenly; tests that share a fixture of their module stay in
+    one worker (`--dist loadgroup`), which makes it once."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    for item in items if config.pluginmanager.hasplugin("xdist") else ():
+        fixtures = [one for given in item._fixtureinfo.name2fixturedefs.values() for one in given]
+        if any(fixture.scope == "module" for fixture in fixtures):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
 
 
 @pytest.hookimpl(optionalhook=True)

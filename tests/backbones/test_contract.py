@@ -110,6 +110,10 @@ def five_blocks(name):
     return {"depth": 5} if architecture(name)[0].unit_name == "blocks" else {"depths": (1, 2, 1, 1)}
 
 
+def one_block(name):
+    return {"depth": 1} if architecture(name)[0].unit_name == "blocks" else {}
+
+
 def tokens_of(model, stream):
     """The stream of a model as tokens (B, H * W, C) of the grid."""
     return model.patch_tokens(stream) if hasattr(model, "blocks") else stream.flatten(1, 2)
@@ -566,7 +570,7 @@ def test_scripting_is_refused_in_one_line():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_compiles_and_exports(name):
-    model = small(name, num_classes=5).eval()
+    model = small(name, num_classes=5, **one_block(name)).eval()
     x = image(model, 64, 64, batch=2)
     with torch.no_grad():
         eager = model(x)
