@@ -121,7 +121,7 @@ def families(to: Path, images: int) -> Iterator[str]:
         "Top-1 in % of small models of four families, trained from scratch on the digits, and on which of the cells of",
         "[solar cells](examples/solar-cells.md) are defective (654 are held out; 68.8 % of them are not). Files,",
         "images and scores are as above; made by `python tools/quantising.py --families --page docs/quantise.md`,",
-        "which adds the rows that are missing:", "",
+        "which computes the rows that are not there yet:", "",
         f"| trained on | model | parameters | float32 | {' | '.join(heads)} |", "|---|---|" + "---:|" * 8,
     ]  # fmt: skip
     lines: dict[str, list[str]] = {data: [] for data in SIDES}
