@@ -18,6 +18,7 @@ if sys.version_info < (3, 11):
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+@pytest.hookimpl(tryfirst=True)  # before the workers read the marks
 def pytest_collection_modifyitems(config, items) -> None:
     """Slow tests first, so the quick ones fill up the end evenly; tests that share a fixture of their module stay in
     one worker (`--dist loadgroup`), which makes it once."""
@@ -30,8 +31,8 @@ def pytest_collection_modifyitems(config, items) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Three workers on two cores: a quarter of the time a test waits for its processes, or for the disk."""
-    return len(os.sched_getaffinity(0)) * 3 // 2 if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 2)
+    """Two workers per core: a third of the time a test waits for its processes, or for the disk."""
+    return 2 * (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 2))
 
 
 def pytest_collection_finish() -> None:

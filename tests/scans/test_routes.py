@@ -172,10 +172,20 @@ SOLID = st.recursive(
     ),
     max_leaves=2,
 )
+def is_made(case) -> bool:
+    """Windows of windows of windows may take far more steps than a few cells have, and are refused."""
+    route, grid = case
+    try:
+        return route.order(grid) is not None
+    except ValueError as error:
+        assert "a route takes at most" in str(error)
+        return False
+
+
 CASES = st.one_of(
     st.tuples(FLAT, st.tuples(st.integers(1, 9), st.integers(1, 9))),
     st.tuples(SOLID, st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5))),
-)
+).filter(is_made)
 
 
 @settings(deadline=None, max_examples=150)
