@@ -7,7 +7,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PYTEST ?= $(BIN)/python -m pytest -n auto --maxprocesses=8 --dist=loadgroup
+PYTEST ?= $(BIN)/python -m pytest -n auto --maxprocesses=8
 
 .PHONY: demo demo-dense demo-points demo-pixels test test-core lint docs cases models pictures clean
 

@@ -4,6 +4,7 @@ import gc
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +19,26 @@ if sys.version_info < (3, 11):
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-@pytest.hookimpl(tryfirst=True)  # before the workers read the marks
-def pytest_collection_modifyitems(config, items) -> None:
-    """Slow tests first, so the quick ones fill up the end evenly; tests that share a fixture of their module stay in
-    one worker (`--dist loadgroup`), which makes it once."""
+def pytest_collection_modifyitems(items) -> None:
+    """Slow tests first, so the quick ones fill up the end evenly."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
-    for item in items if config.pluginmanager.hasplugin("xdist") else ():
-        fixtures = [one for given in item._fixtureinfo.name2fixturedefs.values() for one in given]
-        if any(fixture.scope == "module" for fixture in fixtures):
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """One test at a time; the tests of a module with fixtures of its own stay in one worker, which makes them once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    @cache
+    def has_fixtures(module: str) -> bool:
+        return 'scope="module"' in (REPOSITORY / module).read_text()
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module = nodeid.partition("::")[0]
+            return module if has_fixtures(module) else nodeid
+
+    return Scheduling(config, log)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -172,6 +172,8 @@ SOLID = st.recursive(
     ),
     max_leaves=2,
 )
+
+
 def is_made(case) -> bool:
     """Windows of windows of windows may take far more steps than a few cells have, and are refused."""
     route, grid = case
