@@ -2,10 +2,12 @@
 
 import multiprocessing
 import os
+import signal
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Iterator
+from threading import current_thread, main_thread
+from typing import TYPE_CHECKING, Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -15,7 +17,7 @@ from ..errors import InputError
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext, SpawnContext
 
-__all__ = ["Processes", "beginner", "keep_memory", "pick_device", "processes", "threads", "words_to"]
+__all__ = ["Processes", "beginner", "interruptible", "keep_memory", "pick_device", "processes", "threads", "words_to"]
 
 
 def keep_memory() -> None:
@@ -114,6 +116,34 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], None]]:
+    """Gives a function for a loop to call, which raises KeyboardInterrupt if there was a Ctrl-C in the block.
+
+    Python drops the KeyboardInterrupt that comes up within a destructor or a callback, and goes on. Outside the main
+    thread, and where Ctrl-C is handled otherwise, the function does nothing.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or current_thread() is not main_thread():
+        yield lambda: None
+        return
+    came = False
+
+    def handle(*_) -> None:
+        nonlocal came
+        came = True
+        raise KeyboardInterrupt
+
+    def check() -> None:
+        if came:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def beginner() -> "SpawnContext | ForkServerContext":

@@ -37,7 +37,7 @@ from .cards import save_model
 from .data import seed_all, steps_of, to_device, training_batches
 from .metrics import Log
 from .optimisers import build_optimizer, build_schedule
-from .processes import Processes, processes
+from .processes import Processes, interruptible, processes
 from .progress import progress_bar, say
 from .recipe import Recipe, Run, flag
 from .scores import evaluate, expect_readable, precision
@@ -130,8 +130,10 @@ class Training:
         started = time.monotonic() - self.seconds
         self.model.train()
         try:
-            with progress_bar("training", self.last, self.step, show=processes.first) as advance:
+            bar = progress_bar("training", self.last, self.step, show=processes.first)
+            with interruptible() as check, bar as advance:
                 while self.step < self.last:
+                    check()
                     self.take_step(batches)
                     self.seconds = time.monotonic() - started
                     judged = self.step % self.between == 0 or self.step == self.last

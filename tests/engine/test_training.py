@@ -1,6 +1,7 @@
 """The loop: what a step does, and that stopping and resuming changes nothing."""
 
 import shutil
+import signal
 from dataclasses import replace
 
 import pytest
@@ -211,6 +212,24 @@ def test_a_run_by_steps(tmp_path):
     assert same(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
     tenth, _ = start(tmp_path / "none", steps=50)
     assert tenth.between == 5
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_within_a_destructor_ends_the_run(tmp_path, monkeypatch):
+    class Buffer:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    training, _ = start(tmp_path)
+    step = training.take_step
+    monkeypatch.setattr(training, "take_step", lambda batches: (step(batches), Buffer()) and None)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            training.run()
+        assert training.step == 1 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_finished_run_says_so_and_shows_its_scores(trained, capsys):

@@ -157,7 +157,7 @@ def test_two_directions_share_their_tokens():
 
 def launches():
     """Every kernel, forward and backward: gates of channels and of heads, each in float32 along routes and in bfloat16
-    without. (All four operators in both are tools/kernels.py's.)"""
+    without."""
     settings = (torch.float32, table("permutation", 1, 2, 100), "sum", OPS[2:]), (torch.bfloat16, None, None, OPS[:2])
     for dtype, route, merge, ops in settings:
         for op in ops:
