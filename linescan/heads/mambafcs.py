@@ -125,7 +125,8 @@ class Amplitudes(nn.Module):
         self.proj = nn.Sequential(*conv_norm_act(dim, dim, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(torch.fft.fft2(at_least_float32(x), norm="ortho").abs().log1p())
+        amplitudes = torch.fft.fft2(at_least_float32(x), norm="ortho").abs().log1p()
+        return self.proj(amplitudes.to(self.proj[0].weight.dtype))
 
 
 class FrequencyFusion(nn.Module):

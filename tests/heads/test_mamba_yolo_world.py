@@ -178,3 +178,12 @@ def test_export(model):
     x, text = images(1, 3, 64, 64), prompts(3)
     exported = torch.export.export(model, (x, text)).module()
     torch.testing.assert_close(tuple(exported(x, text)), tuple(model(x, text)), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_weights_of_half_precision(model, dtype):
+    x, text = images(1, 3, 64, 96), prompts(4)
+    want, got = model(x, text), copy.deepcopy(model).to(dtype)(x.to(dtype), text.to(dtype))
+    for exact, half in zip([*want.logits, *want.bins], [*got.logits, *got.bins]):
+        assert (half.float() - exact).abs().max() < 0.05 * exact.abs().max()

@@ -1,5 +1,7 @@
 """Mamba-FCS: sizes, batches, training, files; its outputs are golden data's (tests/parity)."""
 
+import copy
+
 import pytest
 import torch
 
@@ -91,6 +93,14 @@ def test_every_parameter_takes_part_in_training_and_checkpointing_changes_nothin
         loss = sum(y.float().square().mean() for y in model(*x))
     loss.backward()
     assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_weights_of_half_precision(model, dtype):
+    x = images(1, 3, 32, 36)
+    for exact, half in zip(model(*x), copy.deepcopy(model).to(dtype)(*x.to(dtype))):
+        assert (half.float() - exact).abs().max() < 0.05 * exact.abs().max()
 
 
 def test_own_files_load_and_other_classes_leave_the_head(model, tmp_path):

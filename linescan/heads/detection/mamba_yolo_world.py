@@ -235,7 +235,7 @@ class GuidedCSPLayer(CSPLayer):
         maps = self.chain(x)
         y, state = self.fusion(maps[-1].permute(0, 2, 3, 1), self.guide2img(guide).mT)
         y = self.final_conv(torch.cat([*maps, y.permute(0, 3, 1, 2)], 1))
-        return y, self.img2guide(as_guide(state)) if self.img2guide is not None else None
+        return y, self.img2guide(as_guide(state).to(guide.dtype)) if self.img2guide is not None else None
 
 
 class MambaFusionPAN(nn.Module):
@@ -284,7 +284,7 @@ class MambaFusionPAN(nn.Module):
     def fuse(self, maps: Sequence[Tensor], text: Tensor) -> tuple[list[Tensor], Tensor]:
         """As `forward`, in the parameters' precision."""
         added, state = self.text_top_down(text, return_final_state=True)
-        text, guide = text + added, as_guide(state[1])
+        text, guide = text + added, as_guide(state[1]).to(text.dtype)
         x, inner, guides = maps[-1], [maps[-1]], []
         for layer, lower in zip(self.top_down_layers, maps[-2::-1]):
             x = torch.cat([F.interpolate(x, lower.shape[-2:]), lower], 1)
@@ -294,7 +294,7 @@ class MambaFusionPAN(nn.Module):
 
         tokens = torch.cat([*guides, text], 1)
         added, state = self.text_bottom_up(tokens, return_final_state=True)
-        text, guide = (tokens + added)[:, -text.shape[1] :], as_guide(state[1])
+        text, guide = (tokens + added)[:, -text.shape[1] :], as_guide(state[1]).to(text.dtype)
         outputs = [x]
         for down, layer, upper in zip(self.downsample_layers, self.bottom_up_layers, inner[-2::-1]):
             x, _ = layer(torch.cat([down(x), upper], 1), guide)
@@ -447,11 +447,12 @@ class MambaYOLOWorld(nn.Module):
         Raises:
             InputError: there is neither, or they are of another shape.
         """
-        text = self.vocabulary if text is None else text
+        text = self.vocabulary if text is None else text  # of which `len` would fix the batch of a graph
         if text is None:
             raise InputError("the model keeps no vocabulary: give the embeddings of the prompts")
-        text = text.expand(batch, -1, -1) if text.ndim == 2 or len(text) == 1 else text
-        if text.ndim != 3 or len(text) != batch or not text.shape[1] or text.shape[2] != self.text_dim:
+        if text.ndim == 2 or (text.ndim == 3 and text.shape[0] != batch and text.shape[0] == 1):
+            text = text.expand(batch, -1, -1)
+        if text.ndim != 3 or text.shape[0] != batch or not text.shape[1] or text.shape[2] != self.text_dim:
             raise InputError(
                 f"embeddings of prompts are (prompts, {self.text_dim}), or ({batch}, prompts, {self.text_dim}) for a "
                 f"batch of {batch}, not {tuple(text.shape)}"
@@ -460,7 +461,7 @@ class MambaYOLOWorld(nn.Module):
 
     def forward_features(self, x: Tensor, text: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
         """As `forward`, to the neck's maps (B, C, H / s, W / s), s = 8, 16, 32, and its embeddings (B, n, text_dim)."""
-        return self.neck(self.backbone(x), self.embeddings(text, len(x)))
+        return self.neck(self.backbone(x), self.embeddings(text, x.shape[0]))
 
     def forward(self, x: Tensor, text: Tensor | None = None) -> Levels:
         """Logits and boxes; `linescan.heads.detection.dense_boxes.decode` makes them detections.
