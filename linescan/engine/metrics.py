@@ -43,7 +43,8 @@ class Log:
         if find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            # Ctrl-C within a write may leave the writer's thread asleep until it flushes, and closing waits for it.
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1, flush_secs=5)
 
     def write(self, **values: float) -> None:
         """One row; `values` are some of columns, `step` always among them."""
