@@ -277,7 +277,7 @@ class MambaFusionPAN(nn.Module):
     def forward(self, maps: Sequence[Tensor], text: Tensor) -> tuple[list[Tensor], Tensor]:
         """Maps (B, C, H, W) of strides 8, 16, 32 and embeddings (B, n, text_dim) -> the same."""
         device = text.device.type
-        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
             dtype = self.text_top_down.in_proj.weight.dtype
             return self.fuse([x.to(dtype) for x in maps], text.to(dtype))
 
