@@ -144,10 +144,7 @@ def write_network(
         warnings.simplefilter("ignore")  # the exporters' own, of their insides
         try:
             with torch.no_grad():
-                if format == "onnx":
-                    _write_onnx(network, inputs, note, path, plain)
-                else:
-                    _WRITERS[format](network, inputs, note, path)
+                _WRITERS[format](network, inputs, note, path, **({"plain": True} if plain else {}))
         except InputError:
             raise
         except Exception as error:  # an exporter may raise anything at all
@@ -231,7 +228,7 @@ def difference(want: Any, got: Any) -> float:
     return max((inf if isnan(share) else share for share in worst), default=0.0)
 
 
-def _write_onnx(network: nn.Module, inputs: tuple[Tensor, ...], note: str, path: Path, plain: bool) -> None:
+def _write_onnx(network: nn.Module, inputs: tuple[Tensor, ...], note: str, path: Path, plain: bool = False) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         require(package, "onnx")
     names = ["images"] if len(inputs) == 1 else [f"input{i}" for i in range(len(inputs))]
@@ -322,7 +319,7 @@ def _write_trace(network: nn.Module, inputs: tuple[Tensor, ...], note: str, path
     torch.jit.save(traced, str(path), _extra_files={CARD: note} if note else {})
 
 
-_WRITERS = {"pt2": _write_pt2, "torchscript-trace": _write_trace}
+_WRITERS: dict[str, Callable[..., None]] = {"onnx": _write_onnx, "pt2": _write_pt2, "torchscript-trace": _write_trace}
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------

@@ -50,6 +50,21 @@ def _matrix(x, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
+def _kept(x, D: tl.constexpr, BD: tl.constexpr):
+    """The weights, turned, and their last row, from (D + 1, D) at x."""
+    at, mask, at_row, row_mask = _matrix(x, D, BD)
+    return tl.load(at, mask=mask, other=0.0), tl.load(at_row, mask=row_mask, other=0.0)
+
+
+@triton.jit
+def _keep(x, weights, weights_row, D: tl.constexpr, BD: tl.constexpr):
+    """Stores the weights, turned, and their last row in (D + 1, D) at x."""
+    at, mask, at_row, row_mask = _matrix(x, D, BD)
+    tl.store(at, weights, mask=mask)
+    tl.store(at_row, weights_row, mask=row_mask)
+
+
+@triton.jit
 def _place(n, lead, route, route_batch, b, r, S, MINI: tl.constexpr, C: tl.constexpr):
     """(step, token, read, written, inside) of mini-batch n; of the first, `lead` places were taken before."""
     i = tl.arange(0, C)
@@ -124,15 +139,11 @@ def _forward(
     real = (channels < D)[:, None]
     w = tl.load((weight + head * D + channels)[:, None], mask=real, other=0.0)
     shift = tl.load((bias + head * D + channels)[:, None], mask=real, other=0.0)
-    at, mask, at_row, row_mask = _matrix(start + row * (D + 1) * D, D, BD)
-    weights, weights_row = tl.load(at, mask=mask, other=0.0), tl.load(at_row, mask=row_mask, other=0.0)
-    at, mask, at_row, row_mask = _matrix(pending + row * (D + 1) * D, D, BD)
-    waiting, waiting_row = tl.load(at, mask=mask, other=0.0), tl.load(at_row, mask=row_mask, other=0.0)
+    weights, weights_row = _kept(start + row * (D + 1) * D, D, BD)
+    waiting, waiting_row = _kept(pending + row * (D + 1) * D, D, BD)
     for n in range(0, N):
         if states is not None:
-            at, mask, at_row, row_mask = _matrix(states + (row * N + n) * (D + 1) * D, D, BD)
-            tl.store(at, weights, mask=mask)
-            tl.store(at_row, weights_row, mask=row_mask)
+            _keep(states + (row * N + n) * (D + 1) * D, weights, weights_row, D, BD)
         step, token, read, written, inside = _place(n, lead, route, route_batch, b, r, S, MINI, C)
         keys = _tile(k, b, r, head, token, read, channels, D)
         queries = _tile(q, b, r, head, token, read, channels, D)
@@ -154,12 +165,8 @@ def _forward(
         weights_row -= final * waiting_row
         waiting = tl.where(full, 0.0, waiting)
         waiting_row = tl.where(full, 0.0, waiting_row)
-    at, mask, at_row, row_mask = _matrix(last + row * (D + 1) * D, D, BD)
-    tl.store(at, weights, mask=mask)
-    tl.store(at_row, weights_row, mask=row_mask)
-    at, mask, at_row, row_mask = _matrix(last_pending + row * (D + 1) * D, D, BD)
-    tl.store(at, waiting, mask=mask)
-    tl.store(at_row, waiting_row, mask=row_mask)
+    _keep(last + row * (D + 1) * D, weights, weights_row, D, BD)
+    _keep(last_pending + row * (D + 1) * D, waiting, waiting_row, D, BD)
 
 
 @triton.jit
@@ -178,14 +185,11 @@ def _backward(
     w = tl.load((weight + head * D + channels)[:, None], mask=real, other=0.0)
     shift = tl.load((bias + head * D + channels)[:, None], mask=real, other=0.0)
     of_w, of_shift = tl.zeros((BD, 1), tl.float32), tl.zeros((BD, 1), tl.float32)
-    at, mask, at_row, row_mask = _matrix(grad_last + row * (D + 1) * D, D, BD)
-    of_weights, of_weights_row = tl.load(at, mask=mask, other=0.0), tl.load(at_row, mask=row_mask, other=0.0)
-    at, mask, at_row, row_mask = _matrix(grad_pending + row * (D + 1) * D, D, BD)
-    of_waiting, of_waiting_row = tl.load(at, mask=mask, other=0.0), tl.load(at_row, mask=row_mask, other=0.0)
+    of_weights, of_weights_row = _kept(grad_last + row * (D + 1) * D, D, BD)
+    of_waiting, of_waiting_row = _kept(grad_pending + row * (D + 1) * D, D, BD)
     for back in range(0, N):
         n = N - 1 - back
-        at, mask, at_row, row_mask = _matrix(states + (row * N + n) * (D + 1) * D, D, BD)
-        weights, weights_row = tl.load(at, mask=mask, other=0.0), tl.load(at_row, mask=row_mask, other=0.0)
+        weights, weights_row = _kept(states + (row * N + n) * (D + 1) * D, D, BD)
         at, mask, at_row, row_mask = _matrix(pending + row * (D + 1) * D, D, BD)  # later ones begin with nothing
         waiting = tl.load(at, mask=mask & (n == 0), other=0.0)
         waiting_row = tl.load(at_row, mask=row_mask & (n == 0), other=0.0)
@@ -262,12 +266,8 @@ def _backward(
         tl.store(drate.data + at_heads, of_rate, mask=inside[None, :])
     tl.store((dweight + row * D + channels)[:, None], of_w, mask=real)
     tl.store((dbias + row * D + channels)[:, None], of_shift, mask=real)
-    at, mask, at_row, row_mask = _matrix(dstart + row * (D + 1) * D, D, BD)
-    tl.store(at, of_weights, mask=mask)
-    tl.store(at_row, of_weights_row, mask=row_mask)
-    at, mask, at_row, row_mask = _matrix(dpending + row * (D + 1) * D, D, BD)
-    tl.store(at, of_waiting, mask=mask)
-    tl.store(at_row, of_waiting_row, mask=row_mask)
+    _keep(dstart + row * (D + 1) * D, of_weights, of_weights_row, D, BD)
+    _keep(dpending + row * (D + 1) * D, of_waiting, of_waiting_row, D, BD)
 
 
 # -- on the host ------------------------------------------------------------------------------------------------------
