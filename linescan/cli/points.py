@@ -17,7 +17,7 @@ Scans = Annotated[
     list[str],
     typer.Argument(
         metavar="SCAN...",
-        help="Clouds (.ply .pcd .las .laz .npy .npz .txt .xyz .pts .asc .csv .bin) and meshes (.off .obj .stl), "
+        help="Clouds (.ply .pcd .las .laz .npy .npz .txt .xyz .pts .asc .csv .bin) and meshes (.off .obj .stl .ply), "
         "folders of them, patterns with * and **; - for a list on standard input.",
         show_default=False,
     ),

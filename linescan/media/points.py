@@ -1,12 +1,12 @@
 """Reading clouds of points from files of any common format, in bounded memory.
 
-    .ply            ASCII or binary; the vertices of a mesh are its points
+    .ply            ASCII or binary points; with faces it is a mesh (plyfile)
     .pcd            ASCII, binary or compressed (pypcd4)
     .las .laz       (laspy)
     .npy .npz       (N, columns), or arrays named points, normals, colours, intensity, labels
     .txt .xyz .pts .asc .csv    a point a line; of .pts with seven columns the last three are colours
     .bin            float32 rows: KITTI's and SemanticKITTI's x y z intensity; nuScenes' (.pcd.bin) with the ring
-    .off .obj .stl  meshes: points sampled on the surface, with its normals (trimesh)
+    .off .obj .stl  meshes, like .ply with faces: points sampled on the surface, with its normals (trimesh)
 
 The header is read first. Of a file with more points than wanted, one point is drawn from each of as many equal runs of
 the file, with a seed, so that memory does not grow with the file. Whatever is left out is said in `PointCloud.notes`.
@@ -396,7 +396,7 @@ _PLY_TYPES = {
 
 
 def _ply(path: Path, names, samples, seed) -> _Table:
-    """The element `vertex`. Elements before it can be stepped over where they hold no lists."""
+    """The element `vertex`, or a mesh if there are faces. Elements without lists before it can be stepped over."""
     with open(path, "rb") as file:
         if file.readline(_LARGEST_LINE).strip() != b"ply":
             raise BrokenCloud(f"{path}: not a .ply file")
@@ -416,6 +416,8 @@ def _ply(path: Path, names, samples, seed) -> _Table:
         start = file.tell()
     if kind not in ("ascii", "binary_little_endian", "binary_big_endian"):
         raise BrokenCloud(f"{path}: a .ply file of unknown format {kind!r}")
+    if any(name == "face" and total for name, total, _ in elements):
+        return _ply_mesh(path, elements, samples, seed)
     before = 0
     for name, total, properties in elements:
         lists = any(type_ == "list" for _, type_ in properties)
@@ -617,10 +619,41 @@ def _bin(path: Path, names, samples, seed) -> _Table:
     return _Table(total, with_names)
 
 
-def _mesh(path: Path, names, samples, seed) -> _Table:
-    trimesh = _package("trimesh", path)
+def _ply_mesh(path: Path, elements: list, samples: int, seed: int) -> _Table:
+    """Faces of any number of corners. Whatever else the file says of a vertex is said of the points nearest to it."""
+    plyfile, trimesh = _package("plyfile", path), _package("trimesh", path)
+    _expect_size_of_mesh(path)
+    counts = {name: total for name, total, _ in elements}
+    if not counts.get("vertex"):
+        raise BrokenCloud(f"{path}: it has no vertices")
+    if 4 * counts["face"] > path.stat().st_size:  # plyfile would make room for all
+        raise BrokenCloud(f"{path}: cut short, {counts['face']:,} faces are not there")
+    lists = {name: [n for n, type_ in properties if type_ == "list"] for name, _, properties in elements}
+    corners = [n for n in lists["face"] if n in ("vertex_indices", "vertex_index")] or lists["face"]
+    if not corners:
+        raise BrokenCloud(f"{path}: its faces are no lists of vertices")
+    triangles = {name: {n: 6 if n == "texcoord" else 3 for n in found} for name, found in lists.items()}
+    for lengths in (triangles, {}):  # a binary file of triangles alone is read at once, another face by face
+        try:
+            data = plyfile.PlyData.read(str(path), known_list_len=lengths)
+            break
+        except plyfile.PlyElementParseError:
+            if not lengths:
+                raise
+    faces = trimesh.geometry.triangulate_quads(data["face"][corners[0]])
+    columns = _columns(data["vertex"].data)
+    vertices = np.stack([np.asarray(columns.pop(axis), np.float64) for axis in "xyz"], 1)
+    return _surface(path, trimesh.Trimesh(vertices, faces, process=False), samples, seed, columns)
+
+
+def _expect_size_of_mesh(path: Path) -> None:
     if path.stat().st_size > _LARGEST_WHOLE:
         raise BrokenCloud(f"{path}: a mesh of {path.stat().st_size / 2**30:.1f} GiB, 2 at most; simplify it")
+
+
+def _mesh(path: Path, names, samples, seed) -> _Table:
+    trimesh = _package("trimesh", path)
+    _expect_size_of_mesh(path)
     promised = _promised(path)
     with open(path, "rb") as file:  # by handle: files that a mesh names are not looked for
         mesh = trimesh.load(file, file_type=path.suffix.lower()[1:], process=False, skip_materials=True)
@@ -630,16 +663,31 @@ def _mesh(path: Path, names, samples, seed) -> _Table:
     faces = len(getattr(mesh, "faces", ()))
     if len(vertices) < promised[0] or faces < promised[1]:
         raise BrokenCloud(f"{path}: cut short, {faces:,} of {promised[1]:,} faces are there")
-    if not len(getattr(mesh, "faces", ())):  # an .obj or .off of points alone
+    if not faces:  # an .obj or .off of points alone
         return _Table(len(vertices), lambda rows: vertices if rows is None else vertices[rows])
-    if not np.isfinite(vertices[mesh.faces]).all():
+    return _surface(path, mesh, samples, seed, {})
+
+
+def _surface(path: Path, mesh, samples: int, seed: int, columns: dict[str, np.ndarray]) -> _Table:
+    """Points on the faces, as many everywhere, with normals and the nearest corner's values of `columns`."""
+    trimesh = _package("trimesh", path)
+    vertices, faces = mesh.vertices, mesh.faces
+    if not len(faces):
+        raise BrokenCloud(f"{path}: none of its faces has three corners")
+    if faces.min() < 0 or faces.max() >= len(vertices):
+        raise BrokenCloud(f"{path}: its faces have corners that are not among its {len(vertices):,} vertices")
+    if not np.isfinite(vertices[faces]).all():
         raise BrokenCloud(f"{path}: corners of its faces have no finite coordinates")
     if not mesh.area > 0:
         raise BrokenCloud(f"{path}: a mesh without area has no surface to sample")
     points, face = trimesh.sample.sample_surface(mesh, samples, seed=seed)
+    nearest = ((vertices[faces[face]] - points[:, None]) ** 2).sum(-1).argmin(1)
+    corner = faces[face, nearest]
     table = np.concatenate((points, mesh.face_normals[face]), 1)
-    notes = [f"{samples:,} points sampled on {len(mesh.faces):,} faces"]
-    return _Table(samples, lambda rows: _named(table, ("x", "y", "z", "nx", "ny", "nz")), notes)
+    found = {name: column[corner] for name, column in columns.items()}
+    found |= _named(table, ("x", "y", "z", "nx", "ny", "nz"))
+    notes = [f"{samples:,} points sampled on {len(faces):,} face{'s' * (len(faces) > 1)}"]
+    return _Table(samples, lambda rows: found, notes)
 
 
 def _promised(path: Path) -> tuple[int, int]:

@@ -67,7 +67,7 @@ ALL = "normals", "intensity", "colours", "labels"
 @pytest.mark.parametrize("form", ["ascii", "little", "big"])
 def test_ply(tmp_path, cloud, form):
     vertices = plyfile.PlyElement.describe(records(cloud), "vertex")
-    faces = np.empty(4, [("vertex_indices", "i4", (3,))])
+    faces = np.empty(0, [("vertex_indices", "i4", (3,))])
     others = np.zeros(7, [("a", "f8"), ("b", "u1")])
     elements = [plyfile.PlyElement.describe(others, "camera"), vertices, plyfile.PlyElement.describe(faces, "face")]
     data = plyfile.PlyData(elements, text=form == "ascii", byte_order="<" if form == "little" else ">")
@@ -263,7 +263,7 @@ def test_kitti_semantickitti_and_nuscenes(tmp_path, cloud):
         read_points(tmp_path / "velodyne/000001.bin")
 
 
-@pytest.mark.parametrize("suffix", [".off", ".obj", ".stl"])
+@pytest.mark.parametrize("suffix", [".ply", ".off", ".obj", ".stl"])
 def test_meshes_are_sampled_on_their_surface(tmp_path, suffix):
     ball = trimesh.creation.icosphere(subdivisions=3, radius=2.0)
     ball.export(tmp_path / f"a{suffix}")
@@ -275,6 +275,36 @@ def test_meshes_are_sampled_on_their_surface(tmp_path, suffix):
     assert np.array_equal(read_points(tmp_path / f"a{suffix}", samples=2000).points, read.points)
     assert not np.array_equal(read_points(tmp_path / f"a{suffix}", samples=2000, seed=1).points, read.points)
     assert len(read_points(tmp_path / f"a{suffix}", limit=50)) == 50
+
+
+OUTLINES = {3: [(0, 0), (2, 0), (0, 4)], 4: [(0, 0), (2, 0), (2, 4), (0, 4)]}
+OUTLINES[6] = [*OUTLINES[4], (0, 3), (0, 2)]
+
+
+@pytest.mark.parametrize("form", ["ascii", "little", "big"])
+@pytest.mark.parametrize("corners", [(3, 3), (4, 4), (3, 4), (6, 3)], ids=str)
+def test_ply_with_faces_is_a_mesh(tmp_path, form, corners):
+    """Two faces of any number of corners side by side, one red and of class 7, one green and of class 3."""
+    sides = [[(x + 2 * i, y) for x, y in OUTLINES[count]] for i, count in enumerate(corners)]
+    rows = [(x, y, 1, *((255, 0, 0, 7), (0, 255, 0, 3))[i]) for i, side in enumerate(sides) for x, y in side]
+    kinds = [*((name, "f4") for name in "xyz"), *((name, "u1") for name in ("red", "green", "blue", "label"))]
+    faces = np.empty(2, [("flags", "u1"), ("vertex_indices", object)])
+    faces["flags"], faces["vertex_indices"][:] = 5, np.split(np.arange(len(rows), dtype="i4"), corners[:1])
+    elements = [
+        plyfile.PlyElement.describe(faces, "face"),
+        plyfile.PlyElement.describe(np.array(rows, kinds), "vertex"),
+    ]
+    data = plyfile.PlyData(elements, text=form == "ascii", byte_order="<" if form == "little" else ">")
+    data.write(tmp_path / "a.ply")
+    read = read_points(tmp_path / "a.ply", samples=400)
+    assert len(read) == 400 and read.notes[0].startswith("400 points sampled on ")
+    assert (read.points[:, 2] == 1).all() and (read.normals == (0, 0, 1)).all()
+    first = read.points[:, 0] < 2
+    areas = [4 if count == 3 else 8 for count in corners]
+    assert abs(first.mean() - areas[0] / sum(areas)) < 0.07
+    assert np.array_equal(read.labels, np.where(first, 7, 3))
+    assert np.array_equal(read.colours, np.where(first[:, None], (255, 0, 0), (0, 255, 0)))
+    assert np.array_equal(read_points(tmp_path / "a.ply", samples=400).points, read.points)
 
 
 def test_odd_meshes(tmp_path):
@@ -350,6 +380,9 @@ def write(tmp_path, name, data):
 
 
 PLY = "ply\nformat {}\nelement vertex {}\nproperty float x\nproperty float y\nproperty float z\nend_header\n"
+MESH = PLY.format("ascii 1.0", 3).replace(
+    "end_header", "element face {}\nproperty list uchar int vertex_indices\nend_header\n0 0 0\n1 0 0\n0 2 0\n3 {}"
+)
 PCD = "FIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nCOUNT 1 1 1\nWIDTH {0}\nHEIGHT 1\nPOINTS {0}\nDATA {1}\n"
 
 
@@ -399,6 +432,15 @@ PCD = "FIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nCOUNT 1 1 1\nWIDTH {0}\nHEIGHT 1\nP
         ("a.off", "OFF\n3 1 0\n0 0 nan\n1 1 1\n2 0 2\n3 0 1 2\n", "corners of its faces have no finite coordinates"),
         ("a.off", "OFF\n3 1 0\n0 0 0\n1 1 1\n2 0 2\n3 0 1 7\n", "not a .off file, or damaged"),
         ("a.off", "OFF\n3 2 0\n0 0 0\n1 1 1\n2 0 2\n3 0 1 2\n", "cut short, 1 of 2 faces are there"),
+        ("a.ply", MESH.format(1, "0 1 2"), None),
+        ("a.ply", MESH.format(2, "0 1 2"), "not a .ply file, or damaged .*early end-of-file"),
+        ("a.ply", MESH.format(10**12, "0 1 2"), "cut short, 1,000,000,000,000 faces are not there"),
+        ("a.ply", MESH.format(1, "0 1 3"), "corners that are not among its 3 vertices"),
+        ("a.ply", MESH.format(1, "0 1 -1"), "corners that are not among its 3 vertices"),
+        ("a.ply", MESH.format(1, "0 1 1"), "a mesh without area"),
+        ("a.ply", MESH.format(1, "0 1 2").replace("0 2 0", "0 nan 0"), "no finite coordinates"),
+        ("a.ply", MESH.format(1, "0 1 2").replace("3 0 1", "2 0"), "none of its faces has three corners"),
+        ("a.ply", MESH.format(1, "0 1 2").replace("list uchar int", "int"), "its faces are no lists"),
         ("a.stl", b" " * 80 + b"\2\0\0\0" + b"\0" * 60, "cut short, 1 of 2 faces are there"),
         ("a.stl", "solid a\nfacet normal 0 0 1\nouter loop\n", "cut short, it has no end"),
         ("a.obj", "rubbish", "holds no points|damaged"),
@@ -408,7 +450,8 @@ PCD = "FIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nCOUNT 1 1 1\nWIDTH {0}\nHEIGHT 1\nP
 def test_one_line_for_what_cannot_be_read(tmp_path, name, data, words):
     path = write(tmp_path, name, data)
     if words is None:
-        assert read_points(path).notes == ["2 points without finite coordinates left out"]
+        (note,) = read_points(path).notes
+        assert note in ("2 points without finite coordinates left out", "10,000 points sampled on 1 face")
         return
     with pytest.raises(BrokenCloud, match=words) as caught:
         read_points(path)
@@ -479,7 +522,7 @@ def test_damaged_files_never_end_in_another_error(tmp_path, cloud, caplog):
     np.savez_compressed(tmp_path / "a.npz", points=table)
     np.savetxt(tmp_path / "a.txt", table)
     table.tofile(tmp_path / "a.bin")
-    for suffix in ("off", "obj", "stl"):
+    for suffix in ("off", "obj", "stl", "ply"):
         trimesh.creation.box().export(tmp_path / f"a.{suffix}")
     random = np.random.default_rng(0)
     refused = 0
@@ -536,11 +579,18 @@ def test_names_and_folders(tmp_path):
 
 @pytest.mark.parametrize(
     "name, package",
-    [("a.pcd", "pypcd4"), ("a.las", "laspy"), ("a.laz", "laspy"), ("b.laz", "lazrs"), ("a.off", "trimesh")],
+    [
+        ("a.pcd", "pypcd4"),
+        ("a.las", "laspy"),
+        ("a.laz", "laspy"),
+        ("b.laz", "lazrs"),
+        ("a.off", "trimesh"),
+        ("a.ply", "plyfile"),
+    ],
 )
 def test_a_missing_package_names_the_extra(tmp_path, monkeypatch, name, package):
     monkeypatch.setitem(sys.modules, package, None)
-    path = write(tmp_path, name, "x")
+    path = write(tmp_path, name, MESH.format(1, "0 1 2") if name == "a.ply" else "x")
     with pytest.raises(InputError) as caught:
         read_points(path)
     assert not isinstance(caught.value, BrokenCloud)
