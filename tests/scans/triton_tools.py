@@ -32,6 +32,9 @@ import numpy as np
 import pytest
 import torch
 
+from ..conftest import ENVIRONMENT
+from ..runs import Forked
+
 HERE = Path(__file__).parent
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 LIMITS = {80: 163 * 1024, 90: 227 * 1024, 120: 99 * 1024}  # shared memory of a block
@@ -43,11 +46,6 @@ CALLS = [  # every kind of route (`tools.table`), merge and dtype, tokens that r
     ("repeated", "sum", torch.bfloat16, False),
     ("padded", None, torch.float16, True),
 ]
-
-
-def _environment(**more: str) -> dict[str, str]:
-    inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    return inherited | {"PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"} | more
 
 
 @cache
@@ -130,7 +128,7 @@ def no_stray_access(monkeypatch):
 def interpret(*files: Path) -> None:
     """Runs the tests of some files that are for the interpreter."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *map(str, files)]
-    environment = _environment(TRITON_INTERPRET="1")
+    environment = ENVIRONMENT | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:]
 
@@ -144,8 +142,7 @@ def compiled(launches: str, archs: tuple[int, ...] = (TIGHTEST,)) -> list[tuple[
         launches: "MODULE:FUNCTION".
         archs: some of those of `LIMITS`.
     """
-    command = [sys.executable, "-m", "tests.scans.triton_tools", launches, *map(str, archs)]
-    done = subprocess.run(command, env=_environment(), capture_output=True, text=True)
+    done = Forked(HERE.parents[1], main, launches, *map(str, archs)).end()
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     for kernel in kernels:

@@ -85,7 +85,7 @@ def test_a_killed_comparison_goes_on(tmp_path):
         assert process.poll() is None
         time.sleep(0.05)
     process.kill()
-    process.communicate(timeout=120)  # until no process of the comparison holds the pipe any more
+    process.communicate(timeout=600)  # until no process of the comparison holds the pipe any more
     assert not (tmp_path / "compare.json").exists()
     assert linescan(tmp_path, *args).end().returncode == 0
     results = json.loads((tmp_path / "compare.json").read_text())["results"]
