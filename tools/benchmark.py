@@ -28,7 +28,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from importlib.util import find_spec
@@ -40,7 +40,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from linescan.engine.processes import keep_memory
 
@@ -1190,16 +1190,22 @@ def models(
     largest: Annotated[int, typer.Option(help="Leave out larger images.")] = 1024,
     budget: Annotated[float, typer.Option(help="Seconds for each number.")] = 3.0,
 ):
-    """Plain models against timm's DeiT-Ti with SDPA, hierarchical ones against Swin-T, one image, one thread.
+    """Plain models against timm's DeiT-Ti with SDPA, hierarchical ones against Swin-T, one image, one thread, by turns.
 
     Beside the times the operations of each model, and the bound that they set: those of products, convolutions and
     attention at the pace of a plain linear layer of that size, and those of scans at that of multiply-adds, both
     measured in the same run. Of models that are slower than wanted the time is shown by operator.
     """
     from linescan.engine.benchmark import _at_size, benchmark, write_report
+    from linescan.engine.scores import precision as of_precision
     from linescan.scans.matmul import linear
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+    def forward(model: nn.Module, image: Tensor) -> None:
+        with torch.inference_mode(), of_precision(torch.device("cpu"), dtype):
+            model(image)
+
     for title, group in GROUPS.items():
         sizes = [size for size in group.wanted if size <= largest]
         names = (*group.models, group.peer)
@@ -1207,8 +1213,18 @@ def models(
         results = []
         with console.status(title) as status:
             show = lambda *_, description="", **__: status.update(description) if description else None  # noqa: E731
-            results += benchmark(names, sizes, dtype=dtype, budget=budget, progress=show)
-        torch.set_num_threads(1)
+            once = list(benchmark(names, sizes, dtype=dtype, budget=0.0, progress=show))  # for memory
+            torch.set_num_threads(1)
+            for size in sizes:
+                status.update(f"{title} at {size}, by turns")
+                ready = {name: _at_size(name, size).eval() for name in names}
+                image = torch.randn(1, 3, size, size)
+                taken = side_by_side({name: partial(forward, model, image) for name, model in ready.items()}, budget)
+                results += [
+                    replace(r, seconds=taken[r.model], images_per_second=1 / taken[r.model])
+                    for r in once
+                    if r.size == size
+                ]
         multiply_add = multiply_add_bound(1) / 9
         times = {(r.model, r.size): r.seconds for r in results}
         rows, missed = [], []
