@@ -302,43 +302,50 @@ TIMED = (
 )  # fmt: skip
 RUNTIMES = {
     "eager": "eager torch", "compile": "torch.compile", "pt2": "AOTInductor", "onnx": "ONNX Runtime",
-    "openvino": "OpenVINO",
+    "openvino": "OpenVINO, float32", "openvino-free": "OpenVINO, its own precision",
 }  # fmt: skip
 
 
-def milliseconds(name: str, side: int, threads: int, runtime: str) -> str:
-    """The least of five calls with one image, after one that does not count."""
-    torch.set_num_threads(threads)
+def milliseconds(name: str, side: int, runtime: str, threads: Sequence[int], files: Path) -> str:
+    """For each number of threads the least of five calls with one image, after one that does not count."""
     create = linescan.create_model if linescan.zoo.is_model(name) else timm.create_model
     torch.manual_seed(0)
-    model, image = create(name, img_size=side).eval(), torch.randn(1, 3, side, side)
-    with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
-        run = in_runtime(model, image, runtime, Path(folder), threads)
-        run()
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
+    model, image, best = create(name, img_size=side).eval(), torch.randn(1, 3, side, side), []
+    for count in threads:
+        torch.set_num_threads(count)
+        torch._dynamo.reset()  # what is compiled for one thread stays with it
+        run = in_runtime(model, image, runtime, files / f"{name}.{side}", count)
+        with torch.inference_mode():
             run()
-            times.append(time.perf_counter() - start)
-    return f"{1e3 * min(times):.0f} ms"
+            times = []
+            for _ in range(5):
+                start = time.perf_counter()
+                run()
+                times.append(time.perf_counter() - start)
+        best.append(1e3 * min(times))
+    return " / ".join(f"{took:.{0 if took > 30 else 1}f}" for took in best)
 
 
-def in_runtime(model: nn.Module, image: Tensor, runtime: str, folder: Path, threads: int) -> Callable[[], Any]:
-    """A call of the model in a runtime."""
+def in_runtime(model: nn.Module, image: Tensor, runtime: str, stem: Path, threads: int) -> Callable[[], Any]:
+    """A call of the model in a runtime; `stem`: the name of its package, which is written once."""
     if runtime == "eager":
         return lambda: model(image)
     if runtime == "compile":
         fast = torch.compile(model, fullgraph=True)
         return lambda: fast(image)
-    path = folder / f"model{packages.FORMATS['pt2' if runtime == 'pt2' else 'onnx']}"
-    with torch.inference_mode(False):
-        packages.write_network(model, (torch.cat([image, image]),), path)
-    if runtime != "openvino":
+    plain = runtime.startswith("openvino")  # which reads no functions
+    path = Path(f"{stem}.{threads}.pt2" if runtime == "pt2" else f"{stem}.plain.onnx" if plain else f"{stem}.onnx")
+    if not path.exists():
+        packages.write_network(model, (torch.cat([image, image]),), path, plain=plain)
+    if not plain:
         network = packages.read_network(path)
         return lambda: network(image)
     import openvino
 
-    request = openvino.compile_model(str(path), "CPU", {"INFERENCE_NUM_THREADS": threads}).create_infer_request()
+    options = {"INFERENCE_NUM_THREADS": threads}
+    if runtime == "openvino":
+        options["INFERENCE_PRECISION_HINT"] = "f32"  # else bfloat16, where the processor has it
+    request = openvino.compile_model(str(path), "CPU", options).create_infer_request()
     return lambda: request.infer([image.numpy()])
 
 
@@ -395,15 +402,16 @@ def deploy(
 
     lines: Callable[[], list[str]]
     if times:
-        wanted = [(milliseconds, (name, pixels, count, kind)) for count in threads for pixels in side
+        (files := results / "packages").mkdir(exist_ok=True)
+        wanted = [(milliseconds, (name, pixels, kind, threads, files)) for pixels in side
                   for name in TIMED if named(name, model)
                   for kind in RUNTIMES if named(kind, runtime)]  # fmt: skip
 
         def lines() -> list[str]:
-            return grid(["model, pixels, threads", *RUNTIMES.values()], {
-                f"`{name}`, {pixels}, {count}": [(f"`{name}`, {pixels}, {column}", path(name, pixels, count, kind))
-                                                 for kind, column in RUNTIMES.items()]
-                for count in threads for name in TIMED for pixels in side
+            return grid([f"ms on {' / '.join(map(str, threads))} threads", *RUNTIMES.values()], {
+                f"`{name}`, {pixels}": [(f"`{name}`, {pixels}, {column}", path(name, pixels, kind))
+                                        for kind, column in RUNTIMES.items()]
+                for pixels in side for name in TIMED
             })  # fmt: skip
     else:
         wanted = [(CELLS[kind], (small, name, kind, sizes)) for models in MODELS.values()
@@ -418,7 +426,7 @@ def deploy(
 
     mark = "times" if times else "cells"
     for compute, args in wanted:
-        to = path(*args) if times else path(*args[1:3])
+        to = path(*(args[:3] if times else args[1:3]))
         if again or not to.exists():
             start = time.monotonic()
             found = in_a_process(compute, args, to, limit)
