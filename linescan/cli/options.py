@@ -156,7 +156,21 @@ ModelArgs = Annotated[
     Optional[list[str]],
     typer.Option("--model-arg", metavar="KEY=VALUE", help="An argument for timm.create_model; may be repeated."),
 ]
-Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, ...; default: CUDA where there is one.")]
+
+
+def _known_device(name: Optional[str], context: typer.Context) -> Optional[str]:
+    """The device's name. Raises InputError: there is none of that name, which is said before anything is opened."""
+    if name is not None and not context.resilient_parsing:  # as completion parses
+        from linescan.engine.processes import pick_device
+
+        pick_device(name)
+    return name
+
+
+Device = Annotated[
+    Optional[str],
+    typer.Option(help="cpu, cuda, cuda:1, ...; default: CUDA where there is one.", callback=_known_device),
+]
 Batch = Annotated[int, typer.Option("--batch", "-b", min=1, help="Images (or frames) in one forward pass.")]
 Workers = Annotated[
     Optional[int], typer.Option(min=0, help="Processes that load images; default: 4 for files, none for the digits.")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Callable, Optional
@@ -9,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Callable, Optional
 import typer
 
 from linescan.engine.progress import progress_bar, say, show
-from linescan.errors import InputError
+from linescan.errors import InputError, known
 
 from .names import complete_models
 from .options import Batch, Checkpoint, Device, Floats, Json, Model, ModelArgs, Precision, command, model_args, pixels
 
 if TYPE_CHECKING:
+    from linescan.media.find import Source
     from linescan.tasks.tool import Outcome, Tool, Writer
 
 Sources = Annotated[
@@ -149,9 +151,10 @@ def segment(
     sizes = {"window": pixels(window, "--window"), "stride": pixels(stride, "--stride")}
 
     def open_tool() -> tuple["Tool", "Writer"]:
-        from linescan.tasks.segment import Masks, Segmenter
+        from linescan.tasks.segment import Masks, Segmenter, expect_images
         from linescan.tasks.segment_volumes import LabelFiles, VolumeSegmenter, segments_volumes
 
+        expect_images(model, checkpoint, 1 if extra is None else 2)
         args: dict = {"device": device, "dtype": precision.dtype, "batch": batch}
         if segments_volumes(model, checkpoint):
             side = _side(sizes)
@@ -284,13 +287,15 @@ def restore(
     """
 
     def open_tool() -> tuple["Tool", "Writer"]:
-        from linescan.tasks.restore import Photos, Restorer
+        from linescan.tasks.restore import FORMATS, Photos, Restorer
 
-        writer = Photos(to, format)
+        if format is not None:
+            known("format", format.lower(), FORMATS)
         args = {"device": device, "dtype": precision.dtype, "batch": batch, "window": window}
-        return Restorer(model, checkpoint, self_ensemble=self_ensemble, **args, **model_args(model_arg)), writer
+        tool = Restorer(model, checkpoint, self_ensemble=self_ensemble, **args, **model_args(model_arg))
+        return tool, Photos(to, format, tool.scale)
 
-    answer_files(open_tool, paths, to, compare, as_json, "restoring", "compare")
+    answer_files(open_tool, paths, to, compare, as_json, "restoring", "compare", kinds=("image",))
 
 
 @command(
@@ -313,8 +318,10 @@ def anomaly(
                      "repeated. Default: as training chose it, if the checkpoint says."),
     ] = None,
     false_alarms: Annotated[
-        float, typer.Option(min=0, max=1, help="The share of the --normal images that may be above the threshold.")
-    ] = 0.01,
+        Optional[float],
+        typer.Option(min=0, max=1, help="The share of the --normal images that may be above the threshold.",
+                     show_default="0.01"),
+    ] = None,
     threshold: Annotated[
         Optional[float], typer.Option(min=0, help="Images with a score above this are anomalous.")
     ] = None,
@@ -333,19 +340,21 @@ def anomaly(
     """
     if normal and threshold is not None:
         raise InputError("--normal chooses the threshold that --threshold gives; one of them is enough")
+    if false_alarms is not None and not normal:
+        raise InputError("--false-alarms is the share of the --normal images, which are not given")
 
     def open_tool() -> tuple["Tool", "Writer"]:
         from linescan.media.find import find
         from linescan.tasks.anomaly import AnomalyDetector, AnomalyMaps
 
-        sources = find(normal, ("image",)) if normal else []
+        sources = _some(find(normal, ("image",))) if normal else []
         args = {"device": device, "dtype": precision.dtype, "batch": batch, "strict": strict, "threshold": threshold}
         tool = AnomalyDetector(model, checkpoint, **args, **model_args(model_arg))
         if normal:
             broken = [str(source.error) for source in sources if source.error]
             good = [source.path for source in sources if not source.error]
             with progress_bar("choosing the threshold", len(good)) as advance:
-                unread = tool.calibrate(good, false_alarms, advance)
+                unread = tool.calibrate(good, 0.01 if false_alarms is None else false_alarms, advance)
             for line in broken + unread:
                 say(("left out", "yellow"), f" {line}")
             say(f"threshold {tool.threshold:.4f}, chosen on {len(good) - len(unread)} normal images")
@@ -554,21 +563,14 @@ def answer_files(
     listed = sys.stdin.read() if "-" in paths else ""
 
     def sources(kinds):
-        found = some(find(paths, kinds, exclude=[to] if to else [], stdin=io.StringIO(listed)))
+        found = _some(find(paths, kinds, exclude=[to] if to else [], stdin=io.StringIO(listed)))
         if partners is not None:
-            found = some(pair(found, some(find([partners], kinds, exclude=[to] if to else []))))
-        return found
-
-    def some(found):
-        if all(source.error for source in found):
-            reasons = list(dict.fromkeys(str(source.error) for source in found))
-            more = len(reasons) - REASONS
-            raise InputError("; ".join(reasons[:REASONS]) + (f"; and {more} more" if more > 0 else ""))
+            found = _some(pair(found, _some(find([partners], kinds, exclude=[to] if to else []))))
         return found
 
     sources(kinds)  # or a model would be opened in vain
-    if to and to.exists() and not to.is_dir():
-        raise InputError(f"{to} is a file; --out is a folder")
+    if to:
+        _expect_folder(to)
     tool, writer = open_tool()
     found = sources(tool.kinds if partners is None else kinds)
     tool.expect([source.given for source in found if source.error is None])
@@ -582,6 +584,24 @@ def answer_files(
     if to or failed:
         say(f"{len(found) - failed} of {len(found)} done" + (f", in {to}" if to else ""))
     raise typer.Exit(1 if failed else 0)
+
+
+def _some(found: list["Source"]) -> list["Source"]:
+    """Sources. Raises InputError: none of them can be used."""
+    if all(source.error for source in found):
+        reasons = list(dict.fromkeys(str(source.error) for source in found))
+        more = len(reasons) - REASONS
+        raise InputError("; ".join(reasons[:REASONS]) + (f"; and {more} more" if more > 0 else ""))
+    return found
+
+
+def _expect_folder(to: Path) -> None:
+    """Raises InputError: a folder of this name is not there and cannot be made, or cannot be written to."""
+    there = next(path for path in (to, *to.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise InputError(f"{there} is a file; --out is a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{there}: nothing can be written into this folder; --out names another")
 
 
 class _Report:

@@ -4,10 +4,13 @@ import hashlib
 import io
 import os
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
-from typing import BinaryIO, Iterator, Mapping
+from typing import BinaryIO, Iterable, Iterator, Mapping
 
-__all__ = ["atomic", "atomic_path", "sweep", "write_all"]
+from ..errors import InputError
+
+__all__ = ["atomic", "atomic_path", "expect_no_input", "identities", "inputs_kept", "sweep", "write_all"]
 
 _SUFFIX = ".partial"
 _LONGEST = 255  # bytes of a file's name, on every common file system
@@ -21,6 +24,7 @@ def atomic(path: str | Path) -> Iterator[BinaryIO]:
     any moment also leaves the old file (or none), and perhaps a `.NAME.partial` beside it: see `sweep`.
 
     Raises:
+        InputError: `inputs_kept` has the file.
         OSError: the file cannot be written; `filename` is `path`.
     """
     with atomic_path(path) as partial, _Whole(open(partial, "wb", buffering=0)) as file:
@@ -41,6 +45,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     That name does not end with the suffix of `path`: a writer that chooses the format by it must be told the format.
     """
     path = Path(path)
+    expect_no_input(path)
     partial = _partial(path)
     try:
         yield partial
@@ -57,6 +62,38 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     if os.name == "posix":
         with suppress(PermissionError):  # of a folder that may be written but not listed
             _flush(path.parent)  # the new name, too, must survive a power cut
+
+
+_INPUTS: ContextVar[frozenset[tuple[int, int]]] = ContextVar("inputs", default=frozenset())
+
+
+def identities(paths: Iterable[str | Path]) -> frozenset[tuple[int, int]]:
+    """What tells these files from others, by whatever name; those that are not there are left out."""
+    return frozenset(filter(None, map(_identity, paths)))
+
+
+@contextmanager
+def inputs_kept(inputs: frozenset[tuple[int, int]]) -> Iterator[None]:
+    """Within this, no `atomic` replaces one of these files (`identities`)."""
+    token = _INPUTS.set(inputs)
+    try:
+        yield
+    finally:
+        _INPUTS.reset(token)
+
+
+def expect_no_input(path: str | Path) -> None:
+    """Raises InputError: `path` is a file that `inputs_kept` has."""
+    if (inputs := _INPUTS.get()) and _identity(path) in inputs:
+        raise InputError(f"{path}: an output would replace this input; --out names another folder")
+
+
+def _identity(path: str | Path) -> tuple[int, int] | None:
+    try:
+        facts = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return facts.st_dev, facts.st_ino
 
 
 def _interrupted(error: BaseException) -> bool:

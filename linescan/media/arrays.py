@@ -1,6 +1,7 @@
 """Images as arrays of their own depth, alpha and profile kept: what restoration reads and writes."""
 
 import io
+import math
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Sequence
 
@@ -10,11 +11,11 @@ from PIL.ExifTags import Base
 
 from ..errors import BrokenImage, InputError
 from . import vips
-from .images import LARGE, TIFF, check_whole, one_line, open_file
+from .images import LARGE, TIFF, check_whole, open_file
 from .large import blank
 from .pixels import upright
 
-__all__ = ["ImageFacts", "read_array", "read_mask", "write_array"]
+__all__ = ["ImageFacts", "expect_format", "read_array", "read_mask", "write_array"]
 
 _KEPT = {"L", "LA", "RGB", "RGBA", "I;16", "I", "F"}  # modes that are arrays as they are; the others are colours
 _BY_ROWS = {"L", "LA", "RGB", "RGBA", "I;16", "I;16B"}  # that libvips gives as they are
@@ -22,6 +23,7 @@ _OTHER_SPACES = {"CMYK", "LAB", "HSV"}  # whose profiles do not fit the RGB that
 _DESCRIPTIVE = {Base.ImageDescription, Base.Make, Base.Model, Base.Software, Base.DateTime, Base.Artist}
 _DESCRIPTIVE |= {Base.Copyright, Base.ExifOffset, Base.GPSInfo}
 _DEEP = {np.dtype(np.uint16): {"PNG", "TIFF"}, np.dtype(np.float32): {"TIFF"}}  # formats of more than 8 bits
+_LONGEST = {"JPEG": 65500, "WEBP": 16383}  # pixels of a side at most
 
 
 class ImageFacts(NamedTuple):
@@ -52,11 +54,13 @@ def read_array(path: str | Path) -> tuple[np.ndarray, ImageFacts]:
     """
     try:
         array, facts = _read(path)
-    except BrokenImage:
+    except BrokenImage as error:
         if not (_is_tiff(path) and vips.is_installed()):
             raise
-        with one_line(path):  # TIFF files of channels and depths that Pillow does not know
+        try:  # TIFF files of channels and depths that Pillow does not know
             array, facts = vips.read(path), ImageFacts()
+        except InputError:
+            raise error from None
     return (array[..., None] if array.ndim == 2 else array), facts
 
 
@@ -137,6 +141,22 @@ def _is_deep_colour(image: Image.Image) -> bool:
     return not image.mode.startswith("I") and ";16" in str(coded)
 
 
+def expect_format(format: str, shape: Sequence[int], dtype: np.dtype) -> None:
+    """Looks whether `write_array` can write an array (H, W, C).
+
+    Raises:
+        InputError: the format cannot hold it, or colours of more than 8 bits without the extra `large`.
+    """
+    if dtype != np.uint8 and format not in _DEEP.get(dtype, ()):
+        raise InputError(f"{format} files do not hold {dtype}; PNG and TIFF hold uint16, TIFF holds float32")
+    if shape[2] in (2, 4) and format == "JPEG":
+        raise InputError("JPEG files hold no alpha; PNG, TIFF and WEBP files do")
+    if max(shape[:2]) > (longest := _LONGEST.get(format, math.inf)):
+        raise InputError(f"{format} files hold at most {longest} pixels a side, not {shape[0]} x {shape[1]}")
+    if shape[2] > 1 and dtype != np.uint8:
+        vips.require()
+
+
 def write_array(file: BinaryIO, array: np.ndarray, facts: ImageFacts = ImageFacts(), format: str = "PNG") -> None:
     """Writes an array as `read_array` gives it, with its profile and EXIF data.
 
@@ -150,10 +170,7 @@ def write_array(file: BinaryIO, array: np.ndarray, facts: ImageFacts = ImageFact
         InputError: the format cannot hold the array, or colours of more than 8 bits without the extra `large`.
     """
     array = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
-    if array.dtype != np.uint8 and format not in _DEEP.get(array.dtype, ()):
-        raise InputError(f"{format} files do not hold {array.dtype}; PNG and TIFF hold uint16, TIFF holds float32")
-    if array.ndim == 3 and array.shape[2] in (2, 4) and format == "JPEG":
-        raise InputError("JPEG files hold no alpha; PNG, TIFF and WEBP files do")
+    expect_format(format, (*array.shape, 1)[:3], array.dtype)
     deep = array.ndim == 3 and array.dtype != np.uint8
     if deep or (isinstance(array, np.memmap) and format in ("PNG", "TIFF") and vips.is_installed()):
         vips.write(file, np.atleast_3d(array), format, facts.icc, facts.exif)

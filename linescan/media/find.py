@@ -145,7 +145,8 @@ def find(
     for argument in _arguments(arguments, stdin):
         found.add(argument)
     if not found.sources:
-        raise InputError(f"no {_plural(kinds)} are given")
+        where = f"; those in {exclude[0]}, where the outputs go, are passed over" if found.passed_over else ""
+        raise InputError(f"no {_plural(kinds)} are given{where}")
     paths, names, errors = zip(*found.sources.values())
     folders = [is_video(path) or os.path.isdir(path) for path in paths]
     return list(map(Source, paths, _distinct(names, folders), errors))
@@ -183,6 +184,7 @@ class _Found:
     def __init__(self, kinds: Sequence[str], excluded: Sequence[Path]):
         self.kinds, self.excluded = kinds, excluded
         self.sources: dict[str, tuple[Path, str, InputError | None]] = {}
+        self.passed_over = False
 
     def add(self, argument: str) -> None:
         """One argument: a path, or a pattern."""
@@ -231,7 +233,9 @@ class _Found:
 
     def _passed_over(self, path: Path) -> bool:
         path = Path(os.path.realpath(path))
-        return any(folder == path or folder in path.parents for folder in self.excluded)
+        excluded = any(folder == path or folder in path.parents for folder in self.excluded)
+        self.passed_over |= excluded
+        return excluded
 
 
 def _arguments(arguments: Sequence[str | Path], stdin: TextIO | None) -> Iterator[str]:

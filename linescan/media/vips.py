@@ -11,7 +11,7 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 from ..errors import InputError
 from .pixels import to_bytes, to_mode
 
-__all__ = ["ROWS", "WHOLE", "is_installed", "read", "reads", "strips", "write", "Strips"]
+__all__ = ["ROWS", "WHOLE", "is_installed", "read", "reads", "require", "strips", "write", "Strips"]
 
 ROWS = 256
 """How many rows are decoded at a time."""
@@ -116,7 +116,7 @@ def read(path: str | Path, room: Callable[[tuple[int, ...], type], np.ndarray] |
     Raises:
         InputError: libvips cannot read it, it has more than `WHOLE` pixels for memory, or pyvips is not installed.
     """
-    _require()
+    require()
     import pyvips
 
     with _one_line():
@@ -137,7 +137,7 @@ def read(path: str | Path, room: Callable[[tuple[int, ...], type], np.ndarray] |
 
 def write(file: BinaryIO, array: np.ndarray, format: str, icc: bytes | None, exif: bytes | None) -> None:
     """Writes `array` (H, W, C) in its depth as a "PNG" or "TIFF", a few rows at a time. Raises InputError."""
-    _require()
+    require()
     import pyvips
 
     with _one_line():
@@ -157,7 +157,8 @@ def write(file: BinaryIO, array: np.ndarray, format: str, icc: bytes | None, exi
         image.write_to_target(target, f".{format.lower()}", keep=keep, **options)
 
 
-def _require() -> None:
+def require() -> None:
+    """Raises InputError: pyvips is not installed."""
     if not is_installed():
         raise InputError("colours of 16 bits take pyvips; `pip install 'linescan[large]'` installs it")
 

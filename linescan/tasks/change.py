@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..engine.atomic import atomic, write_all
+from ..engine.atomic import atomic, expect_no_input, write_all
 from ..engine.cards import ModelCard, preprocess_of, restore
 from ..engine.change_losses import lovasz_softmax, sek_loss, similarity_loss
 from ..engine.change_scores import confusion, semantic_scores, two_class_scores
@@ -35,7 +35,7 @@ from .recipes import ChangeRecipe
 from .report import WORST, csv_bytes, previews
 from .segment import Segmenter, cross_entropy
 from .tool import Progress, Writer, silent
-from .windows import Size, WindowTool, reduced_for_drawing, thin
+from .windows import Size, WindowTool, reduced_for_drawing, thin, windows
 
 __all__ = ["Change", "ChangeDetector", "ChangeMaps", "ChangeScores", "ChangeTask"]
 
@@ -333,6 +333,7 @@ class ChangeDetector(Segmenter):
     ):
         if model is not None:
             _expect_changes(model)
+        window, stride = windows(window, stride)
         module, card = restore(model, checkpoint, **args)
         _expect_changes(card.model)
         network = _Network(module, card.preprocess, card.classes)
@@ -407,6 +408,14 @@ class ChangeMaps(Writer):
         with atomic(out / "classes.json") as file:
             file.write(json.dumps(described, indent=1).encode())
 
+    def expect(self, source: Source, opened: Any) -> None:
+        """Raises InputError: a map would replace an input, as where BEFORE is a folder `before` inside OUT."""
+        for folder in ("change", "before", "after"):
+            expect_no_input(self._place(folder, source))
+
+    def _place(self, folder: str, source: Source) -> Path:
+        return self.out / folder / f"{source.name}.png"
+
     def save(self, source: Source, answer: Change, frame: int | None = None) -> list[Path]:
         """Writes the maps of a pair."""
         maps = {"change": (answer.changed, ((0, 0, 0), (255, 255, 255)))}
@@ -414,7 +423,7 @@ class ChangeMaps(Writer):
             maps |= {"before": (answer.before, self.palette), "after": (answer.after, self.palette)}
         paths = []
         for folder, (values, palette) in maps.items():
-            path = self.out / folder / f"{source.name}.png"
+            path = self._place(folder, source)
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic(path) as file:
                 write_mask(file, values, palette)

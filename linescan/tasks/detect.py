@@ -18,7 +18,7 @@ from ..media.large import Pixels, open_pixels
 from .open import open_model
 from .results import Detections, Found, patch_of
 from .tool import Progress, Writer, silent
-from .windows import Size, WindowTool, bounded, positions, reduced_for_drawing
+from .windows import Size, WindowTool, bounded, positions, reduced_for_drawing, windows
 
 __all__ = ["Detector", "Instances"]
 
@@ -65,6 +65,7 @@ class Detector(WindowTool):
         strict: bool = False,
         **args,
     ):
+        window, stride = windows(window, stride)
         opened = open_model("detection", model, checkpoint, **args)
         super().__init__(str(model or opened.name), opened, device, dtype, batch, window, stride, strict)
         self.score = score

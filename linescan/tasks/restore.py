@@ -12,12 +12,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..engine.atomic import atomic
+from ..engine.atomic import atomic, expect_no_input
 from ..engine.cards import ModelCard, plain_preprocess, read_card, restore
 from ..engine.pairs import SYMMETRIES, Pairs, find_pairs, open_pairs, symmetry
 from ..engine.scores import Evaluator, Totals
 from ..errors import InputError, known
-from ..media.arrays import ImageFacts, read_array, write_array
+from ..media.arrays import ImageFacts, expect_format, read_array, write_array
 from ..media.degrade import Degradation
 from ..media.draw import draw_comparison
 from ..media.find import Source
@@ -303,10 +303,10 @@ class Restorer(Tool):
         **args,
     ):
         expect_task(model, "restoration")
-        module, card = restore(model, checkpoint, **args)
-        self.channels, self.scale = _facts_of(module, card.model)
         if not isinstance(window, int) or window < 16:
             raise InputError(f"a window is a number of pixels, 16 or more, not {window!r}")
+        module, card = restore(model, checkpoint, **args)
+        self.channels, self.scale = _facts_of(module, card.model)
         super().__init__(card.model, module, device, dtype, batch)
         self.window, self.self_ensemble = window, self_ensemble
         self.network = ensemble(self._run) if self_ensemble else self._run
@@ -388,19 +388,31 @@ class Photos(Writer):
     Args:
         out: the folder.
         format: a key of `FORMATS`; by default PNG, and TIFF for float32.
+        scale: of the network.
     """
 
-    def __init__(self, out: Path, format: str | None = None):
-        self.out, self.format = out, format and known("format", format.lower(), FORMATS)
+    def __init__(self, out: Path, format: str | None = None, scale: int = 1):
+        self.out, self.format, self.scale = out, format and known("format", format.lower(), FORMATS), scale
         out.mkdir(parents=True, exist_ok=True)
+
+    def _place(self, source: Source, photo: Photo) -> tuple[Path, str]:
+        """The path and the format of the restored image of a photo."""
+        format = self.format or ("tiff" if photo.array.dtype == np.float32 else "png")
+        return self.out / (source.name + FORMATS[format]), format.upper()
+
+    def expect(self, source: Source, opened: Photo) -> None:
+        """Raises InputError: the format cannot hold the photo once it is restored, or its file is an input."""
+        path, format = self._place(source, opened)
+        height, width, channels = opened.array.shape
+        expect_format(format, (height * self.scale, width * self.scale, channels), opened.array.dtype)
+        expect_no_input(path)
 
     def save(self, source: Source, answer: Photo, frame: int | None = None) -> list[Path]:
         """Writes a restored image with the profile and the EXIF data of its source."""
-        format = self.format or ("tiff" if answer.array.dtype == np.float32 else "png")
-        path = self.out / (source.name + FORMATS[format])
+        path, format = self._place(source, answer)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic(path) as file:
-            write_array(file, answer.array, answer.facts, format.upper())
+            write_array(file, answer.array, answer.facts, format)
         return [path]
 
     def describe(self, answer: Photo) -> str:

@@ -32,15 +32,16 @@ from ..media.find import Source
 from ..media.images import ImageLike
 from ..media.large import PairedPixels, Pixels, blank, open_pixels, write_mask
 from ..media.page import page, table
+from ..zoo import find, is_model
 from .base import Task, build_model
 from .named import SegmentorInput, expect_segmentor, of_all_classes
 from .open import open_model
 from .recipes import SegmentationRecipe
 from .report import WORST, csv_bytes, previews
 from .tool import Progress, Writer, expect_finite, silent
-from .windows import Block, Size, WindowTool, bounded, enlarge, reduced_for_drawing, slide, thin
+from .windows import Block, Size, WindowTool, bounded, enlarge, reduced_for_drawing, slide, thin, windows
 
-__all__ = ["MaskScores", "Masks", "Segmenter", "SegmentationTask", "cross_entropy", "dice_loss"]
+__all__ = ["MaskScores", "Masks", "Segmenter", "SegmentationTask", "cross_entropy", "dice_loss", "expect_images"]
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -269,6 +270,27 @@ def _start_encoder(model: nn.Module, recipe: SegmentationRecipe) -> None:
 FRAME_LEGEND = 2  # rows of the legend below frames of a video, which are all of one size
 
 
+def expect_images(model: str | Path | None, checkpoint: str | Path | None, count: int) -> None:
+    """Looks, before a model is opened, whether it reads as many images of a scene as there are.
+
+    Of a model of the zoo, and of a checkpoint that names one; of others only the opened model says.
+
+    Raises:
+        InputError: it reads another number.
+        CheckpointError: the checkpoint cannot be read.
+    """
+    card = read_card(checkpoint) if checkpoint and model is None else None
+    name = card.model if card else str(model)
+    if is_model(name) and find(name).task == "segmentation":
+        _expect_count(name, len(find(name).inputs), count)
+
+
+def _expect_count(name: str, reads: int, count: int) -> None:
+    if count != reads:
+        wanted = f"{reads} images of each scene (--extra)" if reads > 1 else "one image"
+        raise InputError(f"{name} reads {wanted}, got {count}")
+
+
 class Segmenter(WindowTool):
     """Says what each pixel of an image shows.
 
@@ -319,6 +341,7 @@ class Segmenter(WindowTool):
         strict: bool = False,
         **args,
     ):
+        window, stride = windows(window, stride)
         opened = open_model("segmentation", model, checkpoint, **args)
         super().__init__(str(model or opened.name), opened, device, dtype, batch, window, stride, strict)
         self.memory = memory
@@ -330,10 +353,7 @@ class Segmenter(WindowTool):
             self._expect_images(given)
 
     def _expect_images(self, given: Any) -> None:
-        count = len(given) if isinstance(given, tuple) else 1
-        if count != self.model.images:
-            wanted = f"{self.model.images} images of each scene (--extra)" if self.model.images > 1 else "one image"
-            raise InputError(f"{self.model_name} reads {wanted}, got {count}")
+        _expect_count(self.model_name, self.model.images, len(given) if isinstance(given, tuple) else 1)
 
     def open(self, given: ImageLike | Pixels | tuple[ImageLike, ...]) -> Pixels:
         """The pixels of an image, or of the images of a scene, as many as the model reads.

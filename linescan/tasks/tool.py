@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..engine.atomic import atomic
+from ..engine.atomic import atomic, identities, inputs_kept
 from ..engine.processes import pick_device
 from ..engine.scores import precision
 from ..errors import CommandError, InputError
@@ -136,21 +136,32 @@ class Tool:
         """The context in which the network runs."""
         return precision(self.device, self.dtype)
 
-    def each(self, inputs: Iterable[Any], progress: Progress = silent) -> Iterator[tuple[Any, Any]]:
+    def each(
+        self, inputs: Iterable[Any], progress: Progress = silent, expect: Callable[[int, Any], None] | None = None
+    ) -> Iterator[tuple[Any, Any]]:
         """For each input in turn (opened, answer); the answer is an InputError where there is none.
 
         `inputs` may be endless: they are taken `batch` at a time. What cannot be opened is None.
+
+        Args:
+            inputs: what `open` takes.
+            progress: gets the shares of the work on each.
+            expect: gets the number of each input and what was opened, before it is answered; what it raises is the
+                error of this input.
         """
-        inputs = iter(inputs)
-        while together := list(islice(inputs, self.batch)):
+        numbered = enumerate(inputs)
+        while together := list(islice(numbered, self.batch)):
             opened, answers = {}, {}
-            for i, given in enumerate(together):
+            for i, given in together:
                 try:
-                    opened[i] = self.open(given)
+                    one = self.open(given)
+                    if expect:
+                        expect(i, one)
+                    opened[i] = one
                 except Exception as error:
                     answers[i] = _refusal(error)
             answers |= self._answers(opened, progress)
-            yield from ((opened.pop(i, None), answers.pop(i)) for i in range(len(together)))
+            yield from ((opened.pop(i, None), answers.pop(i)) for i, _ in together)
 
     def _answers(self, opened: dict[int, Any], progress: Progress) -> dict[int, Any]:
         if not opened:
@@ -205,6 +216,13 @@ def _refusal(error: Exception) -> InputError:
 
 class Writer:
     """Saves the answers of a tool; this one saves nothing."""
+
+    def expect(self, source: Source, opened: Any) -> None:
+        """Looks at what was opened of a source, before it is answered.
+
+        Raises:
+            InputError: its answer could not be saved.
+        """
 
     def save(self, source: Source, answer: Any, frame: int | None = None) -> list[Path]:
         """Writes the answer for a source, or for a frame of it; returns the files."""
@@ -283,7 +301,8 @@ def run(
         done += share
         progress(share)
 
-    work = _Work(tool, writer, overlays, advance)
+    inputs = identities(path for source in sources for path in (source.path, *source.partners))
+    work = _Work(tool, writer, overlays, advance, inputs)
     try:
         for i, outcome in enumerate(work.outcomes(sources), 1):
             advance(i - done)
@@ -299,6 +318,7 @@ class _Work(NamedTuple):
     writer: Writer
     overlays: Path | None
     progress: Progress
+    inputs: frozenset
 
     def outcomes(self, sources: Sequence[Source]) -> Iterator[Outcome]:
         for kind, group in groupby(sources, self._kind):
@@ -308,7 +328,12 @@ class _Work(NamedTuple):
             elif kind == "frames":
                 yield from map(self._video, group)
             else:
-                answered = self.tool.each((source.given for source in group), self.progress)
+
+                def expect(i: int, opened: Any, group: list[Source] = group) -> None:
+                    with inputs_kept(self.inputs):
+                        self.writer.expect(group[i], opened)
+
+                answered = self.tool.each((source.given for source in group), self.progress, expect)
                 yield from (self._keep(source, *pair) for source, pair in zip(group, answered))
 
     def _kind(self, source: Source) -> str:
@@ -321,11 +346,12 @@ class _Work(NamedTuple):
         if isinstance(answer, InputError):
             return Outcome(source, error=_named(answer, source))
         try:
-            files = self.writer.save(source, answer)
-            if self.overlays:
-                files.append(path := self._overlay(source, ".jpg"))
-                with atomic(path) as file:
-                    self.tool.draw(opened, answer).save(file, "JPEG", quality=92)
+            with inputs_kept(self.inputs):
+                files = self.writer.save(source, answer)
+                if self.overlays:
+                    files.append(path := self._overlay(source, ".jpg"))
+                    with atomic(path) as file:
+                        self.tool.draw(opened, answer).save(file, "JPEG", quality=92)
             return Outcome(source, self.writer.describe(answer), self.writer.as_json(answer), files)
         except Exception as error:
             if _fatal(error):
@@ -336,7 +362,7 @@ class _Work(NamedTuple):
         """Saves and draws the answers for the frames of a video, up to the first that has none."""
         answers, files, refusal = _Frames(), [], None
         try:
-            with ExitStack() as stack:
+            with inputs_kept(self.inputs), ExitStack() as stack:
                 video, film = open_video(source.path, self.tool.strict), None
                 frames = video.images(range(len(video)), 3)
                 for opened, answer in self.tool.each(frames, lambda share: self.progress(share / len(video))):

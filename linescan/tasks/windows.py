@@ -15,7 +15,7 @@ from ..media.images import ImageLike
 from ..media.large import Pixels, open_pixels
 from .tool import Progress, Tool, silent
 
-__all__ = ["Block", "Part", "Size", "WindowTool", "enlarge", "parts", "positions", "slide"]
+__all__ = ["Block", "Part", "Size", "WindowTool", "enlarge", "parts", "positions", "slide", "windows"]
 
 Size = tuple[int, int]
 """(height, width)."""
@@ -41,13 +41,7 @@ class WindowTool(Tool):
     def __init__(self, model_name: str, model, device, dtype, batch: int, window, stride, strict: bool = False):
         super().__init__(model_name, model.module, device, dtype, batch, strict)
         self.model = model
-        self.window, self.stride = _pair(window, "window"), _pair(stride, "stride")
-        if self.stride and not self.window:
-            raise InputError("a stride is one of windows: give their size as well")
-        if self.window and not self.stride:
-            self.stride = tuple(max(2 * side // 3, 1) for side in self.window)
-        if self.window and any(step > side for step, side in zip(self.stride, self.window)):
-            raise InputError(f"windows of {self.window} every {self.stride} pixels leave gaps: strides are no larger")
+        self.window, self.stride = windows(window, stride)
 
     @property
     def classes(self) -> list[str]:
@@ -67,6 +61,23 @@ class WindowTool(Tool):
     def open(self, given: ImageLike | Pixels) -> Pixels:
         """The pixels of an image: a path, a PIL image or an array."""
         return open_pixels(given)
+
+
+def windows(window: int | Size | None, stride: int | Size | None) -> tuple[Size | None, Size | None]:
+    """Window and stride of a `WindowTool`, as pairs; None without windows. A tool asks before it opens a model.
+
+    Raises:
+        InputError: sizes that are none, or leave gaps between windows.
+    """
+    window, stride = _pair(window, "window"), _pair(stride, "stride")
+    if window is None:
+        if stride:
+            raise InputError("a stride is one of windows: give their size as well")
+        return None, None
+    stride = stride or tuple(max(2 * side // 3, 1) for side in window)
+    if any(step > side for step, side in zip(stride, window)):
+        raise InputError(f"windows of {window} every {stride} pixels leave gaps: strides are no larger")
+    return window, stride
 
 
 def bounded(pixels: Pixels) -> tuple[np.ndarray, int]:

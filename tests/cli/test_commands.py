@@ -270,3 +270,30 @@ def test_of_many_files_that_cannot_be_read_three_are_named(linescan_here, tmp_pa
     assert code == 2 and said.count("does not exist") == 3 and said.endswith("; and 2 more\n") and said.count("\n") == 1
     _, _, said = linescan_here("change", tmp_path / "no", tmp_path, "-m", "mambafcs_base")
     assert said.count(str(tmp_path)) == 1, "of two arguments that which is wrong"
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("segment IMAGE -m sigma_tiny.mfnet", "sigma_tiny.mfnet reads 2 images of each scene (--extra), got 1"),
+        ("segment IMAGE --extra IMAGE -m mhsvm_vmunet_4h", "mhsvm_vmunet_4h reads one image, got 2"),
+        ("segment IMAGE -m mhsvm_vmunet_4h --stride 9", "a stride is one of windows"),
+        ("change IMAGE IMAGE -m mambafcs_base --window 9 --stride 99", "leave gaps"),
+        ("change IMAGE NONE -m mambafcs_base", "NONE does not exist"),
+        ("restore IMAGE -m mambair_v2_light_x2 --device tpu", "device 'tpu' cannot be used here"),
+        ("restore IMAGE -m mambair_v2_light_x2 --format bmp", "format is one of 'png'"),
+        ("restore IMAGE -m mambair_v2_light_x2 -o IMAGE/out", "is a file; --out is a folder"),
+        ("restore OUT -m mambair_v2_light_x2 -o OUT", "those in OUT, where the outputs go, are passed over"),
+        ("anomaly IMAGE -m mambaad_resnet34 --normal NONE", "NONE does not exist"),
+        ("anomaly IMAGE -m mambaad_resnet34 --false-alarms 0.1", "--normal images, which are not given"),
+        ("detect IMAGE -m mamba_yolo_world_small --stride 9", "a stride is one of windows"),
+    ],
+)  # fmt: skip
+def test_what_needs_no_weights_is_refused_before_they_are_fetched(words, message, linescan_here, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("linescan.zoo.fetch", lambda *args: pytest.fail("fetched"))
+    Image.new("RGB", (9, 9)).save("IMAGE", "PNG")
+    (tmp_path / "OUT").mkdir()
+    Image.new("RGB", (9, 9)).save("OUT/y.png")
+    status, said, error = linescan_here(*words.split())
+    assert status == 2 and not said and message in error and error.count("\n") == 1, error

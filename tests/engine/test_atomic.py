@@ -7,11 +7,29 @@ import resource
 import pytest
 import torch
 
-from linescan.engine.atomic import atomic, atomic_path, sweep
+from linescan.engine.atomic import atomic, atomic_path, identities, inputs_kept, sweep
+from linescan.errors import InputError
 
 
 def names(folder) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
+
+
+def test_inputs_are_never_replaced_by_whatever_name(tmp_path):
+    (tmp_path / "x").write_bytes(b"read")
+    (tmp_path / "y").write_bytes(b"old")
+    (tmp_path / "link").symlink_to(tmp_path / "x")
+    os.link(tmp_path / "x", tmp_path / "hard")
+    with inputs_kept(identities([tmp_path / "x", tmp_path / "absent", "\0"])):
+        for name in ("x", "link", "hard", "../" + tmp_path.name + "/x"):
+            with pytest.raises(InputError, match="an output would replace this input"), atomic(tmp_path / name) as file:
+                file.write(b"new")
+        with atomic(tmp_path / "y") as file:
+            file.write(b"new")
+    assert (tmp_path / "x").read_bytes() == b"read" and (tmp_path / "y").read_bytes() == b"new"
+    with atomic(tmp_path / "x") as file:
+        file.write(b"new")
+    assert names(tmp_path) == ["hard", "link", "x", "y"] and (tmp_path / "x").read_bytes() == b"new"
 
 
 def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):

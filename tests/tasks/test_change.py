@@ -360,6 +360,12 @@ def test_the_command_on_folders_of_pairs_of_all_kinds(trained, tmp_path, linesca
         "id": 5, "name": "building", "color": [128, 0, 0]
     }  # fmt: skip
     pair = (tmp_path / "old" / "plain.png", tmp_path / "new" / "plain.jpg")
+    (tmp_path / "old").rename(tmp_path / "before")  # as OUT's own folder is called
+    status, _, told = linescan_here(
+        "change", tmp_path / "before" / "plain.png", pair[1], *arguments[:2], "-o", tmp_path
+    )
+    assert status == 1 and "an output would replace this input" in told and not (tmp_path / "change").exists()
+    (tmp_path / "before").rename(tmp_path / "old")
     status, said, _ = linescan_here("change", *pair, *arguments, "--no-overlays", "--window", "32")
     assert status == 0 and "% changed" in said
     status, _, told = linescan_here("change", *pair, "-c", out / "best.safetensors", "-m", "sigma_tiny")

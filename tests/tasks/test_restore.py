@@ -293,6 +293,26 @@ def test_kinds_of_photos(x2, tmp_path, linescan_here):
             tool(Photo(wrong if wrong.ndim == 3 else wrong[..., None]))
 
 
+def test_what_cannot_be_written_is_not_restored(x2, tmp_path, linescan_here, monkeypatch):
+    """By format, and where the result would take the place of the photo."""
+    monkeypatch.setattr(MambaIRv2, "forward", lambda *args: pytest.fail("restored in vain"))
+    grey = np.zeros((9, 9), np.uint8)
+    kinds = {"alpha": np.dstack([grey] * 4), "deep": grey.astype(np.uint16), "long": np.zeros((3, 9000), np.uint8)}
+    for name, array in kinds.items():
+        Image.fromarray(array).save(tmp_path / f"{name}.png")
+    for name, format, message in (
+        ("alpha", "jpeg", "JPEG files hold no alpha"), ("deep", "JPEG", "JPEG files do not hold uint16"),
+        ("long", "webp", "WEBP files hold at most 16383 pixels a side, not 6 x 18000"),
+        ("alpha", "png", f"{tmp_path / 'alpha.png'}: an output would replace this input"),
+    ):  # fmt: skip
+        before = (tmp_path / f"{name}.png").read_bytes()
+        status, _, error = linescan_here(
+            "restore", tmp_path / f"{name}.png", "-c", x2, "-o", tmp_path, "--format", format
+        )
+        assert status == 1 and message in error and error.count("\n") == 2, error
+        assert (tmp_path / f"{name}.png").read_bytes() == before
+
+
 def test_luma_alone_changes_where_the_model_is_grey():
     class Brighter(torch.nn.Module):
         in_chans, upscale = 1, 1

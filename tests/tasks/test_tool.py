@@ -230,6 +230,25 @@ def test_what_a_writer_refuses_is_an_error_of_its_source(folder):
     assert [o.source.name for o in outcomes if o.error] == ["2", "3"] and len(outcomes) == 7
 
 
+def test_no_drawing_replaces_an_input(tmp_path):
+    Image.new("L", (8, 8), 2).save(tmp_path / "a.jpg")
+    before = (tmp_path / "a.jpg").read_bytes()
+    [outcome] = run(Brightness(), Lines(tmp_path), find([tmp_path / "a.jpg"]), tmp_path)
+    assert str(outcome.error).startswith(f"{tmp_path / 'a.jpg'}: an output would replace this input")
+    assert (tmp_path / "a.jpg").read_bytes() == before
+
+
+def test_what_a_writer_cannot_save_is_not_answered(folder):
+    class Expects(Lines):
+        def expect(self, source, opened):
+            if source.name in ("0", "4"):
+                raise InputError("too dark" if source.name == "0" else "too bright")
+
+    tool = Brightness(batch=1)
+    outcomes = list(run(tool, Expects(folder / "out"), find([folder], exclude=[folder / "out"])))
+    assert [o.source.name for o in outcomes if o.error] == ["0", "2", "4"] and sum(tool.sizes) == 5
+
+
 # -- other kinds of inputs --------------------------------------------------------------------------------------------
 
 
