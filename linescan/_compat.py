@@ -4,6 +4,7 @@ Importing this file imports torch alone. A release that changes one of them brea
 """
 
 from contextlib import contextmanager
+from functools import wraps
 from typing import Callable, Iterator, Sequence
 
 import torch
@@ -13,12 +14,14 @@ from torch.nn.modules import module as _module
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 __all__ = [
+    "above_autograd",
     "argument_names",
     "dispatch_modes_active",
     "example_size",
     "has_int8_products",
     "is_jit_tracing",
     "is_observed",
+    "is_symbol",
     "is_transformed",
     "is_watched",
     "known_equal",
@@ -72,6 +75,26 @@ def unwatched() -> Iterator[None]:
             torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
+_AUTOGRAD = [getattr(torch._C.DispatchKey, key) for key in ("AutogradCPU", "AutogradCUDA", "ADInplaceOrView")]
+
+
+def above_autograd(function: Callable) -> Callable:
+    """The function as the kernel of an operator that may itself differentiate: gradients are recorded inside.
+
+    The kernel of a Python operator that has an autograd formula runs where torch records none, whatever the grad mode.
+    """
+
+    @wraps(function)
+    def run(*args):
+        excluded = torch._C._dispatch_tls_local_exclude_set()
+        for key in _AUTOGRAD:
+            excluded = excluded.remove(key)
+        with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded):
+            return function(*args)
+
+    return run
+
+
 def plain_shape(x: torch.Tensor) -> torch.Size:
     """The shape of a tensor in plain ints, also while `torch.jit.trace` records."""
     if not torch.compiler.is_compiling() and is_jit_tracing():
@@ -85,6 +108,13 @@ def known_equal(a: int, b: int) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return statically_known_true(a == b)
+
+
+def is_symbol(size: int | torch.SymInt) -> bool:
+    """Whether a size has no number yet, in a graph of dynamic sizes."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return not has_static_value(size)
 
 
 def example_size(size: int | torch.SymInt) -> int:

@@ -53,6 +53,27 @@ def test_a_compiled_call_is_watched():
     assert compiled(torch.zeros(2)).sum() == 2
 
 
+def test_an_operator_differentiates_above_autograd():
+    def slope(x: torch.Tensor) -> torch.Tensor:
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            return torch.autograd.grad((x * x).sum(), x)[0]
+
+    operator = torch.library.custom_op("linescan_tests::slope", _compat.above_autograd(slope), mutates_args=())
+    operator.register_autograd(lambda ctx, grad: grad * 2)
+    assert operator(torch.full((1,), 3.0, requires_grad=True)).item() == 6
+
+
+def test_sizes_without_a_number_are_symbols():
+    assert not _compat.is_symbol(3)
+    function = lambda x: x + 1 if _compat.is_symbol(x.shape[0]) else x - 1  # noqa: E731
+    for dynamic, value in ((False, -1), (True, 1)):
+        torch._dynamo.reset()
+        assert (
+            torch.compile(function, fullgraph=True, backend="eager", dynamic=dynamic)(torch.zeros(3)) == value
+        ).all()
+
+
 @pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_sizes_are_plain_while_a_trace_is_recorded():

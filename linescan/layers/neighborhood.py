@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .._compat import is_symbol
+
 __all__ = ["neighborhood_attention", "neighborhood_logits", "neighborhood_keys"]
 
 _TILE = 8  # largest side of the blocks of queries that share the keys around them
@@ -129,15 +131,16 @@ class _Tiles(NamedTuple):
 
     @classmethod
     def along(cls, size: int, window: int, device: torch.device) -> "_Tiles":
-        queries = -(-size // -(-size // _TILE))  # as even as can be
-        keys = min(size, queries + window - 1)
+        # As even as can be; where the size is a symbol, all of one shape: nested divisions of it take minutes to trace.
+        queries = _TILE if is_symbol(size) else -(-size // -(-size // _TILE))
+        keys = queries + window - 1 if is_symbol(size) else min(size, queries + window - 1)
         first = torch.arange(0, size, queries, device=device)[:, None]
         query = (first + torch.arange(queries, device=device)).clamp_max(size - 1)
-        key = (first - window // 2).clamp(0, size - keys) + torch.arange(keys, device=device)
+        key = (first - window // 2).clamp_max(size - keys).clamp_min(0) + torch.arange(keys, device=device)
         start = (query - window // 2).clamp(0, size - window)[..., None]
         inside = (start <= key[:, None]) & (key[:, None] < start + window)
         distance = key[:, None] - query[..., None] + window - 1
-        return cls(query, key, torch.where(inside, distance, 2 * window - 1))
+        return cls(query, key.clamp_max(size - 1), torch.where(inside, distance, 2 * window - 1))
 
     def part(self, tiles: slice) -> "_Tiles":
         return _Tiles(*(x[tiles] for x in self))
@@ -150,6 +153,8 @@ def _attend(q, k, v, window, bias, scale) -> Tensor:
         bias = q.new_zeros(1, 2 * window[0] - 1, 2 * window[1] - 1)
     bias = F.pad(bias.to(q.dtype), (0, 1, 0, 1), value=float("-inf"))
     rows, columns = (_Tiles.along(n, side, q.device) for n, side in zip((height, width), window))
+    if is_symbol(height) or is_symbol(width):  # the number of strips would be a constant of the graph
+        return _strip(q, k, v, bias, rows, columns, scale)[:, :height]
     batch = 1 if torch.compiler.is_compiling() else len(q)  # a graph serves every batch
     weights = max(1, batch) * heads * rows.bias[0].numel() * columns.bias.numel()  # of one row of blocks
     step = max(1, _BUDGET // weights)

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-from .._compat import is_jit_tracing, is_transformed, is_watched, plain_shape, unwatched
+from .._compat import above_autograd, is_jit_tracing, is_transformed, is_watched, plain_shape, unwatched
 from . import exported
 from .layout import Layout
 from .visits import read, visited, write
@@ -364,7 +364,7 @@ class Recurrence:
         )
         backward = torch.library.custom_op(
             f"{qualified}_backward",
-            self._operate_backward,
+            above_autograd(self._operate_backward),  # kernels differentiate what is torch around them
             mutates_args=(),
             schema=f"(Tensor grad_output{grads}, {common}) -> Tensor[]",
         )

@@ -91,6 +91,16 @@ def test_blocks_of_queries_agree_with_the_definition(size, window):
     assert torch.allclose(neighborhood_attention(q, k, v, window, bias=bias), want, atol=1e-12)
 
 
+def test_blocks_of_sizes_that_are_symbols_change_nothing(monkeypatch):
+    bias = torch.randn(1, 9, 9, dtype=torch.float64)
+    for size in ((9, 20), (16, 5), (6, 7)):  # several blocks, and less than one
+        q, k, v = qkv(2, *size, 1, 2)
+        want = neighborhood_attention(q, k, v, 5, bias=bias)
+        with monkeypatch.context() as patch:
+            patch.setattr(neighborhood, "is_symbol", lambda n: True)
+            assert torch.allclose(neighborhood_attention(q, k, v, 5, bias=bias), want, atol=1e-12)
+
+
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_gradients(dilation):
     q, k, v = (x.requires_grad_() for x in qkv(1, 7, 6, 2, 2))

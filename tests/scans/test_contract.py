@@ -369,8 +369,9 @@ def test_opcheck(case):
 
 @operators
 def test_compile(case):
+    """In float32, which kernels take."""
     torch._dynamo.reset()
-    inputs, route = case.make(), table("repeated", 2, 2, 7)
+    inputs, route = bits(case.make(), torch.float32), table("repeated", 2, 2, 7)
     leaves = [x.requires_grad_() for x in floats(inputs).values()]
 
     def function(inputs, route):
