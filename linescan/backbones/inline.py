@@ -26,7 +26,7 @@ from ..layers.blocks import Block, Stage, TokenMixer
 from ..layers.linear import init_linear, linear, trunc_normal_
 from ..layers.mlp import Mlp
 from ..layers.pos_embed import resample_pos_embed
-from ..layers.stems import ConvDownsample, MapConv2d, PatchMerging, PatchStem, depthwise
+from ..layers.stems import ConvDownsample, MapConv2d, PatchMerging, PatchStem, depthwise, up_to_multiple
 from .contract import HierarchicalBackbone, PlainBackbone, check_images, register
 
 __all__ = ["InLineAttention", "InLineCSwin", "InLineDeiT", "InLinePVT", "InLineSwin", "injective_attention"]
@@ -56,7 +56,8 @@ def injective_attention(q: Tensor, k: Tensor, v: Tensor, count: Tensor | int | N
 
 def cut_windows(x: Tensor, window: tuple[int, int]) -> Tensor:
     """A map (B, H, W, C) -> its windows, sample by sample (B * n, *window, C); zeros where one reaches over the map."""
-    return window_partition(F.pad(x, (0, 0, 0, -x.shape[2] % window[1], 0, -x.shape[1] % window[0])), window)
+    bottom, right = up_to_multiple(x.shape[1], window[0]), up_to_multiple(x.shape[2], window[1])
+    return window_partition(F.pad(x, (0, 0, 0, right, 0, bottom)), window)
 
 
 def join_windows(x: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -23,7 +23,7 @@ from ..layers.blocks import Block, Stage, TokenMixer
 from ..layers.linear import init_linear, linear, trunc_normal_
 from ..layers.mlp import Mlp
 from ..layers.s6 import S6Scan
-from ..layers.stems import ImageStem, MapConv2d, batch_norm
+from ..layers.stems import ImageStem, MapConv2d, batch_norm, up_to_multiple
 from ..layers.tracing import opaque
 from .contract import HierarchicalBackbone, register
 
@@ -99,7 +99,8 @@ def to_windows(x: Tensor, window: int) -> Tensor:
 
     Zeros fill windows that reach over the bottom or the right.
     """
-    x = F.pad(x, (0, 0, 0, -x.shape[2] % window, 0, -x.shape[1] % window))
+    bottom, right = (up_to_multiple(n, window) for n in x.shape[1:3])
+    x = F.pad(x, (0, 0, 0, right, 0, bottom))
     x = x.unflatten(2, (-1, window)).unflatten(1, (-1, window)).transpose(2, 3)
     return x.flatten(3, 4).flatten(0, 2)
 

@@ -10,13 +10,12 @@ by transposed convolutions, and joined on the way up from the last.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backbones.mamband import MambaND3D
 from ..checkpoint import rename
 from ..errors import InputError
-from ..layers.tracing import opaque
+from ..layers.stems import pad_to_multiple
 from ..zoo import register
 
 __all__ = ["MambaNDUNETR"]
@@ -57,12 +56,6 @@ class Join(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         return self.conv(torch.cat([self.up(x), skip], 1))
-
-
-@opaque
-def whole_patches(x: Tensor, size: int) -> Tensor:
-    """Volumes with zeros at the end of each axis, so that `size` divides its length."""
-    return F.pad(x, [n for side in reversed(x.shape[2:]) for n in (0, -side % size)])
 
 
 class MambaNDUNETR(nn.Module):
@@ -131,7 +124,7 @@ class MambaNDUNETR(nn.Module):
                 f"{type(self).__name__} expects volumes (B, {self.in_chans}, D, H, W), got shape {tuple(x.shape)}"
             )
         sides = x.shape[2:]
-        x = whole_patches(x, self.patch_size)
+        x = pad_to_multiple(x, self.patch_size)
         maps = self.encoder.forward_intermediates(x, self.taps, intermediates_only=True)
         quarter, half, three_quarters, last = maps
         y = self.decoder5(last, self.encoder4(three_quarters))

@@ -25,6 +25,7 @@ __all__ = [
     "mirror_to_multiple",
     "pad_for_patches",
     "pad_to_multiple",
+    "up_to_multiple",
 ]
 
 
@@ -68,12 +69,15 @@ class ImageStem(nn.Sequential):
         return super().forward(x).permute(0, 2, 3, 1)
 
 
+def up_to_multiple(n: int, size: int) -> int:
+    """What is missing from n to a multiple of `size`."""
+    return (n + size - 1) // size * size - n  # not `-n % size`, of which torch.compile makes no tensor if n is a symbol
+
+
 @opaque
 def pad_to_multiple(x: Tensor, size: int) -> Tensor:
-    """Images (B, C, H, W) with zeros at the bottom and the right, so that `size` divides both sides."""
-    # Not `-n % size`: of that remainder torch.compile makes no tensor, where sides are not known.
-    right, bottom = ((n + size - 1) // size * size - n for n in (x.shape[-1], x.shape[-2]))
-    return F.pad(x, (0, right, 0, bottom))
+    """Images (B, C, H, W), or volumes, with zeros at the end of each axis, so that `size` divides all sides."""
+    return F.pad(x, [n for side in reversed(x.shape[2:]) for n in (0, up_to_multiple(side, size))])
 
 
 @opaque
@@ -100,9 +104,11 @@ def mirror(x: Tensor, top: int, bottom: int, left: int, right: int) -> Tensor:
     return x
 
 
+@opaque
 def mirror_to_multiple(x: Tensor, size: int) -> Tensor:
     """Images (B, C, H, W) mirrored at the bottom and the right (see `mirror`), so that `size` divides both sides."""
-    return mirror(x, 0, -x.shape[-2] % size, 0, -x.shape[-1] % size)
+    bottom, right = (up_to_multiple(n, size) for n in x.shape[-2:])
+    return mirror(x, 0, bottom, 0, right)
 
 
 class PatchStem(nn.Module):
