@@ -250,7 +250,7 @@ def _classes(root: Path) -> list[str]:
 def _spoken(root: Path) -> dict[str, str]:
     """The names of ShapeNet's categories, whose folders are numbers."""
     path = root / "synsetoffset2category.txt"
-    pairs = [line.split() for line in path.read_text().splitlines()] if path.is_file() else []
+    pairs = [line.split() for line in path.read_text(errors="replace").splitlines()] if path.is_file() else []
     return {pair[1]: pair[0] for pair in pairs if len(pair) == 2}
 
 
@@ -274,10 +274,14 @@ def _published_parts(root: Path, files: Sequence[Path]) -> list[str] | None:
     names: dict[str, str] = {}
     for part in ("train", "test"):
         lists = sorted(root.glob(f"*_{part}.txt"), key=lambda path: path.stat().st_size)[-1:]
-        names |= {line.strip(): part for path in lists for line in path.read_text().splitlines() if line.strip()}
+        lines = [line.strip() for path in lists for line in path.read_text(errors="replace").splitlines()]
+        names |= {line: part for line in lines if line}
     for path in (root / "train_test_split").glob("shuffled_*_file_list.json"):
         part = "test" if "_test_" in path.name else "train"  # their authors train on train and val
-        names |= {Path(name).name: part for name in json.loads(path.read_text())}
+        try:
+            names |= {Path(name).name: part for name in json.loads(path.read_text())}
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{path}: not a list of names ({error})") from None
     if names:
         parts = [names.get(path.stem, "") for path in files]
     else:
@@ -388,7 +392,7 @@ class Parts:
             return cls(PARTS_OF_DIGITS)
         for root in (Path(data), roots(data, None)[0]):
             if (path := root / "parts.txt").is_file():
-                names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+                names = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
                 if not names or len(set(names)) < len(names):
                     raise InputError(f"{path} holds no names, or one twice")
                 return cls(names)

@@ -8,7 +8,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -99,6 +99,10 @@ class SceneSet(ABC):
             InputError: it cannot be read.
         """
 
+    def sources(self) -> list[Path]:
+        """The files that boxes come from."""
+        return []
+
 
 # -- KITTI ------------------------------------------------------------------------------------------------------------
 
@@ -137,6 +141,9 @@ class KittiScenes(SceneSet):
         boxes, labels, levels = self.objects(frame, calibration)
         return Scene(cloud, boxes, labels, levels, camera=camera)
 
+    def sources(self) -> list[Path]:
+        return [self.folder / name / f"{frame}.txt" for name in ("label_2", "calib") for frame in self.frames]
+
     def image_size(self, frame: str) -> tuple[int, int]:
         """Width and height."""
         for suffix in (".png", ".jpg"):
@@ -149,17 +156,18 @@ class KittiScenes(SceneSet):
         """Boxes, classes and difficulties that the labels of a scan name; none where there are no labels."""
         path = self.folder / "label_2" / f"{frame}.txt"
         boxes, labels, levels = [], [], []
-        to_scanner = np.linalg.inv(calibration["to_camera"])
-        for number, line in enumerate(path.read_text().splitlines() if path.is_file() else [], 1):
+        for number, line in enumerate(path.read_text(errors="replace").splitlines() if path.is_file() else [], 1):
             kind, *fields = line.split() or ["DontCare"]
             if kind == "DontCare":
                 continue
             try:
                 values = [float(v) for v in fields[:14]]
                 truncated, occluded, _, _, top, _, bottom, height, width, length, *place, turn = values
+                if not np.isfinite(values).all():
+                    raise ValueError
             except ValueError:
                 raise InputError(f"{path}, line {number}: not 15 fields of a KITTI label") from None
-            x, y, z = (to_scanner @ [*place, 1])[:3]
+            x, y, z = (calibration["to_scanner"] @ [*place, 1])[:3]
             boxes.append((x, y, z + height / 2, length, width, height, -(math.pi / 2 + turn)))
             own = NEIGHBOURS.get(kind, kind)
             label = self.classes.index(own) if own in self.classes else -1
@@ -175,7 +183,10 @@ def kitti_level(pixels: float, occluded: float, truncated: float) -> int:
 
 
 def read_calibration(path: Path) -> dict[str, np.ndarray]:
-    """The tables of a calibration of KITTI, and "to_camera" (4, 4), from the scanner's to the rectified camera's axes.
+    """The tables of a calibration of KITTI, and those between the scanner's axes and the rectified camera's.
+
+    Returns:
+        "P2" (3, 4), "to_camera" and its inverse "to_scanner" (4, 4).
 
     Raises:
         InputError: it cannot be read, or a table is missing.
@@ -189,7 +200,8 @@ def read_calibration(path: Path) -> dict[str, np.ndarray]:
         rectify, to_camera = np.eye(4), np.eye(4)
         rectify[:3, :3] = tables["R0_rect"].reshape(3, 3)
         to_camera[:3] = tables["Tr_velo_to_cam"].reshape(3, 4)
-        return {"P2": tables["P2"].reshape(3, 4), "to_camera": rectify @ to_camera}
+        matrix = rectify @ to_camera
+        return {"P2": tables["P2"].reshape(3, 4), "to_camera": matrix, "to_scanner": np.linalg.inv(matrix)}
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
     except (KeyError, ValueError) as error:
@@ -238,6 +250,18 @@ def turned(quaternion: Sequence[float]) -> np.ndarray:
     )  # fmt: skip
 
 
+@contextmanager
+def _tables_of_nuscenes(folder: Path) -> Iterator[None]:
+    """What is missing or wrong in tables becomes a line that names their folder."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise InputError(f"{folder}: not the tables of nuScenes ({reason})") from None
+
+
 def pose(row: Mapping) -> np.ndarray:
     """(4, 4) from the axes that a row of `ego_pose` or `calibrated_sensor` describes to those around them."""
     matrix = np.eye(4)
@@ -258,7 +282,7 @@ class NuScenes(SceneSet):
         sweeps: scans that are joined.
 
     Raises:
-        InputError: a table cannot be read.
+        InputError: a table cannot be read, or lacks something; or no scene has a key frame.
     """
 
     classes = tuple(class_names("nuScenes") or ())
@@ -273,6 +297,13 @@ class NuScenes(SceneSet):
 
     def __init__(self, root: Path, tables: str, scenes: Sequence[str] | None = None, sweeps: int = 10):
         self.root, self.folder, self.sweeps = root, root / tables, sweeps
+        with _tables_of_nuscenes(self.folder):
+            self._link(scenes)
+        if not self.keys:
+            raise InputError(f"{self.folder}: no key frame of the scenes {', '.join(scenes or ())}"[:200])
+
+    def _link(self, scenes: Sequence[str] | None) -> None:
+        """Reads the tables, and finds what belongs together."""
         rows = {name: self.table(name) for name in ("ego_pose", "calibrated_sensor", "category", "instance", "sample")}
         data = self.table("sample_data")
         self.ego, self.sensor, self.samples = rows["ego_pose"], rows["calibrated_sensor"], rows["sample"]
@@ -284,7 +315,7 @@ class NuScenes(SceneSet):
         chosen = [s for s in self.samples.values() if named.get(s["scene_token"]) in wanted and s["token"] in keys]
         chosen.sort(key=lambda s: (named[s["scene_token"]], s["timestamp"]))
         self.keys = [keys[s["token"]] for s in chosen]
-        self.names = [str(root / row["filename"]) for row in self.keys]
+        self.names = [str(self.root / row["filename"]) for row in self.keys]
         kinds = {token: row["name"] for token, row in rows["category"].items()}
         self.kind = {token: kinds[row["category_token"]] for token, row in rows["instance"].items()}
         self.annotations = self.table("sample_annotation")
@@ -295,6 +326,9 @@ class NuScenes(SceneSet):
         self.boxes_of: dict[str, list[dict]] = {}
         for row in self.annotations.values():
             self.boxes_of.setdefault(row["sample_token"], []).append(row)
+
+    def sources(self) -> list[Path]:
+        return sorted(self.folder.glob("*.json"))
 
     def table(self, name: str) -> dict[str, dict]:
         """The rows of a table by their tokens."""
@@ -309,7 +343,11 @@ class NuScenes(SceneSet):
         return pose(self.ego[row["ego_pose_token"]]) @ pose(self.sensor[row["calibrated_sensor_token"]])
 
     def scene(self, index: int) -> Scene:
-        key = self.keys[index]
+        with _tables_of_nuscenes(self.folder):
+            return self._joined(self.keys[index])
+
+    def _joined(self, key: Mapping) -> Scene:
+        """A key frame and the scans before it."""
         from_world = np.linalg.inv(self.to_world(key))
         points, intensity, age, row = [], [], [], key
         for number in range(self.sweeps):
@@ -464,7 +502,8 @@ def _parts(folder: Path, names: Sequence[str], fraction: float, what: str) -> tu
     """Which are trained on, and which are held out: by lists in a folder, or a share of them."""
     lists = [folder / f"{part}.txt" for part in ("train", "val")]
     if all(path.is_file() for path in lists):
-        parts = [[line.strip() for line in path.read_text().splitlines() if line.strip()] for path in lists]
+        texts = [path.read_text(errors="replace") for path in lists]
+        parts = [[line.strip() for line in text.splitlines() if line.strip()] for text in texts]
     elif len(names) < 2:
         parts = [list(names), []]
     else:
@@ -593,7 +632,10 @@ class SceneSamples(Dataset):
         return len(self.scenes)
 
     def cut_objects(self) -> ObjectBank:
-        """The objects of all scans; kept in the folder `linescan` of that of the data, where it can be written."""
+        """The objects of all scans; kept in the folder `linescan` of that of the data, where it can be written.
+
+        They are cut out anew when a file that boxes come from has changed.
+        """
 
         def scans() -> Iterator[Labelled]:
             for i in range(len(self)):
@@ -607,7 +649,8 @@ class SceneSamples(Dataset):
         if self.scenes.root is None:
             return cut()
         how = self.preprocess.scan_features, getattr(self.scenes, "sweeps", 1)
-        facts = {"scans": [Path(name).name for name in self.names], "how": how}
+        stamps = [(path.stat().st_size, path.stat().st_mtime_ns) for path in self.scenes.sources() if path.is_file()]
+        facts = {"scans": [Path(name).name for name in self.names], "how": how, "boxes": stamps}
         return ObjectBank.kept(self.scenes.root / "linescan", facts, cut)
 
     def labelled(self, index: int, scene: Scene) -> Labelled:

@@ -30,7 +30,7 @@ import numpy as np
 from ..errors import BrokenCloud, InputError
 from .formats import is_cloud
 
-__all__ = ["LARGEST_CLOUD", "PointCloud", "column_names", "read_points", "write_ply"]
+__all__ = ["LARGEST_CLOUD", "PointCloud", "column_names", "points_of_array", "read_points", "write_ply"]
 
 LARGEST_CLOUD = 2_000_000
 """Points that are kept of a file, unless asked otherwise."""
@@ -50,8 +50,8 @@ class PointCloud:
         normals: (N, 3) float32, or None.
         colours: (N, 3) uint8 red, green, blue, or None.
         labels: (N,) int64 class of each point, or None.
-        origin: (3,) float64, what is to be added to the points. Zero, but for coordinates beyond 10,000 (of a map, for
-            one), which float32 would round: whole numbers near the cloud's middle.
+        origin: (3,) float64, what is to be added to the points. Zero, but where most coordinates are beyond 10,000 (of
+            a map, for one), which float32 would round: whole numbers near the cloud's middle.
         total: number of points in the file.
         notes: what was left out, a sentence each.
     """
@@ -120,6 +120,24 @@ def read_points(
     cloud.notes[:0] = table.notes
     if rows is not None:
         cloud.notes.insert(0, f"{len(rows):,} of {table.total:,} points, drawn at random")
+    return cloud
+
+
+def points_of_array(table: np.ndarray, columns: str | Sequence[str] | None = None) -> PointCloud:
+    """A cloud from a table (N, 3 or more), whose columns mean what those of a file without names mean.
+
+    Args:
+        table: numbers.
+        columns: as `read_points` takes them.
+
+    Raises:
+        InputError: it is no such table, or none of its points is finite.
+    """
+    if not table.size:
+        raise BrokenCloud(f"an array of {'x'.join(map(str, table.shape))} holds no points")
+    with np.errstate(all="ignore"):
+        cloud = _assemble(Path("array"), table, column_names(columns))
+    cloud.total = len(table)
     return cloud
 
 
@@ -271,16 +289,23 @@ def _assemble(path: Path, read: dict[str, np.ndarray] | np.ndarray, names: list[
     if lost := int((~finite).sum()):
         notes.append(f"{lost:,} point{'s' * (lost > 1)} without finite coordinates left out")
     points = points[finite]
-    origin = np.zeros(3)
-    if np.abs(points).max() > 1e4:
-        origin = np.round((points.min(0) + points.max(0)) / 2)
+    origin, middle = np.zeros(3), np.median(points, 0)
+    if np.abs(middle).max() > 1e4:  # single points far away leave a scan where it is
+        origin = np.round(middle)
     cloud = PointCloud((points - origin).astype(np.float32), origin=origin, notes=notes)
     if not np.isfinite(cloud.points).all():
         raise BrokenCloud(f"{path}: its coordinates lie further apart than float32 can hold")
+
+    def measured(name: str, values: np.ndarray) -> np.ndarray:
+        values = values[finite].astype(np.float32)
+        if wrong := int((~np.isfinite(values)).reshape(len(values), -1).any(1).sum()):
+            notes.append(f"{name} of {wrong:,} point{'s' * (wrong > 1)} not finite, taken as 0")
+        return np.nan_to_num(values, nan=0, posinf=0, neginf=0)
+
     if "intensity" in read:
-        cloud.intensity = read["intensity"][finite].astype(np.float32)
+        cloud.intensity = measured("intensity", read["intensity"])
     if (normals := three("nx", "ny", "nz")) is not None:
-        cloud.normals = normals[finite].astype(np.float32)
+        cloud.normals = measured("normals", normals)
     if (colours := three("r", "g", "b")) is None and "rgb" in read:
         colours = _unpack(read["rgb"])
     if colours is not None:

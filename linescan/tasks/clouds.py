@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..media.clouds import PointPreprocess, ScanPreprocess
 from ..media.draw_points import PointView, draw_points, points_page
 from ..media.find import Source
-from ..media.points import LARGEST_CLOUD, PointCloud, column_names, read_points
+from ..media.points import LARGEST_CLOUD, PointCloud, column_names, points_of_array, read_points
 from .base import Task
 from .recipes import CloudRecipe
 from .tool import Tool, Writer
@@ -162,13 +162,11 @@ class CloudTool(Tool):
         return super().facts() | {"classes": f"{len(self.classes)} classes", "input": seen}
 
     def open(self, given: CloudLike) -> OpenedCloud:
-        """Reads a file, or takes points (N, 3 or more) or a cloud as they are."""
+        """Reads a file, or takes a table of points (N, 3 or more), whose columns are as in files, or a cloud."""
         if isinstance(given, PointCloud):
             cloud = given
         elif isinstance(given, np.ndarray):
-            if given.ndim != 2 or given.shape[1] < 3 or not len(given):
-                raise InputError(f"a cloud is (N, 3), N at least 1, not {given.shape}")
-            cloud = PointCloud(given[:, :3].astype(np.float32), total=len(given))
+            cloud = points_of_array(given, self.columns)
         else:
             cloud = read_points(given, limit=self.limit, columns=self.columns)
         path = Path(given) if isinstance(given, (str, Path)) else None

@@ -14,7 +14,7 @@ from linescan.errors import BrokenCloud, InputError
 from linescan.media import points as module
 from linescan.media.find import find, find_clouds
 from linescan.media.formats import _CLOUDS, is_cloud
-from linescan.media.points import read_points
+from linescan.media.points import points_of_array, read_points
 
 laspy, plyfile, pypcd4, trimesh = map(pytest.importorskip, ("laspy", "plyfile", "pypcd4", "trimesh"))
 
@@ -179,6 +179,8 @@ def test_npz(tmp_path, cloud, save):
     check(read_points(tmp_path / "a.npz"), cloud, *ALL)
     save(tmp_path / "b.npz", pos=np.asfortranarray(cloud["points"]), other=np.zeros(COUNT), normal=cloud["normals"])
     check(read_points(tmp_path / "b.npz"), cloud, "normals")
+    save(tmp_path / "d.npz", points=cloud["points"], colours=cloud["colours"] / 255)  # from 0 to 1
+    check(read_points(tmp_path / "d.npz"), cloud, "colours")
     save(tmp_path / "c.npz", whatever=np.concatenate((cloud["points"], cloud["intensity"][:, None]), 1))
     check(read_points(tmp_path / "c.npz"), cloud, "intensity")
 
@@ -456,6 +458,37 @@ def test_one_line_for_what_cannot_be_read(tmp_path, name, data, words):
     with pytest.raises(BrokenCloud, match=words) as caught:
         read_points(path)
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+
+
+def test_single_points_spoil_nothing(tmp_path, cloud):
+    """One point far away does not move the others; numbers that are not finite become 0."""
+    table = np.column_stack([cloud["points"], cloud["normals"]]).astype(np.float32)
+    table[7, :3], table[9, 3:] = 1e6, np.nan
+    np.save(tmp_path / "a.npy", table)
+    read = read_points(tmp_path / "a.npy", columns="x y z nx ny nz")
+    assert not read.origin.any() and np.array_equal(read.points, table[:, :3])
+    assert np.array_equal(read.normals, np.nan_to_num(table[:, 3:]))
+    assert read.notes == ["normals of 1 point not finite, taken as 0"]
+    np.savetxt(tmp_path / "b.xyz", [(0, 0, 0, np.inf), (1, 2, 3, np.nan), (4, 5, 6, 0.5)])
+    read = read_points(tmp_path / "b.xyz")
+    assert read.intensity.tolist() == [0, 0, 0.5] and read.notes == ["intensity of 2 points not finite, taken as 0"]
+
+
+def test_arrays_are_clouds_as_files_are(cloud):
+    table = np.column_stack([cloud["points"], cloud["intensity"]])
+    check(points_of_array(table), cloud, "intensity")
+    check(points_of_array(table[:, [3, 0, 1, 2]], "- x y z"), cloud)
+    table[0] = np.nan
+    assert points_of_array(table).notes == ["1 point without finite coordinates left out"]
+    cases = {
+        "array: a table of 500x2": table[:, :2],
+        "array: a table of 4 float32": table[0],
+        "an array of 0x4 holds no points": table[:0],
+        "array: none of its 1 points": table[:1],
+    }
+    for words, wrong in cases.items():
+        with pytest.raises(InputError, match=words):
+            points_of_array(wrong)
 
 
 @pytest.mark.parametrize(

@@ -301,6 +301,7 @@ def test_steps_move_every_parameter(tmp_path, shapes, name):
         ({}, dict(bf16=True, drop_path=0.1, layer_decay=0.8, grad_checkpointing=True, smoothing=0.1))
     ):
         training, batches = start(tmp_path / str(i), PointClassificationRecipe, shapes, **plain, lr=1e-2, **options)
+        assert training.task.augment == "scale+shift"  # as for models of objects
         before = {k: v.clone() for k, v in training.bare.named_parameters()}
         training.take_step(batches)
         training.take_step(batches)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from linescan.cli import app
@@ -33,7 +34,9 @@ from linescan.engine.scores import Totals, evaluate
 from linescan.errors import InputError
 from linescan.layers.boxes import Boxes, iou_3d, overlap_bev, points_in_boxes
 from linescan.media.clouds import ScanPreprocess
-from linescan.tasks.point_detect import BoxDetector, ScanDetectionTask
+from linescan.media.points import PointCloud
+from linescan.tasks.clouds import OpenedCloud
+from linescan.tasks.point_detect import BoxDetector, FoundBoxes, ScanDetectionTask
 from linescan.tasks.recipes import ScanDetectionRecipe
 
 from ..runs import contents, finish, kill_and_resume, same, train_as_two
@@ -216,6 +219,51 @@ def test_wrong_folders_have_one_line(tmp_path, kitti):
         open_scenes(str(tmp_path))
     with pytest.raises(InputError, match="unknown augmentation 'spin' of scenes"):
         SceneAugment("spin")
+
+
+def test_only_what_the_image_shows_is_read(tmp_path, kitti):
+    folder = Path(shutil.copytree(kitti / "training", tmp_path / "training"))
+    scenes = KittiScenes(folder, ["000001"])
+    whole = scenes.scene(0)
+    (folder / "image_2").mkdir()
+    Image.new("L", (640, 200)).save(folder / "image_2" / "000001.png")
+    part = scenes.scene(0)
+    seen = in_image(whole.cloud.points, whole.camera, (640, 200))
+    assert 0 < len(part.cloud) < len(whole.cloud) and np.array_equal(part.cloud.points, whole.cloud.points[seen])
+    assert np.array_equal(part.cloud.intensity, whole.cloud.intensity[seen])
+
+
+def test_boxes_in_a_map_stand_where_the_map_says():
+    cloud = PointCloud(np.zeros((1, 3), np.float32), origin=np.array([5e5, -2e5, 100.0]))
+    found = Boxes(torch.tensor([[1.0, 2, 3, 4, 5, 6, 0.5, 7, 8]]), torch.ones(1), torch.zeros(1, dtype=torch.long))
+    answer = FoundBoxes(found, ["car"], OpenedCloud(cloud, torch.zeros(1, 4)))
+    (row,) = answer.as_json()
+    assert row["centre"] == [500001, -199998, 103] and row["size"] == [4, 5, 6] and row["velocity"] == [7, 8]
+    assert answer.view.boxes.tolist() == [[1, 2, 3, 4, 5, 6, 0.5]]  # as its points are
+
+
+def test_damaged_tables_have_one_line(tmp_path, kitti, nuscenes):
+    root = Path(shutil.copytree(nuscenes, tmp_path / "nuscenes"))
+    path = root / "v1.0-mini" / "sample_data.json"
+    rows = json.loads(path.read_text())
+    for key in ("filename", "ego_pose_token"):
+        path.write_text(json.dumps([{name: value for name, value in row.items() if name != key} for row in rows]))
+        with pytest.raises(InputError, match=rf"v1.0-mini: not the tables of nuScenes \(no '{key}'\)"):
+            open_scenes(str(root))[0].scene(0)
+    path.write_text(json.dumps(rows))
+    (root / "train.txt").write_text("scene-0000")
+    (root / "val.txt").write_text("scene-0009")
+    with pytest.raises(InputError, match="v1.0-mini: no key frame of the scenes scene-0009"):
+        open_scenes(str(root))
+    folder = Path(shutil.copytree(kitti / "training", tmp_path / "training"))
+    scenes = KittiScenes(folder, ["000001"])
+    label = folder / "label_2" / "000001.txt"
+    label.write_bytes(b"\xff" + label.read_bytes().replace(b"500", b"nan"))
+    with pytest.raises(InputError, match="label_2/000001.txt, line 2: not 15 fields"):
+        scenes.scene(0)
+    (folder / "calib" / "000001.txt").write_text(CALIBRATION.replace("R0_rect: 1", "R0_rect: 0"))
+    with pytest.raises(InputError, match=r"calib/000001.txt: not a calibration of KITTI \(Singular"):
+        scenes.scene(0)
 
 
 def test_augmented_boxes_stay_around_their_points():
@@ -445,6 +493,9 @@ def test_objects_are_pasted_where_there_is_room(kitti, tmp_path):
     paths[0].write_bytes(paths[0].read_bytes()[:-40])
     with pytest.raises(InputError, match="is damaged, delete both"):
         SceneSamples(train, ScanPreprocess(), "paste")
+    label = root / "training" / "label_2" / "000000.txt"  # labels that have changed have other objects
+    label.write_text(label.read_text().replace("Car", "Van", 1))
+    assert len(SceneSamples(train, ScanPreprocess(), "paste").bank) == 11
 
 
 def test_only_what_is_around_is_mirrored_along_its_way():
