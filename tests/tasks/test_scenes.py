@@ -494,7 +494,7 @@ def test_objects_are_pasted_where_there_is_room(kitti, tmp_path):
     with pytest.raises(InputError, match="is damaged, delete both"):
         SceneSamples(train, ScanPreprocess(), "paste")
     label = root / "training" / "label_2" / "000000.txt"  # labels that have changed have other objects
-    label.write_text(label.read_text().replace("Car", "Van", 1))
+    label.write_text(label.read_text().replace("\nCar", "\nVan", 1))
     assert len(SceneSamples(train, ScanPreprocess(), "paste").bank) == 11
 
 
