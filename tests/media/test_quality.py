@@ -114,6 +114,9 @@ def test_steps():
     np.testing.assert_allclose(noisy.permute(1, 2, 0).numpy(), want, atol=1e-6)
     small, large = (Degradation(f"jpeg {q}")(image) for q in (10, 95))
     assert psnr(small, image) < psnr(large, image) - 5 and torch.equal(small, to_8_bits(small))
+    stripes = torch.zeros(3, 16, 16)
+    stripes[0, :, ::2] = stripes[2, :, 1::2] = 1  # red and blue, which would run together at half of their resolution
+    assert (Degradation("jpeg 95")(stripes) - stripes).abs().max() < 0.1
     grey = Degradation("jpeg 40")(image[:1])
     assert grey.shape == (1, 32, 32)
     spread = [(Degradation("noise 0-50")(image) - image).std().item() * 255 for _ in range(40)]

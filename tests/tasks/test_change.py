@@ -19,8 +19,9 @@ from linescan.errors import CheckpointError, InputError
 from linescan.heads.mambafcs import Changes
 from linescan.media.align import shift_between
 from linescan.media.labels import SECOND
+from linescan.media.large import PairedPixels, open_pixels
 from linescan.media.preprocess import Preprocess
-from linescan.tasks.change import Change, ChangeTask
+from linescan.tasks.change import Change, ChangeTask, _shift
 from linescan.tasks.recipes import ChangeRecipe
 
 from ..conftest import REPOSITORY
@@ -326,6 +327,8 @@ def test_shifts():
     large = dice.integers(0, 255, (4, 256, 256, 3))  # in which some place is always higher than the middle
     assert [shift_between(*pair) for pair in zip(large, large[1:])] == [None] * 3
     assert shift_between(first, other) is None and shift_between(first, np.full_like(first, 9)) is None
+    wide = np.asarray(Image.fromarray(ground).resize((1700, 250)))  # compared at a third of its size, told in its own
+    assert _shift(PairedPixels([open_pixels(wide[6:216, 30:1630]), open_pixels(wide[:210, :1600])])) == (6, 30)
 
 
 def test_the_command_on_folders_of_pairs_of_all_kinds(trained, tmp_path, linescan_here):

@@ -19,6 +19,7 @@ from linescan.media.quality import luma, psnr, ssim, to_8_bits
 from linescan.media.resize import enlarge_bicubic
 from linescan.tasks.recipes import RestorationRecipe
 from linescan.tasks.restore import Photo, Quality, RestorationTask, Restorer, ensemble, whole
+from linescan.tasks.windows import parts
 
 from ..media.test_quality import photo
 from ..runs import contents, finish, kill_and_resume, same, train_as_two
@@ -222,6 +223,21 @@ def test_a_model_of_one_scale_starts_from_another(photos, x2, recwarn):
 
 
 # -- photos -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 199, 200, 457, 601])
+def test_parts_are_those_of_the_published_tests(length):
+    """MambaIR's: L // 200 + 1 along a side that is mirrored at its end, each with a tenth beyond its inner borders."""
+    count = length // 200 + 1
+    step = -(-length // count)
+    mirrored, places = np.pad(np.arange(length), (0, count * step - length), "reflect"), []
+    for i, part in enumerate(every := list(parts((length, 30), 200, 2))):
+        beyond = slice(max(i * step - step // 10, 0), (i + 1) * step + step // 10)
+        assert part.rows.tolist() == mirrored[beyond].tolist() and part.columns.tolist() == [*range(30)]
+        kept, place = part.rows.repeat(2)[part.kept[0]], np.arange(length).repeat(2)[part.place[0]]
+        assert kept.tolist() == place.tolist() and part.kept[1] == part.place[1] == slice(0, 60)
+        places += range(2 * length)[part.place[0]]
+    assert len(every) == count and places == [*range(2 * length)]
 
 
 def test_parts_and_symmetries_of_a_network_that_sees_three_pixels():
