@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from linescan.engine.atomic import expect_folder
 from linescan.engine.progress import say
 from linescan.errors import InputError
 
@@ -98,6 +99,7 @@ def export(
     expect_format(to, format.value, precision.dtype)  # before weights are fetched, as all that needs none
     if to.is_dir():
         raise InputError(f"{to} is a folder; --out is a file")
+    expect_folder(to.parent)
     if plain and format is not Format.onnx:
         raise InputError(f"--plain is for onnx, not {format.value}")
     if name:

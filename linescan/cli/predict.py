@@ -2,13 +2,13 @@
 
 import io
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Callable, Optional
 
 import typer
 
+from linescan.engine.atomic import expect_folder
 from linescan.engine.progress import progress_bar, say, show
 from linescan.errors import InputError, known
 
@@ -570,7 +570,7 @@ def answer_files(
 
     sources(kinds)  # or a model would be opened in vain
     if to:
-        _expect_folder(to)
+        expect_folder(to)
     tool, writer = open_tool()
     found = sources(tool.kinds if partners is None else kinds)
     tool.expect([source.given for source in found if source.error is None])
@@ -593,15 +593,6 @@ def _some(found: list["Source"]) -> list["Source"]:
         more = len(reasons) - REASONS
         raise InputError("; ".join(reasons[:REASONS]) + (f"; and {more} more" if more > 0 else ""))
     return found
-
-
-def _expect_folder(to: Path) -> None:
-    """Raises InputError: a folder of this name is not there and cannot be made, or cannot be written to."""
-    there = next(path for path in (to, *to.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise InputError(f"{there} is a file; --out is a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"{there}: nothing can be written into this folder; --out names another")
 
 
 class _Report:

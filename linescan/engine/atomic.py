@@ -10,7 +10,8 @@ from typing import BinaryIO, Iterable, Iterator, Mapping
 
 from ..errors import InputError
 
-__all__ = ["atomic", "atomic_path", "expect_no_input", "identities", "inputs_kept", "sweep", "write_all"]
+__all__ = ["atomic", "atomic_path", "expect_folder", "expect_no_input", "identities", "inputs_kept", "sweep",
+           "write_all"]  # fmt: skip
 
 _SUFFIX = ".partial"
 _LONGEST = 255  # bytes of a file's name, on every common file system
@@ -86,6 +87,16 @@ def expect_no_input(path: str | Path) -> None:
     """Raises InputError: `path` is a file that `inputs_kept` has."""
     if (inputs := _INPUTS.get()) and _identity(path) in inputs:
         raise InputError(f"{path}: an output would replace this input; --out names another folder")
+
+
+def expect_folder(folder: str | Path) -> None:
+    """Raises InputError: a folder is not there and cannot be made, or cannot be written to."""
+    folder = Path(folder)
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise InputError(f"{there} is a file; --out needs a folder there")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{there}: nothing can be written into this folder; --out names another")
 
 
 def _identity(path: str | Path) -> tuple[int, int] | None:

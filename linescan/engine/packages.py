@@ -12,16 +12,18 @@ loads them imports linescan first. Both are programs, and are opened only where 
 """
 
 import copy
+import io
 import json
 import shutil
 import tempfile
 import warnings
 import zipfile
-from contextlib import nullcontext
+import zlib
+from contextlib import contextmanager, nullcontext
 from inspect import Parameter, signature
 from math import inf, isnan
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -81,8 +83,9 @@ def _format_of(path: Path) -> str:
     return next(key for key, suffix in FORMATS.items() if suffix == path.suffix.lower())
 
 
-def expect_format(path: Path, format: str, dtype: torch.dtype) -> str:
-    """The suffix of a format; raises InputError where the path has another, or the format does not take the dtype."""
+def expect_format(path: Path, format: str, dtype: torch.dtype) -> None:
+    """Raises InputError: the path has not the suffix of the format, which does not take the dtype, or needs a package
+    or a compiler that is not there."""
     suffix = FORMATS[known("format", format, FORMATS)]
     if path.suffix.lower() != suffix:
         raise InputError(f"a package of the format {format} is a file *{suffix}, not {path.name}")
@@ -90,7 +93,15 @@ def expect_format(path: Path, format: str, dtype: torch.dtype) -> str:
         raise InputError(
             f"packages are float32, or float16 as onnx, not {str(dtype).removeprefix('torch.')} as {format}"
         )
-    return suffix
+    _expect_tools(format)
+
+
+def _expect_tools(format: str) -> None:
+    """Raises InputError: a package that writes the format is not installed, or there is no compiler."""
+    for package in ("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ():
+        require(package, "onnx")
+    if format == "pt2" and not (shutil.which("g++") or shutil.which("clang++")):
+        raise InputError("the format pt2 is compiled: it needs a C++ compiler (g++ or clang++)")
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -133,6 +144,7 @@ def write_network(
     Raises:
         InputError: the suffix is no format's; a package that the format needs, or a compiler, is missing; the network
             cannot be exported.
+        OSError: the file cannot be written.
     """
     path = Path(path)
     if not is_package(path):
@@ -140,12 +152,13 @@ def write_network(
     format = _format_of(path)
     if plain and format != "onnx":
         raise InputError(f"{format} has no functions that could be left out: `plain` is for onnx")
+    _expect_tools(format)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporters' own, of their insides
         try:
             with torch.no_grad():
                 _WRITERS[format](network, inputs, note, path, **({"plain": True} if plain else {}))
-        except InputError:
+        except (InputError, OSError):
             raise
         except Exception as error:  # an exporter may raise anything at all
             reason = one_line(error.__cause__ or error, 300)
@@ -179,9 +192,10 @@ def export_package(
     Raises:
         InputError: the suffix is another one's; a package that the format needs, or a compiler, is missing; the network
             cannot be exported, or the package answers something else.
+        OSError: the file cannot be written; `filename` is `path`.
     """
     path = Path(path)
-    suffix = expect_format(path, format, dtype)
+    expect_format(path, format, dtype)
     if shapes is None:
         size, frames = card.preprocess.size, getattr(network, "num_frames", 0)
         shapes = [(size[0], frames, *size[1:]) if frames else size]
@@ -189,9 +203,7 @@ def export_package(
     generator = torch.Generator().manual_seed(0)
     samples = [torch.randn(3, *shape, generator=generator) for shape in shapes]
     ready = Halved(copy.deepcopy(exact)) if dtype == torch.float16 else exact
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
-        made = Path(folder) / f"model{suffix}"
+    with _beside(path) as made:
         try:
             note = json.dumps(card.as_dict(), allow_nan=False)
             write_network(ready, tuple(x[:2] for x in samples), made, note, plain)
@@ -206,6 +218,18 @@ def export_package(
         with open(made, "rb") as source, atomic(path) as file:
             shutil.copyfileobj(source, file, 2**20)
     return error
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A file of the same suffix in a folder that is removed; what cannot be written there is said of `path`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
+            yield Path(folder) / f"model{path.suffix.lower()}"
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
 
 
 def tensors(answer: Any) -> list[Tensor]:
@@ -229,8 +253,6 @@ def difference(want: Any, got: Any) -> float:
 
 
 def _write_onnx(network: nn.Module, inputs: tuple[Tensor, ...], note: str, path: Path, plain: bool = False) -> None:
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        require(package, "onnx")
     names = ["images"] if len(inputs) == 1 else [f"input{i}" for i in range(len(inputs))]
     with nullcontext() if plain else functions() as found:
         program = _to_onnx(network, inputs, names, _any_batch(network, inputs))
@@ -304,8 +326,6 @@ def _any_batch(network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple:
 
 
 def _write_pt2(network: nn.Module, inputs: tuple[Tensor, ...], note: str, path: Path) -> None:
-    if not (shutil.which("g++") or shutil.which("clang++")):
-        raise InputError("the format pt2 is compiled: it needs a C++ compiler (g++ or clang++)")
     program = torch.export.export(network, inputs, dynamic_shapes=_any_batch(network, inputs))
     torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     if note:
@@ -316,7 +336,9 @@ def _write_pt2(network: nn.Module, inputs: tuple[Tensor, ...], note: str, path: 
 
 def _write_trace(network: nn.Module, inputs: tuple[Tensor, ...], note: str, path: Path) -> None:
     traced = torch.jit.trace(network, inputs, check_trace=False)
-    torch.jit.save(traced, str(path), _extra_files={CARD: note} if note else {})
+    written = io.BytesIO()  # torch's own writer does not say that a disk is full
+    torch.jit.save(traced, written, _extra_files={CARD: note} if note else {})
+    path.write_bytes(written.getbuffer())
 
 
 _WRITERS: dict[str, Callable[..., None]] = {"onnx": _write_onnx, "pt2": _write_pt2, "torchscript-trace": _write_trace}
@@ -377,7 +399,7 @@ def _zipped_card(path: Path) -> str | None:
             for entry in archive.infolist():
                 if entry.filename.endswith(f"/extra/{CARD}") and entry.file_size <= LONGEST_CARD:
                     return archive.read(entry).decode("utf-8")
-    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError, RuntimeError) as error:
         raise CheckpointError(f"{path}: damaged, or no package: {one_line(error)}") from None
     return None
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import zoo
-from ..engine.atomic import atomic, write_all
+from ..engine.atomic import atomic, expect_folder, write_all
 from ..engine.cards import restore, save_model
 from ..engine.image_sets import Digits, Files, ImageSet
 from ..engine.samples import reader
@@ -95,6 +95,7 @@ def quantise_checkpoint(
         raise InputError(f"a quantised model is written to a .safetensors file, not {to}")
     if to.is_dir():
         raise InputError(f"{to} is a folder; a file is wanted")
+    expect_folder(to.parent)
     if recipe.calibrated and data is None:
         raise InputError(f"{recipe.method} needs --calibrate with images like those the model is for")
     if model:
@@ -105,7 +106,6 @@ def quantise_checkpoint(
     if card.quantised:
         raise InputError(f"{checkpoint} is quantised already")
     _check_images(card.model)
-    to.parent.mkdir(parents=True, exist_ok=True)  # before what takes minutes
     frames, size = getattr(network, "num_frames", 0), _bytes(network)
     found = _open(data, bool(frames)) if data is not None else None
     chosen = _spread(len(found), images) if found else []

@@ -282,7 +282,7 @@ def test_of_many_files_that_cannot_be_read_three_are_named(linescan_here, tmp_pa
         ("change IMAGE NONE -m mambafcs_base", "NONE does not exist"),
         ("restore IMAGE -m mambair_v2_light_x2 --device tpu", "device 'tpu' cannot be used here"),
         ("restore IMAGE -m mambair_v2_light_x2 --format bmp", "format is one of 'png'"),
-        ("restore IMAGE -m mambair_v2_light_x2 -o IMAGE/out", "is a file; --out is a folder"),
+        ("restore IMAGE -m mambair_v2_light_x2 -o IMAGE/out", "is a file; --out needs a folder there"),
         ("restore OUT -m mambair_v2_light_x2 -o OUT", "those in OUT, where the outputs go, are passed over"),
         ("anomaly IMAGE -m mambaad_resnet34 --normal NONE", "NONE does not exist"),
         ("anomaly IMAGE -m mambaad_resnet34 --false-alarms 0.1", "--normal images, which are not given"),

@@ -83,7 +83,7 @@ def test_no_calibration_is_needed_where_scales_are_dynamic(digits, linescan_here
     (["--calibrate", "nowhere"], "nowhere is not a folder"),
     (["--calibrate", "digits", "--out", "small.pth"], "a quantised model is written to a .safetensors file"),
     (["--calibrate", "digits", "--model-arg", "depth"], "--model-arg takes KEY=VALUE"),
-    (["--calibrate", "digits", "--out", "file/x.safetensors"], "file: a file of this name is where a folder is needed"),
+    (["--calibrate", "digits", "--out", "file/x.safetensors"], "file is a file; --out needs a folder there"),
 ])  # fmt: skip
 def test_what_is_wrong_is_said_in_one_line(args, line, digits, linescan_here, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

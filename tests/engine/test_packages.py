@@ -1,6 +1,7 @@
 """linescan export and packages: another runtime gives the model's answers, and nothing from outside is trusted."""
 
 import json
+import resource
 import shutil
 import zipfile
 
@@ -12,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 import linescan
-from linescan import Classifier
+from linescan import Classifier, extras
 from linescan.engine.cards import restore
 from linescan.engine.packages import difference, export_package, open_package, read_network, write_network
 from linescan.errors import CheckpointError, InputError
@@ -107,6 +108,7 @@ def test_export_is_a_command(linescan_here, trained, image, tmp_path):
         (("export",), "name a model"),
         ((*args[:-1], tmp_path / "digits.onnx"), "*.ts"),
         (("export", "vim_tiny_patch16_224", "--out", tmp_path / "vim.ts"), "*.onnx"),  # before weights are fetched
+        (("export", "vim_tiny_patch16_224", "--out", image / "vim.onnx"), "is a file; --out needs a folder there"),
         (("export", "pointmamba_modelnet40", "--out", tmp_path / "points.onnx"), "reads point clouds"),
         (("export", "vim_tiny_patch16_224", *args[3:], "--precision", "fp16"), "not float16 as torchscript-trace"),
         ((*args, "--size", "64"), "img_size=[64,64]"),
@@ -116,6 +118,34 @@ def test_export_is_a_command(linescan_here, trained, image, tmp_path):
     ):
         status, _, said = linescan_here(*wrong)
         assert status == 2 and says in said
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_missing_package_is_named_before_weights_are_fetched(linescan_here, packed, image, missing, monkeypatch):
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == missing else True)
+    commands = [("export", "vim_tiny_patch16_224")]
+    if missing == "onnxruntime":
+        commands.append(("classify", packed[2], image))
+    for command in commands:
+        status, _, said = linescan_here(*command)
+        assert status == 2 and f"this needs {missing}; `pip install 'linescan[onnx]'` installs it" in said
+        assert len(said.splitlines()) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_full_disk_leaves_the_old_package(linescan_here, trained, tmp_path):
+    out = tmp_path / "old.ts"
+    out.write_bytes(b"before")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**13, hard))
+    try:
+        status, _, said = linescan_here(
+            "export", "-c", trained / "model.safetensors", "--format", "torchscript-trace", "--out", out
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert status == 2 and f"{out}: File too large" in said and len(said.splitlines()) == 1, said
+    assert out.read_bytes() == b"before" and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
@@ -168,7 +198,25 @@ def test_files_from_outside_are_refused_in_one_line(packed, tmp_path):
     (tmp_path / "broken.pt2").write_bytes(b"PK not a zip")
     with zipfile.ZipFile(tmp_path / "other.ts", "w") as archive:
         archive.writestr("other/data.pkl", b"cos\nsystem\n(S'false'\ntR.")
-    files = "broken.onnx", "empty.onnx", "plain.onnx", "evil.onnx", "deep.onnx", "broken.pt2", "other.ts", "no.ts"
+    with zipfile.ZipFile(tmp_path / "torn.ts", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("torn/extra/linescan", "{" * 500)
+    torn = (tmp_path / "torn.ts").read_bytes()
+    start = torn.index(b"linescan") + len(b"linescan")
+    (tmp_path / "torn.ts").write_bytes(torn[:start] + b"\xff\xff" + torn[start + 2 :])
+    flags = torn.index(b"PK\x01\x02") + 8  # of encryption, in the list of what is there
+    (tmp_path / "locked.ts").write_bytes(torn[:flags] + b"\x01" + torn[flags + 1 :])
+    files = (
+        "broken.onnx",
+        "empty.onnx",
+        "torn.ts",
+        "locked.ts",
+        "plain.onnx",
+        "evil.onnx",
+        "deep.onnx",
+        "broken.pt2",
+        "other.ts",
+        "no.ts",
+    )
     for name in files:
         with pytest.raises(CheckpointError) as error:
             open_package(tmp_path / name, trust=True)
