@@ -127,11 +127,11 @@ def argument_names(operator: torch._ops.OpOverload) -> list[str]:
     return [argument.name for argument in operator._schema.arguments]
 
 
-def scan(body: Callable, states: Sequence, tokens: Sequence, others: tuple) -> Sequence[torch.Tensor]:
-    """torch's loop over the first axis of `tokens`, as one operator of a graph: body(*states, *tokens, *others)."""
+def scan(body: Callable, states: Sequence, tokens: Sequence) -> Sequence[torch.Tensor]:
+    """torch's loop over the first axis of `tokens`, as one operator of a graph: body(*states, *tokens)."""
     from torch._higher_order_ops.scan import scan_op
 
-    return scan_op(body, list(states), list(tokens), others)
+    return scan_op(body, list(states), list(tokens), ())
 
 
 def linear_pointwise():

@@ -64,14 +64,15 @@ def loop(
         return x.unflatten(2, (-1, size)).movedim(2, 0)
 
     def step(*given: Tensor) -> list[Tensor]:
-        carried, rest = given[: len(states)], given[len(states) :]
-        after, outputs = body(carried, rest[: len(tokens)], rest[len(tokens) :])
+        carried, same, pieces = (given[: len(states)], given[len(states) : kept], given[kept:])
+        after, outputs = body(carried, pieces, same)
         # What a loop carries must not be a view, and look like what it began with.
-        return [*(x.clone(memory_format=torch.contiguous_format) for x in after), *outputs]
+        return [*(x.clone(memory_format=torch.contiguous_format) for x in (*after, *same)), *outputs]
 
-    begin = [x.clone(memory_format=torch.contiguous_format) for x in states]
-    results = scan(step, begin, [split(x) for x in tokens], tuple(others))
-    outputs = [y.movedim(0, 2).flatten(2, 3)[:, :, :length] for y in results[len(states) :]]
+    kept = len(states) + len(others)  # `others` are carried along: OpenVINO reads no loop that takes them from outside
+    begin = [x.clone(memory_format=torch.contiguous_format) for x in (*states, *others)]
+    results = scan(step, begin, [split(x) for x in tokens])
+    outputs = [y.movedim(0, 2).flatten(2, 3)[:, :, :length] for y in results[kept:]]
     return list(results[: len(states)]), [y.flip(2) if reverse else y for y in outputs]
 
 
