@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ..engine.atomic import atomic, expect_no_input
 from ..engine.cards import ModelCard, plain_preprocess, read_card, restore
+from ..engine.image_sets import roots
 from ..engine.pairs import SYMMETRIES, Pairs, find_pairs, open_pairs, symmetry
 from ..engine.scores import Evaluator, Totals
 from ..errors import InputError, known
@@ -222,7 +223,8 @@ class RestorationTask(Task):
     @classmethod
     def judge(cls, recipe: RestorationRecipe, model: nn.Module, card: ModelCard) -> Evaluator:
         channels, scale = _facts_of(model, card.model)
-        high, low = find_pairs(recipe.data, scale)
+        root, held_out = roots(recipe.data, None)
+        high, low = find_pairs(held_out or root, scale)
         return Quality.of(recipe, Pairs(high, low, channels, scale, _degradation(recipe, scale, low is not None)))
 
 

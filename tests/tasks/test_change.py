@@ -102,7 +102,8 @@ def test_layouts_and_lists(towns, tmp_path):
 
 def test_labels_are_numbers_palettes_or_colours(tmp_path):
     first, second, before, after = town(0)
-    after[0, 0] = 255
+    before[0, 0], row, column = 0, *np.argwhere(before[1:])[0] + (1, 0)
+    after[0, 0] = after[row, column] = 255  # of which the second has changed in any case
     coloured = np.array(COLOURS[7], np.uint8)[before]
     palette = Image.fromarray(after)
     palette.putpalette(list(range(256)) * 3)
@@ -111,7 +112,7 @@ def test_labels_are_numbers_palettes_or_colours(tmp_path):
     data = ChangeSet(find_changes(tmp_path), 7, PLAIN)
     item = data[0]
     np.testing.assert_array_equal(item["labels"], np.stack([before, after]))
-    assert item["change"][0, 0] == (1 if before[0, 0] else 255)
+    assert item["change"][0, 0] == 255 and item["change"][row, column] == 1
     np.testing.assert_array_equal(item["change"][1:], (before[1:] > 0))
     np.testing.assert_allclose(item["before"].movedim(0, -1), first / 255, atol=1e-6)
     with pytest.raises(InputError, match="label1/0.png: a mask is grey or has a palette"):

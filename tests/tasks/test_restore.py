@@ -189,6 +189,20 @@ def test_patches_grow_in_stages_and_are_mixed(photos, monkeypatch):
             replace(recipe, stages=stages)
 
 
+def test_what_was_held_out_is_scored(photos, x2, tmp_path):
+    """Of a folder with train/ and val/ the images of val/ alone, as in training."""
+    for part, count in (("train", 4), ("val", 2)):
+        for i in range(count):
+            save(tmp_path / "sharp" / part / f"{i}.png", photo(3, 40, 30, seed=i))
+            save(tmp_path / "both" / part / "high" / f"{i}.png", photo(3, 40, 30, seed=i))
+            save(tmp_path / "both" / part / "low" / f"{i}.png", photo(3, 20, 15, seed=i))
+    tool, card = Restorer(checkpoint=x2, device="cpu"), ModelCard("mambair_v2_light_x2", {}, [], plain_preprocess(3))
+    for folder, low in ((tmp_path / "sharp", None), (tmp_path / "both", 2)):
+        data = RestorationTask.judge(RestorationRecipe(str(folder)), tool.module, card).data
+        assert len(data) == 2 and all("val" in path.parts for path in data.high) and (data.low and len(data.low)) == low
+    assert len(RestorationTask.judge(RestorationRecipe(str(photos)), tool.module, card).data) == 6
+
+
 def test_images_that_are_too_small_to_be_scored_are_named(x2, tmp_path, linescan_here):
     for name, sides in (("large", (40, 30)), ("thin", (40, 14)), ("pixel", (1, 1))):
         save(tmp_path / "photos" / f"{name}.png", photo(3, 40, 30)[:, : sides[0], : sides[1]])
