@@ -115,15 +115,27 @@ class Halved(nn.Module):
         self.network = network.half()
 
     def forward(self, *inputs: Tensor) -> Any:
-        return _as_float(self.network(*(x.half() for x in inputs)))
+        return _plain(self.network(*(x.half() for x in inputs)), lambda x: x.float() if x.is_floating_point() else x)
 
 
-def _as_float(answer: Any) -> Any:
-    if isinstance(answer, Tensor):
-        return answer.float() if answer.is_floating_point() else answer
+class _Plain(nn.Module):
+    """A network whose answers have no classes of their own: a program in a file cannot name them."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return _plain(self.network(*inputs))
+
+
+def _plain(answer: Any, change: Callable[[Tensor], Tensor] = lambda x: x) -> Any:
+    """An answer in plain tuples and dictionaries, its tensors changed."""
     if isinstance(answer, dict):
-        return {key: _as_float(part) for key, part in answer.items()}
-    return [_as_float(part) for part in answer]
+        return {key: _plain(part, change) for key, part in answer.items()}
+    if isinstance(answer, (tuple, list)):
+        return tuple(_plain(part, change) for part in answer)
+    return change(answer) if isinstance(answer, Tensor) else answer
 
 
 def write_network(
@@ -325,9 +337,13 @@ def _any_batch(network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple:
     return (axes,) if Parameter.VAR_POSITIONAL in kinds else axes  # forward(*inputs) has one argument
 
 
+def _to_program(network: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
+    plain = _Plain(network)
+    return torch.export.export(plain, inputs, dynamic_shapes=_any_batch(plain, inputs))
+
+
 def _write_pt2(network: nn.Module, inputs: tuple[Tensor, ...], note: str, path: Path) -> None:
-    program = torch.export.export(network, inputs, dynamic_shapes=_any_batch(network, inputs))
-    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    torch._inductor.aoti_compile_and_package(_to_program(network, inputs), package_path=str(path))
     if note:
         with zipfile.ZipFile(path, "a") as archive:
             top = archive.namelist()[0].partition("/")[0]
@@ -383,7 +399,7 @@ def open_package(path: str | Path, trust: bool = False) -> tuple[Package, ModelC
 
 
 def read_network(path: str | Path) -> Callable[..., Any]:
-    """What `write_network` wrote, as a function of tensors.
+    """What `write_network` wrote, as a function of tensors; answers are tensors, or plain sequences and dictionaries.
 
     A .pt2 or .ts file is a program: only those from a trusted place may be opened.
 

@@ -4,6 +4,7 @@ import json
 import resource
 import shutil
 import zipfile
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -11,11 +12,13 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils._pytree import treespec_dumps, treespec_loads
 
 import linescan
 from linescan import Classifier, extras
+from linescan.engine import packages
 from linescan.engine.cards import restore
-from linescan.engine.packages import difference, export_package, open_package, read_network, write_network
+from linescan.engine.packages import difference, export_package, open_package, read_network, tensors, write_network
 from linescan.errors import CheckpointError, InputError
 from linescan.scans import hgrn
 from linescan.scans.kernels import cpu
@@ -223,6 +226,25 @@ def test_files_from_outside_are_refused_in_one_line(packed, tmp_path):
         assert name in str(error.value) and len(str(error.value).splitlines()) == 1, name
     with pytest.raises(InputError, match="--trust"):
         open_package(tmp_path / "other.ts")
+
+
+class Named(NamedTuple):
+    first: torch.Tensor
+    rest: dict
+
+
+class Answers(nn.Module):
+    def forward(self, x, y):
+        return Named(x + y, {"b": [x, None], "a": y.half()})
+
+
+def test_programs_name_no_class_of_an_answer():
+    x, y = torch.rand(2, 3), torch.rand(2, 3)
+    program = packages._to_program(Answers(), (x, y))
+    assert treespec_loads(treespec_dumps(program.call_spec.out_spec)) == program.call_spec.out_spec
+    x, y = torch.rand(5, 3), torch.rand(5, 3)
+    assert difference(Answers()(x, y), program.module()(x, y)) == 0
+    assert {part.dtype for part in tensors(packages.Halved(Answers())(x, y))} == {torch.float32}
 
 
 @pytest.mark.slow
