@@ -1,15 +1,20 @@
 """Compiled and exported models keep each recurrence as one operator, and give the eager result."""
 
 import shutil
+from contextlib import nullcontext
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 
-import numpy as np
 import onnxruntime
 import pytest
 import timm
 import torch
 from torch import nn
 
+from linescan.engine.packages import difference
 from linescan.layers.mamba import MambaMixer
+from linescan.scans.exported import DOMAIN, functions
+from linescan.scans.kernels import cpu
 
 
 def small(name, **kwargs):
@@ -68,39 +73,52 @@ def test_cuda_graphs_capture_a_forward():
 
 # -- ONNX -------------------------------------------------------------------------------------------------------------
 
-# One block (a stage), an image that is not square, and what is small.
-FAMILIES = {
-    "vim_tiny_patch16_224": dict(depth=1, img_size=(32, 48), embed_dim=32),
-    "local_vim_tiny_middle_cls_token": dict(depth=1, img_size=(32, 48), embed_dim=32),
-    "vmamba_tiny_s1l8": dict(depths=(1, 1), dims=16),
-    "local_vssm_tiny": dict(depths=(1,), dims=16),
-    "vig_tiny": dict(depth=1, img_size=(32, 48)),
-    "vrwkv_tiny": dict(depth=1, img_size=(32, 48)),
-    "vrwkv6_tiny": dict(depth=1, img_size=(32, 48)),
-    "mambavision_tiny": dict(depths=(1, 1, 1, 1)),
-    "rsmamba_base": dict(depth=1, img_size=(32, 48), embed_dim=32),
-    "scan_tiny": dict(depth=1, img_size=(32, 48), embed_dim=32),
-}
+# Small networks, and their sizes, are those of tools/deploy.py, which tries all families at both.
+spec = spec_from_file_location("deploy", Path(__file__).parents[2] / "tools" / "deploy.py")
+deploy = module_from_spec(spec)
+spec.loader.exec_module(deploy)
+SMALL = {name: small for models in deploy.MODELS.values() for name, small in models.items()}
+LOOPS = ("vim_tiny_patch16_224", "vig_tiny", "vrwkv_tiny", "vrwkv6_tiny", "scan_tiny")  # one for each recurrence
+KERNELS = (
+    *LOOPS, "local_vim_tiny_middle_cls_token", "vmamba_tiny_s1l8", "mambavision_tiny", "mamband_small_patch16_224",
+    "videomamba_video_tiny_patch16_224", "inline_deit_tiny", "rwkvsam_tiny", "mambair_light_x2",
+)  # fmt: skip
 
 
-def in_onnx_runtime(model, path, *shapes, batches=(1, 3), tolerance=1e-4):
+def in_onnx_runtime(name, size, path, kernels):
     """Exports with a dynamic batch, and holds the answers for other batches against the model's."""
-    inputs = tuple(torch.randn(2, *shape) for shape in shapes)
-    batch = tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs)
-    with torch.no_grad():  # else torch takes the batch of some models for fixed
-        torch.onnx.export(model, inputs, dynamo=True, dynamic_shapes=batch, verbose=False).save(path)
-    session = onnxruntime.InferenceSession(path)
-    for batch in batches:
-        inputs = [torch.randn(batch, *shape) for shape in shapes]
+    small, options = SMALL[name], onnxruntime.SessionOptions()
+    model = small.model(name, size)
+    with functions() if kernels else nullcontext(), torch.no_grad():  # with gradients, some batches are taken for fixed
+        program = torch.onnx.export(
+            model, small.inputs(2, size), dynamo=True, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), verbose=False
+        )
+    if kernels:
+        for node in program.model.graph.all_nodes():
+            node.attributes.pop("body", None)  # the name of a function that is left out
+        program.model.graph.opset_imports[DOMAIN] = 1
+        options.register_custom_ops_library(str(cpu.LIBRARY))
+    program.save(path)
+    session = onnxruntime.InferenceSession(path, options)
+    for batch in (1, 3):
+        [x] = small.inputs(batch, size, seed=batch)
         with torch.no_grad():
-            want = model(*inputs).numpy()
-        [got] = session.run(None, {i.name: x.numpy() for i, x in zip(session.get_inputs(), inputs)})
-        assert got.shape == want.shape and np.abs(got - want).max() <= tolerance * max(1, np.abs(want).max())
+            want = model(x)
+        [got] = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        assert difference(want, torch.from_numpy(got)) < 1e-4
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", FAMILIES)
-def test_onnx_runtime_gives_the_eager_result(name, tmp_path):
-    size = (64, 64) if name == "mambavision_tiny" else (32, 48)  # a grid of 2 would be taken for the batch
-    in_onnx_runtime(small(name, **FAMILIES[name]), tmp_path / "model.onnx", (3, *size))
+@pytest.mark.parametrize("name", LOOPS)
+def test_standard_operators_give_the_eager_result(name, tmp_path):
+    in_onnx_runtime(name, SMALL[name].sizes[0], tmp_path / "model.onnx", kernels=False)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(cpu.missing() is not None, reason="no kernels")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_in_onnx_runtime_give_the_eager_result(name, tmp_path):
+    """At another size. The loops in their place are most of what takes time in an export."""
+    in_onnx_runtime(name, SMALL[name].sizes[1], tmp_path / "model.onnx", kernels=True)
