@@ -172,18 +172,19 @@ class AnomalyTask(Task):
 
     def __init__(self, recipe: AnomalyRecipe):
         super().__init__(recipe)
-        self.model = build_model(recipe)
-        _expect_maps(self.model, recipe.model)
-        if not (recipe.checkpoint or recipe.pretrained or recipe.teacher_checkpoint == "random"):
-            self._load_teacher()
-        preprocess = preprocess_of(self.model, img_size=recipe.size)
-        self.card_of = ModelCard(recipe.model, recipe.model_args, [], preprocess)
+        expect_task(recipe.model, "anomaly")
         found = find_anomalies(recipe.data, recipe.holdout)
         held_out = find_anomalies(recipe.val, recipe.holdout) if recipe.val else found
         if not held_out.test:
             raise InputError(f"{recipe.val or recipe.data} holds no test/ with images to score")
+        self.model = build_model(recipe)
+        _expect_maps(self.model, recipe.model)
+        preprocess = preprocess_of(self.model, img_size=recipe.size)
+        self.card_of = ModelCard(recipe.model, recipe.model_args, [], preprocess)
         self.data = AnomalySet(found.train, found.categories, preprocess)
         self.evaluator = AnomalyScores(AnomalySet(held_out.test, held_out.categories, preprocess), recipe.false_alarms)
+        if not (recipe.checkpoint or recipe.pretrained or recipe.teacher_checkpoint == "random"):
+            self._load_teacher()  # last: its weights may have to be fetched
 
     @classmethod
     def resolve(cls, recipe: AnomalyRecipe) -> AnomalyRecipe:

@@ -129,12 +129,12 @@ class ChangeTask(Task):
         self.classes = [] if alone else _classes_of(recipe)
         self.args = recipe.model_args | {"num_classes": len(self.classes)}
         self.model = build_model(replace(recipe, model_args=self.args))
-        if path := recipe.encoder_checkpoint:
-            self.model.encoder.load_pretrained(fetch(find("vmamba_base_s2l15")) if path == "imagenet" else path)
         self.preprocess = preprocess_of(self.model, img_size=recipe.crop)
         count = len(self.classes)
         self.data = ChangeSet(train, count, self.preprocess, recipe.crop, recipe.augment)
         self.evaluator = ChangeScores(ChangeSet(held_out, count, self.preprocess), self.classes)
+        if path := recipe.encoder_checkpoint:  # last: it may have to be fetched
+            self.model.encoder.load_pretrained(fetch(find("vmamba_base_s2l15")) if path == "imagenet" else path)
 
     def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         recipe, change = self.recipe, batch["change"]

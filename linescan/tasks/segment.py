@@ -221,8 +221,6 @@ class SegmentationTask(Task):
         self.classes = classes_of(recipe.data)
         self.outputs = 1 if len(self.classes) == 2 else len(self.classes)
         self.model = build_model(recipe, num_classes=self.outputs)
-        if recipe.encoder_checkpoint:
-            _start_encoder(self.model, recipe)
         words = recipe.augment or ("mirror+flip+rotate" if resizes else "mirror+scale")
         augment = Augment(words, size or self.input.size or (256, 256), IGNORED if self.outputs > 1 else 0)
         self.data = MaskedScenes(train, self.classes, augment, self.input.grey_extra)
@@ -231,6 +229,8 @@ class SegmentationTask(Task):
             recipe.model, recipe.model_args | {"num_classes": self.outputs}, list(self.classes),
             segmentor_preprocess(entry, self.input.size),
         )  # fmt: skip
+        if recipe.encoder_checkpoint:  # last: it may have to be fetched
+            _start_encoder(self.model, recipe)
 
     @classmethod
     def resolve(cls, recipe: SegmentationRecipe) -> SegmentationRecipe:

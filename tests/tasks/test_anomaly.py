@@ -127,6 +127,8 @@ def test_plain_folders_and_what_is_refused(waves, tmp_path):
         find_anomalies(tmp_path)
     with pytest.raises(InputError, match="nowhere is not a folder"):
         find_anomalies(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="nowhere is not a folder"):  # before the teacher's weights are fetched
+        AnomalyTask(AnomalyRecipe(str(tmp_path / "nowhere"), model="mambaad_resnet34"))
     for name in ("train/good/0.png", "test/crack/0.png"):
         write(tmp_path / "c" / name, stripes(0)[0])
     (tmp_path / "c" / "ground_truth").mkdir()
