@@ -199,7 +199,7 @@ def open_clouds(
         return CloudFiles(files, classes, columns), CloudFiles(_files(val, classes), classes, columns)
     parts = _published_parts(root, [path for path, _ in files])
     if parts is None:
-        held = set(split([label for _, label in files], True, fraction))
+        held = set(split([label for _, label in files], True, fraction, classes))
         parts = ["test" if i in held else "train" for i in range(len(files))]
     return tuple(
         CloudFiles([file for file, part in zip(files, parts) if part == wanted], classes, columns)

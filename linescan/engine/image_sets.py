@@ -144,7 +144,7 @@ class Folder(ImageSet):
             for path in _find(root / name, videos)
         ]
         if held_out is not None:
-            chosen = sorted(split([label for _, label in files], held_out, fraction))
+            chosen = sorted(split([label for _, label in files], held_out, fraction, self.classes))
             files = [files[i] for i in chosen]
         self.names = [str(path) for path, _ in files]
         self.labels = [label for _, label in files]
@@ -175,13 +175,18 @@ def class_folders(root: Path, alone: bool = False) -> list[str]:
     return found
 
 
-def split(labels: Sequence[int], held_out: bool, fraction: float) -> list[int]:
-    """The indices of the held-out samples (at least one per class), or of the others; always the same ones."""
+def split(labels: Sequence[int], held_out: bool, fraction: float, classes: Sequence[str] = ()) -> list[int]:
+    """The indices of the held-out samples (at least one per class), or of the others; always the same ones.
+
+    Raises:
+        InputError: a class has a single sample; it is named where the names of `classes` are given.
+    """
     chosen = []
     for label in sorted(set(labels)):
         members = [i for i, other in enumerate(labels) if other == label]
         if len(members) < 2:
-            raise InputError("a single sample (of a class) cannot be split; give the held-out samples with --val")
+            sample = f"the single sample of {classes[label]}" if classes else "a single sample"
+            raise InputError(f"{sample} cannot be split; give the held-out samples with --val")
         random.Random(label).shuffle(members)
         border = min(max(1, round(len(members) * fraction)), len(members) - 1)
         chosen += members[:border] if held_out else members[border:]

@@ -309,6 +309,14 @@ def test_ply_with_faces_is_a_mesh(tmp_path, form, corners):
     assert np.array_equal(read_points(tmp_path / "a.ply", samples=400).points, read.points)
 
 
+def test_points_of_a_mesh_have_the_class_of_the_nearest_vertex(tmp_path):
+    text = MESH.format(1, "0 1 2").replace("float z", "float z\nproperty uchar label")
+    path = write(tmp_path, "a.ply", text.replace("0 0 0\n1 0 0\n0 2 0", "0 0 0 5\n1 0 0 6\n0 2 0 7"))
+    read = read_points(path, samples=200)
+    distance = np.linalg.norm(read.points[:, None] - [(0, 0, 0), (1, 0, 0), (0, 2, 0)], axis=2)
+    assert np.array_equal(read.labels, 5 + distance.argmin(1)) and len(set(read.labels.tolist())) == 3
+
+
 def test_odd_meshes(tmp_path):
     ball = trimesh.creation.icosphere()
     text = ball.export(file_type="off").replace("OFF\n", "OFF", 1)  # as many files of ModelNet40 begin

@@ -191,6 +191,13 @@ def test_layouts_of_public_data_sets(tmp_path):
     assert len(parts.names) == 50 and parts.categories[2] == "Cap" and parts.members[2] == [6, 7]
     assert parts.number(np.array([6, 7, 6]), "Cap").tolist() == [6, 7, 6]  # as published: numbered through
     assert parts.number(np.array([0, 3]), "Airplane").tolist() == [0, 3]
+    single = write_shapes(tmp_path / "single", each=1, kinds=("a", "b"))
+    with pytest.raises(InputError, match="the single sample of a cannot be split"):
+        open_clouds(str(single))
+    lists = numbers / "train_test_split"
+    (lists / "shuffled_val_file_list.json").write_text("{")
+    with pytest.raises(InputError, match="shuffled_val_file_list.json: not a list of names"):
+        open_clouds(str(numbers))
 
 
 def test_parts_are_named_by_their_labels_or_a_list(shapes, tmp_path):
