@@ -36,6 +36,7 @@ def _output(y, x, D, z):
     flops="5 * B * R * S * H * P * N",
     values=dict(A=lambda x: -x.exp(), dt=lambda x: x - 2),
     sizes=dict(H=4, G=2),
+    dt_max=inf,
 )
 def _ssd(x, dt, A, B, C, D, z, dt_bias, dt_softplus: bool, dt_min: float, dt_max: float, initial_state):
     step, state = _step_sizes(dt, dt_bias, dt_softplus, dt_min, dt_max), initial_state
@@ -121,6 +122,7 @@ def ssd(
     Returns:
         (B, K, L, H, P), merged (B, L, H, P).
     """
-    dt_min, dt_max = dt_limit
-    inputs = x, dt, A, B, C, D, z, dt_bias, dt_softplus, float(dt_min), float(dt_max), initial_state
+    dt_min, dt_max = map(float, dt_limit)
+    most = None if dt_max == inf else dt_max  # AOTInductor reads no infinity from a file
+    inputs = x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, most, initial_state
     return _ssd(*inputs, route=route, merge=merge, return_final_state=return_final_state)
