@@ -126,8 +126,8 @@ def launches():
 
 
 def other_launches():
-    """Other kinds of gates, in the order of the tokens; three-part products."""
-    _launch((*VECTORS, "gated_delta_rule"), torch.bfloat16)
+    """Other kinds of gates, in the order of the tokens (wkv4: test_triton_wkv.py); three-part products."""
+    _launch(("hgrn", "gated_delta_rule"), torch.bfloat16)
     _launch(("kda",), torch.float32, width=32)
 
 
@@ -143,7 +143,7 @@ def wide_launches():
     "function, names",
     [
         ("launches", MATRICES.union(*VECTORS.values(), {"_merge"})),
-        ("other_launches", MATRICES.union(*VECTORS.values())),
+        ("other_launches", MATRICES | VECTORS["hgrn"]),
         ("wide_launches", MATRICES - {"_gradients"}),
     ],
 )

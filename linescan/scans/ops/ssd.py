@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..chunks import running, segment_sums
 from ..recurrence import public, recurrence
+from .gla import _simple_gla
 
 __all__ = ["ssd"]
 
@@ -76,6 +77,16 @@ def _chunked(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, initial
     y = y + before.exp().mT.unsqueeze(-1) * entered
     y = y.transpose(3, 4).flatten(4, 5).flatten(2, 3)[:, :, :length]  # (B, K, T, H, P)
     return _output(y, x, D, z), states[:, :, -1].transpose(3, 4).flatten(2, 3)
+
+
+@_ssd.exported
+def _in_graphs(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, initial_state):
+    """As gated linear attention, which has a kernel there."""
+    step = _step_sizes(dt, dt_bias, dt_softplus, dt_min, dt_max)
+    q, k = (v.repeat_interleave(x.shape[3] // v.shape[3], 3) for v in (C, B))
+    inputs = q, k, step[..., None] * x, A[:, None] * step, 1.0, initial_state
+    y, state = _simple_gla(*inputs, return_final_state=True)
+    return _output(y, x, D, z), state
 
 
 @public(_ssd)
