@@ -143,7 +143,7 @@ def wide_launches():
     "function, names",
     [
         ("launches", MATRICES.union(*VECTORS.values(), {"_merge"})),
-        ("other_launches", MATRICES | VECTORS["hgrn"]),
+        ("other_launches", MATRICES | {"_scan", "_retreat"}),
         ("wide_launches", MATRICES - {"_gradients"}),
     ],
 )
