@@ -1214,37 +1214,32 @@ def models(
         with console.status(title) as status:
             show = lambda *_, description="", **__: status.update(description) if description else None  # noqa: E731
             once = list(benchmark(names, sizes, dtype=dtype, budget=0.0, progress=show))  # for memory
-            torch.set_num_threads(1)
-            for size in sizes:
-                status.update(f"{title} at {size}, by turns")
-                ready = {name: _at_size(name, size).eval() for name in names}
-                image = torch.randn(1, 3, size, size)
-                taken = side_by_side({name: partial(forward, model, image) for name, model in ready.items()}, budget)
-                results += [
-                    replace(r, seconds=taken[r.model], images_per_second=1 / taken[r.model])
-                    for r in once
-                    if r.size == size
-                ]
+        torch.set_num_threads(1)
         multiply_add = multiply_add_bound(1) / 9
-        times = {(r.model, r.size): r.seconds for r in results}
         rows, missed = [], []
         for size in sizes:
+            ready = {name: _at_size(name, size).eval() for name in names}
+            image = torch.randn(1, 3, size, size)
+            with console.status(f"{title} at {size}, by turns"):
+                times = side_by_side({name: partial(forward, model, image) for name, model in ready.items()}, budget)
+            results += [
+                replace(r, seconds=times[r.model], images_per_second=1 / times[r.model]) for r in once if r.size == size
+            ]
             x, weight = torch.randn(1, (size // group.stride) ** 2, group.dim), torch.randn(4 * group.dim, group.dim)
             x, weight = x.to(dtype), weight.to(dtype)
             with torch.inference_mode():
                 taken = seconds(lambda x=x, weight=weight: linear(x, weight), budget=budget / 3)
             pace = 2 * x.shape[1] * weight.numel() / taken
-            for name in names:
-                model, image = _at_size(name, size).eval(), torch.randn(1, 3, size, size)
+            for name, model in ready.items():
                 with console.status(f"operations of {name} at {size}"):
-                    counted, of_scans = operations(lambda model=model, image=image: model(image))
+                    counted, of_scans = operations(partial(model, image))
                 bound = (sum(counted.values()) - counted["scans"]) / pace + of_scans * multiply_add
-                ratio = times[name, size] / times[group.peer, size]
-                row = {"model": name, "size": size, "ms": 1e3 * times[name, size], "ratio": ratio, "flops": counted}
+                ratio = times[name] / times[group.peer]
+                row = {"model": name, "size": size, "ms": 1e3 * times[name], "ratio": ratio, "flops": counted}
                 row |= {"bound": 1e3 * bound, "pace": pace}
                 rows.append(row)
                 if ratio > group.wanted[size] and name != group.peer:
-                    row["shares"] = shares(spent(lambda model=model, image=image: model(image)))
+                    row["shares"] = shares(spent(partial(model, image)))
         columns = "pixels", "ms", "/ peer", "GFLOP", "of scans", "/ peer", "bound, ms", "/ bound", "/ peer's bound"
         table = Table(title, *columns)
         for row in rows:

@@ -132,8 +132,9 @@ class _Tiles(NamedTuple):
     @classmethod
     def along(cls, size: int, window: int, device: torch.device) -> "_Tiles":
         # As even as can be; where the size is a symbol, all of one shape: nested divisions of it take minutes to trace.
-        queries = _TILE if is_symbol(size) else -(-size // -(-size // _TILE))
-        keys = queries + window - 1 if is_symbol(size) else min(size, queries + window - 1)
+        symbol = is_symbol(size)
+        queries = _TILE if symbol else -(-size // -(-size // _TILE))
+        keys = queries + window - 1 if symbol else min(size, queries + window - 1)
         first = torch.arange(0, size, queries, device=device)[:, None]
         query = (first + torch.arange(queries, device=device)).clamp_max(size - 1)
         key = (first - window // 2).clamp_max(size - keys).clamp_min(0) + torch.arange(keys, device=device)

@@ -63,15 +63,17 @@ def loop(
             x = F.pad(x, (0, 0) * (x.ndim - 3) + (0, -length % size))
         return x.unflatten(2, (-1, size)).movedim(2, 0)
 
-    def step(*given: Tensor) -> list[Tensor]:
-        carried, same, pieces = (given[: len(states)], given[len(states) : kept], given[kept:])
-        after, outputs = body(carried, pieces, same)
-        # What a loop carries must not be a view, and look like what it began with.
-        return [*(x.clone(memory_format=torch.contiguous_format) for x in (*after, *same)), *outputs]
-
     kept = len(states) + len(others)  # `others` are carried along: OpenVINO reads no loop that takes them from outside
-    begin = [x.clone(memory_format=torch.contiguous_format) for x in (*states, *others)]
-    results = scan(step, begin, [split(x) for x in tokens])
+
+    def carried(tensors: Sequence[Tensor]) -> list[Tensor]:  # no views, and at the end like what they began with
+        return [x.clone(memory_format=torch.contiguous_format) for x in tensors]
+
+    def step(*given: Tensor) -> list[Tensor]:
+        same = given[len(states) : kept]
+        after, outputs = body(given[: len(states)], given[kept:], same)
+        return [*carried((*after, *same)), *outputs]
+
+    results = scan(step, carried((*states, *others)), [split(x) for x in tokens])
     outputs = [y.movedim(0, 2).flatten(2, 3)[:, :, :length] for y in results[kept:]]
     return list(results[: len(states)]), [y.flip(2) if reverse else y for y in outputs]
 
