@@ -67,7 +67,7 @@ def trained(towns, tmp_path_factory):
     """A short run; its scores, and its folder."""
     out = tmp_path_factory.mktemp("runs") / "run"
     recipe = ChangeRecipe(
-        str(towns), model_args=SMALL, crop=32, batch=4, steps=25, evaluate_every=25, lr=3e-3, schedule="constant"
+        str(towns), model_args=SMALL, crop=32, batch=4, steps=40, evaluate_every=40, lr=3e-3, schedule="constant"
     )
     return train(recipe, out, device="cpu", workers=0), out
 
