@@ -343,7 +343,7 @@ def _to_program(network: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.
 
 
 def _write_pt2(network: nn.Module, inputs: tuple[Tensor, ...], note: str, path: Path) -> None:
-    options = {"cpp_cache_precompile_headers": False}  # which takes longer than the two files that would use them
+    options = {"aot_inductor.precompile_headers": False}  # which takes longer than the two files that would use them
     torch._inductor.aoti_compile_and_package(
         _to_program(network, inputs), package_path=str(path), inductor_configs=options
     )
