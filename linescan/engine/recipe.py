@@ -238,7 +238,7 @@ class Recipe(_Options):
     )  # fmt: skip
     decay_every: float = option(30.0, "Epochs between two falls of step.", OPTIMISER, POSITIVE)
     milestones: str | None = option(None, "Epochs at which multistep falls, as in 60,80.", OPTIMISER)
-    ema: float = option(0.0, "Decay of a moving average of the weights, which starts as a plain mean; 0: none.",
+    ema: float = option(0.0, "Decay of a moving average of the weights, in step n at most 1 - n^(-2/3); 0: none.",
                         OPTIMISER, SHARE)  # fmt: skip
 
     bf16: bool = option(False, "Compute in bfloat16.", RUN)

@@ -32,7 +32,7 @@ from linescan.checkpoint import CARD, CheckpointError
 from linescan.tensorfile import read_file
 
 from ..errors import Diverged, InputError
-from .atomic import atomic, sweep
+from .atomic import atomic, expect_folder, sweep
 from .cards import save_model
 from .data import seed_all, steps_of, to_device, training_batches
 from .metrics import Log
@@ -88,6 +88,9 @@ class Training:
             self.between = (recipe.evaluate_every or 1) * per_epoch
         self.optimizer = build_optimizer(recipe, self.task.parameter_groups())
         self.scheduler = build_schedule(recipe, self.optimizer, per_epoch)
+        expect_readable(self.task.evaluator)
+        expect_folder(self.out)
+        self.task.load_weights()  # when all else is accepted: they may have to be fetched
         self.ema = ModelEmaV3(self.bare, recipe.ema, use_warmup=True) if recipe.ema else None
 
         self.step = 0
@@ -118,7 +121,6 @@ class Training:
         if processes.first:
             self._describe()
             sweep(self.out)
-        expect_readable(self.task.evaluator)
         columns = ("step", "epoch", "lr", *self.task.losses, *map(self._column, self.task.evaluator.names), "seconds")
         log = Log(self.out, self.step, columns) if processes.first else None
         batches = iter(

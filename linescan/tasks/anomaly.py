@@ -183,8 +183,6 @@ class AnomalyTask(Task):
         self.card_of = ModelCard(recipe.model, recipe.model_args, [], preprocess)
         self.data = AnomalySet(found.train, found.categories, preprocess)
         self.evaluator = AnomalyScores(AnomalySet(held_out.test, held_out.categories, preprocess), recipe.false_alarms)
-        if not (recipe.checkpoint or recipe.pretrained or recipe.teacher_checkpoint == "random"):
-            self._load_teacher()  # last: its weights may have to be fetched
 
     @classmethod
     def resolve(cls, recipe: AnomalyRecipe) -> AnomalyRecipe:
@@ -198,8 +196,13 @@ class AnomalyTask(Task):
         how = {"mean": list(card.preprocess.mean), "std": list(card.preprocess.std)}
         return replace(resolved, model_args=how | recipe.model_args)
 
-    def _load_teacher(self) -> None:
-        path, name = self.recipe.teacher_checkpoint, self.model.teacher_name
+    def load_weights(self) -> None:
+        """As `Task`; a model without weights gets those of its teacher."""
+        super().load_weights()
+        recipe, name = self.recipe, self.model.teacher_name
+        path = recipe.teacher_checkpoint
+        if recipe.checkpoint or recipe.pretrained or path == "random":
+            return
         if path is None:
             self.model.load_teacher(build(name, pretrained=True).state_dict(), name)
         else:

@@ -13,7 +13,7 @@ from ..engine.optimisers import groups_of
 from ..engine.recipe import Recipe
 from ..engine.scores import Evaluator, Totals
 
-__all__ = ["HeldOutLosses", "Task", "build_model"]
+__all__ = ["HeldOutLosses", "Task", "build_model", "load_weights"]
 
 
 class Task(nn.Module, ABC):
@@ -22,7 +22,8 @@ class Task(nn.Module, ABC):
     A task is built from its recipe. Its `__init__` sets `model`, `data` and `evaluator`; `forward` turns a batch into
     losses. Teachers, criteria and other modules that are not trained are attributes like any other: the whole task is
     moved to the device, but only `model` is optimised, averaged, wrapped for several processes, and saved.
-    docs/add-a-task.md builds one.
+    Where weights have to be had from elsewhere, `load_weights` loads them: it is called when `__init__` and all else have
+    accepted the recipe and its data, so that nothing is fetched in vain. docs/add-a-task.md builds one.
 
     Attributes:
         recipe: what a run is asked to do.
@@ -64,6 +65,14 @@ class Task(nn.Module, ABC):
             raise CheckpointError(f"{recipe.checkpoint} is quantised; training starts from weights that are not")
         args = {name: value for name, value in card.args.items() if name not in ("num_classes", "in_chans")}
         return replace(recipe, model=recipe.model or card.model, model_args=args | recipe.model_args)
+
+    def load_weights(self) -> None:
+        """Loads the weights that the recipe starts from.
+
+        Raises:
+            InputError, CheckpointError: they cannot be had, or are not the model's.
+        """
+        load_weights(self.product(self.model), self.recipe, self.card().args)
 
     @abstractmethod
     def forward(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
@@ -130,13 +139,27 @@ class HeldOutLosses(Evaluator):
 
 
 def build_model(recipe: Recipe, **args) -> nn.Module:
-    """The recipe's model with the weights that it starts from; `recipe.model_args` override `args`.
+    """The recipe's model, without weights (`load_weights`); `recipe.model_args` override `args`.
 
     Raises:
-        InputError, CheckpointError: it cannot be built so, or the weights cannot be had.
+        InputError: it cannot be built so.
     """
     drop_path = {"drop_path_rate": recipe.drop_path} if recipe.drop_path else {}
-    model = build(recipe.model, pretrained=recipe.pretrained, **{**drop_path, **args, **recipe.model_args})
+    return build(recipe.model, **{**drop_path, **args, **recipe.model_args})
+
+
+def load_weights(model: nn.Module, recipe: Recipe, args: dict) -> None:
+    """Loads the published weights or the checkpoint, as the recipe says, into its model.
+
+    Args:
+        model: the recipe's.
+        recipe: what to start from.
+        args: that build the model.
+
+    Raises:
+        InputError, CheckpointError: the weights cannot be had, or are not the model's.
+    """
+    if recipe.pretrained:
+        model.load_state_dict(build(recipe.model, pretrained=True, **args).state_dict())
     if recipe.checkpoint:
         load_checkpoint(model, recipe.checkpoint, adapt=True)
-    return model

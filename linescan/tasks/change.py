@@ -133,7 +133,11 @@ class ChangeTask(Task):
         count = len(self.classes)
         self.data = ChangeSet(train, count, self.preprocess, recipe.crop, recipe.augment)
         self.evaluator = ChangeScores(ChangeSet(held_out, count, self.preprocess), self.classes)
-        if path := recipe.encoder_checkpoint:  # last: it may have to be fetched
+
+    def load_weights(self) -> None:
+        """As `Task`, and the encoder's."""
+        super().load_weights()
+        if path := self.recipe.encoder_checkpoint:
             self.model.encoder.load_pretrained(fetch(find("vmamba_base_s2l15")) if path == "imagenet" else path)
 
     def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from ..engine.cloud_sets import CloudSamples, open_clouds
 from ..errors import InputError
 from ..heads.points.mae import PointMAE
 from ..layers.points import chamfer
-from .base import HeldOutLosses, build_model
+from .base import HeldOutLosses, build_model, load_weights
 from .clouds import CloudTask
 from .recipes import PointPretrainingRecipe
 
@@ -53,11 +53,11 @@ class PointPretrainingTask(CloudTask):
         super().__init__(recipe)
         own = recipe.model_args.get("backbone_args", {})
         channels = {"in_chans": self.preprocess.channels} if self.preprocess.features else {}
-        args = {
+        self.args = {
             "mask_ratio": recipe.mask_ratio, "mask": recipe.mask, "decoder_depth": recipe.decoder_depth,
             **({"backbone_args": {**channels, **own}} if channels else {}),
         }  # fmt: skip
-        self.model = build_model(recipe, **args)
+        self.model = build_model(recipe, **self.args)
         if not isinstance(self.model, PointMAE):
             raise InputError(
                 f"{recipe.model} is not pre-trained on hidden patches; pointmamba_mae is, with the backbone that "
@@ -68,6 +68,10 @@ class PointPretrainingTask(CloudTask):
         sizes = encoder.groups, encoder.copies
         self.data = Hidden(CloudSamples(clouds, self.preprocess, self.augment), *sizes)
         self.evaluator = HeldOutLosses(self, Hidden(CloudSamples(held_out, self.preprocess), *sizes))
+
+    def load_weights(self) -> None:
+        """Of all that is trained, of which the card names the encoder alone."""
+        load_weights(self.model, self.recipe, self.args | self.recipe.model_args)
 
     def usual_augment(self) -> str:
         """As published."""

@@ -171,6 +171,7 @@ class PretrainingTask(Task):
         frames = getattr(self.backbone, "num_frames", 0)
         self.preprocess = preprocess_of(self.backbone, self.args["in_chans"], self.args.get("img_size"))
         self.unit = "clips" if frames else "images"
+        images, held_out = open_data(recipe.data, recipe.val, recipe.holdout, bool(frames), labelled=False)
         if frames and isinstance(self.backbone, VideoMamba):
             self._align()
         elif isinstance(self.backbone, VisionRWKV):
@@ -180,7 +181,6 @@ class PretrainingTask(Task):
                 f"{recipe.model} cannot be pre-trained on what is masked; VideoMamba's models for clips "
                 "(videomamba_video_*) and Vision-RWKV (vrwkv_*) can"
             )
-        images, held_out = open_data(recipe.data, recipe.val, recipe.holdout, bool(frames), labelled=False)
         augment = recipe.augment or ("light" if recipe.data == "digits" else "crop")
         augmented = reader(self.preprocess, frames, augment=augment, flip=recipe.flip)
         self.data = Unlabelled(images, augmented, self.patches)
@@ -241,10 +241,7 @@ class PretrainingTask(Task):
         narrow = {"embed_dim": recipe.decoder_dim, "depth": recipe.decoder_depth}
         entry = zoo.find(recipe.model)
         options = {"drop_path_rate": recipe.drop_path, **entry.args, **self.args}
-        encoder, decoder = VisionRWKV(**options), VisionRWKV(**{**options, **narrow})
-        self.model = MaskedAutoencoder(encoder, decoder)
-        if recipe.checkpoint or recipe.pretrained:
-            encoder.load_state_dict(self.backbone.state_dict())
+        self.model = MaskedAutoencoder(VisionRWKV(**options), VisionRWKV(**{**options, **narrow}))
 
     def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         inputs, noise = batch["input"], batch["noise"]

@@ -229,8 +229,9 @@ class SegmentationTask(Task):
             recipe.model, recipe.model_args | {"num_classes": self.outputs}, list(self.classes),
             segmentor_preprocess(entry, self.input.size),
         )  # fmt: skip
-        if recipe.encoder_checkpoint:  # last: it may have to be fetched
-            _start_encoder(self.model, recipe)
+        self.encoder = next((module for module in self.model.modules() if isinstance(module, DenseBackbone)), None)
+        if recipe.encoder_checkpoint and self.encoder is None:
+            raise InputError(f"--encoder-checkpoint is for models whose encoder is a backbone, {recipe.model} has none")
 
     @classmethod
     def resolve(cls, recipe: SegmentationRecipe) -> SegmentationRecipe:
@@ -238,6 +239,12 @@ class SegmentationTask(Task):
         card = read_card(recipe.checkpoint) if recipe.checkpoint else None
         before = SegmentorInput.of_card(card).size if card and not recipe.size else None
         return replace(super().resolve(recipe), **({"size": "x".join(map(str, before))} if before else {}))
+
+    def load_weights(self) -> None:
+        """As `Task`, and a classifier's into the encoder."""
+        super().load_weights()
+        if self.recipe.encoder_checkpoint:
+            self.encoder.load_pretrained(self.recipe.encoder_checkpoint)
 
     def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         logits, target = self.input.logits(model, batch["images"]).float(), batch["mask"]
@@ -255,14 +262,6 @@ class SegmentationTask(Task):
             raise InputError(f"{recipe.data} has {len(classes)} classes, the model {len(card.classes)}")
         input = SegmentorInput.of_card(card)
         return MaskScores.of(scenes_to_score(recipe.data, input.images), classes, input, recipe)
-
-
-def _start_encoder(model: nn.Module, recipe: SegmentationRecipe) -> None:
-    """Loads a classifier into the encoder. Raises InputError: the model has none that is a backbone."""
-    encoder = next((module for module in model.modules() if isinstance(module, DenseBackbone)), None)
-    if encoder is None:
-        raise InputError(f"--encoder-checkpoint is for models whose encoder is a backbone, {recipe.model} has none")
-    encoder.load_pretrained(recipe.encoder_checkpoint)
 
 
 # -- the user's side --------------------------------------------------------------------------------------------------

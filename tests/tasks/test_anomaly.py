@@ -229,6 +229,7 @@ def test_training_learns_and_the_teacher_does_not(waves, trained):
     assert 0 < card.trained["val_threshold"] < 1
     # A run that starts from its weights has the teacher, and the size.
     more = AnomalyTask(AnomalyTask.resolve(AnomalyRecipe(str(waves), checkpoint=str(out / "best.safetensors"))))
+    more.load_weights()
     before, _ = restore(checkpoint=out / "best.safetensors")
     assert same(more.model.state_dict(), before.state_dict()) and more.data[0]["input"].shape == (3, 64, 64)
 
@@ -246,6 +247,7 @@ def test_the_teacher_comes_from_a_file_of_a_classifier(waves, tmp_path):
     torch.save(classifier.state_dict(), tmp_path / "teacher.pth")
     recipe = AnomalyRecipe(str(waves), model="mambaad_resnet34", model_args=SMALL, size=64)
     task = AnomalyTask(replace(recipe, teacher_checkpoint=str(tmp_path / "teacher.pth")))
+    task.load_weights()
     assert torch.equal(task.model.teacher.layer3[1].conv2.weight, classifier.layer3[1].conv2.weight)
     assert recipe.resumed().teacher_checkpoint == "random", "the state of a run has the teacher"
     grey = Preprocess((3, 96, 96), (0.5, 0.4, 0.3), (0.3, 0.2, 0.1))
@@ -256,11 +258,11 @@ def test_the_teacher_comes_from_a_file_of_a_classifier(waves, tmp_path):
     torch.save(timm.create_model("resnet34").state_dict(), tmp_path / "other.pth")
     (tmp_path / "small.pth").write_bytes(b"no checkpoint")
     with pytest.raises(CheckpointError, match="small.pth"):
-        AnomalyTask(replace(recipe, teacher_checkpoint=str(tmp_path / "small.pth")))
+        AnomalyTask(replace(recipe, teacher_checkpoint=str(tmp_path / "small.pth"))).load_weights()
     del (state := classifier.state_dict())["layer2.0.conv1.weight"]
     torch.save(state, tmp_path / "less.pth")
     with pytest.raises(CheckpointError, match="1 keys missing .first: layer2.0.conv1.weight"):
-        AnomalyTask(replace(recipe, teacher_checkpoint=str(tmp_path / "less.pth")))
+        AnomalyTask(replace(recipe, teacher_checkpoint=str(tmp_path / "less.pth"))).load_weights()
 
 
 @pytest.mark.slow

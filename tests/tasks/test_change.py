@@ -209,6 +209,7 @@ def test_other_classes_and_changes_alone(trained, tmp_path):
     assert card.classes == ["same", *"abcdefg"] and model.num_classes == 8
     before, _ = restore(checkpoint=out / "best.safetensors")
     task = ChangeTask(ChangeTask.resolve(recipe))
+    task.load_weights()
     for name, value in before.encoder.state_dict().items():
         assert torch.equal(task.model.encoder.state_dict()[name], value)
 
@@ -235,12 +236,13 @@ def test_the_encoder_starts_from_a_classifier(towns, tmp_path):
         str(towns), model="mambafcs_base", model_args=SMALL, encoder_checkpoint=str(tmp_path / "vmamba.pth"), crop=32
     )
     task = ChangeTask(recipe)
+    task.load_weights()
     assert torch.equal(
         task.model.encoder.trunk.stages[2].blocks[0].mixer.ssm.D, classifier.stages[2].blocks[0].mixer.ssm.D
     )
     assert torch.equal(task.model.encoder.trunk.patch_embed.conv1.weight, classifier.patch_embed.conv1.weight)
     with pytest.raises(CheckpointError, match="is not a checkpoint of this VMamba"):
-        ChangeTask(replace(recipe, model_args=SMALL | {"dims": 32}))
+        ChangeTask(replace(recipe, model_args=SMALL | {"dims": 32})).load_weights()
     assert ChangeRecipe("x", encoder_checkpoint="imagenet", pretrained=True).resumed() == ChangeRecipe("x")
 
 

@@ -111,6 +111,7 @@ def test_the_encoder_starts_from_a_classifier_and_other_classes_from_another_run
     options = {"model": "sigma_tiny", "model_args": SMALL, "size": "32x32", "holdout": 0.4}
     recipe = SegmentationRecipe(str(mfnet), encoder_checkpoint=str(tmp_path / "classifier.pth"), **options)
     task = SegmentationTask(SegmentationTask.resolve(recipe))
+    task.load_weights()
     trunk = task.model.encoder.trunk.state_dict()
     assert all(torch.equal(trunk[key], value) for key, value in classifier.state_dict().items() if key in trunk)
     assert recipe.resumed().encoder_checkpoint is None and task.model.decode_head.output.out_channels == 9
@@ -118,6 +119,7 @@ def test_the_encoder_starts_from_a_classifier_and_other_classes_from_another_run
     linescan.engine.cards.save_model(own, task.model, task.card())
     rooms = write(LAYOUTS[2], tmp_path / "NYUDepthv2", 3)
     tuned = SegmentationTask(SegmentationTask.resolve(SegmentationRecipe(str(rooms), checkpoint=str(own))))
+    tuned.load_weights()
     assert tuned.model.decode_head.output.out_channels == 40 and len(tuned.card().classes) == 40
     kept = tuned.model.state_dict()
     assert all(torch.equal(kept[k], v) for k, v in task.model.state_dict().items() if k != "decode_head.output.weight")

@@ -182,10 +182,14 @@ def test_images_train_evaluate_and_fine_tune(tmp_path):
 
     tuned = ClassificationRecipe("digits", checkpoint=str(tmp_path / "mae" / "model.safetensors"), epochs=1)
     task = ClassificationTask(ClassificationTask.resolve(tuned))
+    task.load_weights()
     weights = load_file(tmp_path / "mae" / "model.safetensors")
     own = task.model.state_dict()
     assert set(own) - set(weights) == {"head.weight", "head.bias"} and own["head.weight"].shape == (10, 32)
     assert all(torch.equal(own[name], value) for name, value in weights.items())
+    more, _ = start(tmp_path / "more", "digits", **RWKV, checkpoint=str(tmp_path / "mae" / "model.safetensors"))
+    encoder = more.bare.encoder.state_dict()
+    assert all(torch.equal(encoder[name], value) for name, value in weights.items()), "pre-training goes on"
 
 
 # -- VideoMamba -------------------------------------------------------------------------------------------------------
@@ -285,6 +289,7 @@ def test_clips_train_and_fine_tune(tmp_path, clips, teacher):
     for checkpoint in ("model.safetensors", "state.pt"):
         tuned = ClassificationRecipe(str(clips), checkpoint=str(tmp_path / "run" / checkpoint), epochs=1)
         task = ClassificationTask(ClassificationTask.resolve(tuned))
+        task.load_weights()
         own = task.model.state_dict()
         assert own["head.weight"].shape == (4, 32) and task.model.num_frames == 4
         assert all(torch.equal(own[name], value) for name, value in weights.items())

@@ -212,7 +212,7 @@ def test_images_that_are_too_small_to_be_scored_are_named(x2, tmp_path, linescan
     assert "thin.png: 40 x 14 pixels are too few, 15 x 15 are needed" in error and "pixel.png: 0 x 0" in error
 
 
-def test_a_model_of_one_scale_starts_from_another(photos, x2, recwarn):
+def test_a_model_of_one_scale_starts_from_another(photos, x2, monkeypatch):
     import linescan.notices
 
     said = []
@@ -221,6 +221,7 @@ def test_a_model_of_one_scale_starts_from_another(photos, x2, recwarn):
         RestorationRecipe(str(photos), model="mambair_v2_light_x4", model_args=SMALL, checkpoint=str(x2), patch=8)
     )
     task = RestorationTask(recipe)
+    task.load_weights()
     linescan.notices.show_notices_with(None)
     from safetensors.torch import load_file
 
@@ -230,6 +231,10 @@ def test_a_model_of_one_scale_starts_from_another(photos, x2, recwarn):
     assert any("2 of the head's 2 tensors are of another shape" in line for line in said)
     again = RestorationTask.resolve(RestorationRecipe(str(photos), checkpoint=str(x2)))
     assert again.model == "mambair_v2_light_x2" and again.model_args == SMALL
+    monkeypatch.setattr(linescan.zoo, "fetch", lambda entry: x2)
+    task = RestorationTask(replace(recipe, model="mambair_v2_light_x2", checkpoint=None, pretrained=True))
+    task.load_weights()
+    assert same(task.model.state_dict(), state), "the published weights, as they are"
     with pytest.raises(InputError, match="vim_tiny_patch16_224 restores no images"):
         RestorationTask(RestorationRecipe(str(photos), model="vim_tiny_patch16_224"))
     with pytest.raises(InputError, match="holds no pairs"):

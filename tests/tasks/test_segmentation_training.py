@@ -285,6 +285,7 @@ def test_it_trains_is_evaluated_and_segments(isic, trained, tmp_path, linescan_h
     started = SegmentationTask.resolve(recipe)
     assert SegmentationTask(started.resumed()).input.size == (32, 32), "the checkpoint's, when resumed"
     task = SegmentationTask(started)
+    task.load_weights()
     before, _ = restore(checkpoint=weights)
     own, other = (model.encoder[0].blocks[0].mixer.in_proj.weight for model in (task.model, before))
     assert torch.equal(own, other)

@@ -330,6 +330,7 @@ def test_fine_tuning_to_other_organs_and_the_python_side(btcv, tmp_path):
     started = VolumeSegmentationTask.resolve(recipe)
     assert VolumeSegmentationTask(started.resumed()).card().preprocess.window == 16, "the checkpoint's, when resumed"
     task = VolumeSegmentationTask(started)
+    task.load_weights()
     assert torch.equal(task.model.encoder1.conv1.weight, before.encoder1.conv1.weight)
     assert task.model.out.out_channels == 4 and task.data.preprocess.window == 16
     batch = torch.utils.data.default_collate([task.data[0], task.data[1]])
