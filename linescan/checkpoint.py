@@ -100,7 +100,7 @@ def read_meta(path: str | Path) -> dict:
     Raises:
         CheckpointError: as `read_state_dict`, of files that cannot be read.
     """
-    content = read_file(path)
+    content = read_file(path, tensors=False)
     meta = content.get("meta") if isinstance(content, Mapping) else None
     return dict(meta) if isinstance(meta, Mapping) else {}
 
@@ -115,7 +115,7 @@ def read_card(path: str | Path) -> dict | None:
     """
     content = read_metadata(path)
     if of_pickle := content is None:
-        content = read_file(path)
+        content = read_file(path, tensors=False)
     if not isinstance(content, Mapping) or CARD not in content:
         return None
     try:

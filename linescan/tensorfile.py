@@ -68,6 +68,8 @@ class _Storage:
 
 def _dense(unpickler, storage, offset, size, stride, *more) -> Tensor:
     """`torch._utils._rebuild_tensor` and its later versions; the third has the dtype among its arguments."""
+    if unpickler.storage is None:
+        return OddTensor("unread")
     if not isinstance(storage, _Storage) or not isinstance(offset, int):
         raise ValueError("a tensor without a storage")
     size, stride = tuple(size), tuple(stride)
@@ -173,13 +175,13 @@ class _Unpickler(pickle._Unpickler):
 
     Args:
         file: the pickle.
-        storage: (dtype, key, number of elements) -> the storage of that name.
+        storage: (dtype, key, number of elements) -> the storage of that name; None to read none.
         budget: bytes that all tensors together may have.
     """
 
     dispatch = {code: method for code, method in pickle._Unpickler.dispatch.items() if code in OPCODES}
 
-    def __init__(self, file: BinaryIO, storage: Callable, budget: int):
+    def __init__(self, file: BinaryIO, storage: Callable | None, budget: int):
         super().__init__(file, encoding="latin1")
         self.storage, self.budget = storage, budget
 
@@ -208,7 +210,7 @@ class _Unpickler(pickle._Unpickler):
         _, dtype, key, _, count, *view = pid
         if not isinstance(dtype, torch.dtype) or not isinstance(count, int) or any(v is not None for v in view):
             raise ValueError("a storage of no known type")
-        return self.storage(dtype, str(key), count)
+        return self.storage and self.storage(dtype, str(key), count)
 
     def load_build(self):
         """The state of an object: stand-ins have none, and those of dictionaries are notes of torch's."""
@@ -238,7 +240,7 @@ def _bytes(count: int, fill: Callable[[memoryview], int]) -> Tensor:
     return torch.frombuffer(data, dtype=torch.uint8)
 
 
-def _read_zip(file: BinaryIO, length: int) -> object:
+def _read_zip(file: BinaryIO, length: int, tensors: bool) -> object:
     """The format of torch 1.6 and later: a zip archive of a pickle and one record per storage."""
     archive = zipfile.ZipFile(file)
     records = {info.filename: info for info in archive.infolist()}
@@ -272,10 +274,10 @@ def _read_zip(file: BinaryIO, length: int) -> object:
 
     with archive.open(pickles[0]) as record:
         content = io.BytesIO(record.read())
-    return _Unpickler(content, storage, LARGEST_TENSORS * length).load()
+    return _Unpickler(content, storage if tensors else None, LARGEST_TENSORS * length).load()
 
 
-def _read_legacy(file: BinaryIO, length: int) -> object:
+def _read_legacy(file: BinaryIO, length: int, tensors: bool) -> object:
     """The format before torch 1.6: pickles of a number, a version, the machine, the content and the storages' keys;
     then the storages, each after its number of elements."""
     head = io.BytesIO(file.read(LARGEST_HEADER))
@@ -292,7 +294,7 @@ def _read_legacy(file: BinaryIO, length: int) -> object:
         return _Storage(*storages[key])
 
     def load() -> Any:
-        return _Unpickler(head, storage, LARGEST_TENSORS * length).load()
+        return _Unpickler(head, storage if tensors else None, LARGEST_TENSORS * length).load()
 
     if load() != MAGIC:
         raise Refused("pickle.load: it is a pickle that torch did not write")
@@ -300,7 +302,7 @@ def _read_legacy(file: BinaryIO, length: int) -> object:
     if version != 1001 or not isinstance(machine, dict) or not machine.get("little_endian"):
         raise ValueError("of another version, or another machine")
     file.seek(head.tell())
-    for key in keys:
+    for key in keys if tensors else ():
         data, dtype = storages[str(key)]
         if int.from_bytes(file.read(8), "little") * dtype.itemsize != len(data):
             raise ValueError("a storage of another size than it says")
@@ -333,9 +335,13 @@ def _is_safetensors(head: bytes) -> bool:
     return head[8:9] == b"{"
 
 
-def read_file(path: str | Path) -> object:
+def read_file(path: str | Path, tensors: bool = True) -> object:
     """What a checkpoint file holds: of a safetensors file a dictionary of tensors, of a PyTorch file plain values,
     containers, tensors (on the CPU), `OddTensor`s and stand-ins.
+
+    Args:
+        path: of the file.
+        tensors: False to leave those of a PyTorch file unread, each an `OddTensor`.
 
     Raises:
         CheckpointError: the file is missing, damaged, too large for what it says, or would run code.
@@ -351,9 +357,9 @@ def read_file(path: str | Path) -> object:
                 _check_header(head, length)
                 return safetensors.torch.load_file(path)
             if head[:4] == b"PK\x03\x04":
-                return _read_zip(file, length)
+                return _read_zip(file, length, tensors)
             if head[:1] == b"\x80":
-                return _read_legacy(file, length)
+                return _read_legacy(file, length, tensors)
     raise CheckpointError(f"{path} is neither a safetensors nor a PyTorch file (it starts with {head[:8]!r})")
 
 

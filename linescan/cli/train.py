@@ -175,14 +175,15 @@ def evaluate(
     """Scores a model as its task does."""
     if data is None:
         raise InputError("evaluating needs --data")
-    from linescan.engine.cards import restore
     from linescan.engine.processes import Processes, pick_device
     from linescan.engine.scores import evaluate as run
+    from linescan.tasks.open import restore_for
 
     recipe = recipe_of(task, {"data": data, "batch": batch, **options})
     alone = Processes(0, 1, pick_device(device))
-    restored, card = restore(model, checkpoint, **model_args(model_arg))
-    judge = recipe.load().judge(recipe, restored, card)
+    of_task = recipe.load()
+    restored, card = restore_for(of_task.listed, model, checkpoint, **model_args(model_arg))
+    judge = of_task.judge(recipe, restored, card)
     settings = dict(batch=batch, workers=worker_count(workers, data), dtype=precision.dtype)
     with progress_bar("evaluating", len(judge.data)) as advance:
         result = run(judge, restored.to(alone.device), alone, progress=advance, **settings)

@@ -15,7 +15,7 @@ from ..checkpoint import read_state_dict
 from ..engine.anomaly_scores import best_f1_in_steps, ranking, region_overlap
 from ..engine.anomaly_sets import AnomalySet, find_anomalies
 from ..engine.atomic import atomic, write_all
-from ..engine.cards import ModelCard, build, preprocess_of, read_card, restore
+from ..engine.cards import ModelCard, build, preprocess_of, read_card
 from ..engine.scores import Evaluator, Totals
 from ..errors import InputError
 from ..extras import require
@@ -26,7 +26,7 @@ from ..media.images import load_image
 from ..media.page import figure, figures, page, table
 from ..media.preprocess import Preprocess
 from .base import Task, build_model
-from .open import expect_task, wrong_task
+from .open import expect_task, restore_for
 from .recipes import AnomalyRecipe
 from .report import WORST, csv_bytes
 from .tool import Progress, Tool, Writer, expect_finite, silent
@@ -39,12 +39,6 @@ LOSS_WEIGHT = 5.0
 def threshold_of(scores: Sequence[float] | np.ndarray, false_alarms: float) -> float:
     """The score that all but the share `false_alarms` of normal images stay at or below: one of theirs."""
     return float(np.quantile(np.asarray(scores, np.float64), 1 - false_alarms, method="higher"))
-
-
-def _expect_maps(model: nn.Module, name: str | None) -> None:
-    """Raises InputError: the model makes no anomaly maps."""
-    if not hasattr(model, "anomaly_maps"):
-        raise wrong_task(name, "anomaly")
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -168,17 +162,17 @@ class AnomalyTask(Task):
     """
 
     unit = "normal images"
+    listed = "anomaly"
     recipe: AnomalyRecipe
 
     def __init__(self, recipe: AnomalyRecipe):
         super().__init__(recipe)
-        expect_task(recipe.model, "anomaly")
+        expect_task(recipe.model, self.listed)
         found = find_anomalies(recipe.data, recipe.holdout)
         held_out = find_anomalies(recipe.val, recipe.holdout) if recipe.val else found
         if not held_out.test:
             raise InputError(f"{recipe.val or recipe.data} holds no test/ with images to score")
         self.model = build_model(recipe)
-        _expect_maps(self.model, recipe.model)
         preprocess = preprocess_of(self.model, img_size=recipe.size)
         self.card_of = ModelCard(recipe.model, recipe.model_args, [], preprocess)
         self.data = AnomalySet(found.train, found.categories, preprocess)
@@ -218,7 +212,6 @@ class AnomalyTask(Task):
 
     @classmethod
     def judge(cls, recipe: AnomalyRecipe, model: nn.Module, card: ModelCard) -> Evaluator:
-        _expect_maps(model, card.model)
         found = find_anomalies(recipe.data, recipe.holdout)
         if not found.test:
             raise InputError(f"{recipe.data} holds no test/ with images to score")
@@ -302,9 +295,7 @@ class AnomalyDetector(Tool):
         strict: bool = False,
         **args,
     ):
-        expect_task(model, "anomaly")
-        module, card = restore(model, checkpoint, **args)
-        _expect_maps(module, card.model)
+        module, card = restore_for("anomaly", model, checkpoint, **args)
         super().__init__(card.model, module, device, dtype, batch, strict)
         self.preprocess: Preprocess = card.preprocess
         chosen = card.trained.get("val_threshold") if threshold is None else threshold

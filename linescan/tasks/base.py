@@ -22,14 +22,15 @@ class Task(nn.Module, ABC):
     A task is built from its recipe. Its `__init__` sets `model`, `data` and `evaluator`; `forward` turns a batch into
     losses. Teachers, criteria and other modules that are not trained are attributes like any other: the whole task is
     moved to the device, but only `model` is optimised, averaged, wrapped for several processes, and saved.
-    Where weights have to be had from elsewhere, `load_weights` loads them: it is called when `__init__` and all else have
-    accepted the recipe and its data, so that nothing is fetched in vain. docs/add-a-task.md builds one.
+    Weights to start from are loaded by `load_weights`, when `__init__` and all else have accepted the recipe and its
+    data: nothing is fetched in vain. docs/add-a-task.md builds one.
 
     Attributes:
         recipe: what a run is asked to do.
         losses: names of the losses that `forward` returns, as columns of metrics.csv; "loss" first, the one that is
             minimised.
         unit: what a sample is called in messages.
+        listed: the zoo's name of the task, for those whose models are all of one.
         model: what is trained. Several networks are one module that holds them.
         data: the training set; see `linescan.engine.data` for what it may have beside items.
         evaluator: the held-out set and its scores.
@@ -38,6 +39,7 @@ class Task(nn.Module, ABC):
 
     losses: ClassVar[tuple[str, ...]] = ("loss",)
     unit: ClassVar[str] = "samples"
+    listed: ClassVar[str]
 
     recipe: Recipe
     model: nn.Module

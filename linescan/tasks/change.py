@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..engine.atomic import atomic, expect_no_input, write_all
-from ..engine.cards import ModelCard, preprocess_of, restore
+from ..engine.cards import ModelCard, preprocess_of
 from ..engine.change_losses import lovasz_softmax, sek_loss, similarity_loss
 from ..engine.change_scores import confusion, semantic_scores, two_class_scores
 from ..engine.change_sets import COLOURS, ChangePair, ChangeSet, find_changes, open_changes
@@ -28,9 +28,9 @@ from ..media.labels import SECOND, class_names
 from ..media.large import PairedPixels, Pixels, blank, open_pixels, write_mask
 from ..media.page import page, table
 from ..media.preprocess import Preprocess
-from ..zoo import fetch, find, is_model
+from ..zoo import fetch, find
 from .base import Task, build_model
-from .open import wrong_task
+from .open import expect_task, restore_for
 from .recipes import ChangeRecipe
 from .report import WORST, csv_bytes, previews
 from .segment import Segmenter, cross_entropy
@@ -41,12 +41,6 @@ __all__ = ["Change", "ChangeDetector", "ChangeMaps", "ChangeScores", "ChangeTask
 
 TWO = "unchanged", "changed"
 """Classes of a model of changes alone."""
-
-
-def _expect_changes(name: str) -> None:
-    """Raises InputError: the model finds no changes."""
-    if not is_model(name) or find(name).task != "change":
-        raise wrong_task(name, "change")
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -118,11 +112,12 @@ class ChangeTask(Task):
 
     losses = ("loss", "change", "semantic", "lovasz", "sek", "similarity")
     unit = "pairs"
+    listed = "change"
     recipe: ChangeRecipe
 
     def __init__(self, recipe: ChangeRecipe):
         super().__init__(recipe)
-        _expect_changes(recipe.model)
+        expect_task(recipe.model, self.listed)
         train, held_out = open_changes(recipe.data, recipe.val, recipe.holdout)
         args = {**find(recipe.model).args, **recipe.model_args}
         alone = len(train[0].labels) == 1 or args.get("num_classes") == 0
@@ -168,7 +163,6 @@ class ChangeTask(Task):
 
     @classmethod
     def judge(cls, recipe: ChangeRecipe, model: nn.Module, card: ModelCard) -> Evaluator:
-        _expect_changes(card.model)
         pairs = _held_out(recipe.data)
         if len(pairs[0].labels) == 1 and model.num_classes:
             raise InputError(f"{recipe.data} has labels of changes alone, and {card.model} names classes")
@@ -335,11 +329,8 @@ class ChangeDetector(Segmenter):
         memory: int = 2**30,
         **args,
     ):
-        if model is not None:
-            _expect_changes(model)
         window, stride = windows(window, stride)
-        module, card = restore(model, checkpoint, **args)
-        _expect_changes(card.model)
+        module, card = restore_for("change", model, checkpoint, **args)
         network = _Network(module, card.preprocess, card.classes)
         WindowTool.__init__(self, card.model, network, device, dtype, batch, window, stride)
         self.memory = memory

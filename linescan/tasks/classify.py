@@ -14,8 +14,7 @@ from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import zoo
-from ..engine.cards import ModelCard, preprocess_of, restore
+from ..engine.cards import ModelCard, preprocess_of
 from ..engine.image_sets import Digits, Folder, classes_of, open_data
 from ..engine.packages import Package, is_package, open_package
 from ..engine.samples import Samples, reader
@@ -28,6 +27,7 @@ from ..media.pixels import image_mode
 from ..media.preprocess import Preprocess
 from ..media.video import Clips, Views, open_video, segments
 from .base import Task, build_model
+from .open import expect_task, restore_for, wrong_task
 from .recipes import ClassificationRecipe
 from .report import Report
 from .tool import Progress, Tool, Writer, expect_finite, silent
@@ -124,9 +124,7 @@ class Classifier(Tool):
             network, card = open_package(checkpoint, trust)
             device = _fixed(model, device, dtype, args)
         else:
-            if model:
-                check_classifier(None, model)  # before weights are fetched
-            network, card = restore(model, checkpoint, **args)
+            network, card = restore_for("classification", model, checkpoint, **args)
         check_classifier(network, card.model)
         frames = getattr(network, "num_frames", 0)
         if not isinstance(card.preprocess, Preprocess):
@@ -267,11 +265,11 @@ def _fixed(model: str | None, device: str | None, dtype: torch.dtype, args: dict
     return "cpu"
 
 
-def check_classifier(network: nn.Module | None, name: str) -> None:
-    """Raises InputError for a model of another task; before there is a network, as far as the name tells."""
-    task = zoo.find(name).task if zoo.is_model(name) else "classification"
-    if not task.endswith("classification") or not (network is None or hasattr(network, "num_classes")):
-        raise InputError(f"{name} is no classifier: `linescan info {name.partition('.')[0]}` says what it is for")
+def check_classifier(network: nn.Module, name: str) -> None:
+    """Raises InputError: a model of another task."""
+    expect_task(name, "classification")
+    if not hasattr(network, "num_classes"):
+        raise wrong_task(name, "classification")
 
 
 class Labels(Writer):
@@ -402,6 +400,8 @@ class ClassificationTask(Task):
         InputError: the data and the model do not fit together.
     """
 
+    listed = "classification"
+
     def __init__(self, recipe: ClassificationRecipe):
         super().__init__(recipe)
         self.classes, channels = classes_of(recipe.data, recipe.val)
@@ -430,7 +430,6 @@ class ClassificationTask(Task):
 
     @classmethod
     def judge(cls, recipe: ClassificationRecipe, model: nn.Module, card: ModelCard) -> Accuracy:
-        check_classifier(model, card.model)
         frames, views = getattr(model, "num_frames", 0), Views.parse(recipe.views)
         if views.count > 1 and not frames:
             raise InputError(f"--views are of videos; {card.model} reads images")

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from .. import zoo
 from ..engine.atomic import atomic
-from ..engine.cards import ModelCard, points_of, read_card, restore
+from ..engine.cards import ModelCard, points_of, read_card
 from ..errors import InputError
 from ..media.clouds import PointPreprocess, ScanPreprocess
 from ..media.draw_points import PointView, draw_points, points_page
 from ..media.find import Source
 from ..media.points import LARGEST_CLOUD, PointCloud, column_names, points_of_array, read_points
 from .base import Task
+from .open import restore_for
 from .recipes import CloudRecipe
 from .tool import Tool, Writer
 
@@ -35,9 +36,6 @@ class CloudTask(Task):
     """
 
     unit = "clouds"
-    listed: ClassVar[str]
-    """The zoo's name of the task, to list models that could be meant."""
-
     recipe: CloudRecipe
 
     def __init__(self, recipe: CloudRecipe):
@@ -120,9 +118,11 @@ class CloudTool(Tool):
         InputError, CheckpointError: see `linescan.engine.cards.restore`; the model reads no clouds; or wrong columns.
 
     Attributes:
+        task: of its models, as in the zoo.
         card: what the model's file says.
     """
 
+    task: ClassVar[str]
     kinds = ("cloud",)
 
     def __init__(
@@ -137,7 +137,7 @@ class CloudTool(Tool):
         columns: str | None = None,
         **args,
     ):
-        network, card = restore(model, checkpoint, **args)
+        network, card = restore_for(self.task, model, checkpoint, **args)
         if not isinstance(card.preprocess, (PointPreprocess, ScanPreprocess)):
             raise InputError(f"{card.model} reads images or videos, not point clouds")
         super().__init__(card.model, network, device, dtype, batch)

@@ -18,8 +18,8 @@ from ..media.draw import default_palette
 from ..media.labels import class_names
 from ..media.preprocess import Preprocess, normalise
 from ..media.resize import letterbox
-from ..zoo import Entry, create_model, fetch, find, is_model
-from .open import wrong_task
+from ..zoo import Entry, create_model, fetch, find
+from .open import expect_checkpoint, expect_task, restore_for
 from .prompts import CLIP, encode, parse_prompts, pick, read_embeddings
 from .results import Found, names_and_colours
 
@@ -28,7 +28,6 @@ __all__ = [
     "NamedDetector",
     "NamedSegmentor",
     "SegmentorInput",
-    "expect_segmentor",
     "of_all_classes",
     "stretched",
 ]
@@ -39,13 +38,6 @@ def stretched(images: Tensor) -> Tensor:
     images = images.float()
     low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
     return (images - low) * (255 / (high - low).clamp_min(1e-12))
-
-
-def expect_segmentor(name: str) -> Entry:
-    """The entry of a segmentation model. Raises InputError: it is none of the zoo's."""
-    if not is_model(name) or find(name).task != "segmentation":
-        raise wrong_task(name, "segmentation")
-    return find(name)
 
 
 class SegmentorInput:
@@ -134,8 +126,7 @@ class NamedSegmentor:
     def __init__(self, name: str | None, checkpoint: str | Path | None, **args):
         card = read_card(checkpoint) if checkpoint else None
         if card or name is None:
-            self.module, card = restore(name, checkpoint, **args)
-            expect_segmentor(card.model)
+            self.module, card = restore_for("segmentation", name, checkpoint, **args)
             self.input, self.classes = SegmentorInput.of_card(card), card.classes
             self.palette = default_palette(len(self.classes))
         else:
@@ -212,16 +203,14 @@ class NamedDetector:
         img_size: int | Sequence[int] | None = None,
         **args,
     ):
-        card = read_card(checkpoint) if checkpoint else None
+        card = expect_checkpoint(checkpoint, "detection")
         if name is None and card is None:
             what = (
                 f"{checkpoint} does not say which model it is of" if checkpoint else "no model and no checkpoint given"
             )
             raise InputError(f"{what}; name one with --model")
-        model = name or card.model
-        if not is_model(model) or find(model).task != "detection":
-            raise InputError(f"{model} detects nothing; `linescan list --task detection` shows models that do")
-        entry = find(model)
+        expect_task(name, "detection")
+        entry = find(name or card.model)
         prompts = parse_prompts(text) if text is not None else None
         if text_encoder and (embeddings or not prompts):
             raise InputError("a text encoder makes the embeddings of --text; a file of embeddings needs none")

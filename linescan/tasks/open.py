@@ -1,38 +1,89 @@
-"""Opens the model of a tool: one of the zoo by its name, or what another library's config says."""
+"""Opens the model of a tool: one of the zoo by its name, or what another library's config says; of one task."""
 
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Callable
 
+import timm
+from torch import nn
+
+from ..engine.cards import ModelCard, read_card, restore
 from ..errors import InputError
 from ..zoo import find, is_model, list_models
 
-__all__ = ["expect_task", "open_model", "register_opener", "wrong_task"]
+__all__ = ["expect_checkpoint", "expect_task", "open_model", "register_opener", "restore_for", "wrong_task"]
 
 COMMANDS = {
     "anomaly": "anomaly", "change": "change", "classification": "classify", "detection": "detect",
-    "prompting": "prompt", "restoration": "restore", "segmentation": "segment", "volume-segmentation": "segment",
+    "point-classification": "points classify", "point-detection": "points detect",
+    "point-occupancy": "points occupancy", "point-segmentation": "points segment", "prompting": "prompt",
+    "restoration": "restore", "segmentation": "segment", "volume-segmentation": "segment",
 }  # fmt: skip
 """By task: the command that runs its models on files."""
 
 CANNOT = {
-    "anomaly": "finds no anomalies", "change": "finds no changes", "detection": "detects nothing",
-    "prompting": "takes no prompts", "restoration": "restores no images", "segmentation": "segments no images",
+    "anomaly": "finds no anomalies", "change": "finds no changes", "classification": "classifies no images",
+    "detection": "detects nothing", "point-classification": "names no point clouds",
+    "point-detection": "finds no boxes in scans", "point-occupancy": "completes no scenes",
+    "point-segmentation": "segments no points", "prompting": "takes no prompts", "restoration": "restores no images",
+    "segmentation": "segments no images", "volume-segmentation": "segments no volumes",
 }  # fmt: skip
 """By task: what can be said of a model of another."""
 
 
-def wrong_task(name: str | None, task: str) -> InputError:
-    """Says that a model is not one of `task`, which models are, and which command the model is for."""
-    own = COMMANDS.get(find(name).task) if name and is_model(name) else None
+def _task_of(name: str | None) -> str | None:
+    """The task of a model of the zoo, or of timm, which has classifiers; None for another name."""
+    if name and is_model(name):
+        return find(name).task
+    return "classification" if name and timm.is_model(name) else None
+
+
+def wrong_task(name: str | None, task: str, checkpoint: str | Path | None = None) -> InputError:
+    """Says that a model is not one of `task`, which models are, and which command the model is for.
+
+    Args:
+        name: of the model.
+        task: as in the zoo.
+        checkpoint: the file that names the model, if it is one.
+    """
+    who = f"{checkpoint} is of {name}, which" if checkpoint else name
+    own = COMMANDS.get(_task_of(name) or "")
     more = f"; {name} is for `linescan {own}`" if own else ""
-    return InputError(f"{name} {CANNOT[task]}; `linescan list --task {task}` shows models that do{more}")
+    return InputError(f"{who} {CANNOT[task]}; `linescan list --task {task}` shows models that do{more}")
 
 
 def expect_task(name: str | None, task: str) -> None:
-    """Raises InputError: a name of the zoo whose models have another task; other names are not judged."""
-    if name and is_model(name) and find(name).task != task:
+    """Raises InputError: a name of the zoo, or of timm, whose models have another task; other names are not judged."""
+    if _task_of(name) not in (None, task):
         raise wrong_task(name, task)
+
+
+def expect_checkpoint(checkpoint: str | Path | None, task: str) -> ModelCard | None:
+    """The card of a file of weights, if it has one.
+
+    Raises:
+        InputError: it is of a model of another task.
+        CheckpointError: the file cannot be read.
+    """
+    card = read_card(checkpoint) if checkpoint else None
+    if card and _task_of(card.model) not in (None, task):
+        raise wrong_task(card.model, task, checkpoint)
+    return card
+
+
+def restore_for(task: str, name: str | None, checkpoint: str | Path | None, **args) -> tuple[nn.Module, ModelCard]:
+    """A model of one task, with its card; one of another is refused before weights are read or fetched.
+
+    Args:
+        task: as in the zoo.
+        name, checkpoint, args: as for `linescan.engine.cards.restore`.
+
+    Raises:
+        InputError, CheckpointError: of another task; or see `restore`.
+    """
+    expect_task(name, task)
+    expect_checkpoint(checkpoint, task)
+    return restore(name, checkpoint, **args)
 
 
 _OPENERS: dict[str, Callable[[str, Path | None], Any]] = {}

@@ -20,6 +20,7 @@ from ..media.draw_points import PointView
 from ..media.find import Source
 from .base import Task, build_model
 from .clouds import CloudTool, CloudWriter, OpenedCloud, noted
+from .open import expect_task
 from .recipes import ScanDetectionRecipe
 from .tool import Progress, expect_finite, silent
 
@@ -82,10 +83,10 @@ class BoxDetector(CloudTool):
         InputError, CheckpointError: see `CloudTool`; or the model finds no boxes.
     """
 
+    task = "point-detection"
+
     def __init__(self, *args, threshold: float = 0.3, **kwargs):
         super().__init__(*args, **kwargs)
-        if not hasattr(self.module, "detect"):
-            raise InputError(f"{self.model_name} finds no boxes; `linescan list --task point-detection` names models")
         self.threshold = threshold
 
     def answer(self, opened: Sequence[OpenedCloud], progress: Progress = silent) -> list[FoundBoxes]:
@@ -133,6 +134,7 @@ class ScanDetectionTask(Task):
     """
 
     unit = "scans"
+    listed = "point-detection"
     recipe: ScanDetectionRecipe
 
     def __init__(self, recipe: ScanDetectionRecipe):
@@ -159,10 +161,7 @@ class ScanDetectionTask(Task):
         if recipe.val:
             raise InputError("what is held out of scenes is named by lists in their folder, or by --holdout, not --val")
         recipe = super().resolve(recipe)
-        if not zoo.is_model(recipe.model) or zoo.find(recipe.model).task != "point-detection":
-            raise InputError(
-                f"{recipe.model} finds no boxes in scans; `linescan list --task point-detection` names models"
-            )
+        expect_task(recipe.model, cls.listed)
         return recipe
 
     @classmethod

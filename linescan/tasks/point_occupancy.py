@@ -13,7 +13,6 @@ from ..engine.atomic import atomic
 from ..engine.cards import ModelCard
 from ..engine.scores import Evaluator, Totals
 from ..engine.volume_sets import IGNORED, VolumeSamples, centres, open_volumes
-from ..errors import InputError
 from ..heads.points.occupancy import class_weights
 from ..media.clouds import ScanPreprocess
 from ..media.draw import default_palette
@@ -23,6 +22,7 @@ from ..media.labels import class_names
 from ..media.points import PointCloud, write_ply
 from .base import Task, build_model
 from .clouds import CloudTool, CloudWriter, OpenedCloud, noted
+from .open import expect_task
 from .recipes import OccupancyRecipe
 from .tool import Progress, expect_finite, silent
 
@@ -67,12 +67,7 @@ class SceneCompleter(CloudTool):
         InputError, CheckpointError: see `CloudTool`; or the model completes no scenes.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        if getattr(self.module, "unit", None) != "cells":
-            raise InputError(
-                f"{self.model_name} completes no scenes; `linescan list --task point-occupancy` names models"
-            )
+    task = "point-occupancy"
 
     def answer(self, opened: Sequence[OpenedCloud], progress: Progress = silent) -> list[CompletedScene]:
         rows = torch.cat([cloud.rows for cloud in opened]).to(self.device)
@@ -176,6 +171,7 @@ class CompletionTask(Task):
 
     losses = ("loss", "volume", "semantic", "occupied")
     unit = "scans"
+    listed = "point-occupancy"
     recipe: OccupancyRecipe
 
     def __init__(self, recipe: OccupancyRecipe):
@@ -193,8 +189,7 @@ class CompletionTask(Task):
     def resolve(cls, recipe: OccupancyRecipe) -> OccupancyRecipe:
         """As `Task`. Raises InputError: the model completes no scenes."""
         recipe = super().resolve(recipe)
-        if not zoo.is_model(recipe.model) or zoo.find(recipe.model).task != "point-occupancy":
-            raise InputError(f"{recipe.model} completes no scenes; `linescan list --task point-occupancy` names models")
+        expect_task(recipe.model, cls.listed)
         return recipe
 
     @classmethod

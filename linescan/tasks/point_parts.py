@@ -29,6 +29,7 @@ from ..media.find import Source
 from ..media.points import write_ply
 from .base import build_model
 from .clouds import CloudLike, CloudTask, CloudTool, CloudWriter, OpenedCloud, noted
+from .open import expect_task
 from .recipes import PartsRecipe
 from .tool import Progress, expect_finite, silent
 
@@ -75,10 +76,10 @@ class PartSegmenter(CloudTool):
         InputError, CheckpointError: see `CloudTool`; or the model segments no points, or knows no such category.
     """
 
+    task = "point-segmentation"
+
     def __init__(self, *args, category: str | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        if getattr(self.module, "unit", None) != "points":
-            raise InputError(f"{self.model_name} does not segment points; `linescan points classify` may read it")
         self.parts, self.category = Parts(self.classes), category
         if category is not None and category not in self.parts.categories:
             there = ", ".join(self.parts.categories) or "none"
@@ -245,11 +246,8 @@ class PartsTask(CloudTask):
             **recipe.model_args,
             **({"backbone_args": {**channels, **own}} if channels else {}),
         }
+        expect_task(recipe.model, self.listed)
         self.model = build_model(recipe, **self.args)
-        if getattr(self.model, "unit", None) != "points":
-            raise InputError(
-                f"{recipe.model} does not segment points; `linescan list --task {self.listed}` names models"
-            )
         self.data = CloudSamples(clouds, self.preprocess, self.augment, parts=self.parts)
         self.evaluator = PartIoU(CloudSamples(held_out, self.preprocess, parts=self.parts), self.parts)
 

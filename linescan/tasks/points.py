@@ -60,10 +60,12 @@ class PointClassifier(CloudTool):
         InputError, CheckpointError: see `CloudTool`; or the model is no classifier.
     """
 
+    task = "point-classification"
+
     def __init__(self, *args, topk: int = 5, votes: int = 0, augment: str = "none", **kwargs):
         super().__init__(*args, **kwargs)
-        if not hasattr(self.module, "get_classifier") or not self.module.num_classes:
-            raise InputError(f"{self.model_name} names no clouds: it is no classifier, or has no classes")
+        if not self.module.num_classes:
+            raise InputError(f"this {self.model_name} names no clouds: it was saved without classes")
         self.topk, self.votes, self.augment = topk, votes, PointAugment(augment, self.card.preprocess)
 
     def answer(self, opened: Sequence[OpenedCloud], progress: Progress = silent) -> list[NamedCloud]:

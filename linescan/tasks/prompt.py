@@ -10,36 +10,29 @@ from typing import NamedTuple, Sequence
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import masks_to_boxes, nms
 
 from ..engine.atomic import atomic, write_all
-from ..engine.cards import restore
 from ..errors import InputError
 from ..media.draw import draw_objects
 from ..media.find import Source
 from ..media.images import ImageLike, to_mode
 from ..media.large import Pixels, open_pixels
-from .open import expect_task
+from .open import restore_for
 from .report import csv_bytes
 from .results import Detections, patch_of
 from .tool import Progress, Tool, Writer, expect_finite, silent
 from .windows import Size, bounded, reduced_for_drawing
 
-__all__ = ["Everything", "Objects", "Prompt", "PromptedMasks", "Prompter", "expect_prompts"]
+__all__ = ["Everything", "Objects", "Prompt", "PromptedMasks", "Prompter"]
 
 TOGETHER = 64
 """Prompts in one forward pass of the decoder."""
 
 Point = tuple[float, float]
 """(x, y) in pixels of the image: its left upper pixel is (0, 0)."""
-
-
-def expect_prompts(model: nn.Module, name: str | None) -> None:
-    """Raises InputError: the model takes no prompts."""
-    if not hasattr(model, "prompt_encoder"):
-        raise InputError(f"{name} takes no prompts; `linescan list --task prompting` shows models that do")
 
 
 # -- prompts ----------------------------------------------------------------------------------------------------------
@@ -225,9 +218,7 @@ class Prompter(Tool):
         batch: int = 1,
         **args,
     ):
-        expect_task(model, "prompting")  # before weights of another model are fetched
-        module, card = restore(model, checkpoint, **args)
-        expect_prompts(module, card.model)
+        module, card = restore_for("prompting", model, checkpoint, **args)
         super().__init__(card.model, module, device, dtype, batch)
         self.prompts = prompts if isinstance(prompts, Everything) else list(prompts)
         self.preprocess = card.preprocess

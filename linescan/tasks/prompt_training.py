@@ -9,7 +9,7 @@ from ..engine.cards import ModelCard, preprocess_of
 from ..engine.instance_sets import PromptSamples, open_instances
 from ..engine.scores import Evaluator, Totals
 from .base import Task, build_model
-from .prompt import expect_prompts
+from .open import expect_task
 from .recipes import PromptingRecipe
 
 __all__ = ["PromptScores", "PromptingTask", "Rounds", "iou_of"]
@@ -129,12 +129,13 @@ class PromptingTask(Task):
 
     losses = ("loss", "focal", "dice", "iou")
     unit = "images"
+    listed = "prompting"
     recipe: PromptingRecipe
 
     def __init__(self, recipe: PromptingRecipe):
         super().__init__(recipe)
+        expect_task(recipe.model, self.listed)
         prompter = build_model(recipe)
-        expect_prompts(prompter, recipe.model)
         self.model = Rounds(prompter)
         self.preprocess = preprocess_of(prompter, prompter.in_chans, prompter.img_size)
         train, held_out = open_instances(recipe.data, recipe.val, recipe.holdout)
@@ -163,6 +164,5 @@ class PromptingTask(Task):
 
     @classmethod
     def judge(cls, recipe: PromptingRecipe, model: nn.Module, card: ModelCard) -> Evaluator:
-        expect_prompts(model, card.model)
         _, held_out = open_instances(recipe.data, recipe.val, recipe.holdout)
         return PromptScores(PromptSamples(held_out, card.preprocess))

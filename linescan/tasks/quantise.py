@@ -9,16 +9,15 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from .. import zoo
 from ..engine.atomic import atomic, expect_folder, write_all
-from ..engine.cards import restore, save_model
+from ..engine.cards import save_model
 from ..engine.image_sets import Digits, Files, ImageSet
 from ..engine.samples import reader
 from ..errors import InputError, one_line
 from ..media.look import BAD, GOOD, GREY, INK, PAPER, plain
 from ..quantise import LayerError, Recipe, arithmetic, quantise
 from ..quantise.convert import passes
-from .classify import check_classifier
+from .open import restore_for
 from .report import csv_bytes
 
 __all__ = ["Quantised", "draw", "quantise_checkpoint"]
@@ -98,14 +97,9 @@ def quantise_checkpoint(
     expect_folder(to.parent)
     if recipe.calibrated and data is None:
         raise InputError(f"{recipe.method} needs --calibrate with images like those the model is for")
-    if model:
-        check_classifier(None, model)  # before weights are fetched
-        _check_images(model)
-    network, card = restore(model, checkpoint, **args)
-    check_classifier(network, card.model)
+    network, card = restore_for("classification", model, checkpoint, **args)
     if card.quantised:
         raise InputError(f"{checkpoint} is quantised already")
-    _check_images(card.model)
     frames, size = getattr(network, "num_frames", 0), _bytes(network)
     found = _open(data, bool(frames)) if data is not None else None
     chosen = _spread(len(found), images) if found else []
@@ -143,11 +137,6 @@ def quantise_checkpoint(
 
 def _open(data: str, videos: bool) -> ImageSet:
     return Digits(held_out=False) if data == "digits" else Files(data, videos=videos)
-
-
-def _check_images(model: str) -> None:
-    if zoo.is_model(model) and zoo.find(model).reads_points:
-        raise InputError(f"{model} reads point clouds; models of images and videos can be quantised")
 
 
 def _spread(count: int, wanted: int) -> list[int]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..engine.atomic import atomic, expect_no_input
-from ..engine.cards import ModelCard, plain_preprocess, read_card, restore
+from ..engine.cards import ModelCard, plain_preprocess, read_card
 from ..engine.image_sets import roots
 from ..engine.pairs import SYMMETRIES, Pairs, find_pairs, open_pairs, symmetry
 from ..engine.scores import Evaluator, Totals
@@ -28,7 +28,7 @@ from ..media.pixels import to_bytes
 from ..media.quality import SSIM_WINDOW, luma, psnr, ssim, to_8_bits
 from ..media.resize import enlarge_bicubic
 from .base import Task, build_model
-from .open import expect_task, wrong_task
+from .open import expect_task, restore_for
 from .recipes import RestorationRecipe
 from .tool import Progress, Tool, Writer, expect_finite, silent
 from .windows import Part, parts
@@ -102,14 +102,6 @@ def ensemble(network: Network) -> Network:
     return mean
 
 
-def _facts_of(model: nn.Module, name: str | None) -> tuple[int, int]:
-    """(channels, scale) of a restoration network. Raises InputError: it is none."""
-    try:
-        return model.in_chans, model.upscale
-    except AttributeError:
-        raise wrong_task(name, "restoration") from None
-
-
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
@@ -171,12 +163,14 @@ class RestorationTask(Task):
     """
 
     unit = "images"
+    listed = "restoration"
     recipe: RestorationRecipe
 
     def __init__(self, recipe: RestorationRecipe):
         super().__init__(recipe)
+        expect_task(recipe.model, self.listed)
         self.model = build_model(recipe)
-        channels, scale = _facts_of(self.model, recipe.model)
+        channels, scale = self.model.in_chans, self.model.upscale
         (high, low), held_out = open_pairs(recipe.data, recipe.val, recipe.holdout, scale)
         degrade = _degradation(recipe, scale, all(files is not None for files in (low, held_out[1])))
         patches = {"patch": recipe.patch, "repeats": recipe.repeats}
@@ -222,7 +216,7 @@ class RestorationTask(Task):
 
     @classmethod
     def judge(cls, recipe: RestorationRecipe, model: nn.Module, card: ModelCard) -> Evaluator:
-        channels, scale = _facts_of(model, card.model)
+        channels, scale = model.in_chans, model.upscale
         root, held_out = roots(recipe.data, None)
         high, low = find_pairs(held_out or root, scale)
         return Quality.of(recipe, Pairs(high, low, channels, scale, _degradation(recipe, scale, low is not None)))
@@ -304,11 +298,10 @@ class Restorer(Tool):
         self_ensemble: bool = False,
         **args,
     ):
-        expect_task(model, "restoration")
         if not isinstance(window, int) or window < 16:
             raise InputError(f"a window is a number of pixels, 16 or more, not {window!r}")
-        module, card = restore(model, checkpoint, **args)
-        self.channels, self.scale = _facts_of(module, card.model)
+        module, card = restore_for("restoration", model, checkpoint, **args)
+        self.channels, self.scale = module.in_chans, module.upscale
         super().__init__(card.model, module, device, dtype, batch)
         self.window, self.self_ensemble = window, self_ensemble
         self.network = ensemble(self._run) if self_ensemble else self._run

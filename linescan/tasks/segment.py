@@ -34,8 +34,8 @@ from ..media.large import PairedPixels, Pixels, blank, open_pixels, write_mask
 from ..media.page import page, table
 from ..zoo import find, is_model
 from .base import Task, build_model
-from .named import SegmentorInput, expect_segmentor, of_all_classes
-from .open import open_model
+from .named import SegmentorInput, of_all_classes
+from .open import expect_task, open_model
 from .recipes import SegmentationRecipe
 from .report import WORST, csv_bytes, previews
 from .tool import Progress, Writer, expect_finite, silent
@@ -210,11 +210,13 @@ class SegmentationTask(Task):
 
     losses = ("loss", "entropy", "dice")
     unit = "images"
+    listed = "segmentation"
     recipe: SegmentationRecipe
 
     def __init__(self, recipe: SegmentationRecipe):
         super().__init__(recipe)
-        entry = expect_segmentor(recipe.model)
+        expect_task(recipe.model, self.listed)
+        entry = find(recipe.model)
         size, resizes = recipe.sides, "size" in entry.preprocess
         self.input = SegmentorInput(entry, size if resizes else None)
         train, held_out = open_scenes(recipe.data, recipe.val, recipe.holdout, self.input.images)
@@ -256,7 +258,6 @@ class SegmentationTask(Task):
 
     @classmethod
     def judge(cls, recipe: SegmentationRecipe, model: nn.Module, card: ModelCard) -> Evaluator:
-        expect_segmentor(card.model)
         classes = classes_of(recipe.data)
         if card.classes and len(card.classes) != len(classes):
             raise InputError(f"{recipe.data} has {len(classes)} classes, the model {len(card.classes)}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..engine.atomic import atomic, write_all
-from ..engine.cards import ModelCard, read_card, restore
+from ..engine.cards import ModelCard, read_card
 from ..engine.organ_sets import LabelledVolumes, find_organs, planes, richest_planes
 from ..engine.scores import Evaluator, Totals
 from ..errors import InputError
@@ -21,8 +21,9 @@ from ..media.draw import default_palette, draw_planes
 from ..media.find import Source
 from ..media.page import page, table
 from ..media.volumes import Volume, VolumePreprocess, read_volume, write_labels
-from ..zoo import Entry, find, is_model
+from ..zoo import find, is_model
 from .base import Task, build_model
+from .open import expect_task, restore_for
 from .recipes import VolumeSegmentationRecipe
 from .report import csv_bytes, previews
 from .segment import cross_entropy, dice_loss
@@ -39,13 +40,6 @@ def segments_volumes(model: str | Path | None, checkpoint: str | Path | None) ->
     card = read_card(checkpoint) if checkpoint and model is None else None
     name = card.model if card else str(model)
     return is_model(name) and find(name).task == TASK
-
-
-def _expect_volumes(name: str) -> Entry:
-    """The entry of a model for volumes. Raises InputError: it is none."""
-    if not (is_model(name) and find(name).task == TASK):
-        raise InputError(f"{name} segments no volumes; `linescan list --task {TASK}` shows models that do")
-    return find(name)
 
 
 def slide_volume(
@@ -159,11 +153,13 @@ class VolumeSegmentationTask(Task):
 
     losses = ("loss", "entropy", "dice")
     unit = "volumes"
+    listed = TASK
     recipe: VolumeSegmentationRecipe
 
     def __init__(self, recipe: VolumeSegmentationRecipe):
         super().__init__(recipe)
-        published = _expect_volumes(recipe.model).preprocess
+        expect_task(recipe.model, self.listed)
+        published = find(recipe.model).preprocess
         preprocess = VolumePreprocess(**{name: getattr(recipe, name) or published[name] for name in HOW})
         found = find_organs(recipe.data, recipe.holdout)
         held_out = find_organs(recipe.val, recipe.holdout) if recipe.val else found
@@ -194,7 +190,6 @@ class VolumeSegmentationTask(Task):
 
     @classmethod
     def judge(cls, recipe: VolumeSegmentationRecipe, model: nn.Module, card: ModelCard) -> Evaluator:
-        _expect_volumes(card.model)
         found = find_organs(recipe.data, recipe.holdout)
         if card.classes and len(card.classes) != len(found.classes):
             raise InputError(f"{recipe.data} has {len(found.classes)} classes, the model {len(card.classes)}")
@@ -240,12 +235,11 @@ class VolumeSegmenter(Tool):
         window: int | None = None,
         **args,
     ):
-        module, card = restore(model, checkpoint, **args)
-        entry = _expect_volumes(card.model)
+        module, card = restore_for(TASK, model, checkpoint, **args)
         super().__init__(card.model, module, device, dtype, batch)
         self.preprocess: VolumePreprocess = card.preprocess
         self.window = VolumePreprocess((1, 1, 1), (0, 1), self.preprocess.window if window is None else window).window
-        count = getattr(module, entry.classifier).out_channels
+        count = getattr(module, find(card.model).classifier).out_channels
         self.classes = card.classes or [f"class {i}" for i in range(count)]
         self.palette = default_palette(len(self.classes))
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from linescan import tensorfile
 from linescan.demos.digits import RECIPE
+from linescan.engine.cards import ModelCard, plain_preprocess, save_model
 from linescan.engine.image_sets import Digits
 from linescan.engine.metrics import read_metrics
 
@@ -297,3 +299,47 @@ def test_what_needs_no_weights_is_refused_before_they_are_fetched(words, message
     Image.new("RGB", (9, 9)).save("OUT/y.png")
     status, said, error = linescan_here(*words.split())
     assert status == 2 and not said and message in error and error.count("\n") == 1, error
+
+
+CLASSIFIER, RESTORER = "vit_tiny_patch16_224", "mambair_v2_light_x2"
+
+
+@pytest.mark.parametrize(
+    "words, model, said",
+    [
+        ("restore IMAGE", CLASSIFIER, "restores no images; `linescan list --task restoration`"),
+        ("anomaly IMAGE", CLASSIFIER, "finds no anomalies; `linescan list --task anomaly`"),
+        ("change IMAGE IMAGE", CLASSIFIER, "finds no changes; `linescan list --task change`"),
+        ("segment IMAGE", CLASSIFIER, "segments no images; `linescan list --task segmentation`"),
+        ("detect IMAGE --text cat", CLASSIFIER, "detects nothing; `linescan list --task detection`"),
+        ("prompt IMAGE --point 1,1", CLASSIFIER, "takes no prompts; `linescan list --task prompting`"),
+        ("points classify CLOUD.npy", CLASSIFIER, "names no point clouds; `linescan list --task point-classification`"),
+        ("points segment CLOUD.npy", CLASSIFIER, "segments no points; `linescan list --task point-segmentation`"),
+        ("points detect CLOUD.npy", CLASSIFIER, "finds no boxes in scans; `linescan list --task point-detection`"),
+        ("points occupancy CLOUD.npy", CLASSIFIER, "completes no scenes; `linescan list --task point-occupancy`"),
+        ("evaluate --task anomaly --data .", CLASSIFIER, "finds no anomalies; `linescan list --task anomaly`"),
+        ("classify IMAGE", RESTORER, "classifies no images; `linescan list --task classification`"),
+        ("embed IMAGE --out x.npz", RESTORER, "classifies no images; `linescan list --task classification`"),
+        ("quantize --method dynamic --out x.safetensors", RESTORER, "classifies no images; `linescan list"),
+        ("evaluate --data digits", RESTORER, "classifies no images; `linescan list --task classification`"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["safetensors", "pt"])
+def test_a_checkpoint_of_another_task_is_refused_by_its_card(
+    words, model, said, kind, linescan_here, tmp_path, monkeypatch
+):
+    """In one line that is the same for all commands, before its weights are read."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (9, 9)).save("IMAGE", "PNG")
+    np.save("CLOUD.npy", np.zeros((4, 3), np.float32))
+    card = ModelCard(model, {}, [], plain_preprocess(3))
+    if kind == "pt":
+        torch.save({"linescan": card.as_dict(), "model": {"weight": torch.zeros(4)}}, "FILE.pt")
+    else:
+        save_model("FILE.safetensors", torch.nn.Linear(2, 2), card)
+    monkeypatch.setattr(tensorfile, "_Storage", lambda *args: pytest.fail("weights are read"))
+    monkeypatch.setattr("safetensors.torch.load_file", lambda *args: pytest.fail("weights are read"))
+    status, shown, error = linescan_here(*words.split(), "--checkpoint", f"FILE.{kind}")
+    assert status == 2 and not shown and error.count("\n") == 1, error
+    assert error.startswith(f"linescan: FILE.{kind} is of {model}, which {said}"), error
+    assert error.endswith(f"; {model} is for `linescan {'classify' if model == CLASSIFIER else 'restore'}`\n"), error

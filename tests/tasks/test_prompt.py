@@ -224,7 +224,7 @@ def test_the_command(weights, photo, tmp_path, linescan_here):
         (("--everything", "--point", "1,1"), "by itself"),
         (("--point", "1,1", "--stability", "0"), "--stability is for --everything"),
         (("--point", "1,1", "--model", "vim_tiny_patch16_224"), "vim_tiny_patch16_224 takes no prompts"),
-        (("--point", "1,1", "--model", "vit_tiny_patch16_224"), "is a checkpoint of rwkvsam_small_prompt"),
+        (("--point", "1,1", "--model", "vit_tiny_patch16_224"), "vit_tiny_patch16_224 takes no prompts"),
     ],
 )
 def test_commands_that_are_refused_in_one_line(args, said, weights, photo, linescan_here):

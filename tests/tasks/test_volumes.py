@@ -351,5 +351,5 @@ def test_models_that_segment_no_volumes(btcv, tmp_path):
     assert 0 <= evaluate(judge, model, ALONE).scores["dice"] <= 1
     with pytest.raises(InputError, match="has 3 classes, the model 2"):
         VolumeSegmentationTask.judge(VolumeSegmentationRecipe(str(btcv)), model, replace(card, classes=["a", "b"]))
-    with pytest.raises(InputError, match="mamband_unetr_small segments no images"):
+    with pytest.raises(InputError, match="mamband_unetr_small, which segments no images"):
         linescan.Segmenter(checkpoint=tmp_path / "m.safetensors")
