@@ -11,6 +11,7 @@ import typer
 from linescan.engine.atomic import expect_folder
 from linescan.engine.progress import progress_bar, say, show
 from linescan.errors import InputError, known
+from linescan.tasks.recipes import FALSE_ALARMS
 
 from .names import complete_models
 from .options import Batch, Checkpoint, Device, Floats, Json, Model, ModelArgs, Precision, command, model_args, pixels
@@ -320,7 +321,7 @@ def anomaly(
     false_alarms: Annotated[
         Optional[float],
         typer.Option(min=0, max=1, help="The share of the --normal images that may be above the threshold.",
-                     show_default="0.01"),
+                     show_default=str(FALSE_ALARMS)),
     ] = None,
     threshold: Annotated[
         Optional[float], typer.Option(min=0, help="Images with a score above this are anomalous.")
@@ -354,7 +355,7 @@ def anomaly(
             broken = [str(source.error) for source in sources if source.error]
             good = [source.path for source in sources if not source.error]
             with progress_bar("choosing the threshold", len(good)) as advance:
-                unread = tool.calibrate(good, 0.01 if false_alarms is None else false_alarms, advance)
+                unread = tool.calibrate(good, FALSE_ALARMS if false_alarms is None else false_alarms, advance)
             for line in broken + unread:
                 say(("left out", "yellow"), f" {line}")
             say(f"threshold {tool.threshold:.4f}, chosen on {len(good) - len(unread)} normal images")

@@ -27,7 +27,7 @@ from ..media.page import figure, figures, page, table
 from ..media.preprocess import Preprocess
 from .base import Task, build_model
 from .open import expect_task, restore_for
-from .recipes import AnomalyRecipe
+from .recipes import FALSE_ALARMS, AnomalyRecipe
 from .report import WORST, csv_bytes
 from .tool import Progress, Tool, Writer, expect_finite, silent
 
@@ -306,7 +306,9 @@ class AnomalyDetector(Tool):
         said = "no threshold" if self.threshold is None else f"threshold {self.threshold:.4f}"
         return super().facts() | {"threshold": said}
 
-    def calibrate(self, inputs: Sequence[Any], false_alarms: float = 0.01, progress: Progress = silent) -> list[str]:
+    def calibrate(
+        self, inputs: Sequence[Any], false_alarms: float = FALSE_ALARMS, progress: Progress = silent
+    ) -> list[str]:
         """Chooses the threshold on normal images, `threshold_of`; returns a line for each that could not be read.
 
         Raises:

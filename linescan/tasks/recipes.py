@@ -434,6 +434,10 @@ class RestorationRecipe(Recipe):
         return [tuple(map(int, part.groups())) for part in parts]
 
 
+FALSE_ALARMS = 0.01
+"""The share of normal images that may be above a threshold chosen on them, where nothing else is said."""
+
+
 @dataclass(frozen=True)
 class AnomalyRecipe(Recipe):
     """Train a MambaAD on normal images alone, to find what is not normal: it rebuilds the features of a frozen teacher.
