@@ -10,7 +10,7 @@ import typer
 
 from linescan.engine.atomic import expect_folder
 from linescan.engine.progress import progress_bar, say, show
-from linescan.errors import InputError, known
+from linescan.errors import InputError
 from linescan.tasks.recipes import FALSE_ALARMS
 
 from .names import complete_models
@@ -288,13 +288,13 @@ def restore(
     """
 
     def open_tool() -> tuple["Tool", "Writer"]:
-        from linescan.tasks.restore import FORMATS, Photos, Restorer
+        from linescan.tasks.restore import Photos, Restorer
 
-        if format is not None:
-            known("format", format.lower(), FORMATS)
+        photos = Photos(to, format)
         args = {"device": device, "dtype": precision.dtype, "batch": batch, "window": window}
         tool = Restorer(model, checkpoint, self_ensemble=self_ensemble, **args, **model_args(model_arg))
-        return tool, Photos(to, format, tool.scale)
+        photos.scale = tool.scale
+        return tool, photos
 
     answer_files(open_tool, paths, to, compare, as_json, "restoring", "compare", kinds=("image",))
 

@@ -388,7 +388,6 @@ class Photos(Writer):
 
     def __init__(self, out: Path, format: str | None = None, scale: int = 1):
         self.out, self.format, self.scale = out, format and known("format", format.lower(), FORMATS), scale
-        out.mkdir(parents=True, exist_ok=True)
 
     def _place(self, source: Source, photo: Photo) -> tuple[Path, str]:
         """The path and the format of the restored image of a photo."""
