@@ -56,6 +56,16 @@ def test_scores_are_as_published(channels, contrast, crop):
         ssim(a, b, 20)
 
 
+def test_torchmetrics_ssim_has_a_border_of_reflected_pixels():
+    """Its values, of version 1.9.0 for data_range=1: the mean over all pixels, where ours has whole windows alone."""
+    for channels, inside, everywhere in ((1, 0.910963, 0.900571), (3, 0.919861, 0.905990)):
+        a = photo(channels)
+        b = to_8_bits(a + 0.05 * torch.from_numpy(np.random.default_rng(5).standard_normal(a.shape)))
+        assert ssim(a, b) == pytest.approx(inside, abs=1e-6)
+        a, b = (torch.nn.functional.pad(x[None], (5, 5, 5, 5), mode="reflect")[0] for x in (a, b))
+        assert ssim(a, b) == pytest.approx(everywhere, abs=1e-6)
+
+
 def test_luma_is_matlabs():
     """rgb2ycbcr of white, black, pure colours, and of its own example."""
     colours = torch.tensor([[255, 255, 255], [0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255], [10, 100, 200.0]]) / 255
