@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import tempfile
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -95,8 +96,12 @@ def expect_folder(folder: str | Path) -> None:
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         raise InputError(f"{there} is a file; --out needs a folder there")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"{there}: nothing can be written into this folder; --out names another")
+    try:  # what permissions say does not hold for root, and of full disks they say nothing
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise InputError(
+            f"{there}: nothing can be written into this folder ({error.strerror}); --out names another"
+        ) from None
 
 
 def _identity(path: str | Path) -> tuple[int, int] | None:

@@ -7,7 +7,7 @@ import resource
 import pytest
 import torch
 
-from linescan.engine.atomic import atomic, atomic_path, identities, inputs_kept, sweep
+from linescan.engine.atomic import atomic, atomic_path, expect_folder, identities, inputs_kept, sweep
 from linescan.errors import InputError
 
 
@@ -30,6 +30,17 @@ def test_inputs_are_never_replaced_by_whatever_name(tmp_path):
     with atomic(tmp_path / "x") as file:
         file.write(b"new")
     assert names(tmp_path) == ["hard", "link", "x", "y"] and (tmp_path / "x").read_bytes() == b"new"
+
+
+def test_folders_are_tried_out(tmp_path):
+    """Permissions alone say nothing of what root may do, of read-only disks and of full ones."""
+    expect_folder(tmp_path / "to" / "be" / "made")
+    assert names(tmp_path) == []
+    with pytest.raises(InputError, match="^/proc: nothing can be written into this folder .*; --out names another"):
+        expect_folder("/proc/linescan")
+    (tmp_path / "x").write_bytes(b"")
+    with pytest.raises(InputError, match="x is a file; --out needs a folder there"):
+        expect_folder(tmp_path / "x" / "y")
 
 
 def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
