@@ -393,10 +393,11 @@ class _Work(NamedTuple):
 
 
 def _named(error: InputError, source: Source) -> InputError:
-    """The error, naming the source."""
-    if str(source.path) in str(error):
+    """The error, naming the source, and what was to be read with it."""
+    paths = [str(path) for path in (source.path, *source.partners)]
+    if any(path in str(error) for path in paths):
         return error
-    named = InputError(f"{source.path}: {error}")
+    named = InputError(f"{' and '.join(paths)}: {error}")
     named.__cause__ = error.__cause__
     return named
 

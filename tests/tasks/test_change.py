@@ -352,7 +352,8 @@ def test_the_command_on_folders_of_pairs_of_all_kinds(trained, tmp_path, linesca
     outcomes = {str(one["source"][0] if isinstance(one["source"], list) else one["source"]): one
                 for one in json.loads(said)}  # fmt: skip
     by_name = {path.rpartition("/")[2]: one for path, one in outcomes.items()}
-    assert "both images are of one size, got 34x50 and 33x50" in by_name["size.png"]["error"]
+    both = " and ".join(str(tmp_path / folder / "size.png") for folder in ("old", "new"))
+    assert by_name["size.png"]["error"] == f"{both}: both images are of one size, got 34x50 and 33x50 pixels"
     assert "broken.png" in by_name["broken.png"]["error"] and "has no partner" in by_name["alone.png"]["error"]
     answer = by_name["plain.png"]["answer"]
     assert 0 < answer["changed"] < 1 and answer["shift"] is None and answer["transitions"][0]["from"] in SECOND
