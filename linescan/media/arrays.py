@@ -15,7 +15,7 @@ from .images import LARGE, TIFF, check_whole, open_file
 from .large import blank
 from .pixels import upright
 
-__all__ = ["ImageFacts", "expect_format", "read_array", "read_mask", "write_array"]
+__all__ = ["ImageFacts", "array_of", "expect_format", "read_array", "read_mask", "write_array"]
 
 _KEPT = {"L", "LA", "RGB", "RGBA", "I;16", "I", "F"}  # modes that are arrays as they are; the others are colours
 _BY_ROWS = {"L", "LA", "RGB", "RGBA", "I;16", "I;16B"}  # that libvips gives as they are
@@ -64,6 +64,15 @@ def read_array(path: str | Path) -> tuple[np.ndarray, ImageFacts]:
     return (array[..., None] if array.ndim == 2 else array), facts
 
 
+def array_of(image: Image.Image) -> np.ndarray:
+    """A PIL image as `read_array` has that of a file: (H, W, C), upright, palettes and other spaces as RGB."""
+    array = np.array(_plain(upright(image)))
+    array = array[..., None] if array.ndim == 2 else array
+    if array.dtype == np.uint16 and isinstance(clear := image.info.get("transparency"), int):
+        array = np.dstack([array, np.where(array == clear, 0, 65535).astype(np.uint16)])
+    return array
+
+
 def read_mask(path: str | Path, colours: Sequence[tuple[int, int, int]] = ()) -> np.ndarray:
     """The numbers of a mask (H, W), upright: of a grey image, or the indices of a palette; bits become 0 and 1.
 
@@ -106,7 +115,7 @@ def _read(path: str | Path) -> tuple[np.ndarray, ImageFacts]:
                 array = vips.read(path)
             else:
                 image.load()
-                array = np.array(_plain(upright(image)))
+                array = array_of(image)
         exif = image.getexif()
         exif.pop(Base.Orientation, None)
         if image.format == "TIFF":  # whose tags are also those that say how the pixels are coded

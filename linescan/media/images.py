@@ -72,7 +72,8 @@ def _identify(file, path: str | Path) -> Image.Image:
             accepted = accepts is None or accepts(head)
             if accepted and not isinstance(accepted, str):  # a text says why the format cannot be read
                 file.seek(0)
-                return factory(file, str(path))
+                # Without its name: Pillow 13 maps plain TIFF files by it, those that are to be turned with wrong rows.
+                return factory(file, "" if head[:4] in TIFF else str(path))
     if head[:4] in TIFF:
         kinds = "colours of 32 bits, floats of 64 bits, five channels"
         raise BrokenImage(f"a TIFF file of a kind that is not read ({kinds}), or damaged")

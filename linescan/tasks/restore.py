@@ -18,7 +18,7 @@ from ..engine.image_sets import roots
 from ..engine.pairs import SYMMETRIES, Pairs, find_pairs, open_pairs, symmetry
 from ..engine.scores import Evaluator, Totals
 from ..errors import InputError, known
-from ..media.arrays import ImageFacts, expect_format, read_array, write_array
+from ..media.arrays import ImageFacts, array_of, expect_format, read_array, write_array
 from ..media.degrade import Degradation
 from ..media.draw import draw_comparison
 from ..media.find import Source
@@ -312,11 +312,13 @@ class Restorer(Tool):
         return super().facts() | {"scale": scale + ", self-ensemble" * self.self_ensemble}
 
     def open(self, given: Any) -> Photo:
-        """A file in its depth; a PIL image or an array (`linescan.media.pixels.from_array`) of bytes, or a `Photo`."""
+        """A file in its depth, a PIL image in that of its mode; an array (H, W) or (H, W, C), or a `Photo`."""
         if isinstance(given, Photo):
             photo = given
         elif isinstance(given, (str, Path)):
             photo = Photo(*read_array(given))
+        elif isinstance(given, Image.Image):
+            photo = Photo(array_of(given))
         else:
             array = np.asarray(given)
             photo = Photo(array[..., None] if array.ndim == 2 else array)

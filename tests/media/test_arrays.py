@@ -85,6 +85,34 @@ def test_arrays_are_upright(tmp_path):
     np.testing.assert_array_equal(array, read_image(tmp_path / "x.png"))
 
 
+@pytest.mark.parametrize("turned", range(1, 9))
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_plain_tiff_files_are_upright(mode, turned, tmp_path):
+    """Which Pillow maps into memory: Pillow 13 gives pixels of other places for those that stand on their side."""
+    pixels = values((5, 8, 3), np.uint8)
+    image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257 if mode == "I;16" else pixels)
+    image = image if mode == "I;16" else image.convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = turned
+    image.save(tmp_path / "x.tif", exif=exif)
+    image.save(tmp_path / "plain.tif")
+    want = read_array(tmp_path / "plain.tif")[0]
+    want = {2: want[:, ::-1], 3: want[::-1, ::-1], 4: want[::-1]}.get(turned, want)
+    if turned > 4:
+        want = {5: want, 6: want[::-1], 7: want[::-1, ::-1], 8: want[:, ::-1]}[turned].swapaxes(0, 1)
+    np.testing.assert_array_equal(read_array(tmp_path / "x.tif")[0], want)
+    if mode not in ("RGBA", "I;16"):
+        np.testing.assert_array_equal(np.atleast_3d(read_image(tmp_path / "x.tif", want.shape[2])), want)
+
+
+def test_a_grey_that_means_transparency(tmp_path):
+    pixels = values((4, 5), np.uint16)
+    Image.fromarray(pixels).save(tmp_path / "x.png", transparency=int(pixels[1, 2]))
+    array, _ = read_array(tmp_path / "x.png")
+    np.testing.assert_array_equal(array[..., 0], pixels)
+    np.testing.assert_array_equal(array[..., 1], np.where(pixels == pixels[1, 2], 0, 65535))
+
+
 @pytest.mark.parametrize("mode, shape", [("1", 1), ("P", 3), ("CMYK", 3), ("LA", 2), ("PA", 4), ("I", 1), ("F", 1)])
 def test_other_modes(mode, shape, tmp_path):
     image = Image.new("RGBA", (4, 4), (200, 100, 50, 255)).convert("RGB" if mode in ("1", "CMYK", "P") else "RGBA")

@@ -328,6 +328,20 @@ def test_kinds_of_photos(x2, tmp_path, linescan_here):
             tool(Photo(wrong if wrong.ndim == 3 else wrong[..., None]))
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "I;16"])
+def test_a_pil_image_is_restored_as_its_file(x2, tmp_path, mode):
+    """Palettes are no grey, CMYK is no alpha; and it is turned as its EXIF data say."""
+    image = Image.fromarray((255 * photo(3, 12, 17)).byte().permute(1, 2, 0).numpy())
+    deep = Image.fromarray(np.asarray(image)[..., 0].astype(np.uint16) * 257)
+    image = deep if mode == "I;16" else image.convert(mode)
+    image.getexif()[0x0112] = 6
+    path = tmp_path / ("x.png" if mode == "P" else "x.tif")
+    image.save(path, exif=image.getexif())
+    tool = Restorer(checkpoint=x2, device="cpu")
+    assert np.array_equal(tool.open(image).array, tool.open(path).array)
+    assert tool.open(image).array.shape[:2] == (17, 12)
+
+
 def test_what_cannot_be_written_is_not_restored(x2, tmp_path, linescan_here, monkeypatch):
     """By format, and where the result would take the place of the photo."""
     monkeypatch.setattr(MambaIRv2, "forward", lambda *args: pytest.fail("restored in vain"))
