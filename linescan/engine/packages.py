@@ -19,8 +19,9 @@ import tempfile
 import warnings
 import zipfile
 import zlib
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from inspect import Parameter, signature
+from itertools import islice
 from math import inf, isnan
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
@@ -38,8 +39,8 @@ from .atomic import atomic
 from .cards import ModelCard
 
 __all__ = [
-    "FORMATS", "Halved", "Package", "difference", "expect_format", "export_package", "is_package", "open_package",
-    "read_network", "tensors", "write_network",
+    "FORMATS", "Halved", "Package", "SideBySide", "difference", "expect_format", "export_package", "is_package",
+    "open_package", "read_network", "tensors", "write_network",
 ]  # fmt: skip
 
 FORMATS = {"onnx": ".onnx", "pt2": ".pt2", "torchscript-trace": ".ts"}
@@ -266,10 +267,13 @@ def difference(want: Any, got: Any) -> float:
 
 def _write_onnx(network: nn.Module, inputs: tuple[Tensor, ...], note: str, path: Path, plain: bool = False) -> None:
     names = ["images"] if len(inputs) == 1 else [f"input{i}" for i in range(len(inputs))]
-    with nullcontext() if plain else functions() as found:
+    plain = plain or cpu.missing() is not None
+    with functions(kernels=not plain) as found:
         program = _to_onnx(network, inputs, names, _any_batch(network, inputs))
-    if found is not None and found.bodies:
+    if found.bodies:
         _add_functions(program.model, found)
+    if plain:
+        _inline(program.model)
     if note:
         program.model.metadata_props[CARD] = note
     program.save(path)
@@ -282,16 +286,21 @@ def _to_onnx(network: nn.Module, inputs: tuple[Tensor, ...], names: Sequence[str
     )  # fmt: skip
 
 
-class _SideBySide(nn.Module):
-    """Networks of different inputs as one, which is exported faster than each by itself."""
+class SideBySide(nn.Module):
+    """Networks of different inputs as one, which is exported faster than each by itself.
+
+    Args:
+        networks: any.
+        counts: how many inputs each has.
+    """
 
     def __init__(self, networks: Sequence[nn.Module], counts: Sequence[int]):
         super().__init__()
         self.networks, self.counts = nn.ModuleList(networks), counts
 
-    def forward(self, *inputs: Tensor) -> list[Tensor]:
+    def forward(self, *inputs: Tensor) -> list:
         rest = iter(inputs)
-        return [y for run, n in zip(self.networks, self.counts) for y in run(*(next(rest) for _ in range(n)))]
+        return [run(*islice(rest, count)) for run, count in zip(self.networks, self.counts)]
 
 
 def _add_functions(model, found: Functions) -> None:
@@ -306,7 +315,7 @@ def _add_functions(model, found: Functions) -> None:
     counts = {node.overload: len(node.outputs) for node in calls}
     outputs = [f"{name}:{i}" for name in bodies for i in range(counts[name])]
     whole = _to_onnx(
-        _SideBySide([body.module for body in bodies.values()], [len(body.examples) for body in bodies.values()]),
+        SideBySide([body.module for body in bodies.values()], [len(body.examples) for body in bodies.values()]),
         tuple(torch.zeros(shape, dtype=dtype) for shape, dtype in inputs.values()), list(inputs),
         (tuple(dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for body in bodies.values() for axes in body.dynamic),),
         output_names=outputs,
@@ -328,6 +337,14 @@ def _add_functions(model, found: Functions) -> None:
         function = ir.Function(DOMAIN, body.operator, name, graph=graph, attributes=attributes)
         model.functions[function.identifier()] = function
     model.graph.opset_imports[DOMAIN] = 1
+
+
+def _inline(model) -> None:
+    """Puts bodies in the place of calls: a deep network traces each loop once all the same."""
+    from onnx_ir.passes import common
+
+    common.InlinePass()(model)
+    model.opset_imports.pop(DOMAIN, None)
 
 
 def _any_batch(network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple:
@@ -401,15 +418,20 @@ def open_package(path: str | Path, trust: bool = False) -> tuple[Package, ModelC
     return Package(run or read_network(path), card), card
 
 
-def read_network(path: str | Path) -> Callable[..., Any]:
+def read_network(path: str | Path, kernels: bool = True) -> Callable[..., Any]:
     """What `write_network` wrote, as a function of tensors; answers are tensors, or plain sequences and dictionaries.
 
     A .pt2 or .ts file is a program: only those from a trusted place may be opened.
 
+    Args:
+        path: the file.
+        kernels: whether ONNX Runtime may run linescan's kernels in place of the functions of an ONNX file.
+
     Raises:
         CheckpointError: the file is damaged, or was made for another torch.
     """
-    return _READERS[Path(path).suffix.lower()](Path(path))
+    path = Path(path)
+    return _OnnxSession(path, kernels) if _format_of(path) == "onnx" else _PROGRAMS[path.suffix.lower()](path)
 
 
 def _zipped_card(path: Path) -> str | None:
@@ -426,14 +448,15 @@ def _zipped_card(path: Path) -> str | None:
 class _OnnxSession:
     """A model in ONNX Runtime on the CPU, in as many threads as torch has."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, kernels: bool = True):
         require("onnxruntime", "onnx")
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3  # errors alone, which are raised too
-        _register_kernels(options)
+        if kernels:
+            _register_kernels(options)
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # of many classes, all ONNX Runtime's own
@@ -478,8 +501,7 @@ def _in_torch(load: Callable[[str], Callable]) -> Callable[[Path], Callable]:
     return read
 
 
-_READERS: dict[str, Callable] = {
-    FORMATS["onnx"]: _OnnxSession,
+_PROGRAMS: dict[str, Callable] = {
     FORMATS["pt2"]: _in_torch(lambda path: torch._inductor.aoti_load_package(path)),
     FORMATS["torchscript-trace"]: _in_torch(lambda path: torch.jit.load(path, map_location="cpu")),
 }

@@ -8,14 +8,15 @@ A recurrence needs nothing for that: its definition, called on a few tokens at a
 body of the loop. Where more can be done for all tokens at once, or the recurrence reads them in both directions, it has
 a form of its own: `Recurrence.exported`.
 
-Inside `functions`, a recurrence with a kernel becomes the call of an operator of the domain "linescan" instead, whose
-body is that form: a runtime that has the kernel runs it, and any other the body.
+Inside `functions`, a recurrence becomes the call of a function of the domain "linescan" instead, whose body is that
+form: it is traced once for all calls of one kind. Where there is a kernel, the function has the name of its operator: a
+runtime that has the kernel runs it, and any other the body.
 """
 
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -206,15 +207,27 @@ class Functions:
     """The bodies of all calls of a graph, by name; calls of the same kind share one.
 
     A call is a node of the domain, whose attribute `body` is the name.
+
+    Args:
+        kernels: whether calls are those that kernels take; a recurrence without one then has no function. Else each has
+            one of its own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kernels: bool = True) -> None:
+        self.kernels = kernels
         self.bodies: dict[str, Body] = {}
         self._names: dict[tuple, str] = {}
 
+    def operator(self, recurrence: "Recurrence") -> tuple[str, Callable[..., dict[str, Any]]] | None:
+        """The function that calls become, as `Recurrence.in_graphs`; None: they become none."""
+        if self.kernels:
+            return recurrence.in_graphs
+        names = (*recurrence.parameters, "route", "merge")
+        return recurrence.name, lambda *call: dict(zip(names, call))
+
     def call(self, recurrence: "Recurrence", inputs: Sequence, route: Tensor | None, merge: bool) -> tuple:
-        """(output, *states) of a recurrence that has a kernel, in float32."""
-        operator, arguments = recurrence.in_graphs
+        """(output, *states) of a recurrence that has a function, in float32."""
+        operator, arguments = self.operator(recurrence)
         inputs = [x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
         call = [*inputs, None if route is None else route.long(), merge]
         given = arguments(*call)
@@ -252,9 +265,9 @@ def current_functions() -> Functions | None:
 
 
 @contextmanager
-def functions() -> Iterator[Functions]:
-    """Inside, recurrences with a kernel are traced as calls of functions."""
-    found = Functions()
+def functions(kernels: bool = True) -> Iterator[Functions]:
+    """Inside, recurrences are traced as calls of functions; with `kernels` those alone that have one."""
+    found = Functions(kernels)
     token = _functions.set(found)
     try:
         yield found

@@ -493,7 +493,7 @@ class Recurrence:
         inputs = self.layout.check(inputs, route).fill(inputs)
         inputs = [x.detach() if isinstance(x, Tensor) else x for x in inputs]  # else the loop is traced for a backward
         found = exported.current_functions()
-        if found is None or self.in_graphs is None or self._compute_dtype(inputs) != torch.float32:
+        if found is None or found.operator(self) is None or self._compute_dtype(inputs) != torch.float32:
             return self.in_standard_operators(*inputs, route, merge)
         output, *states = found.call(self, inputs, route, merge)
         return output.to(self._tokens(inputs)[0].dtype), *states

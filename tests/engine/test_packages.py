@@ -22,6 +22,7 @@ from linescan.engine.packages import difference, export_package, open_package, r
 from linescan.errors import CheckpointError, InputError
 from linescan.scans import hgrn
 from linescan.scans.kernels import cpu
+from linescan.scans.recurrence import Recurrence
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +92,24 @@ def test_a_kernel_takes_the_place_of_a_function(tmp_path, monkeypatch):
         want = network(x)
     if cpu.missing() is None and b"RegisterCustomOps" in cpu.LIBRARY.read_bytes():
         assert difference(want, read_network(tmp_path / "wrong.onnx")(x)) < 1e-5
+    assert difference(want, read_network(path, kernels=False)(x)) < 1e-5
     monkeypatch.setattr(cpu, "_missing", "turned off")
-    assert difference(want, read_network(path)(x)) < 1e-5
     assert difference(want, read_network(tmp_path / "wrong.onnx")(x)) > 0.1
+
+
+class Twice(nn.Module):
+    def forward(self, x):
+        return hgrn(hgrn(x, -x.abs()), -x.abs())
+
+
+def test_a_plain_graph_has_standard_operators_alone_and_traces_loops_that_are_alike_once(tmp_path, monkeypatch):
+    traced, form = [], Recurrence.in_standard_operators
+    monkeypatch.setattr(Recurrence, "in_standard_operators", lambda op, *x: traced.append(op.name) or form(op, *x))
+    write_network(Twice(), (torch.randn(2, 1, 4, 2),), tmp_path / "plain.onnx", plain=True)
+    model, x = onnx.load(tmp_path / "plain.onnx"), torch.randn(5, 1, 4, 2)
+    assert [opset.domain for opset in model.opset_import] == [""] and not model.functions
+    assert [node.op_type for node in model.graph.node].count("Scan") == 2 and traced == ["hgrn"]
+    assert difference(Twice()(x), read_network(tmp_path / "plain.onnx")(x)) < 1e-5
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
