@@ -1,7 +1,9 @@
 """Anomalies: folders, scores, training with resume and two processes, and the tool on images of all kinds."""
 
 import json
+import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,17 +11,17 @@ import torch
 from PIL import Image
 
 from linescan.engine.anomaly_scores import best_f1_in_steps, ranking, region_overlap
-from linescan.engine.anomaly_sets import AnomalySet, find_anomalies
+from linescan.engine.anomaly_sets import AnomalySet, Inspected, find_anomalies
 from linescan.engine.cards import ModelCard, read_card, restore, save_model
 from linescan.engine.metrics import read_metrics
 from linescan.engine.processes import Processes
-from linescan.engine.scores import evaluate
+from linescan.engine.scores import Totals, evaluate
 from linescan.engine.training import train
 from linescan.errors import CheckpointError, InputError
 from linescan.media.arrays import read_array
 from linescan.media.find import Source
 from linescan.media.preprocess import Preprocess
-from linescan.tasks.anomaly import Anomaly, AnomalyDetector, AnomalyMaps, AnomalyTask, threshold_of
+from linescan.tasks.anomaly import Anomaly, AnomalyDetector, AnomalyMaps, AnomalyScores, AnomalyTask, threshold_of
 from linescan.tasks.recipes import AnomalyRecipe
 
 from ..runs import contents, kill_and_resume, same, train_as_two
@@ -120,6 +122,24 @@ def test_layout_of_visa(tmp_path):
         assert [one.path.stem for one in found.test] == ["0001", "0004", "000"] and len(found.train) == 3
 
 
+def test_masks_of_all_kinds(tmp_path):
+    """Half of a pixel is not a defect, alpha is none, and a mask is upright where its photo is turned."""
+    mask = np.zeros((8, 16), np.uint8)
+    mask[1:5, 2:9] = 9
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo = Image.new("RGB", (8, 16), "grey")
+    photo.save(tmp_path / "x.jpg", exif=exif)
+    one = Inspected(tmp_path / "x.jpg", 0, "crack", tmp_path / "mask.png")
+    kinds = {"L": mask, "LA": np.dstack([mask, np.full_like(mask, 255)]), "I;16": mask.astype(np.uint16)}
+    kinds["RGBA"] = np.dstack([0 * mask, mask, 0 * mask, np.full_like(mask, 255)])
+    for values in kinds.values():
+        write(tmp_path / "mask.png", values)
+        found = AnomalySet([one], ["x"], replace(SIZE, size=(3, 4, 8)))[0]["mask"].numpy()
+        share = (mask > 0).reshape(4, 2, 8, 2).mean((1, 3))
+        assert found[share >= 0.75].all() and not found[share <= 0.25].any() and found.sum() < (share > 0).sum()
+
+
 def test_plain_folders_and_what_is_refused(waves, tmp_path):
     found = find_anomalies(waves / "a" / "train" / "good", 0.34)
     assert len(found.train) == 4 and len(found.test) == 2 and not any(one.defect for one in found.test)
@@ -216,6 +236,49 @@ def test_held_out_scores_are_means_over_the_classes(waves, trained):
     assert 0 < found["score"] <= found["threshold"]
 
 
+def made(**rows) -> Totals:
+    totals = Totals()
+    totals.keep(**{name: torch.as_tensor(np.array(values)) for name, values in rows.items()})
+    return totals
+
+
+def test_each_class_is_scored_by_itself(tmp_path):
+    """Of classes with both kinds of images; pixels of those with masks; the threshold is of all normal images."""
+    dice, path = np.random.default_rng(3), tmp_path / "x"
+    images = [Inspected(path, of, "crack" if bad else "", path if bad else None) for of in (0, 2) for bad in (0, 0, 1)]
+    images += [Inspected(path, 1)] * 2
+    judge = AnomalyScores(SimpleNamespace(images=images, categories="abc"), 0.25)
+    assert judge.judged == judge.masked == [0, 2] and judge.primary == "image_auroc" and judge.higher
+    label, of = np.array([bool(one.defect) for one in images]), np.array([one.category for one in images])
+    score, maps, masks = dice.random(8), dice.random((6, 5, 7)), dice.random((6, 5, 7)) > 0.6
+    totals = made(label=label, category=of, score=score)
+    for name, values in {"map": maps.astype(np.float32), "mask": masks, "of": of[:6]}.items():
+        totals.keep(**{name: torch.as_tensor(values)})
+    found = judge.by_category(totals)
+    assert list(found) == ["a", "c"]
+    for name, mine in (("a", slice(3)), ("c", slice(3, 6))):
+        image, pixels = ranking(label[mine], score[mine]), ranking(masks[mine].ravel(), maps[mine].ravel())
+        got = list(found[name].values())
+        assert got[:6] == pytest.approx([*image, *pixels], abs=1e-6)
+        assert got[7] == pytest.approx(region_overlap(masks[mine], maps[mine].astype(np.float32)))
+    assert judge.scores(totals)["threshold"] == np.sort(score[~label])[4], "a quarter of six may be above: one"
+
+
+def test_the_report_shows_what_the_threshold_misses(waves, tmp_path):
+    """Defects at the threshold are missed, the lowest first; normal images with the highest scores."""
+    found = find_anomalies(waves / "b")
+    judge = AnomalyScores(AnomalySet(found.test, found.categories, SIZE), 0.0)
+    label = np.array([bool(one.defect) for one in found.test])
+    score = np.empty(8)
+    score[~label], score[label] = (0.1, 0.4, 0.2, 0.3), (0.4, 0.41, 0.15, 0.9)
+    totals = made(label=label, category=np.zeros(8, int), score=score, index=np.arange(8))
+    judge.report(totals, tmp_path, "Waves")
+    page = (tmp_path / "report.html").read_text()
+    missed, alarms = page.split("Missed defects")[1].split("Normal images with the highest scores")
+    shown = [re.findall(r"<b>([0-9.]+)</b>", part) for part in (missed, alarms)]
+    assert shown == [["0.1500", "0.4000"], ["0.4000", "0.3000", "0.2000", "0.1000"]]
+
+
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
@@ -232,6 +295,12 @@ def test_training_learns_and_the_teacher_does_not(waves, trained):
     more.load_weights()
     before, _ = restore(checkpoint=out / "best.safetensors")
     assert same(more.model.state_dict(), before.state_dict()) and more.data[0]["input"].shape == (3, 64, 64)
+
+
+def test_the_loss_is_of_all_levels():
+    a, b, c, d = torch.rand(4, 2, 3, 4, 4)
+    loss = AnomalyTask.forward(None, lambda images: ([a, b], [c, d]), {"input": a})["loss"]
+    assert loss.item() == pytest.approx(5 * ((a - c).square().mean() + (b - d).square().mean()).item())
 
 
 def test_fine_tuning_keeps_the_size_of_its_checkpoint_when_resumed(waves, trained):
@@ -339,6 +408,24 @@ def test_thresholds_on_normal_images(waves, trained, tmp_path):
         detect.calibrate([tmp_path / "no.png"])
 
 
+def test_what_is_said_of_a_score():
+    """At the threshold an image is normal; the drawing is as light as it is above 0 and twice the threshold at most."""
+    map = np.full((4, 6), 0.25, np.float32)
+    map[1, 2] = 0.5
+    for threshold, anomalous, said in (
+        (0.5, False, "normal, score 0.5000 <= 0.5000, most at 42% of the width, 38% of the height"),
+        (0.25, True, "anomalous, score 0.5000 > 0.2500, most at 42% of the width, 38% of the height"),
+        (None, None, "score 0.5000, most at 42% of the width, 38% of the height"),
+    ):
+        found = Anomaly(map, threshold, Image.new("RGB", (384, 256)))
+        assert found.anomalous is anomalous and AnomalyMaps.describe(None, found) == said
+        assert found.place == (2.5 / 6, 1.5 / 4)
+        drawn = np.asarray(found.drawn())
+        assert (drawn[96, 160] == 255).all() == (anomalous is True), "a cross where an anomaly is"
+        corner = {0.5: (57, 12, 54), 0.25: (106, 34, 34), None: (6, 4, 30)}[threshold]
+        assert np.abs(drawn[-1, -1] - np.array(corner)).max() <= 1, threshold
+
+
 def test_a_report_of_what_was_scored(waves, trained, tmp_path):
     _, out = trained
     model, card = restore(checkpoint=out / "model.safetensors")
@@ -370,6 +457,7 @@ def test_the_page_holds_the_highest_scores(tmp_path, monkeypatch):
         map = np.zeros((4, 6), np.float32)
         map[1, 2] = score
         writer.save(Source(tmp_path / f"{i}.png", str(i)), Anomaly(map, 0.4, Image.new("RGB", (60, 40))))
+        map[:] = 0.1  # as parts of a batch may be
     writer.close()
     page = (tmp_path / "report.html").read_text()
     assert page.count("<figure>") == 3 and page.index("0.9000") < page.index("0.7000") < page.index("0.5000")
