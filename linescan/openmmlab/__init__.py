@@ -1,4 +1,5 @@
-"""The bridge to OpenMMLab: `custom_imports = dict(imports=['linescan.openmmlab'])` registers the backbone.
+"""The bridge to OpenMMLab: `custom_imports = dict(imports=['linescan.openmmlab'])` registers the backbone,
+and checkpoints that are whole whenever a training is killed.
 
 backbone.py      LinescanBackbone, layer-wise learning rates
 models.py        segmentors and detectors of configs, as the inference tools see them
@@ -12,5 +13,9 @@ from importlib.util import find_spec
 if find_spec("mmengine"):  # without it, the other modules say in one line what is missing
     from ..engine.configs import CONFIGS, find_config, list_configs
     from .backbone import LayerDecayOptimWrapperConstructor, LinescanBackbone
+    from .resumable import AtomicCheckpointHook, IterationSeedHook
 
-    __all__ = ["CONFIGS", "LayerDecayOptimWrapperConstructor", "LinescanBackbone", "find_config", "list_configs"]
+    __all__ = [
+        "AtomicCheckpointHook", "CONFIGS", "IterationSeedHook", "LayerDecayOptimWrapperConstructor", "LinescanBackbone",
+        "find_config", "list_configs",
+    ]  # fmt: skip

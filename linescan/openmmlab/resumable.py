@@ -1,11 +1,11 @@
 """MMEngine trainings that survive `kill -9`: checkpoints that are whole or absent, resumed as if nothing had happened.
 
-    custom_imports = dict(imports=['linescan.openmmlab.resumable'])
+    custom_imports = dict(imports=['linescan.openmmlab'])
     default_hooks = dict(checkpoint=dict(type='AtomicCheckpointHook', by_epoch=False, interval=50, max_keep_ckpts=2))
     custom_hooks = [dict(type='IterationSeedHook')]
 
 MMEngine's own hook writes in place, points to the new file in place, and removes the old one first; a process killed
-among these leaves nothing to resume from.
+among these leaves nothing to resume from, or no best weights.
 """
 
 import pickle
@@ -90,6 +90,16 @@ class AtomicCheckpointHook(CheckpointHook):
         while 0 < self.max_keep_ckpts < len(self.keep_ckpt_ids):
             Path(self.out_dir, self.filename_tmpl.format(self.keep_ckpt_ids.popleft())).unlink(missing_ok=True)
 
+    def _save_best_checkpoint(self, runner, metrics) -> None:
+        """First the best weights and a checkpoint that names them, then the end of those before."""
+        before: list[str] = []
+        self.file_backend.remove = before.append  # MMEngine removes them first
+        super()._save_best_checkpoint(runner, metrics)
+        del self.file_backend.remove
+        best = {getattr(self, "best_ckpt_path", None), *getattr(self, "best_ckpt_path_dict", {}).values()}
+        for path in set(before) - best:
+            Path(path).unlink(missing_ok=True)
+
 
 @HOOKS.register_module()
 class IterationSeedHook(Hook):
@@ -113,9 +123,11 @@ def _statistic(owner: object, name: str):
     return getattr(owner, name)
 
 
-# What MMEngine saves of a training beside tensors: the log, in numpy arrays.
+NUMBERS = "?" + np.typecodes["AllInteger"] + np.typecodes["Float"]
+
+# What MMEngine saves of a training beside tensors: the log, in numpy arrays, and scores as numpy's numbers.
 TRUSTED = [
-    HistoryBuffer, (_statistic, "builtins.getattr"), np.ndarray, np.dtype, np.dtypes.Float64DType, np.dtypes.Int64DType,
+    HistoryBuffer, (_statistic, "builtins.getattr"), np.ndarray, np.dtype, *{type(np.dtype(code)) for code in NUMBERS},
     np._core.multiarray._reconstruct, np._core.multiarray.scalar,  # type: ignore[attr-defined]
 ]  # fmt: skip
 
@@ -138,8 +150,16 @@ def load_from_disk(filename: str | Path, map_location=None) -> dict:
 
 
 def refuse_pickles() -> None:
-    """From now on MMEngine reads local checkpoints by `load_from_disk`.
+    """From now on MMEngine reads local checkpoints by `load_from_disk`, and runs no config that one holds.
 
     On its own it goes on to unpickle what the restricted reading refuses, which runs whatever the file says.
     """
-    CheckpointLoader.register_scheme("", load_from_disk, force=True)
+    CheckpointLoader.register_scheme("", _without_config, force=True)
+
+
+def _without_config(filename: str | Path, map_location=None) -> dict:
+    """A checkpoint without the text of a config, which MMEngine would run as a program when it resumes."""
+    checkpoint = load_from_disk(filename, map_location)
+    if isinstance(meta := checkpoint.get("meta"), dict):
+        meta.pop("config", None)
+    return checkpoint

@@ -1,7 +1,6 @@
 """`make demo-dense` on a small scale: its scenes, its trainings with MMEngine's Runner, a kill -9 between them."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +11,12 @@ pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
 
 from mmengine.registry import DATASETS, init_default_scope  # noqa: E402
-from mmengine.runner import Runner, find_latest_checkpoint  # noqa: E402
+from mmengine.runner import find_latest_checkpoint  # noqa: E402
 from pycocotools.coco import COCO  # noqa: E402
-from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
-from linescan.checkpoint import CheckpointError  # noqa: E402
 from linescan.demos.killable import Training, read_log  # noqa: E402
 from linescan.demos.render import CLASSES, read_pixels, write_scenes  # noqa: E402
 from linescan.demos.scenes import TASKS, configure, demo_dense  # noqa: E402
-from linescan.engine import atomic as files  # noqa: E402
 from linescan.engine.digit_scenes import render  # noqa: E402
 from linescan.engine.image_sets import Digits  # noqa: E402
 from linescan.openmmlab.resumable import load_from_disk  # noqa: E402
@@ -146,79 +142,3 @@ def test_a_failed_training_names_its_log(scenes, tmp_path):
     with pytest.raises(RuntimeError, match="training.log says why"):
         training.poll()
     assert "nonsense" in training.log.read_text()
-
-
-# -- checkpoints ------------------------------------------------------------------------------------------------------
-
-
-class Crash(BaseException):
-    """Stands for the end of the process."""
-
-
-def toy_runner(work_dir, **kwargs):
-    """MMEngine's Runner, of a line through points, that saves after every iteration."""
-    from mmengine.model import BaseModel
-
-    hook = {"type": "AtomicCheckpointHook", "by_epoch": False, "interval": 1, "max_keep_ckpts": 2}
-
-    class Line(BaseModel):
-        def __init__(self):
-            super().__init__()
-            self.line = torch.nn.Linear(1, 1)
-
-        def forward(self, x, mode="tensor"):
-            return {"loss": (self.line(x) - 3 * x).square().mean()}
-
-    return Runner(
-        Line(), str(work_dir), train_dataloader=DataLoader(TensorDataset(torch.rand(8, 1))),
-        train_cfg={"type": "IterBasedTrainLoop", "max_iters": 6},
-        optim_wrapper={"type": "OptimWrapper", "optimizer": {"type": "Adam", "lr": 0.1}}, log_level="ERROR",
-        default_hooks={"checkpoint": hook}, experiment_name=f"toy_{len(os.listdir(work_dir))}", **kwargs,
-    )  # fmt: skip
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("step", range(1, 13, 3))
-@pytest.mark.parametrize("call", ["replace", "fsync"])
-def test_whenever_it_ends_there_is_something_to_go_on_from(tmp_path, monkeypatch, call, step):
-    calls, real = [], getattr(os, call)
-
-    def crash(*args):
-        calls.append(args)
-        if len(calls) == step:
-            raise Crash
-        return real(*args)
-
-    monkeypatch.setattr(files.os, call, crash)
-    with pytest.raises(Crash):
-        toy_runner(tmp_path).train()
-    monkeypatch.undo()
-    latest = find_latest_checkpoint(str(tmp_path))
-    if latest is None:
-        assert step <= 3  # before the first was whole
-    else:
-        assert load_from_disk(latest)["meta"]["iter"] == int(Path(latest).stem[5:])
-    toy_runner(tmp_path, resume=True).train()
-    assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["iter_5.pth", "iter_6.pth"]
-    assert find_latest_checkpoint(str(tmp_path)) == str(tmp_path / "iter_6.pth")
-    assert not list(tmp_path.glob(".*"))
-
-
-class Bomb:
-    def __reduce__(self):
-        return os.mkdir, (os.environ["LINESCAN_TEST_BOMB"],)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_a_resumed_training_unpickles_nothing(tmp_path, monkeypatch):
-    monkeypatch.setenv("LINESCAN_TEST_BOMB", str(tmp_path / "exploded"))
-    torch.save({"state_dict": {}, "meta": Bomb()}, tmp_path / "iter_1.pth")
-    (tmp_path / "last_checkpoint").write_text(str(tmp_path / "iter_1.pth"))
-    with pytest.raises(CheckpointError, match="refused"):
-        toy_runner(tmp_path, resume=True).train()
-    assert not (tmp_path / "exploded").exists()
-    (tmp_path / "iter_1.pth").write_bytes(b"PK\x03\x04 cut short")
-    with pytest.raises(CheckpointError, match="damaged"):
-        load_from_disk(tmp_path / "iter_1.pth")
-    with pytest.raises(CheckpointError, match="does not exist"):
-        load_from_disk(tmp_path / "iter_2.pth")

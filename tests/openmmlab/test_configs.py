@@ -140,6 +140,7 @@ def test_config_builds(cfg):
     if reader := getattr(model, "neck", None) or getattr(model, "decode_head", None):
         expected = getattr(reader, "in_channels", None)
         assert expected in (None, model.backbone.out_channels)
+    assert cfg.default_hooks.checkpoint.type == "AtomicCheckpointHook", "which survives kill -9"
     for loader in (cfg.train_dataloader, cfg.test_dataloader):
         for dataset in loader.dataset.get("datasets", [loader.dataset]):
             for part in (dataset, dataset.get("dataset", dataset)):  # a wrapper may have a pipeline of its own

@@ -5,3 +5,4 @@ train_dataloader = dict(batch_size=4)
 optim_wrapper = dict(
     _delete_=True, type='OptimWrapper', optimizer=dict(type='AdamW', lr=2e-4, weight_decay=1e-4))
 param_scheduler = [dict(type='PolyLR', eta_min=0.0, power=0.9, begin=0, end=40000, by_epoch=False)]
+default_hooks = dict(checkpoint=dict(type='AtomicCheckpointHook'))

@@ -3,10 +3,7 @@
 # of "" in place of missing ones. Tested without training on LVIS, by AP with a fixed number of boxes for each class, on
 # the 5,000 images of minival. docs/tasks/detect.md says how the files are made.
 _base_ = ['./mamba_yolo_world_objects365.py']
-custom_imports = dict(
-    imports=[
-        'linescan.openmmlab', 'linescan.openmmlab.yolo', 'linescan.openmmlab.lvis', 'linescan.openmmlab.resumable'
-    ])
+custom_imports = dict(imports=['linescan.openmmlab', 'linescan.openmmlab.yolo', 'linescan.openmmlab.lvis'])
 phrases = 'data/texts/goldg.safetensors'
 flickr = dict(
     type='MultiImageMixDataset',

@@ -28,4 +28,3 @@ optim_wrapper = dict(
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 default_hooks = dict(checkpoint=dict(type='AtomicCheckpointHook', interval=1, max_keep_ckpts=2))
-custom_imports = dict(imports=['linescan.openmmlab', 'linescan.openmmlab.yolo', 'linescan.openmmlab.resumable'])

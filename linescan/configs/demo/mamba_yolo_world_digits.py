@@ -1,7 +1,6 @@
 # A small Mamba-YOLO-World learns to find digits by their names, from scratch, on a CPU. The embeddings of the names are
 # written by `linescan.demos.render.write_words`.
 _base_ = ['../_base_/mamba_yolo_world.py', '../_base_/digits_detection.py']
-custom_imports = dict(imports=['linescan.openmmlab', 'linescan.openmmlab.yolo', 'linescan.openmmlab.resumable'])
 names = ['zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine']
 model = dict(
     backbone=dict(depth=0.33, width=0.25, last_chans=256),

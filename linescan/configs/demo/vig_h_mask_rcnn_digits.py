@@ -1,6 +1,5 @@
 # A small Mask R-CNN learns to find digits, from scratch, on a CPU: half of `make demo-dense`.
 _base_ = ['../_base_/mask_rcnn.py', '../_base_/digits_detection.py']
-custom_imports = dict(imports=['linescan.openmmlab', 'linescan.openmmlab.resumable'])
 dims = [48, 96, 128, 160]
 model = dict(
     backbone=dict(model='vig_h_tiny', dims=dims, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 5]),

@@ -1,6 +1,5 @@
 # A small UPerNet learns to segment digits, from scratch, on a CPU: half of `make demo-dense`.
 _base_ = ['../_base_/upernet.py', '../_base_/digits_segmentation.py']
-custom_imports = dict(imports=['linescan.openmmlab', 'linescan.openmmlab.resumable'])
 dims = [48, 96, 128, 160]
 norm_cfg = dict(type='BN')
 # Most pixels are canvas. At full weight they keep the digits from being told apart for hundreds of iterations; at a
