@@ -195,9 +195,9 @@ class PartIoU(Evaluator):
             found = members[own[:, members].argmax(-1)]
             found, true = found[true >= 0], true[true >= 0]
             right += (found == true).sum()
-            both = [((found == m) & (true == m)).sum() for m in members]
-            either = [((found == m) | (true == m)).sum() for m in members]
-            ious.append(torch.stack([b / e if e else torch.ones(()) for b, e in zip(both, either)]).double().mean())
+            both = torch.stack([((found == m) & (true == m)).sum() for m in members])
+            either = torch.stack([((found == m) | (true == m)).sum() for m in members])
+            ious.append(torch.where(either > 0, both / either, 1.0).double().mean())
         totals.add(loss=loss, points=counted.sum(), right=right)
         totals.keep(iou=torch.stack(ious), category=batch["label"])
 

@@ -23,7 +23,7 @@ from linescan.engine.data import evaluation_batches, training_batches
 from linescan.engine.metrics import read_metrics
 from linescan.engine.processes import Processes
 from linescan.engine.recipe import Run
-from linescan.engine.scores import evaluate
+from linescan.engine.scores import Totals, evaluate
 from linescan.engine.training import Training
 from linescan.errors import CheckpointError, InputError
 from linescan.media.clouds import PointAugment, PointPreprocess
@@ -365,6 +365,9 @@ def test_part_scores_are_the_formula():
     assert result["accuracy"] == pytest.approx(100 * (2 + 3 + 4) / 11)
     flat = F.cross_entropy(score.flatten(0, 1), truth.flatten(), ignore_index=-1)
     assert result["loss"] == pytest.approx(flat.item())
+    batch = next(iter(evaluation_batches(items, 3))).content
+    with torch.device("meta"):  # as on a GPU: what is made for the scores is made where the model is
+        PartIoU(items, parts).measure(Model(), batch, Totals())
 
 
 def test_digits_have_parts_without_categories(tmp_path):
