@@ -135,31 +135,28 @@ TRUSTED = [
 def load_from_disk(filename: str | Path, map_location=None) -> dict:
     """A checkpoint of MMEngine's: tensors, plain values and the log; nothing in the file is run.
 
+    The text of a config (`meta["config"]`) is left out: MMEngine would run it as a program when it resumes.
+
     Raises:
         CheckpointError: the file is missing or damaged, or holds other objects.
     """
     try:
         with torch.serialization.safe_globals(TRUSTED):
-            return torch.load(filename, map_location=map_location, weights_only=True)
+            checkpoint = torch.load(filename, map_location=map_location, weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{filename} does not exist") from None
     except Exception as error:  # a pickle can raise anything; torch's own advice for it is to trust the file
         raise CheckpointError(
             f"{filename} is damaged, or holds other things than tensors and a training's log; refused"
         ) from error
+    if isinstance(checkpoint, dict) and isinstance(meta := checkpoint.get("meta"), dict):
+        meta.pop("config", None)
+    return checkpoint
 
 
 def refuse_pickles() -> None:
-    """From now on MMEngine reads local checkpoints by `load_from_disk`, and runs no config that one holds.
+    """From now on MMEngine reads local checkpoints by `load_from_disk`.
 
     On its own it goes on to unpickle what the restricted reading refuses, which runs whatever the file says.
     """
-    CheckpointLoader.register_scheme("", _without_config, force=True)
-
-
-def _without_config(filename: str | Path, map_location=None) -> dict:
-    """A checkpoint without the text of a config, which MMEngine would run as a program when it resumes."""
-    checkpoint = load_from_disk(filename, map_location)
-    if isinstance(meta := checkpoint.get("meta"), dict):
-        meta.pop("config", None)
-    return checkpoint
+    CheckpointLoader.register_scheme("", load_from_disk, force=True)

@@ -91,3 +91,14 @@ def _join_on_cpus(cfg) -> None:
         torch.distributed.init_process_group("gloo")
         wrapper = {"type": "MMDistributedDataParallel", "device_ids": None}
         cfg.model_wrapper_cfg = wrapper | (cfg.get("model_wrapper_cfg") or {})
+        _unsynchronise(cfg.model)
+
+
+def _unsynchronise(part) -> None:
+    """Makes synchronised batch norms plain ones in a part of a config: torch has them on GPUs alone."""
+    if isinstance(part, dict):
+        if part.get("type") == "SyncBN":
+            part["type"] = "BN"
+        part = list(part.values())
+    for inner in part if isinstance(part, (list, tuple)) else ():
+        _unsynchronise(inner)

@@ -27,7 +27,7 @@ class Crash(BaseException):
 class Line(BaseModel):
     def __init__(self):
         super().__init__()
-        self.line = torch.nn.Linear(1, 1)
+        self.line = torch.nn.Linear(1, 1, bias=False)
 
     def forward(self, x, mode="tensor"):
         if mode == "predict":
@@ -56,7 +56,7 @@ def toy_runner(work_dir, best=None, **kwargs):
         Line(), str(work_dir), train_dataloader=DataLoader(TensorDataset(torch.rand(8, 1))),
         train_cfg={"type": "IterBasedTrainLoop", "max_iters": 6, "val_interval": 1},
         optim_wrapper={"type": "OptimWrapper", "optimizer": {"type": "Adam", "lr": 0.1}}, log_level="ERROR",
-        default_hooks={"checkpoint": hook}, experiment_name=f"toy_{len(os.listdir(work_dir))}", **kwargs,
+        default_hooks={"checkpoint": hook}, experiment_name=f"{work_dir}_{len(os.listdir(work_dir))}", **kwargs,
     )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """A config written by hand in mmseg's usual way trains with MMEngine's Runner, on images on disk."""
 
+import socket
 import sys
 from pathlib import Path
 
@@ -67,13 +68,27 @@ def config(tmp_path):
     return file
 
 
+@pytest.fixture
+def torchrun(monkeypatch):
+    """As a process that torchrun has started, alone."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=port).items():
+        monkeypatch.setenv(name, str(value))
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.slow
-def test_a_config_written_by_hand_trains_and_goes_on(config, tmp_path):
+def test_a_config_written_by_hand_trains_and_goes_on(config, tmp_path, request):
     to = train_config(config, tmp_path / "run")
     first = torch.load(to / "iter_2.pth", map_location="cpu", weights_only=False)
     assert any(key.startswith("backbone.trunk.stages.3.") for key in first["state_dict"])
     assert "mIoU" in next(to.glob("*/*.log")).read_text()
-    # The command line goes on from there.
+    # The command line goes on from there, as one of several processes, without a GPU: torch then refuses SyncBN.
+    request.getfixturevalue("torchrun")
     arguments = ["train", "--config", str(config), "--work-dir", str(to), "--resume"]
     result = CliRunner().invoke(cli.app, [*arguments, "--cfg-options", "train_cfg.max_iters=4"])
     assert result.exit_code == 0, result.exception
