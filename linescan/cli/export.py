@@ -38,6 +38,7 @@ def convert(
     """
     if to.exists() and not to.is_dir():
         raise InputError(f"{to} is a file; --out is a folder")
+    expect_folder(to)
     from linescan.engine.cards import restore
     from linescan.engine.hub import write_folder
 
@@ -142,6 +143,7 @@ def embed(
         raise InputError(f"--out is a .npz or a .parquet file, not {to}")
     if to.is_dir():
         raise InputError(f"{to} is a folder; --out is a file")
+    expect_folder(to.parent)
 
     def open_tool() -> tuple["Tool", "Writer"]:
         from linescan.extras import require

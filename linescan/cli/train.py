@@ -7,6 +7,7 @@ from typing import Annotated, Any, Optional, get_args
 
 import typer
 
+from linescan.engine.atomic import expect_folder
 from linescan.engine.progress import progress_bar, say, show
 from linescan.engine.recipe import DATA, PANELS, Recipe, Run, flag
 from linescan.errors import InputError
@@ -175,6 +176,8 @@ def evaluate(
     """Scores a model as its task does."""
     if data is None:
         raise InputError("evaluating needs --data")
+    if to:
+        expect_folder(to)
     from linescan.engine.processes import Processes, pick_device
     from linescan.engine.scores import evaluate as run
     from linescan.tasks.open import restore_for
