@@ -38,7 +38,6 @@ OPTIONS = (
     "train_cfg.val_interval=2",
     "default_hooks.checkpoint.interval=1",
     "default_hooks.logger.interval=1",
-    "default_hooks.checkpoint.save_best=None",
     "env_cfg.dist_cfg.backend=gloo",
 )
 
@@ -73,6 +72,7 @@ def test_a_config_trains_alone_and_in_two_processes(mfnet, tmp_path):
     said = next(work.glob("*/vis_data/scalars.json")).read_text().splitlines()
     rows = [json.loads(line) for line in said]
     assert len([row for row in rows if "loss" in row]) == 4 and "mIoU" in rows[-1]
+    assert (work / "best_mIoU_epoch_2.pth").exists()
     first, last = (torch.load(work / f"epoch_{i}.pth", weights_only=False)["state_dict"] for i in (1, 2))
     moved = {name for name in first if not torch.equal(first[name], last[name])}
     kept = {name for name in first if name not in moved}
