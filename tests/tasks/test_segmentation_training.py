@@ -119,16 +119,24 @@ def test_answers_at_several_scales_and_mirrored_are_added():
     seen = SimpleNamespace(size=None, logits=logits)
     once = MaskScores(None, seen).answers(None, images, (6, 8))
     torch.testing.assert_close(once, logits(None, images))
-    small = torch.nn.functional.interpolate(images.float(), (3, 4), mode="bilinear").round()
+    small = torch.nn.functional.interpolate(images.float(), (4, 5), mode="bilinear").round()
     wanted = 0
     for x in (images, small):
         for turned in (False, True):
             own = logits(None, x.flip(-1) if turned else x).exp()
             own = own.flip(-1) if turned else own
             wanted = wanted + torch.nn.functional.interpolate(own, (6, 8), mode="bilinear")
-    found = MaskScores(None, seen, [1.0, 0.5], mirror=True).answers(None, images, (6, 8))
+    found = MaskScores(None, seen, [1.0, 0.6], mirror=True).answers(None, images, (6, 8))
     shares, right = (x / x.sum((1, 2, 3), keepdim=True) for x in (found, wanted))
     torch.testing.assert_close(shares, right)
+
+    def far(_, images):  # one image, and one scale, far above the other
+        level = images.float().mean((1, 2, 3)) + 30 * images.shape[-1]
+        return level[:, None, None, None] + torch.tensor([0.0, 1.0])[:, None, None].expand(2, *images.shape[-2:])
+
+    images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 6, 8)
+    found = MaskScores(None, SimpleNamespace(size=None, logits=far), [1.0, 0.5]).answers(None, images, (6, 8))
+    assert found.isfinite().all() and (found.argmax(1) == 1).all()
     for scales in ("1,x", "", "0.01"):
         with pytest.raises(InputError, match="--scales are numbers of 0.1 to 10"):
             SegmentationRecipe("data", scales=scales)
