@@ -388,6 +388,9 @@ def test_pre_trains_and_fine_tunes(tmp_path, shapes):
     assert training.evaluate()["loss"] == first  # noise, curve and all
     last = training.run()["loss"]
     assert last < 0.5 * first
+    torch.save({"model": training.bare.state_dict()}, tmp_path / "whole.pth")  # as published: with the decoder
+    more, _ = start(tmp_path / "more", PointPretrainingRecipe, shapes, **MASKED, checkpoint=str(tmp_path / "whole.pth"))
+    assert same(more.bare.state_dict(), training.bare.state_dict())
     path = tmp_path / "masked" / "model.safetensors"
     card = read_card(path)
     assert card.model == "pointmamba_modelnet40" and card.args["num_classes"] == 0 and card.preprocess.points == 128
