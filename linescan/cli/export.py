@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from linescan.engine.atomic import expect_folder
+from linescan.engine.atomic import expect_file, expect_folder
 from linescan.engine.progress import say
 from linescan.errors import InputError
 
@@ -36,8 +36,6 @@ def convert(
     The folder holds model.safetensors, config.json and a model card with the licence;
     `timm.create_model("local-dir:OUT", pretrained=True)` reads it, and `hf upload` pushes it.
     """
-    if to.exists() and not to.is_dir():
-        raise InputError(f"{to} is a file; --out is a folder")
     expect_folder(to)
     from linescan.engine.cards import restore
     from linescan.engine.hub import write_folder
@@ -98,9 +96,7 @@ def export(
         return entry
 
     expect_format(to, format.value, precision.dtype)  # before weights are fetched, as all that needs none
-    if to.is_dir():
-        raise InputError(f"{to} is a folder; --out is a file")
-    expect_folder(to.parent)
+    expect_file(to)
     if plain and format is not Format.onnx:
         raise InputError(f"--plain is for onnx, not {format.value}")
     if name:
@@ -141,9 +137,7 @@ def embed(
     """
     if to.suffix not in (".npz", ".parquet"):
         raise InputError(f"--out is a .npz or a .parquet file, not {to}")
-    if to.is_dir():
-        raise InputError(f"{to} is a folder; --out is a file")
-    expect_folder(to.parent)
+    expect_file(to)
 
     def open_tool() -> tuple["Tool", "Writer"]:
         from linescan.extras import require

@@ -11,8 +11,8 @@ from typing import BinaryIO, Iterable, Iterator, Mapping
 
 from ..errors import InputError
 
-__all__ = ["atomic", "atomic_path", "expect_folder", "expect_no_input", "identities", "inputs_kept", "sweep",
-           "write_all"]  # fmt: skip
+__all__ = ["atomic", "atomic_path", "expect_file", "expect_folder", "expect_no_input", "identities", "inputs_kept",
+           "sweep", "write_all"]  # fmt: skip
 
 _SUFFIX = ".partial"
 _LONGEST = 255  # bytes of a file's name, on every common file system
@@ -102,6 +102,13 @@ def expect_folder(folder: str | Path) -> None:
         raise InputError(
             f"{there}: nothing can be written into this folder ({error.strerror}); --out names another"
         ) from None
+
+
+def expect_file(path: str | Path) -> None:
+    """Raises InputError: `path` is a folder, or its own cannot be made or written to."""
+    if Path(path).is_dir():
+        raise InputError(f"{path} is a folder; --out is a file")
+    expect_folder(Path(path).parent)
 
 
 def _identity(path: str | Path) -> tuple[int, int] | None:

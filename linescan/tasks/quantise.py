@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ..engine.atomic import atomic, expect_folder, write_all
+from ..engine.atomic import atomic, expect_file, write_all
 from ..engine.cards import save_model
 from ..engine.image_sets import Digits, Files, ImageSet
 from ..engine.samples import reader
@@ -92,9 +92,7 @@ def quantise_checkpoint(
     to = Path(to)
     if to.suffix != ".safetensors":
         raise InputError(f"a quantised model is written to a .safetensors file, not {to}")
-    if to.is_dir():
-        raise InputError(f"{to} is a folder; a file is wanted")
-    expect_folder(to.parent)
+    expect_file(to)
     if recipe.calibrated and data is None:
         raise InputError(f"{recipe.method} needs --calibrate with images like those the model is for")
     network, card = restore_for("classification", model, checkpoint, **args)

@@ -82,7 +82,7 @@ def test_what_cannot_be(linescan_here, trained, tmp_path):
         (tmp_path, good, tmp_path, "a .npz or a .parquet file"),
         (tmp_path, tmp_path / "none.pth", out, "none.pth does not exist"),
         (tmp_path / "gone", good, out, "gone does not exist"),
-        (tmp_path, good, tmp_path / "x.png" / "x.npz", "where a folder is needed"),
+        (tmp_path, good, tmp_path / "x.png" / "x.npz", "is a file; --out needs a folder there"),
     ):
         status, _, stderr = linescan_here("embed", inputs, "-c", checkpoint, "--out", to)
         assert status == 2 and said in stderr and stderr.count("\n") == 1
