@@ -31,6 +31,7 @@ def test_sizes_alone_and_in_a_batch(model):
         shapes = [(2, 64, 16, 24), (2, 128, 8, 12), (2, 256, 4, 6)]
         assert [tuple(t.shape) for t in targets] == [tuple(t.shape) for t in rebuilt] == shapes
         assert maps.shape == (2, 64, 96)
+        assert torch.allclose(maps, gaussian_blur(distance_map(targets, rebuilt, (64, 96)), 4.0), atol=1e-6)
         for i in range(2):
             assert torch.allclose(model.anomaly_maps(x[i : i + 1]), maps[i : i + 1], atol=1e-5)
     for size in ((64, 80), (32, 64)):

@@ -400,6 +400,9 @@ def test_thresholds_on_normal_images(waves, trained, tmp_path):
     (tmp_path / "no.png").write_bytes(b"")
     broken = detect.calibrate([*normal, tmp_path / "no.png"], 0.0)
     scores = [found.score for found in detect(normal)]
+    detect.calibrate(normal, 0.5)
+    assert detect.threshold == pytest.approx(sorted(scores)[3]), "half of six may be above"
+    assert detect.calibrate([*normal, tmp_path / "no.png"]) == broken
     assert detect.threshold == pytest.approx(max(scores)) and len(broken) == 1 and "no.png" in broken[0]
     image, mask = stripes(300, defect=True)
     found = detect(image)
