@@ -137,6 +137,9 @@ def test_answers_at_several_scales_and_mirrored_are_added():
     images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 6, 8)
     found = MaskScores(None, SimpleNamespace(size=None, logits=far), [1.0, 0.5]).answers(None, images, (6, 8))
     assert found.isfinite().all() and (found.argmax(1) == 1).all()
+    how = SegmentationRecipe("data", scales="0.75,1", mirror=True)
+    judge = MaskScores.of([], "abc", SimpleNamespace(size=None, grey_extra=False), how)
+    assert judge.factors == [0.75, 1.0] and judge.mirror, "as the recipe says"
     for scales in ("1,x", "", "0.01"):
         with pytest.raises(InputError, match="--scales are numbers of 0.1 to 10"):
             SegmentationRecipe("data", scales=scales)
