@@ -137,6 +137,9 @@ def test_answers_at_several_scales_and_mirrored_are_added():
     images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 6, 8)
     found = MaskScores(None, SimpleNamespace(size=None, logits=far), [1.0, 0.5]).answers(None, images, (6, 8))
     assert found.isfinite().all() and (found.argmax(1) == 1).all()
+    judge, totals = MaskScores(SimpleNamespace(classes="ab"), seen), Totals()
+    judge.measure(None, {"images": images, "mask": torch.ones(2, 12, 16), "index": torch.arange(2)}, totals)
+    assert totals["confusion"].sum() == 2 * 12 * 16, "in the resolution of the masks"
     how = SegmentationRecipe("data", scales="0.75,1", mirror=True)
     judge = MaskScores.of([], "abc", SimpleNamespace(size=None, grey_extra=False), how)
     assert judge.factors == [0.75, 1.0] and judge.mirror, "as the recipe says"
