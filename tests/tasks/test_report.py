@@ -83,7 +83,7 @@ def test_the_files(tmp_path, classes):
 
 
 def test_evaluate_writes_it(linescan_here, trained, tmp_path):
-    """The samples of the page are those of the folder, broken ones left out; a file where the folder should be."""
+    """The samples of the page are those of the folder, broken ones left out; scores are not lost with the page."""
     data, held_out = tmp_path / "val", Digits(held_out=True)
     for i in range(40):
         (data / held_out.classes[held_out.labels[i]]).mkdir(parents=True, exist_ok=True)
@@ -99,4 +99,7 @@ def test_evaluate_writes_it(linescan_here, trained, tmp_path):
     assert np.mean([row["class"] == row["guess"] for row in rows]) == pytest.approx(found["accuracy"])
     (tmp_path / "file").write_text("")
     status, stdout, stderr = linescan_here(*args, "--out", tmp_path / "file")
-    assert status == 2 and stderr.count("\n") == 2 and json.loads(stdout)["samples"] == found["samples"], "not lost"
+    assert status == 2 and stderr.count("\n") == 1 and not stdout, "before anything is computed"
+    (tmp_path / "other" / "predictions.csv").mkdir(parents=True)
+    status, stdout, stderr = linescan_here(*args, "--out", tmp_path / "other")
+    assert status == 2 and stderr.count("\n") == 2 and json.loads(stdout)["samples"] == found["samples"]
