@@ -85,19 +85,13 @@ def side_by_side(runs: dict[str, Callable[[], object]], budget: float, turns: in
 
 def machine() -> dict[str, object]:
     """Where and when; goes into every JSON file."""
+    from linescan.engine import benchmark
     from linescan.scans.kernels import backend_info
 
-    processor = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), processor)
     return {
         "date": datetime.now().isoformat(timespec="seconds"),
-        "processor": processor,
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
+        **benchmark.machine(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
         "kernels": backend_info()["cpu"],
     }
 

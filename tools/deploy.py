@@ -24,6 +24,8 @@ import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Callable, Sequence
 
@@ -38,6 +40,7 @@ from torch import Tensor, nn  # noqa: E402
 import linescan  # noqa: E402
 from linescan.engine import packages  # noqa: E402
 from linescan.engine.atomic import atomic  # noqa: E402
+from linescan.engine.benchmark import machine  # noqa: E402
 from linescan.errors import one_line  # noqa: E402
 from linescan.quantise import Recipe, quantise  # noqa: E402
 
@@ -380,6 +383,17 @@ def grid(columns: Sequence[str], rows: dict[str, list[tuple[str, Path]]]) -> lis
     return [*lines, "", *([*notes, ""] if notes else [])]
 
 
+def measured_on() -> list[str]:
+    """What the milliseconds are of."""
+    facts = machine()
+    tools = [("torch", "torch"), ("onnxruntime", "ONNX Runtime"), ("openvino", "OpenVINO")]
+    with_versions = ", ".join(f"{name} {metadata.version(tool)}" for tool, name in tools if find_spec(tool))
+    return [
+        "Milliseconds for one image, the least of five calls, in float32 but for the last column. Processor:",
+        f"{facts['processor']}, {facts['cores']} cores; {with_versions}.", "",
+    ]  # fmt: skip
+
+
 def write_page(page: Path, lines: list[str], mark: str) -> None:
     """Replaces what stands between the page's marks."""
     begin, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
@@ -419,7 +433,7 @@ def deploy(
                   for kind in RUNTIMES if named(kind, runtime)]  # fmt: skip
 
         def lines() -> list[str]:
-            return grid([f"ms on {' / '.join(map(str, threads))} threads", *RUNTIMES.values()], {
+            return measured_on() + grid([f"ms on {' / '.join(map(str, threads))} threads", *RUNTIMES.values()], {
                 f"`{name}`, {pixels}": [(f"`{name}`, {pixels}, {column}", path(name, pixels, kind))
                                         for kind, column in RUNTIMES.items()]
                 for pixels in side for name in TIMED

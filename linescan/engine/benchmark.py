@@ -249,8 +249,12 @@ def draw(results: Sequence[Measurement], against: str | None, file: BinaryIO) ->
 
 def machine() -> dict:
     """What times depend on, in JSON's types."""
+    processor = platform.processor() or platform.machine()
+    if (facts := Path("/proc/cpuinfo")).exists():  # Linux says no more than x86_64 elsewhere
+        lines = facts.read_text().splitlines()
+        processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), processor)
     return {
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor,
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
         "torch": torch.__version__,
