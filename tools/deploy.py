@@ -3,11 +3,13 @@
 
     python tools/deploy.py                                          # all cells that are not there yet
     python tools/deploy.py --model 'vim*' --format onnx --again     # some of them, anew
+    python tools/deploy.py --prepare                                # what takes minutes before a first call
     python tools/deploy.py --time                                   # milliseconds; on a quiet machine
 
 A cell is one model in one format, in a process of its own with a limit of time. Its result is kept in
 runs/deploy/NAME.FORMAT.json before the next one begins, and the page is written after each: a run that was ended goes
-on where it was. Models are the smallest form of each family, with random weights: only their numbers count.
+on where it was. What works stays on the page until it is computed anew; times, which are of one machine, do not.
+Models are the smallest form of each family, with random weights: only their numbers count.
 """
 
 import copy
@@ -318,8 +320,14 @@ RUNTIMES = {
 }  # fmt: skip
 
 
-def milliseconds(name: str, side: int, runtime: str, threads: Sequence[int], files: Path) -> str:
-    """For each number of threads the least of five calls with one image, after one that does not count."""
+def prepared(*args: Any) -> str:
+    """Writes packages, and fills torch's cache of what it compiles: the times then need a quiet machine for seconds."""
+    milliseconds(*args, calls=1)
+    return "ready"
+
+
+def milliseconds(name: str, side: int, runtime: str, threads: Sequence[int], files: Path, calls: int = 5) -> str:
+    """For each number of threads the least of some calls with one image, after one that does not count."""
     create = linescan.create_model if linescan.zoo.is_model(name) else timm.create_model
     torch.manual_seed(0)
     model, image, best = create(name, img_size=side).eval(), torch.randn(1, 3, side, side), []
@@ -330,7 +338,7 @@ def milliseconds(name: str, side: int, runtime: str, threads: Sequence[int], fil
         with torch.inference_mode():
             run()
             times = []
-            for _ in range(5):
+            for _ in range(calls):
                 start = time.perf_counter()
                 run()
                 times.append(time.perf_counter() - start)
@@ -366,21 +374,37 @@ def in_runtime(model: nn.Module, image: Tensor, runtime: str, stem: Path, thread
 # -- the page ---------------------------------------------------------------------------------------------------------
 
 
-def read(path: Path) -> dict:
-    """A cell's result; of one that has not been computed, an empty text."""
-    return json.loads(path.read_text()) if path.exists() else {"says": ""}
+def grid(columns: Sequence[str], rows: dict[str, list[Path]], before: dict[str, dict]) -> list[str]:
+    """A table in Markdown, from the cells of each row; then what does not work, and why.
 
-
-def grid(columns: Sequence[str], rows: dict[str, list[tuple[str, Path]]]) -> list[str]:
-    """A table in Markdown, from the cells of each row and what they are; then what does not work, and why."""
+    A cell that has not been computed is as it was `before`, by row and column, or empty.
+    """
     lines, notes = [f"| {' | '.join(columns)} |", "| --- |" + " --- |" * (len(columns) - 1)], []
     for title, cells in rows.items():
-        if not any(path.exists() for _, path in cells):
+        names = [f"{title}, {column}" for column in columns[1:]]
+        found = [
+            json.loads(path.read_text()) if path.exists() else before.get(name) for name, path in zip(names, cells)
+        ]
+        if not any(found):
             continue
-        found = [read(path) for _, path in cells]
-        lines.append(f"| {title} | {' | '.join(result.get('says', 'no') for result in found)} |")
-        notes += [f"- {what}: {result['fails']}" for (what, _), result in zip(cells, found) if "fails" in result]
+        lines.append(f"| {title} | {' | '.join(result.get('says', 'no') if result else '' for result in found)} |")
+        notes += [f"- {name}: {result['fails']}" for name, result in zip(names, found) if result and "fails" in result]
     return [*lines, "", *([*notes, ""] if notes else [])]
+
+
+def gridded(lines: Sequence[str]) -> dict[str, dict]:
+    """The results that stand in such tables, by row and column."""
+    found, columns = {}, []
+    for line in lines:
+        title, *cells = line.strip("| ").split(" | ")
+        if line.startswith("- "):
+            name, _, reason = line.removeprefix("- ").partition(": ")
+            found[name] = {"fails": reason}
+        elif line.startswith("| `"):
+            found |= {f"{title}, {column}": {"says": text} for column, text in zip(columns, cells) if text}
+        elif not line.startswith("| ---"):
+            columns = cells
+    return found
 
 
 def measured_on() -> list[str]:
@@ -394,12 +418,19 @@ def measured_on() -> list[str]:
     ]  # fmt: skip
 
 
-def write_page(page: Path, lines: list[str], mark: str) -> None:
-    """Replaces what stands between the page's marks."""
+def split(page: Path, mark: str) -> tuple[str, str, str]:
+    """A page before its mark and with it, between its two marks, and from the second one on."""
     begin, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
     before, _, rest = page.read_text().partition(begin)
+    between, _, after = rest.partition(end)
+    return before + begin, between, end + after
+
+
+def write_page(page: Path, lines: list[str], mark: str) -> None:
+    """Replaces what stands between the page's marks."""
+    before, _, after = split(page, mark)
     with atomic(page) as file:
-        file.write("\n".join([before + begin, "", *lines, end + rest.partition(end)[2]]).encode())
+        file.write("\n".join([before, "", *lines, after]).encode())
 
 
 def named(name: str, patterns: Sequence[str]) -> bool:
@@ -410,6 +441,7 @@ def deploy(
     model: Annotated[list[str], typer.Option(help="Only models of these names; * and ? stand for anything.")] = ["*"],
     format: Annotated[list[str], typer.Option(help=f"Only some of {', '.join(FORMATS)}.")] = ["*"],
     times: Annotated[bool, typer.Option("--time", help="Milliseconds instead: of whole models.")] = False,
+    prepare: Annotated[bool, typer.Option("--prepare", help="Only what --time needs: packages and caches.")] = False,
     runtime: Annotated[list[str], typer.Option(help=f"Of --time: only some of {', '.join(RUNTIMES)}.")] = ["*"],
     side: Annotated[list[int], typer.Option(help="Of --time: pixels of an image's side.")] = [224, 512, 1024],
     threads: Annotated[list[int], typer.Option(help="Of --time.")] = [1, 2],
@@ -420,38 +452,42 @@ def deploy(
     page: Annotated[Path, typer.Option(help="The page that holds the tables.")] = PAGE,
 ):
     """Compute what is missing of the tables of docs/deploy.md."""
-    results.mkdir(parents=True, exist_ok=True)
+    times, files = times or prepare, results / "packages"
+    files.mkdir(parents=True, exist_ok=True)
 
     def path(*parts: Any) -> Path:
         return results / f"{'.'.join(map(str, parts))}.json"
 
     lines: Callable[[], list[str]]
     if times:
-        (files := results / "packages").mkdir(exist_ok=True)
-        wanted = [(milliseconds, (name, pixels, kind, threads, files)) for pixels in side
+        wanted = [(prepared if prepare else milliseconds, (name, pixels, kind, threads, files)) for pixels in side
                   for name in TIMED if named(name, model)
                   for kind in RUNTIMES if named(kind, runtime)]  # fmt: skip
 
         def lines() -> list[str]:
-            return measured_on() + grid([f"ms on {' / '.join(map(str, threads))} threads", *RUNTIMES.values()], {
-                f"`{name}`, {pixels}": [(f"`{name}`, {pixels}, {column}", path(name, pixels, kind))
-                                        for kind, column in RUNTIMES.items()]
-                for pixels in side for name in TIMED
-            })  # fmt: skip
+            return measured_on() + grid(
+                [f"ms on {' / '.join(map(str, threads))} threads", *RUNTIMES.values()],
+                {f"`{name}`, {pixels}": [path(name, pixels, kind) for kind in RUNTIMES]
+                 for pixels in side for name in TIMED},
+                {},
+            )  # fmt: skip
     else:
+        before = gridded(split(page, "cells")[1].splitlines())
         wanted = [(CELLS[kind], (small, name, kind, sizes)) for models in MODELS.values()
                   for name, small in models.items() if named(name, model)
                   for kind in FORMATS if named(kind, format)]  # fmt: skip
 
         def lines() -> list[str]:
-            return [line for title, models in MODELS.items() for line in grid([title, *FORMATS.values()], {
-                f"`{name}`": [(f"`{name}`, {column}", path(name, kind)) for kind, column in FORMATS.items()]
-                for name in models
-            })]  # fmt: skip
+            return [line for title, models in MODELS.items() for line in grid(
+                [title, *FORMATS.values()],
+                {f"`{name}`": [path(name, kind) for kind in FORMATS] for name in models},
+                before,
+            )]  # fmt: skip
 
     mark = "times" if times else "cells"
     for compute, args in wanted:
         to = path(*(args[:3] if times else args[1:3]))
+        to = files / to.name if prepare else to
         if again or not to.exists():
             start = time.monotonic()
             found = in_a_process(compute, args, to, limit)
