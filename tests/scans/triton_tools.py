@@ -26,6 +26,7 @@ import tempfile
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Callable
 
 import numpy as np
@@ -54,19 +55,35 @@ def _adapt_interpreter() -> None:
     import triton.language as language
     import triton.runtime.interpreter as interpreter
 
-    patch_tensor = interpreter._patch_lang_tensor
-    members = cache(lambda package: [name for name, x in inspect.getmembers(package) if language.core.is_builtin(x)])
+    patch_language, patch_tensor = interpreter._patch_lang, interpreter._patch_lang_tensor
+    of_any, of_numbers = interpreter._get_np_dtype, cache(interpreter._get_np_dtype)
+    everything = SimpleNamespace(__globals__={"language": language, "core": language.core})
+
+    class Scope(interpreter._LangPatchScope):
+        """What a kernel patches, its functions find; the interpreter would look for it again at each call of them."""
+
+        open = False
+
+        def restore(self):
+            super().restore()
+            Scope.open = False
+
+    def patched_language(function):
+        if Scope.open:
+            return Scope()
+        scope = patch_language(everything)
+        Scope.open = True
+        return scope
 
     def patched_tensor(tensor, scope):  # an array of one element is no index any more
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
-    def patch_builtin(package, builder, scope):  # at each call of each function: members are searched once
-        for name in members(package):
-            if language.core.is_builtin(member := getattr(package, name)):
-                interpreter._patch_attr(package, name, member, builder, scope)
+    def dtype(kind):  # of numbers it is looked up once
+        return of_any(kind) if kind.scalar.is_ptr() else of_numbers(kind.scalar)
 
-    interpreter._patch_lang_tensor, interpreter._patch_builtin = patched_tensor, patch_builtin
+    interpreter._LangPatchScope, interpreter._get_np_dtype = Scope, dtype
+    interpreter._patch_lang, interpreter._patch_lang_tensor = patched_language, patched_tensor
 
 
 def in_interpreter(test):
