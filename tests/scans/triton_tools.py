@@ -16,7 +16,6 @@ and is found by test_triton.py's test_in_the_interpreter, which has all such fil
             assert {kernel["name"] for kernel in kernels} == {"_forward", "_backward"}
 """
 
-import inspect
 import json
 import os
 import re
