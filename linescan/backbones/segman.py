@@ -63,7 +63,7 @@ class LocalMixer(TokenMixer):
         self.local_bias = nn.Parameter(torch.zeros(num_heads, 2 * window - 1, 2 * window - 1)) if use_rpb else None
 
     def context(self, o: Tensor, q: Tensor, k: Tensor, **options) -> tuple[Tensor, Tensor | None]:
-        """Attention output, turned queries (scaled) and keys, all (B, H, W, heads, d) -> (B, H, W, dim) and a state."""
+        """Attention output, turned queries and keys, all (B, H, W, heads, d) -> (B, H, W, dim) and a state."""
         raise NotImplementedError
 
     def mix_tokens(self, x: Tensor, grid: tuple[int, int], rope: tuple[Tensor, Tensor], **options):
@@ -72,8 +72,7 @@ class LocalMixer(TokenMixer):
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in (q, k, v))
         cos, sin = (table.unsqueeze(2) for table in rope)
         q, k = (rotate_pairs(x, cos, sin).to(v.dtype) for x in (q, k))
-        q = q * q.shape[-1] ** -0.5
-        o = neighborhood_attention(q, k, v, self.window, bias=self.local_bias)
+        o = neighborhood_attention(q, k, v, self.window, bias=self.local_bias, scale=q.shape[-1] ** -0.5)
         o, state = self.context(o, q, k, **options)
         return linear(self.proj, o + lepe).flatten(1, 2), state
 
@@ -127,7 +126,7 @@ class AttentionMixer(LocalMixer):
         bias = self.global_bias
         if bias is not None:
             bias = resize_bias(bias, q.shape[2])[None].to(q.dtype)
-        x = F.scaled_dot_product_attention(q, k, o, attn_mask=bias, scale=1.0)
+        x = F.scaled_dot_product_attention(q, k, o, attn_mask=bias)
         # A copy, not a view: the strides that attention gives are not the same while a graph is exported.
         x = x.transpose(1, 2).clone(memory_format=torch.contiguous_format)
         return x.flatten(2).unflatten(1, grid), None

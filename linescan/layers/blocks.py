@@ -13,6 +13,7 @@ from timm.models import checkpoint, register_notrace_module
 from torch import Tensor, nn
 
 from ..errors import InputError
+from .stems import plus_depthwise
 
 __all__ = ["Block", "Stage", "TokenMixer", "run"]
 
@@ -127,12 +128,12 @@ class Block(nn.Module):
             options: of the mixer, such as `route`.
         """
         if self.cpe1 is not None:
-            x = x + self.cpe1(x)
+            x = plus_depthwise(self.cpe1, x)
         mixed = self.branch(x, self.norm1, self.mixer, self.scale1, *context, **options)
         x = x + self.drop_path(mixed)
         if self.mlp is not None:
             if self.cpe2 is not None:
-                x = x + self.cpe2(x)
+                x = plus_depthwise(self.cpe2, x)
             context = context if self.mlp_reads_context else ()
             x = x + self.drop_path(self.branch(x, self.norm2, self.mlp, self.scale2, *context))
         return (x, mixed) if with_mixed else x

@@ -6,7 +6,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from .linear import linear
-from .stems import depthwise
+from .stems import depthwise, plus_depthwise
 
 __all__ = ["ConvGatedMlp", "ConvMlp", "DepthwiseMlp", "GatedMlp", "Mlp"]
 
@@ -77,6 +77,8 @@ class ConvMlp(Mlp):
 
     def activate(self, x: Tensor) -> Tensor:
         x = self.act(x)
+        if type(self.conv_act) is nn.Identity:
+            return plus_depthwise(self.dwconv, x)
         return x + self.conv_act(self.dwconv(x))
 
 

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..scans.recurrence import is_plain
 from .tracing import opaque
 
 __all__ = [
@@ -80,8 +81,18 @@ def axial_rope(rows: Tensor, columns: Tensor, freqs: Tensor) -> tuple[Tensor, Te
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each pair of neighbouring channels (a, b) by its angle: (a cos - b sin, b cos + a sin)."""
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    """Turns each pair of neighbouring channels (a, b) by its angle: (a cos - b sin, b cos + a sin).
+
+    Both channels of a pair have the same angle in the tables. On a CPU one pass over a + bi does it, where there is no
+    graph to be made.
+    """
+    pairs = x.unflatten(-1, (-1, 2))
+    if is_plain((x, cos, sin)) and x.is_cpu and x.dtype == cos.dtype == sin.dtype == torch.float32:
+        if pairs.stride(-1) != 1 or any(n % 2 for n in (*pairs.stride()[:-1], pairs.storage_offset())):
+            pairs = pairs.contiguous()
+        turn = torch.complex(cos[..., ::2].contiguous(), sin[..., ::2].contiguous())
+        return torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2)
+    a, b = pairs.unbind(-1)
     return x * cos + torch.stack([-b, a], -1).flatten(-2) * sin
 
 

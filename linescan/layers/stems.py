@@ -6,6 +6,8 @@ from timm.layers import to_2tuple
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from .._compat import is_observed
+from ..scans.recurrence import is_plain
 from .linear import linear
 from .tracing import opaque
 
@@ -25,6 +27,7 @@ __all__ = [
     "mirror_to_multiple",
     "pad_for_patches",
     "pad_to_multiple",
+    "plus_depthwise",
     "up_to_multiple",
 ]
 
@@ -40,6 +43,33 @@ def depthwise(dim: int, kernel_size: int | tuple[int, int], bias: bool = True, d
     """A depthwise convolution over a map (B, H, W, dim), which keeps its size; the kernel's sides are odd."""
     padding = tuple(dilation * (side // 2) for side in to_2tuple(kernel_size))
     return MapConv2d(dim, dim, kernel_size, padding=padding, dilation=dilation, groups=dim, bias=bias)
+
+
+def plus_depthwise(conv: nn.Module, x: Tensor) -> Tensor:
+    """x + conv(x) over maps (B, H, W, dim), for a convolution that `depthwise` made or what stands in its place.
+
+    In float32 the convolution takes x along, with 1 added to its central weights; in half precision these would lose
+    their digits beside it.
+    """
+    if type(conv) is not MapConv2d or is_observed(conv):
+        return x + conv(x)
+    return _plus_convolution(x, conv.weight, conv.bias, conv.padding, conv.dilation)
+
+
+@opaque
+def _plus_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, padding, dilation) -> Tensor:
+    whole = (
+        is_plain((x, weight, bias))
+        and x.dtype == weight.dtype == torch.float32
+        and not x.is_meta
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+    if whole:
+        centre = torch.zeros(weight.shape[2:], device=x.device)
+        centre[weight.shape[2] // 2, weight.shape[3] // 2] = 1
+        weight = weight + centre
+    y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, 1, padding, dilation, x.shape[-1]).permute(0, 2, 3, 1)
+    return y if whole else x + y
 
 
 def channels_first(layer: nn.Module, x: Tensor) -> Tensor:

@@ -2,14 +2,16 @@
 
 from functools import partial
 
+import pytest
 import torch
 from timm.layers import LayerScale
 from torch import nn
 
 from linescan.layers.blocks import Block, Stage
 from linescan.layers.mlp import ConvMlp, GatedMlp, Mlp
+from linescan.layers.pos_embed import axial_rope, rotate_pairs
 from linescan.layers.ss2d import SS2D
-from linescan.layers.stems import ConvDownsample, depthwise
+from linescan.layers.stems import ConvDownsample, depthwise, plus_depthwise
 
 
 def block(**kwargs):
@@ -82,3 +84,38 @@ def test_mlps():
     assert torch.allclose(conv(x), want, atol=1e-6)
     dropping = Mlp(8, 512, drop=0.5).train()
     assert not torch.equal(dropping(x), dropping(x)) and torch.equal(dropping.eval()(x), dropping(x))
+
+
+@pytest.mark.parametrize("side, dilation", [(1, 1), ((3, 5), 1), (3, 2)])
+def test_a_depthwise_convolution_takes_its_input_along(side, dilation):
+    conv, x = depthwise(6, side, dilation=dilation), torch.randn(2, 7, 8, 6, requires_grad=True)
+    got, want = plus_depthwise(conv, x), x + conv(x)
+    assert torch.allclose(got, want, atol=1e-6) and got.grad_fn.name() != want.grad_fn.name()
+    leaves, upstream = (x, conv.weight, conv.bias), torch.randn_like(x)
+    for a, b in zip(*(torch.autograd.grad(y, leaves, upstream) for y in (got, want))):
+        assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_what_is_observed_replaced_or_half_is_called():
+    conv, x, seen = depthwise(6, 3), torch.randn(1, 4, 4, 6), []
+    want = x + conv(x)
+    handle = conv.register_forward_hook(lambda *args: seen.append(args))
+    assert torch.equal(plus_depthwise(conv, x), want) and len(seen) == 1
+    handle.remove()
+    assert torch.equal(plus_depthwise(nn.Identity(), x), 2 * x)
+    half, y = conv.bfloat16(), x.bfloat16()
+    assert torch.equal(plus_depthwise(half, y), y + half(y))
+
+
+def test_rotations_in_one_pass():
+    cos, sin = (table.unsqueeze(2) for table in axial_rope(torch.arange(3.0), torch.arange(4.0), torch.rand(2)))
+    x = torch.randn(2, 3, 4, 51)[..., 1:49].unflatten(-1, (6, 8)).requires_grad_()  # pairs that begin at odd places
+    a, b = x[..., ::2], x[..., 1::2]
+    c, s = cos[..., ::2], sin[..., ::2]
+    want = torch.stack((a * c - b * s, b * c + a * s), -1).flatten(-2)
+    in_torch = torch.func.vmap(lambda x: rotate_pairs(x, cos, sin))(x)
+    for got in (rotate_pairs(x, cos, sin), in_torch, rotate_pairs(x.double(), cos, sin)):
+        assert torch.allclose(got.float(), want, atol=1e-6)
+    upstream = torch.randn_like(want)
+    gradients = [torch.autograd.grad(y, x, upstream)[0] for y in (rotate_pairs(x, cos, sin), want)]
+    assert torch.allclose(*gradients, atol=1e-6)
