@@ -61,6 +61,7 @@ kernels = Extension(
             "matrix_scan",
             "vector_scan",
             "causal_conv",
+            "neighborhood",
             "stable",
             "onnx_runtime",
         )

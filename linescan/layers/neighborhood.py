@@ -1,8 +1,10 @@
-"""Neighbourhood attention: every position of a map attends to the window of positions around it, in plain torch.
+"""Neighbourhood attention: every position of a map attends to the window of positions around it.
 
 Hassani et al., "Neighborhood Attention Transformer", CVPR 2023, arXiv 2204.07143; dilation: arXiv 2209.15001. The
 semantics are those of natten up to 0.17 (`na2d_qk`, softmax, `na2d_av`), which published models were trained with:
 at a border the window moves inwards, so that every query has exactly as many keys, without padding or mask.
+
+It is plain torch, for any device, gradients and graphs. On a CPU a C++ kernel serves where no gradient is wanted.
 """
 
 from typing import NamedTuple
@@ -13,6 +15,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .._compat import is_symbol
+from ..scans.kernels import cpu
+from ..scans.recurrence import is_plain
 
 __all__ = ["neighborhood_attention", "neighborhood_logits", "neighborhood_keys"]
 
@@ -34,9 +38,9 @@ def neighborhood_attention(
     Along an axis of n positions with dilation d, position i is the (i // d)-th of those with the same i mod d; among
     these m positions the window of the p-th has the `window` keys from min(max(p - window // 2, 0), m - window) on.
 
-    Blocks of queries attend to the smallest block of keys that holds all their windows, as one dense attention with
-    what is outside of a window masked. So the work is a few times the least possible, but all of it is matrix
-    products. Large maps go by rows of blocks, whose weights are made again in the backward pass.
+    In torch, blocks of queries attend to the smallest block of keys that holds all their windows, as one dense
+    attention with what is outside of a window masked. So the work is a few times the least possible, but all of it is
+    matrix products. Large maps go by rows of blocks, whose weights are made again in the backward pass.
 
     Args:
         q, k, v: (B, H, W, heads, d).
@@ -53,6 +57,12 @@ def neighborhood_attention(
         ValueError: a window is even, does not fit its axis, or a shape is wrong.
     """
     window, dilation = _check(q, k, v, window, dilation, bias)
+    inputs = q, k, v, bias
+    recorded = torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in inputs])
+    if not recorded and is_plain(inputs):
+        out = cpu.neighborhood_attention(q, k, v, window, dilation, bias, scale)
+        if out is not None:
+            return out
     if dilation == (1, 1):
         return _attend(q, k, v, window, bias, scale)
     out = torch.empty_like(v)

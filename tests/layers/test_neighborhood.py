@@ -1,6 +1,7 @@
-"""Neighbourhood attention against natten's numbers, a loop over queries, and itself in other blocks."""
+"""Neighbourhood attention against natten's numbers, a loop over queries, and itself in other blocks and as a kernel."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,10 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+from linescan.engine.processes import threads
 from linescan.layers import neighborhood
 from linescan.layers.neighborhood import neighborhood_attention, neighborhood_keys, neighborhood_logits
+from linescan.scans.kernels import cpu
 from tests.parity import recipe
 
 DATA = Path(__file__).parents[1] / "parity" / "data"
@@ -129,6 +132,102 @@ def test_half_precision_keeps_its_dtype():
     half = neighborhood_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), 5, bias=bias)
     assert half.dtype == torch.bfloat16
     assert torch.allclose(half.float(), exact, atol=0.1)
+
+
+# -- the C++ kernel ---------------------------------------------------------------------------------------------------
+
+compiled = pytest.mark.skipif(
+    not hasattr(torch.ops.linescan_cpu, "neighborhood_attention"), reason="CPU kernels missing or of older sources"
+)
+MAPS = [
+    # size, heads, channels of keys and values, window, dilation
+    ((1, 1), 1, 1, 1, (1, 1), (1, 1)),
+    ((5, 5), 2, 3, 3, (5, 5), (1, 1)),
+    ((7, 9), 3, 16, 20, (3, 5), (1, 1)),
+    ((16, 41), 1, 36, 36, (7, 7), (1, 1)),  # several strips of columns
+    ((30, 17), 2, 24, 70, (11, 13), (1, 1)),
+    ((12, 10), 2, 33, 5, (3, 3), (4, 3)),
+    ((5, 130), 2, 32, 32, (1, 63), (1, 2)),
+]
+
+
+@pytest.fixture
+def sets():
+    """All instruction sets that this processor has."""
+    before = cpu.instruction_set()
+    yield [name for name in cpu.LANES if cpu.instruction_set(name) == name]
+    cpu.instruction_set(before)
+
+
+def case(size, heads, keys, values, window, biased=True):
+    generator = torch.Generator().manual_seed(keys + values)
+    q, k, v = (torch.randn(2, *size, heads, d, generator=generator) for d in (keys, keys, values))
+    bias = torch.randn(heads, 2 * window[0] - 1, 2 * window[1] - 1, generator=generator)
+    return q, k, v, bias if biased else None
+
+
+@compiled
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 5e-3), (torch.float16, 6e-4)])
+def test_the_kernel_agrees_with_torch_in_float64(dtype, tolerance, sets):
+    for *shape, window, dilation in MAPS:
+        for biased in (True, False):
+            q, k, v, bias = case(*shape, window, biased)
+            q, k, v = (x.to(dtype) for x in (q, k, v))
+            exact = None if bias is None else bias.double()
+            want = neighborhood_attention(q.double(), k.double(), v.double(), window, dilation, exact, scale=0.3)
+            for name in sets:
+                cpu.instruction_set(name)
+                got = cpu.neighborhood_attention(q, k, v, window, dilation, bias, 0.3)
+                assert got.dtype == dtype
+                error = (got - want).abs().max() / want.abs().max()
+                assert error < tolerance, f"{name}, {shape}, {window}, {dilation}: relative error {error:.1e}"
+
+
+@compiled
+def test_the_kernel_serves_where_no_gradient_is_wanted():
+    q, k, v, bias = case((9, 9), 2, 8, 8, (5, 5))
+    served = cpu.neighborhood_attention(q, k, v, (5, 5), (1, 1), bias, 1.0)
+    assert torch.equal(neighborhood_attention(q, k, v, 5, bias=bias), served)
+    assert neighborhood_attention(q, k, v, 5, bias=bias.requires_grad_()).grad_fn is not None
+    with torch.no_grad():
+        assert torch.equal(neighborhood_attention(q, k, v, 5, bias=bias), served)
+    in_a_graph = torch.compile(partial(neighborhood_attention, window=5), backend="eager", fullgraph=True)
+    torch.testing.assert_close(in_a_graph(q, k, v), neighborhood_attention(q, k, v, 5))
+
+
+@compiled
+def test_threads_and_strides_do_not_change_a_bit():
+    q, k, v, bias = case((90, 33), 2, 36, 36, (7, 7))
+    packed = torch.cat([x.flatten(3) for x in (q, k, v)], -1)
+    views = [x.unflatten(-1, (2, 36)) for x in packed.chunk(3, -1)]
+    outcomes = []
+    for count in (1, 2, 3, 16):
+        with threads(count):
+            outcomes.append(neighborhood_attention(q, k, v, 7, bias=bias))
+    outcomes.append(neighborhood_attention(*views, 7, bias=bias))
+    outcomes.append(neighborhood_attention(*(x.mT.contiguous().mT for x in (q, k, v)), 7, bias=bias))
+    assert all(torch.equal(outcomes[0], other) for other in outcomes[1:])
+
+
+@compiled
+def test_nothing_outside_of_a_window_counts(sets):
+    """Neither NaN nor infinity in a key or a value, nor a logit that is larger by far."""
+    q, k, v, bias = case((20, 24), 1, 8, 8, (5, 3))
+    want = neighborhood_attention(q, k, v, (5, 3), bias=bias)
+    for at, value in enumerate((torch.nan, torch.inf, 1e30)):
+        k[:, 10, 3 + 8 * at] = value
+        v[:, 10, 3 + 8 * at] = value
+    for name in sets:
+        cpu.instruction_set(name)
+        got = neighborhood_attention(q, k, v, (5, 3), bias=bias)
+        reached = torch.zeros(20, 24, dtype=torch.bool)
+        for at in range(3):
+            reached[8:13, 2 + 8 * at : 5 + 8 * at] = True
+        torch.testing.assert_close(got[:, ~reached], want[:, ~reached])
+        assert got[:, 8:13, 2:5].isnan().all()
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("window, dilation, message", [

@@ -384,6 +384,25 @@ def _register_vector(op: Recurrence, rule: int, names: str) -> None:
     _in_graphs(op, "vector_scan", call)
 
 
+# -- neighbourhood attention ------------------------------------------------------------------------------------------
+
+
+def _map_inputs(q, k, v, bias, *others):
+    return *map(_rows, (q, k, v)), _parameter(bias), *others
+
+
+def neighborhood_attention(q, k, v, window, dilation, bias, scale) -> Tensor | None:
+    """`linescan.layers.neighborhood`'s, of checked arguments, without gradients; None where no kernel serves."""
+    if not (q.dtype == k.dtype == v.dtype and q.dtype in _DTYPES and _supports(q, k, v, bias)):
+        return None
+    if not hasattr(torch.ops.linescan_cpu, "neighborhood_attention"):  # compiled before there was one
+        return None
+    y = v.new_empty(v.shape)
+    inputs = *(x.flatten(1, 2) for x in (q, k, v)), bias, q.shape[2], *window, *dilation, scale
+    _run(torch.ops.linescan_cpu.neighborhood_attention.default, inputs, _map_inputs, y.flatten(1, 2))
+    return y
+
+
 _missing = _load()
 _register_both(_ssd, _ssd_forward, _ssd_backward)
 _register_matrix(_gla, GATED, "q k v gate scale initial_state")

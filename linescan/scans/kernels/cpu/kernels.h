@@ -172,6 +172,18 @@ struct Vectors {
   float* partial = nullptr;  // (B, K, 2, D): w and u
 };
 
+// Attention to the windows around the positions of a map (B, height * breadth, heads, D or M). See neighborhood.h.
+struct Neighborhood {
+  int64_t B, height, breadth, heads, D, M;
+  int64_t window[2], dilation[2];
+  float scale;
+  View q, k, v;    // groups are heads
+  Parameter bias;  // (heads, 2 * window[0] - 1, 2 * window[1] - 1); routes are heads
+  Target y;        // channels of all heads side by side
+  int64_t span = 0;                // keys in the lanes, whole vectors
+  int64_t strips = 1, bands = 1;   // of columns and rows that a unit of work takes
+};
+
 enum class Unary : int { exp, softplus, sigmoid };
 
 struct Kernels {
@@ -184,6 +196,7 @@ struct Kernels {
   void (*matrix_backward)(const Matrix&, int64_t begin, int64_t end);
   void (*vector_forward)(const Vectors&, int64_t begin, int64_t end);
   void (*vector_backward)(const Vectors&, int64_t begin, int64_t end);
+  void (*neighborhood_forward)(const Neighborhood&, int64_t begin, int64_t end);
   void (*unary)(Unary, const float* x, float* y, int64_t n);
   float (*multiply_add)(int64_t rounds);
   float (*move_rows)(float* base, int64_t pitch, const int64_t* token, int64_t rows, int64_t width, bool fill);

@@ -277,6 +277,38 @@ void vector_scan_backward(Value* stack, uint64_t, uint64_t) {
   sum_parts(s.partial + s.D, s.B, s.K, s.D, 2 * s.D, du);
 }
 
+// -- neighbourhood attention --------------------------------------------------------------------------------------------
+
+// (Tensor q, Tensor k, Tensor v, Tensor? bias, int breadth, int rows, int columns, int row_step, int column_step,
+//  float scale, Tensor(a!) y) -> bool: q, k and v (B, height * breadth, heads, channels), windows of `rows` by `columns`
+// keys that stand `row_step` and `column_step` apart.
+void neighborhood_attention(Value* stack, uint64_t, uint64_t) {
+  Arguments in(stack);
+  const Tensor q = in.tokens(), k = in.tokens(), v = in.tokens(), bias = in.optional_parameter();
+  Neighborhood s;
+  s.breadth = in.integer();
+  for (int64_t* pair : {s.window, s.dilation})
+    for (int axis = 0; axis < 2; ++axis) pair[axis] = in.integer();
+  s.scale = float(in.number());
+  const Tensor y = in.tensor();
+  stack[0] = Value(in.fit);
+  if (!in.fit) return;
+  s.B = q.size(0), s.height = q.size(1) / s.breadth, s.heads = q.size(2), s.D = q.size(3), s.M = v.size(3);
+  s.q = view(q, true), s.k = view(k, true), s.v = view(v, true), s.y.view = view(y, true), s.bias = parameter(bias);
+  // Strips that are too narrow bring in many keys for few queries.
+  const int64_t lanes = lanes_of(current), window = s.window[1];
+  s.span = (window + lanes) / lanes * lanes;
+  while ((s.span - window + 1) * s.window[0] < 8) s.span += lanes;
+  const int64_t tile = s.span - window + 1, threads = in.threads();
+  const int64_t columns = (s.breadth + s.dilation[1] - 1) / s.dilation[1], rows = s.height / s.dilation[0];
+  s.strips = (columns + tile - 1) / tile;
+  const int64_t whole = s.B * s.heads * s.dilation[0] * s.dilation[1] * s.strips;
+  while (threads > 1 && whole * s.bands < 2 * threads && rows >= 4 * s.bands * s.window[0]) s.bands *= 2;
+  const int64_t units = whole * s.bands;
+  parallel(units, grain(units, s.B * q.size(1) * s.heads * s.window[0] * s.window[1] * (s.D + s.M)),
+           [&](int64_t begin, int64_t end) { current->neighborhood_forward(s, begin, end); });
+}
+
 // linescan_cpu::unary(int which, Tensor x, Tensor(a!) y) -> (): for the tests of accuracy.
 void unary(Value* stack, uint64_t, uint64_t) {
   Arguments in(stack);
@@ -344,6 +376,9 @@ const stable::Definitions definitions([] {
          ", Tensor grad_y, Tensor? grad_state, Tensor(a!) dx, Tensor(b!) dg, Tensor(c!)? dw, Tensor(d!)? du, "
          "Tensor(e!)? dinitial_state) -> bool",
          "vector_scan_backward", "CPU", vector_scan_backward);
+  define("neighborhood_attention(Tensor q, Tensor k, Tensor v, Tensor? bias, int breadth, int rows, int columns, "
+         "int row_step, int column_step, float scale, Tensor(a!) y) -> bool",
+         "neighborhood_attention", "CPU", neighborhood_attention);
   define("causal_conv1d(" LINESCAN_CONV_INPUTS ", Tensor(a!) y, Tensor(b!) final_state) -> bool", "causal_conv1d",
          "CPU", causal_conv1d);
   define("causal_conv1d_backward(" LINESCAN_CONV_INPUTS
