@@ -228,6 +228,7 @@ CONVS = [
     (2, 2, 21, 130, 2, True, False, "per sample", "sum", "silu"),
     (1, 2, 5, 20, 9, True, False, "none", "sum", "silu"),  # the window reaches back before the first token
     (1, 1, 140, 384, 5, False, True, "none", None, None),
+    (1, 2, 20, 420, 4, True, True, "permuted", None, "silu"),  # blocks of channels of two widths
 ]
 
 

@@ -1,18 +1,21 @@
 // The causal depthwise convolution along a route, for one instruction set. Included inside its namespace.
 //
-// Every unit slides over time with the last W - 1 inputs of its channels in front of the chunk it works on.
+// Every unit slides over time, a chunk at a time, with the last W - 1 inputs of its channels in front. Rows are reached
+// through pointers, into the tensors where these hold float32, else into copies, as in the selective scan.
 
 constexpr int CONV_T = 64;
 
-// rows[t] = bias + sum over j of weight[j] * x[t + j], then SiLU or not; x begins `taps` - 1 rows before the first token.
+// f(t, c, sum) for every vector of every token, with sum = bias + sum over j of weight[j] * x[t + j]; the rows of x begin
+// `taps` - 1 before the first token.
 template <class F>
-LINESCAN_INLINE void convolve(int64_t count, int64_t stride, int64_t taps, const float* __restrict x,
+LINESCAN_INLINE void convolve(int64_t count, int64_t stride, int64_t taps, float* const* x,
                               const float* __restrict weight, const float* __restrict bias, F f) {
-  for (int64_t c = 0; c < stride; c += W) {
-    for (int64_t t = 0; t < count; ++t) {
+  for (int64_t t = 0; t < count; ++t) {
+    for (int64_t c = 0; c < stride; c += W) {
+      fetch_ahead(x, t, count + taps - 1, c);
       V sum = load(bias + c);
-      for (int64_t j = 0; j < taps; ++j) sum += load(x + (t + j) * stride + c) * load(weight + j * stride + c);
-      f(t * stride + c, sum);
+      for (int64_t j = 0; j < taps; ++j) sum += load(x[t + j] + c) * load(weight + j * stride + c);
+      f(t, c, sum);
     }
   }
 }
@@ -29,39 +32,48 @@ static void from_rows(const float* x, int64_t channels, int64_t taps, int64_t st
 
 static void conv_forward(const Conv& s, int64_t begin, int64_t end) {
   constexpr int T = CONV_T;
-  const int64_t blocks = s.blocks.count(), stride = (s.blocks.width + W - 1) / W * W, past = s.W - 1;
-  Arena arena(Arena::rounded((past + T) * stride) + Arena::rounded(T * stride) + Arena::rounded(s.W * stride) +
-              Arena::rounded(stride));
-  float *x = arena.take((past + T) * stride), *y = arena.take(T * stride), *weight = arena.take(s.W * stride),
-        *bias = arena.take(stride);
-  zero(x, (past + T) * stride), zero(weight, s.W * stride), zero(bias, stride);
+  const int64_t blocks = s.blocks.count(), widest = (s.blocks.width + W - 1) / W * W, past = s.W - 1;
+  Arena arena(2 * Arena::rounded(T * widest) + Arena::rounded(past * widest) + Arena::rounded(s.W * widest) +
+              Arena::rounded(widest));
+  float *of_x = arena.take(T * widest), *of_y = arena.take(T * widest), *before = arena.take(past * widest),
+        *weight = arena.take(s.W * widest), *bias = arena.take(widest);
+  zero(before, past * widest), zero(weight, s.W * widest), zero(bias, widest);
   int64_t reads[T], writes[T];
+  std::vector<float*> rows(past + T);
+  float **x = rows.data(), *y[T];
 
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t per_sample = s.merge ? blocks : blocks * s.K, b = unit / per_sample, block = unit % blocks;
     const int64_t first_route = s.merge ? 0 : unit % per_sample / blocks, last_route = s.merge ? s.K : first_route + 1;
     int64_t group, channel, width;
     s.blocks.locate(block, group, channel, width);
+    const int64_t stride = (width + W - 1) / W * W;
     for (int64_t k = first_route; k < last_route; ++k) {
       to_rows(s.weight.at(b, k) + channel * s.W, width, s.W, stride, weight);
       if (s.bias) std::memcpy(bias, s.bias.at(b, k) + channel, width * 4);
-      if (s.initial) to_rows(s.initial.at(b, k) + channel * past, width, past, stride, x);
-      else zero(x, past * stride);
+      if (s.initial) to_rows(s.initial.at(b, k) + channel * past, width, past, stride, before);
+      else zero(before, past * stride);
       const Target target = s.y.of_route(k);
       if (!target.add) clear_gaps(target.view, s.route, b, k, channel, width);
       for (int64_t t0 = 0; t0 < s.S; t0 += T) {
         const int64_t count = s.S - t0 < T ? s.S - t0 : T;
         s.route.steps(b, k, t0, count, reads, writes);
-        gather(s.x, b, k, 0, channel, reads, count, width, stride, x + past * stride);
-        const auto silu = [&](int64_t at, V v) { store(y + at, v * sigmoid(v)); };
-        const auto plain = [&](int64_t at, V v) { store(y + at, v); };
+        in_order(before, stride, past, x);
+        read_rows(s.x, b, k, 0, channel, reads, count, width, stride, of_x, x + past);
+        const bool left = write_rows(target, b, k, channel, writes, count, width, stride, of_y, y);
+        const auto silu = [&](int64_t t, int64_t c, V v) {
+          fetch_ahead(y, t, count, c);
+          store(y[t] + c, v * sigmoid(v));
+        };
+        const auto plain = [&](int64_t t, int64_t c, V v) { store(y[t] + c, v); };
         if (!s.silu) convolve(count, stride, s.W, x, weight, bias, plain);
         else if (s.W == 4) convolve(count, stride, 4, x, weight, bias, silu);
         else convolve(count, stride, s.W, x, weight, bias, silu);
-        scatter(target, b, k, channel, writes, count, width, stride, y);
-        std::memmove(x, x + count * stride, past * stride * 4);
+        if (left) scatter(target, b, k, channel, writes, count, width, stride, of_y);
+        for (int64_t j = 0; j < past; ++j)
+          if (x[count + j] != before + j * stride) std::memcpy(before + j * stride, x[count + j], stride * 4);
       }
-      from_rows(x, width, past, stride, s.state.at(b, k) + channel * past, past);
+      from_rows(before, width, past, stride, s.state.at(b, k) + channel * past, past);
     }
   }
 }
@@ -78,6 +90,8 @@ static void conv_backward(const Conv& s, int64_t begin, int64_t end) {
         *dbias = arena.take(stride);
   zero(x, long_rows), zero(dx, T * stride), zero(weight, s.W * stride), zero(bias, stride);
   int64_t reads[T], writes[T], before[T];
+  std::vector<float*> rows(past + T);
+  in_order(x, stride, past + T, rows.data());
 
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t b = unit / blocks, block = unit % blocks;
@@ -108,9 +122,10 @@ static void conv_backward(const Conv& s, int64_t begin, int64_t end) {
         gather(s.x, b, k, 0, channel, reads, count, width, stride, x + past * stride);
         gather(s.dy, b, k, 0, channel, writes, count, width, stride, grad);
         if (s.silu) {
-          convolve(count, stride, s.W, x, weight, bias, [&](int64_t at, V v) {
+          convolve(count, stride, s.W, rows.data(), weight, bias, [&](int64_t t, int64_t c, V v) {
+            float* row = grad + t * stride + c;
             const V open = sigmoid(v);
-            store(grad + at, load(grad + at) * open * (1.0f + v * (1.0f - open)));
+            store(row, load(row) * open * (1.0f + v * (1.0f - open)));
           });
         }
         for (int64_t c = 0; c < stride; c += W) {

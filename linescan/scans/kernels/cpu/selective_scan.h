@@ -201,6 +201,7 @@ static void scan_forward(const Scan& s, int64_t begin, int64_t end) {
   const int64_t blocks = s.blocks.count(), widest = (s.blocks.width + W - 1) / W * W, N = s.N;
   const int64_t area = T * widest, lanes = widest * N;
   const bool make_steps = s.softplus || s.bias || s.rank;
+  const bool gate_sum = s.merge && s.z && !s.z.route;  // what is common to all routes gates their sum
   const auto make = s.softplus ? step_sizes<true, false> : step_sizes<false, false>;
   const auto project = s.softplus ? project_steps<true> : project_steps<false>;
   Arena arena(5 * Arena::rounded(area) + 2 * Arena::rounded(lanes) + 2 * Arena::rounded(T * N) +
@@ -250,13 +251,21 @@ static void scan_forward(const Scan& s, int64_t begin, int64_t end) {
             go(count, v * W, N, first, make_steps ? step : delta, u, skip, A + at, B, C, h + at, y, nullptr);
           });
         }
-        if (s.z) {
+        if (s.z && !gate_sum) {
           read_rows(s.z, b, k, 0, channel, reads, count, width, stride, of_z, z);
           gate_outputs(count, stride, z, y);
         }
         if (left) scatter(target, b, k, channel, writes, count, width, stride, of_y);
       }
       from_lanes(h, width, N, s.state.at(b, k) + channel * N);
+    }
+    for (int64_t t0 = 0; gate_sum && t0 < s.L; t0 += T) {
+      const int64_t count = s.L - t0 < T ? s.L - t0 : T;
+      for (int64_t t = 0; t < count; ++t) reads[t] = t0 + t;
+      read_rows(s.z, b, 0, 0, channel, reads, count, width, stride, of_z, z);
+      read_rows(s.y.view, b, 0, 0, channel, reads, count, width, stride, of_y, y);
+      gate_outputs(count, stride, z, y);
+      if (!is_direct<W>(s.y.view, width)) scatter({s.y.view}, b, 0, channel, reads, count, width, stride, of_y);
     }
   }
 }
