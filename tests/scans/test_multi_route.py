@@ -83,6 +83,31 @@ def test_merges(name):
     assert torch.autograd.gradcheck(merge, (y,), fast_mode=True)
 
 
+@pytest.mark.parametrize("name", ["gate", "channel_attention"])
+def test_merges_piece_by_piece(name, monkeypatch):
+    """Without a gradient: a few tokens at a time, of outputs of which more are not wanted."""
+    torch.manual_seed(0)
+    merge = create_merge(name, 8, 3).double()
+    for parameter in merge.parameters():
+        torch.nn.init.normal_(parameter)
+    y = noise(2, 3, 9, 8)[:, :, :7]
+    want = merge(y)
+    monkeypatch.setattr("linescan.scans.multi_route.steps_at_a_time", lambda *_: 3)
+    monkeypatch.setattr("linescan.scans.multi_route.numbers_at_a_time", lambda _: 1)
+    with torch.no_grad():
+        torch.testing.assert_close(merge(y), want, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(merge.bfloat16()(y.bfloat16()), want.bfloat16(), rtol=0.1, atol=0.2)
+
+
+def test_channel_attention_calls_a_norm_that_is_observed(monkeypatch):
+    monkeypatch.setattr("linescan.scans.multi_route.numbers_at_a_time", lambda _: 1)
+    merge, seen = ChannelAttention(8), []
+    merge.norm.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    with torch.no_grad():
+        merge(noise(2, 3, 5, 8).float())
+    assert seen == [(2, 3, 5, 8)]
+
+
 def test_route_attention_closes_below_its_threshold_and_where_routes_agree():
     y = noise(2, 4, 5, 8).requires_grad_()
     open_, closed = RouteAttention(8)(y), RouteAttention(8, threshold=1.0)(y)
