@@ -7,10 +7,12 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from .._compat import is_observed
 from ..checkpoint import rename
-from ..scans import bi_wkv, bi_wkv6
+from ..scans import bi_wkv, bi_wkv6, matmul
 from ..scans.multi_route import MultiRoute
 from ..scans.ops.published import bi_wkv_kernel
+from ..scans.recurrence import is_plain
 from .blocks import Block, TokenMixer
 from .linear import linear
 
@@ -46,20 +48,14 @@ class QuadShift(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """x (B, H * W + classes, C), grid (H, W) -> the same shape."""
-        patches = grid[0] * grid[1]
+        (height, width), patches = grid, grid[0] * grid[1]
         down, across = (min(self.pixels, size) for size in grid)
         y = x[:, :patches].unflatten(1, grid).unflatten(-1, (self.num_heads, -1))
         ends = [int(y.shape[-1] * self.gamma * k) for k in range(1, 5)]
-        left, right, above, below, own = y.tensor_split(ends, -1)
+        around = F.pad(y, (0, 0, 0, 0, across, across, down, down)).tensor_split(ends, -1)
+        places = (down, 0), (down, 2 * across), (0, across), (2 * down, across), (down, across)
         y = torch.cat(
-            [
-                F.pad(left, (0, 0, 0, 0, across, -across)),
-                F.pad(right, (0, 0, 0, 0, -across, across)),
-                F.pad(above, (0, 0, 0, 0, 0, 0, down, -down)),
-                F.pad(below, (0, 0, 0, 0, 0, 0, -down, down)),
-                own,
-            ],
-            -1,
+            [part[:, top : top + height, left : left + width] for part, (top, left) in zip(around, places)], -1
         )
         y = y.flatten(3).flatten(1, 2)
         return y if x.shape[1] == patches else torch.cat([y, x[:, patches:]], 1)
@@ -212,10 +208,10 @@ class SpatialMix6(TokenMixer):
     def project(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Tokens (B, L, dim) on a grid -> r, k, v, log decays (B, 1, L, heads, head_dim), and the gate (B, L, dim)."""
         step = self.shift(x, grid) - x
-        mix = torch.tanh(torch.addcmul(x, step, self.mix_x) @ self.mix_w1).unflatten(-1, (5, -1))
-        mix = self.mix[:, None] + torch.einsum("blgr,grc->gblc", mix, self.mix_w2)
-        w, k, v, r, g = torch.addcmul(x, step, mix)
-        w = self.decay + torch.tanh(w @ self.decay_w1) @ self.decay_w2
+        mix = torch.tanh(matmul.linear(torch.addcmul(x, step, self.mix_x), self.mix_w1.T)).chunk(5, -1)
+        mix = (start + matmul.linear(low, wide.T) for start, low, wide in zip(self.mix, mix, self.mix_w2))
+        w, k, v, r, g = (torch.addcmul(x, step, own) for own in mix)
+        w = self.decay + matmul.linear(torch.tanh(matmul.linear(w, self.decay_w1.T)), self.decay_w2.T)
         w = -torch.exp(w.to(torch.promote_types(w.dtype, torch.float32)))
         tokens = linear(self.receptance, r), linear(self.key, k), linear(self.value, v), w
         heads = (t.unflatten(-1, (self.num_heads, -1))[:, None] for t in tokens)
@@ -225,11 +221,20 @@ class SpatialMix6(TokenMixer):
         """Both-sided WKV-6 of what `project` made -> (B, L, heads, head_dim); options of `MultiRoute`."""
         return self.along(r, k, v, w, self.bonus, **options)
 
+    def norm_heads(self, y: Tensor) -> Tensor:
+        """`head_norm` of every token: (B, L, dim) -> (B, L, dim)."""
+        norm = self.head_norm
+        if type(norm) is not nn.GroupNorm or is_observed(norm) or not is_plain((y,)) or y.dtype != norm.weight.dtype:
+            return norm(y.flatten(0, 1)).view_as(y)
+        heads = y.unflatten(-1, (norm.num_groups, -1))  # torch's norm of groups goes number by number here
+        one = y.new_ones(heads.shape[-1:])
+        heads = F.layer_norm(heads, one.shape, one, torch.zeros_like(one), norm.eps)
+        return torch.addcmul(norm.bias, heads.view_as(y), norm.weight)
+
     def mix_tokens(self, x: Tensor, grid: tuple[int, int], **options) -> tuple[Tensor, None]:
         r, k, v, w, gate = self.project(x, grid)
         y, state = self.scan(r, k, v, w, **options)
-        y = self.key_norm(y.flatten(2))
-        y = self.head_norm(y.flatten(0, 1)).view_as(y)
+        y = self.norm_heads(self.key_norm(y.flatten(2)))
         return linear(self.output, y * F.silu(gate)), state
 
 
