@@ -12,8 +12,10 @@ loads them imports linescan first. Both are programs, and are opened only where 
 """
 
 import copy
+import errno
 import io
 import json
+import os
 import shutil
 import tempfile
 import warnings
@@ -35,7 +37,7 @@ from ..errors import InputError, known, one_line
 from ..extras import require
 from ..scans.exported import DOMAIN, Functions, functions
 from ..scans.kernels import cpu
-from .atomic import atomic
+from .atomic import atomic, atomic_path
 from .cards import ModelCard
 
 __all__ = [
@@ -48,6 +50,7 @@ FORMATS = {"onnx": ".onnx", "pt2": ".pt2", "torchscript-trace": ".ts"}
 
 OPSET = 20  # of ONNX
 LONGEST_CARD = 2**24  # bytes
+_FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2}  # of a package's answers, in shares of the largest
 
 
@@ -276,7 +279,8 @@ def _write_onnx(network: nn.Module, inputs: tuple[Tensor, ...], note: str, path:
         _inline(program.model)
     if note:
         program.model.metadata_props[CARD] = note
-    program.save(path)
+    with atomic_path(path) as partial:
+        program.save(partial)
 
 
 def _to_onnx(network: nn.Module, inputs: tuple[Tensor, ...], names: Sequence[str], dynamic: tuple, **options):
@@ -361,20 +365,36 @@ def _to_program(network: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.
 
 def _write_pt2(network: nn.Module, inputs: tuple[Tensor, ...], note: str, path: Path) -> None:
     options = {"aot_inductor.precompile_headers": False}  # which takes longer than the two files that would use them
-    torch._inductor.aoti_compile_and_package(
-        _to_program(network, inputs), package_path=str(path), inductor_configs=options
-    )
+    program, written = _to_program(network, inputs), io.BytesIO()
+    try:
+        torch._inductor.aoti_compile_and_package(program, package_path=written, inductor_configs=options)
+    except Exception as error:
+        full = next((reason for reason in map(os.strerror, _FULL) if reason in str(error)), None)
+        if full is None:
+            raise
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+        raise InputError(
+            f"{cache_dir()}, where torch compiles: {full}; TORCHINDUCTOR_CACHE_DIR names another folder"
+        ) from error
     if note:
-        with zipfile.ZipFile(path, "a") as archive:
+        with zipfile.ZipFile(written, "a") as archive:
             top = archive.namelist()[0].partition("/")[0]
             archive.writestr(f"{top}/extra/{CARD}", note)
+    _write(path, written)
 
 
 def _write_trace(network: nn.Module, inputs: tuple[Tensor, ...], note: str, path: Path) -> None:
     traced = torch.jit.trace(network, inputs, check_trace=False)
-    written = io.BytesIO()  # torch's own writer does not say that a disk is full
+    written = io.BytesIO()
     torch.jit.save(traced, written, _extra_files={CARD: note} if note else {})
-    path.write_bytes(written.getbuffer())
+    _write(path, written)
+
+
+def _write(path: Path, written: io.BytesIO) -> None:
+    """What torch has written in memory: its own files do not say that a disk is full."""
+    with atomic(path) as file:
+        file.write(written.getbuffer())
 
 
 _WRITERS: dict[str, Callable[..., None]] = {"onnx": _write_onnx, "pt2": _write_pt2, "torchscript-trace": _write_trace}

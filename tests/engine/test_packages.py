@@ -169,6 +169,31 @@ def test_a_full_disk_leaves_the_old_package(linescan_here, trained, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_full_disk_is_named_while_a_program_is_compiled(tmp_path, monkeypatch):
+    def compiled(says, size):
+        def write(program, package_path, **options):
+            if says:
+                raise RuntimeError(f"C++ compile error\nOutput:\nmain.o: {says}\n")
+            package_path.write(bytes(size))
+
+        monkeypatch.setattr("torch._inductor.aoti_compile_and_package", write)
+        monkeypatch.setattr("shutil.which", lambda name: name)
+        write_network(nn.Linear(2, 2), (torch.rand(2, 2),), tmp_path / "a.pt2")
+
+    with pytest.raises(InputError, match="^.*, where torch compiles: No space left on device; TORCHINDUCTOR_CACHE_DIR"):
+        compiled("No space left on device", 0)
+    with pytest.raises(InputError, match="exported as pt2: .*undefined reference"):
+        compiled("undefined reference", 0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**13, hard))
+    try:
+        with pytest.raises(OSError) as full:
+            compiled("", 2**14)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert full.value.filename == str(tmp_path / "a.pt2") and not list(tmp_path.iterdir())
+
+
 def test_networks_of_other_tasks_are_exported_for_a_size(linescan_here, tmp_path):
     sizes = {"embed_dim": 16, "depths": (1,), "d_state": 2}
     network = linescan.create_model("mambair_light_x2", **sizes).eval()
