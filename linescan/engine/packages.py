@@ -364,7 +364,11 @@ def _to_program(network: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.
 
 
 def _write_pt2(network: nn.Module, inputs: tuple[Tensor, ...], note: str, path: Path) -> None:
-    options = {"aot_inductor.precompile_headers": False}  # which takes longer than the two files that would use them
+    options = {
+        "aot_inductor.precompile_headers": False,  # which takes longer than the two files that would use them
+        "cpp.dynamic_threads": True,  # it runs in as many as the program that opens it has,
+        "cpp.threads": os.cpu_count(),  # and loops are cut for those that there may be
+    }
     program, written = _to_program(network, inputs), io.BytesIO()
     try:
         torch._inductor.aoti_compile_and_package(program, package_path=written, inductor_configs=options)

@@ -296,6 +296,9 @@ def test_a_compiled_package_classifies_as_its_model_does(packed, image, tmp_path
     network, card, path = packed
     with inductor.patch({"cpp.vec_isa_ok": False}):  # else it compiles ten files to see what the compiler knows
         assert export_package(network, card, tmp_path / "digits.pt2", "pt2") < 1e-4
+    with zipfile.ZipFile(tmp_path / "digits.pt2") as archive:
+        source = b"".join(archive.read(name) for name in archive.namelist() if name.endswith(".cpp"))
+    assert b"#pragma omp parallel" in source and b"parallel num_threads" not in source, "threads are the reader's"
     with pytest.raises(InputError, match="--trust"):
         Classifier(checkpoint=tmp_path / "digits.pt2")
     got = Classifier(checkpoint=tmp_path / "digits.pt2", trust=True)(image).probabilities
