@@ -126,6 +126,8 @@ class AttentionMixer(LocalMixer):
         bias = self.global_bias
         if bias is not None:
             bias = resize_bias(bias, q.shape[2])[None].to(q.dtype)
+            if not torch.is_grad_enabled():  # else a view of a parameter counts as learned, which no fast kernel takes
+                bias = bias.detach()
         x = F.scaled_dot_product_attention(q, k, o, attn_mask=bias)
         # A copy, not a view: the strides that attention gives are not the same while a graph is exported.
         x = x.transpose(1, 2).clone(memory_format=torch.contiguous_format)

@@ -96,7 +96,13 @@ class ImageStem(nn.Sequential):
     """Layers over images (B, in_chans, H, W), one after the other, whose last output becomes a map (B, H', W', C)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).permute(0, 2, 3, 1)
+        return super().forward(_channels_last(x)).permute(0, 2, 3, 1)
+
+
+@opaque
+def _channels_last(x: Tensor) -> Tensor:
+    """Images as convolutions make contiguous maps of them; in a graph, which may run anywhere, as they are."""
+    return x.contiguous(memory_format=torch.channels_last) if is_plain((x,)) else x
 
 
 def up_to_multiple(n: int, size: int) -> int:

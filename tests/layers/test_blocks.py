@@ -11,7 +11,7 @@ from linescan.layers.blocks import Block, Stage
 from linescan.layers.mlp import ConvMlp, GatedMlp, Mlp
 from linescan.layers.pos_embed import axial_rope, rotate_pairs
 from linescan.layers.ss2d import SS2D
-from linescan.layers.stems import ConvDownsample, depthwise, plus_depthwise
+from linescan.layers.stems import ConvDownsample, ImageStem, depthwise, plus_depthwise
 
 
 def block(**kwargs):
@@ -119,3 +119,9 @@ def test_rotations_in_one_pass():
     upstream = torch.randn_like(want)
     gradients = [torch.autograd.grad(y, x, upstream)[0] for y in (rotate_pairs(x, cos, sin), want)]
     assert torch.allclose(*gradients, atol=1e-6)
+
+
+def test_a_stem_makes_maps_as_the_next_layers_read_them():
+    stem, x = ImageStem(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.GELU()).eval(), torch.randn(2, 3, 9, 12)
+    got, want = stem(x), nn.Sequential(*stem)(x).permute(0, 2, 3, 1)
+    assert got.is_contiguous() and not want.is_contiguous() and torch.allclose(got, want, atol=1e-6)
