@@ -49,8 +49,9 @@ def _weighted_sum(y: Tensor, weight: Tensor) -> Tensor:
 
 def _mean_of_norms(norm: nn.Module, y: Tensor) -> Tensor:
     """norm(y).mean(2) of a LayerNorm: (B, K, L, D) -> (B, K, D)."""
-    whole = y.numel() <= 2 * numbers_at_a_time(y.device)  # one call of torch takes less time than several
-    if whole or not _in_pieces(y) or type(norm) is not nn.LayerNorm or is_observed(norm):
+    if not _in_pieces(y) or type(norm) is not nn.LayerNorm or is_observed(norm):
+        return norm(y).mean(2)
+    if y.numel() <= 2 * numbers_at_a_time(y.device):  # one call of torch takes less time than several
         return norm(y).mean(2)
     steps = steps_at_a_time(y[:1, :1], 2)
 
