@@ -67,11 +67,11 @@ class LocalMixer(TokenMixer):
         raise NotImplementedError
 
     def mix_tokens(self, x: Tensor, grid: tuple[int, int], rope: tuple[Tensor, Tensor], **options):
-        q, k, v = linear(self.qkv, x).unflatten(1, grid).chunk(3, -1)
-        lepe = self.lepe(v)
-        q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in (q, k, v))
+        heads = self.num_heads
+        qk, v = linear(self.qkv, x).unflatten(1, grid).unflatten(-1, (3 * heads, -1)).split((2 * heads, heads), -2)
+        lepe = self.lepe(v.flatten(-2))
         cos, sin = (table.unsqueeze(2) for table in rope)
-        q, k = (rotate_pairs(x, cos, sin).to(v.dtype) for x in (q, k))
+        q, k = rotate_pairs(qk, cos, sin).to(v.dtype).chunk(2, -2)
         o = neighborhood_attention(q, k, v, self.window, bias=self.local_bias, scale=q.shape[-1] ** -0.5)
         o, state = self.context(o, q, k, **options)
         return linear(self.proj, o + lepe).flatten(1, 2), state

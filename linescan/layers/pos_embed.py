@@ -90,7 +90,7 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if is_plain((x, cos, sin)) and x.is_cpu and x.dtype == cos.dtype == sin.dtype == torch.float32:
         if pairs.stride(-1) != 1 or any(n % 2 for n in (*pairs.stride()[:-1], pairs.storage_offset())):
             pairs = pairs.contiguous()
-        turn = torch.complex(cos[..., ::2].contiguous(), sin[..., ::2].contiguous())
+        turn = torch.complex(cos[..., ::2], sin[..., ::2])
         return torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2)
     a, b = pairs.unbind(-1)
     return x * cos + torch.stack([-b, a], -1).flatten(-2) * sin
