@@ -48,8 +48,8 @@ def depthwise(dim: int, kernel_size: int | tuple[int, int], bias: bool = True, d
 def plus_depthwise(conv: nn.Module, x: Tensor) -> Tensor:
     """x + conv(x) over maps (B, H, W, dim), for a convolution that `depthwise` made or what stands in its place.
 
-    In float32 the convolution takes x along, with 1 added to its central weights; in half precision these would lose
-    their digits beside it.
+    In float32 on CPUs the convolution takes x along, with 1 added to its central weights; in half precision, and in the
+    TF32 of GPUs, digits would be lost.
     """
     if type(conv) is not MapConv2d or is_observed(conv):
         return x + conv(x)
@@ -61,7 +61,7 @@ def _plus_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, padding, d
     whole = (
         is_plain((x, weight, bias))
         and x.dtype == weight.dtype == torch.float32
-        and not x.is_meta
+        and x.is_cpu
         and not torch.is_autocast_enabled(x.device.type)
     )
     if whole:
