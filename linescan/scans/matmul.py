@@ -2,7 +2,8 @@
 
 torch hands float32 matrices to MKL, which uses the full width of the vectors on Intel's processors only. oneDNN, which
 torch carries for its convolutions, does so on all of them: half the time on AMD's with AVX-512, forward and backward.
-`linear` takes it in eager mode; where a call is traced or transformed it is `torch.nn.functional.linear`.
+`linear` takes it there in eager mode; on Intel's, where MKL is the faster one, by up to a seventh of a small model's
+time, and where a call is traced or transformed, it is `torch.nn.functional.linear`.
 """
 
 import os
@@ -23,8 +24,19 @@ __all__ = ["linear", "matmul", "project_routes", "project_routes_backward"]
 for _cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
     os.environ.setdefault(_cache, "256")
 
+
+
+def _is_intel() -> bool:
+    try:
+        with open("/proc/cpuinfo") as about:
+            return "GenuineIntel" in about.read(4096)
+    except OSError:  # not Linux
+        return "GenuineIntel" in platform.processor()
+
+
 # Elsewhere torch takes the best library by itself.
-_through_onednn = linear_pointwise() if platform.machine().lower() in ("x86_64", "amd64") else None
+_is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+_through_onednn = linear_pointwise() if _is_x86 and not (_is_intel() and torch.backends.mkl.is_available()) else None
 
 
 class _Recorded(torch.autograd.Function):
