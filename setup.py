@@ -62,6 +62,7 @@ kernels = Extension(
             "vector_scan",
             "causal_conv",
             "neighborhood",
+            "merge",
             "stable",
             "onnx_runtime",
         )

@@ -4,12 +4,11 @@ from inspect import signature
 from typing import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._compat import is_observed
 from . import routes as _routes
-from .chunks import numbers_at_a_time, steps_at_a_time
+from .kernels import cpu
 from .recurrence import is_plain
 
 __all__ = [
@@ -25,41 +24,23 @@ __all__ = [
 ]
 
 
-def _in_pieces(*tensors: Tensor) -> bool:
-    """Whether to go through the outputs of all routes a cache-full of tokens at a time: on a CPU, without a gradient.
-
-    Elsewhere, and where a call is traced or transformed, the same is said in whole tensors.
-    """
-    plain = is_plain(tensors) and not torch.is_grad_enabled()
-    return plain and all(x.is_cpu and x.dtype in (torch.float32, torch.float64) for x in tensors)
-
-
-def _weighted_sum(y: Tensor, weight: Tensor) -> Tensor:
-    """(B, K, L, D) times (B or 1, K, 1, D), summed over routes: (B, L, D)."""
-    if not _in_pieces(y, weight) or y.dtype != weight.dtype:
-        return (y * weight).sum(1)
-    out = y.new_empty(y.shape[0], *y.shape[2:])
-    steps = steps_at_a_time(y[:, :1], 2)
-    for part, to in zip(y.split(steps, 2), out.split(steps, 1)):
-        torch.mul(part[:, 0], weight[:, 0], out=to)
-        for k in range(1, y.shape[1]):
-            to.addcmul_(part[:, k], weight[:, k])
-    return out
+def _is_free(*tensors: Tensor) -> bool:
+    """Whether a kernel may serve: no gradient is wanted, and nothing traces or transforms the call."""
+    return not torch.is_grad_enabled() and is_plain(tensors)
 
 
 def _mean_of_norms(norm: nn.Module, y: Tensor) -> Tensor:
     """norm(y).mean(2) of a LayerNorm: (B, K, L, D) -> (B, K, D)."""
-    if not _in_pieces(y) or type(norm) is not nn.LayerNorm or is_observed(norm):
-        return norm(y).mean(2)
-    if y.numel() <= 2 * numbers_at_a_time(y.device):  # one call of torch takes less time than several
-        return norm(y).mean(2)
-    steps = steps_at_a_time(y[:1, :1], 2)
+    means = None
+    if _is_free(y) and type(norm) is nn.LayerNorm and not is_observed(norm):
+        means = cpu.mean_of_norms(y, norm.weight, norm.bias, norm.eps)
+    return norm(y).mean(2) if means is None else means
 
-    def added(route: Tensor) -> Tensor:
-        return sum(F.layer_norm(part, part.shape[1:], norm.weight, norm.bias, norm.eps).sum(0) for part in route)
 
-    sums = [added(route.split(steps)) for route in y.flatten(0, 1)]
-    return torch.stack(sums).view(*y.shape[:2], -1) / y.shape[2]
+def _weighted_sum(y: Tensor, weight: Tensor) -> Tensor:
+    """(B, K, L, D) times weights (B or 1, K, D), summed over routes: (B, L, D)."""
+    out = cpu.weighted_sum(y, weight) if _is_free(y, weight) else None
+    return (y * weight.unsqueeze(2)).sum(1) if out is None else out
 
 
 class Sum(nn.Module):
@@ -92,7 +73,7 @@ class Gate(nn.Module):
         self.logits = nn.Parameter(torch.zeros(n_routes, dim))
 
     def forward(self, y: Tensor) -> Tensor:
-        return _weighted_sum(y, self.logits.softmax(0).to(y.dtype)[None, :, None])
+        return _weighted_sum(y, self.logits.softmax(0).to(y.dtype)[None])
 
 
 class Concat(nn.Module):
@@ -132,7 +113,7 @@ class ChannelAttention(nn.Module):
     def forward(self, y: Tensor) -> Tensor:
         means = _mean_of_norms(self.norm, y)
         weight = self.channel_select(self.act(self.global_reduce(means))).sigmoid()
-        return _weighted_sum(y, weight.unsqueeze(2))
+        return _weighted_sum(y, weight)
 
 
 class PathActivation(nn.Module):

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from linescan.scans import causal_conv1d, routes, selective_scan, ssd
+from linescan.scans.kernels import cpu
 from linescan.scans.multi_route import ChannelAttention, MultiRoute, RouteAttention, create_merge
 
 from .tools import noise
@@ -83,24 +84,26 @@ def test_merges(name):
     assert torch.autograd.gradcheck(merge, (y,), fast_mode=True)
 
 
+@pytest.mark.skipif(cpu.missing() is not None, reason=f"CPU kernels {cpu.missing()}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["gate", "channel_attention"])
-def test_merges_piece_by_piece(name, monkeypatch):
-    """Without a gradient: a few tokens at a time, of outputs of which more are not wanted."""
+@pytest.mark.parametrize("dim", [32, 80, 24])
+def test_merges_by_kernels(name, dim, dtype):
+    """Without a gradient, of outputs of which more are not wanted; where no kernel serves, as with one."""
     torch.manual_seed(0)
-    merge = create_merge(name, 8, 3).double()
+    merge = create_merge(name, dim, 3).to(dtype)
     for parameter in merge.parameters():
-        torch.nn.init.normal_(parameter)
-    y = noise(2, 3, 9, 8)[:, :, :7]
-    want = merge(y)
-    monkeypatch.setattr("linescan.scans.multi_route.steps_at_a_time", lambda *_: 3)
-    monkeypatch.setattr("linescan.scans.multi_route.numbers_at_a_time", lambda _: 1)
+        torch.nn.init.normal_(parameter, std=0.3)
+    y = noise(2, 3, 150, dim)[:, :, :140].to(dtype) + 3
+    want = merge.double()(y.double())
     with torch.no_grad():
-        torch.testing.assert_close(merge(y), want, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(merge.bfloat16()(y.bfloat16()), want.bfloat16(), rtol=0.1, atol=0.2)
+        got = merge.to(dtype)(y)
+    assert got.dtype == dtype
+    close = (1e-5, 2e-5) if dtype is torch.float32 else (0.05, 0.1)
+    torch.testing.assert_close(got.double(), want, rtol=close[0], atol=close[1])
 
 
-def test_channel_attention_calls_a_norm_that_is_observed(monkeypatch):
-    monkeypatch.setattr("linescan.scans.multi_route.numbers_at_a_time", lambda _: 1)
+def test_channel_attention_calls_a_norm_that_is_observed():
     merge, seen = ChannelAttention(8), []
     merge.norm.register_forward_hook(lambda module, args, output: seen.append(output.shape))
     with torch.no_grad():

@@ -403,6 +403,34 @@ def neighborhood_attention(q, k, v, window, dilation, bias, scale) -> Tensor | N
     return y
 
 
+# -- merging routes ---------------------------------------------------------------------------------------------------
+
+
+def _merges(*tensors) -> bool:
+    """Whether the kernels that merge routes serve: float32, channels in whole vectors of any width."""
+    there = hasattr(torch.ops.linescan_cpu, "mean_of_norms")  # not in a library that was compiled before there was one
+    plain = all(x.is_cpu and x.dtype is torch.float32 and x.numel() for x in tensors)
+    return there and plain and tensors[0].shape[-1] % 16 == 0
+
+
+def mean_of_norms(y, weight, bias, eps: float) -> Tensor | None:
+    """Means over the tokens of LayerNorm(y), (B, K, L, D) -> (B, K, D); no gradients; None where no kernel serves."""
+    if not _merges(y, weight, bias):
+        return None
+    out = y.new_empty(*y.shape[:2], y.shape[3])
+    torch.ops.linescan_cpu.mean_of_norms.default(_rows(y), _parameter(weight), _parameter(bias), eps, out)
+    return out
+
+
+def weighted_sum(y, weight) -> Tensor | None:
+    """y (B, K, L, D) times weight (B or 1, K, D), summed over routes (B, L, D), likewise."""
+    if not _merges(y, weight):
+        return None
+    out = y.new_empty(y.shape[0], *y.shape[2:])
+    torch.ops.linescan_cpu.weighted_sum.default(_rows(y), _parameter(weight.expand(len(y), -1, -1)), out)
+    return out
+
+
 _missing = _load()
 _register_both(_ssd, _ssd_forward, _ssd_backward)
 _register_matrix(_gla, GATED, "q k v gate scale initial_state")

@@ -1,6 +1,7 @@
 // What the kernels compute on, and the table of them that every instruction set fills. Plain C++17, nothing of torch.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -184,6 +185,14 @@ struct Neighborhood {
   int64_t strips = 1, bands = 1;   // of columns and rows that a unit of work takes
 };
 
+// Outputs y (B, K, L, D) of routes, on the way to one. See merge.h.
+struct Merge {
+  int64_t B, K, L, D;
+  View y;
+  const float *weight, *bias = nullptr;
+  float eps = 0.0f, *out;
+};
+
 enum class Unary : int { exp, softplus, sigmoid };
 
 struct Kernels {
@@ -197,6 +206,8 @@ struct Kernels {
   void (*vector_forward)(const Vectors&, int64_t begin, int64_t end);
   void (*vector_backward)(const Vectors&, int64_t begin, int64_t end);
   void (*neighborhood_forward)(const Neighborhood&, int64_t begin, int64_t end);
+  void (*mean_of_norms)(const Merge&, int64_t begin, int64_t end);
+  void (*weighted_sum)(const Merge&, int64_t begin, int64_t end);
   void (*unary)(Unary, const float* x, float* y, int64_t n);
   float (*multiply_add)(int64_t rounds);
   float (*move_rows)(float* base, int64_t pitch, const int64_t* token, int64_t rows, int64_t width, bool fill);

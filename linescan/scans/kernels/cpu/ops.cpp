@@ -309,6 +309,36 @@ void neighborhood_attention(Value* stack, uint64_t, uint64_t) {
            [&](int64_t begin, int64_t end) { current->neighborhood_forward(s, begin, end); });
 }
 
+// -- merging routes -----------------------------------------------------------------------------------------------------
+
+Merge merge_of(const Tensor& y, const Tensor& weight, const Tensor& out) {
+  Merge s;
+  s.B = y.size(0), s.K = y.size(1), s.L = y.size(2), s.D = y.size(3);
+  s.y = view(y), s.weight = weight.floats(), s.out = out.floats();
+  return s;
+}
+
+// linescan_cpu::mean_of_norms(Tensor y, Tensor weight, Tensor bias, float eps, Tensor(a!) out) -> ()
+void mean_of_norms(Value* stack, uint64_t, uint64_t) {
+  Arguments in(stack);
+  const Tensor y = in.tensor(), weight = in.tensor(), bias = in.tensor();
+  const float eps = float(in.number());
+  const Tensor out = in.tensor();
+  Merge s = merge_of(y, weight, out);
+  s.bias = bias.floats(), s.eps = eps;
+  parallel(s.B * s.K, grain(s.B * s.K, s.B * s.K * s.L * s.D * 4),
+           [&](int64_t begin, int64_t end) { current->mean_of_norms(s, begin, end); });
+}
+
+// linescan_cpu::weighted_sum(Tensor y, Tensor weight, Tensor(a!) out) -> ()
+void weighted_sum(Value* stack, uint64_t, uint64_t) {
+  Arguments in(stack);
+  const Tensor y = in.tensor(), weight = in.tensor(), out = in.tensor();
+  const Merge s = merge_of(y, weight, out);
+  parallel(s.B * s.L, s.B * s.K * s.L * s.D < (int64_t(1) << 18) ? s.B * s.L : 64,
+           [&](int64_t begin, int64_t end) { current->weighted_sum(s, begin, end); });
+}
+
 // linescan_cpu::unary(int which, Tensor x, Tensor(a!) y) -> (): for the tests of accuracy.
 void unary(Value* stack, uint64_t, uint64_t) {
   Arguments in(stack);
@@ -356,6 +386,9 @@ const stable::Definitions definitions([] {
   define("instruction_set(int lanes) -> int", "instruction_set", everywhere, instruction_set);
   define("multiply_add(int rounds) -> int", "multiply_add", everywhere, multiply_add);
   define("move_rows(Tensor(a!) x, Tensor? route, int width, bool fill) -> ()", "move_rows", "CPU", move_rows);
+  define("mean_of_norms(Tensor y, Tensor weight, Tensor bias, float eps, Tensor(a!) out) -> ()", "mean_of_norms", "CPU",
+         mean_of_norms);
+  define("weighted_sum(Tensor y, Tensor weight, Tensor(a!) out) -> ()", "weighted_sum", "CPU", weighted_sum);
   define("unary(int which, Tensor x, Tensor(a!) y) -> ()", "unary", "CPU", unary);
   define("selective_scan(" LINESCAN_SCAN_INPUTS ", Tensor(a!) y, Tensor(b!) final_state) -> bool", "selective_scan",
          "CPU", selective_scan);

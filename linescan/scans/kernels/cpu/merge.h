@@ -1,0 +1,62 @@
+// What gates the outputs of routes by channel and adds them, for one instruction set. Included inside its namespace; hence
+// no include guard. Channels are whole vectors.
+
+LINESCAN_INLINE float total(V v) {
+  float sum = 0.0f;
+  for (int i = 0; i < W; ++i) sum += v[i];
+  return sum;
+}
+
+// Sum of f(channel) over a row.
+template <class F>
+LINESCAN_INLINE float over_row(int64_t D, F f) {
+  V sums[4] = {};
+  int64_t c = 0;
+  for (; c + 4 * W <= D; c += 4 * W)
+    for (int i = 0; i < 4; ++i) sums[i] += f(c + i * W);
+  for (; c < D; c += W) sums[0] += f(c);
+  return total((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// Means over the tokens of normalised rows. A unit is a route of a sample. Sums of a few tokens are added up, that none of
+// the many is lost in a large sum.
+static void mean_of_norms(const Merge& s, int64_t begin, int64_t end) {
+  constexpr int T = 64;
+  const int64_t D = s.D;
+  Arena arena(2 * Arena::rounded(D));
+  float *few = arena.take(D), *all = arena.take(D);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const float* y = reinterpret_cast<const float*>(s.y.at(unit / s.K, unit % s.K, 0, 0));
+    zero(all, D);
+    for (int64_t t0 = 0; t0 < s.L; t0 += T) {
+      zero(few, D);
+      for (int64_t t = t0; t < s.L && t < t0 + T; ++t) {
+        const float* row = y + t * s.y.token;
+        const float mean = over_row(D, [&](int64_t c) LINESCAN_STAGE { return load(row + c); }) / D;
+        const float square = over_row(D, [&](int64_t c) LINESCAN_STAGE {
+          const V centred = load(row + c) - mean;
+          return centred * centred;
+        });
+        const float scale = 1.0f / std::sqrt(square / D + s.eps);
+        for (int64_t c = 0; c < D; c += W) store(few + c, load(few + c) + (load(row + c) - mean) * scale);
+      }
+      for (int64_t c = 0; c < D; c += W) store(all + c, load(all + c) + load(few + c));
+    }
+    for (int64_t c = 0; c < D; c += W)
+      store(s.out + unit * D + c, load(all + c) * (1.0f / s.L) * load(s.weight + c) + load(s.bias + c));
+  }
+}
+
+// out[b][t] = sum over k of weight[b][k] * y[b][k][t]. A unit is a token.
+static void weighted_sum(const Merge& s, int64_t begin, int64_t end) {
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t b = unit / s.L, t = unit % s.L;
+    const float* row = reinterpret_cast<const float*>(s.y.at(b, 0, 0, 0)) + t * s.y.token;
+    const float* weight = s.weight + b * s.K * s.D;
+    for (int64_t c = 0; c < s.D; c += W) {
+      V sum = load(row + c) * load(weight + c);
+      for (int64_t k = 1; k < s.K; ++k) sum += load(row + k * s.y.route + c) * load(weight + k * s.D + c);
+      store(s.out + unit * s.D + c, sum);
+    }
+  }
+}
