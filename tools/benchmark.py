@@ -1166,7 +1166,7 @@ def shares(by_operator: dict[str, float]) -> dict[str, float]:
     """The same by kind: what computes, and everything else by its operator."""
     kinds: dict[str, float] = {}
     for name, share in by_operator.items():
-        if "scaled_dot_product" in name or "flash_attention" in name:
+        if any(word in name for word in ("scaled_dot_product", "flash_attention", "neighborhood_attention")):
             kind = "attention"
         elif "linescan" in name:
             kind = "scans"

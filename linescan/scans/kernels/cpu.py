@@ -2,7 +2,8 @@
 
 `setup.py` compiles them into `_cpu.so`, which needs nothing of Python and of torch only the stable C interface
 (torch >= 2.10). Here it is loaded, and its operators `linescan_cpu::*` become the implementations named "cpu". Without
-the library the chunked torch form serves, and the first call that the kernel would have taken says so.
+the library the chunked torch form serves, and the first call that the kernel would have taken says so. Neighbourhood
+attention, which is no recurrence, has a kernel too, for inference.
 
 The environment variable LINESCAN_CPU_KERNELS caps the instruction set ("avx512", "avx2", "baseline") or turns the
 kernels off ("off").
