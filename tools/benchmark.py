@@ -1168,6 +1168,8 @@ def shares(by_operator: dict[str, float]) -> dict[str, float]:
     for name, share in by_operator.items():
         if any(word in name for word in ("scaled_dot_product", "flash_attention", "neighborhood_attention")):
             kind = "attention"
+        elif "mean_of_norms" in name or "weighted_sum" in name:
+            kind = "merging routes"
         elif "linescan" in name:
             kind = "scans"
         else:

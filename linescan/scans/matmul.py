@@ -1,4 +1,4 @@
-"""Linear maps of tokens, one for all or one per route, float32 on a CPU through oneDNN.
+"""Linear maps of tokens, one for all or one per route, in float32 by the faster one of a CPU's libraries.
 
 torch hands float32 matrices to MKL, which uses the full width of the vectors on Intel's processors only. oneDNN, which
 torch carries for its convolutions, does so on all of them: half the time on AMD's with AVX-512, forward and backward.
@@ -23,7 +23,6 @@ __all__ = ["linear", "matmul", "project_routes", "project_routes_backward"]
 # torch reads these variables at its first product; a value that is set already stands.
 for _cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
     os.environ.setdefault(_cache, "256")
-
 
 
 def _is_intel() -> bool:
