@@ -80,6 +80,7 @@ def axial_rope(rows: Tensor, columns: Tensor, freqs: Tensor) -> tuple[Tensor, Te
     return cos, torch.cat([row_sin[:, None].expand(size), col_sin[None].expand(size)], -1)
 
 
+@opaque
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns each pair of neighbouring channels (a, b) by its angle: (a cos - b sin, b cos + a sin).
 
