@@ -77,7 +77,7 @@ def known(table: Tensor | None) -> Visits | None:
 
 def declare(table: Tensor, length: int, permutation: bool | None = None, padding: bool = True) -> Tensor:
     """Declares a table that was just made to be a right one for `length` tokens, so that nothing checks it again."""
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():
         _remember(table, Visits(length, permutation, padding, made=True))
     return table
 

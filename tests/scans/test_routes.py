@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from linescan.scans import causal_conv1d, routes, selective_scan
 from linescan.scans.routes import insert_tokens, inverse, orders, pad_slots, parse, point_table, points, table, tables
 from linescan.scans.routes.curves import CURVES, hilbert_keys, zorder_keys
+from linescan.scans.visits import known
 
 DATA = Path(__file__).parent / "data"
 MAMBAAD = json.loads((DATA / "mambaad__scan_tables.json").read_text())
@@ -580,6 +581,14 @@ def test_tables_are_constants_of_traced_graphs(how, spec, cached):
     # Nothing that tracing made stays behind.
     assert type(table(SPECS[spec], (4, 6))) is torch.Tensor
     torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_tables_that_an_export_made_are_known_after_it(strict):
+    """Else what is made of them for each call, as `pad_slots` does, would be checked at each call."""
+    tables._cache.clear()
+    torch.export.export(Scan(SPECS["text"]), (torch.randn(2, 3, 4, 6),), strict=strict)
+    assert known(table(SPECS["text"], (4, 6))) is not None
 
 
 @pytest.mark.parametrize("how", ["compile", "export strict", "export"])
