@@ -356,9 +356,7 @@ def in_runtime(model: nn.Module, image: Tensor, runtime: str, stem: Path, thread
     plain = runtime.startswith("openvino")  # which reads no functions
     path = Path(f"{stem}.pt2" if runtime == "pt2" else f"{stem}.plain.onnx" if plain else f"{stem}.onnx")
     if not path.exists():
-        made = path.with_name(f"new-{path.name}")  # a run that is ended leaves no half of a package
-        packages.write_network(model, (torch.cat([image, image]),), made, plain=plain)
-        made.replace(path)
+        packages.write_network(model, (torch.cat([image, image]),), path, plain=plain)
     if not plain:
         network = packages.read_network(path)
         return lambda: network(image)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .._compat import is_symbol
 from ..scans.kernels import cpu
-from ..scans.recurrence import is_plain
+from ..scans.recurrence import is_plain, wants_gradient
 
 __all__ = ["neighborhood_attention", "neighborhood_logits", "neighborhood_keys"]
 
@@ -58,8 +58,7 @@ def neighborhood_attention(
     """
     window, dilation = _check(q, k, v, window, dilation, bias)
     inputs = q, k, v, bias
-    recorded = torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in inputs])
-    if not recorded and is_plain(inputs):
+    if is_plain(inputs) and not wants_gradient(inputs):
         out = cpu.neighborhood_attention(q, k, v, window, dilation, bias, scale)
         if out is not None:
             return out

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._compat import linear_pointwise
-from .recurrence import is_plain
+from .recurrence import is_plain, wants_gradient
 
 __all__ = ["linear", "matmul", "project_routes", "project_routes_backward"]
 
@@ -72,8 +72,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         and torch.backends.mkldnn.enabled
     ):
         return F.linear(x, weight, bias)
-    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    return (_Recorded.apply if recorded else _through_onednn)(x, weight, bias)
+    return (_Recorded.apply if wants_gradient((x, weight, bias)) else _through_onednn)(x, weight, bias)
 
 
 class _Precise(torch.autograd.Function):

@@ -131,6 +131,11 @@ def is_plain(inputs) -> bool:
     return not is_watched() and _PLAIN.issuperset(map(type, inputs))
 
 
+def wants_gradient(inputs) -> bool:
+    """True if autograd records a call of these inputs."""
+    return torch.is_grad_enabled() and any([isinstance(x, Tensor) and x.requires_grad for x in inputs])
+
+
 def _apart(outputs: Sequence[Tensor], inputs: Sequence) -> list[Tensor]:
     """Contiguous outputs that share no memory with each other or with an input, as an operator must return them."""
     seen = {x.untyped_storage().data_ptr() for x in inputs if isinstance(x, Tensor)}
@@ -204,7 +209,7 @@ class Recurrence:
                 outputs = self._dispatch(inputs, route, summed, setting.backend)
             elif setting.backend == "reference":  # plain torch: differentiable any number of times
                 outputs = self._define(inputs, route, summed)
-            elif torch.is_grad_enabled() and any([isinstance(x, Tensor) and x.requires_grad for x in inputs]):
+            elif wants_gradient(inputs):
                 outputs = self._eager.apply(*inputs, route, summed, setting.backend, 0)
             else:
                 outputs = self._forward(*inputs, route, summed, setting.backend, 0)

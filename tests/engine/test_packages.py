@@ -168,7 +168,6 @@ def test_a_full_disk_leaves_the_old_package(linescan_here, trained, tmp_path):
     assert out.read_bytes() == b"before" and len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_a_full_disk_is_named_while_a_program_is_compiled(tmp_path, monkeypatch):
     def compiled(says, size):
         def write(program, package_path, **options):
@@ -194,6 +193,7 @@ def test_a_full_disk_is_named_while_a_program_is_compiled(tmp_path, monkeypatch)
     assert full.value.filename == str(tmp_path / "a.pt2") and not list(tmp_path.iterdir())
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_networks_of_other_tasks_are_exported_for_a_size(linescan_here, tmp_path):
     sizes = {"embed_dim": 16, "depths": (1,), "d_state": 2}
     network = linescan.create_model("mambair_light_x2", **sizes).eval()

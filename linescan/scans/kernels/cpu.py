@@ -62,9 +62,8 @@ def _load() -> str | None:
     if not hasattr(operators, "selective_scan"):
         return f"made for torch >= 2.10, this is {torch.__version__}"
     arguments = argument_names(operators.selective_scan.default)
-    if arguments[: len(_selective_scan.parameters)] != _selective_scan.parameters or not hasattr(
-        operators, "matrix_scan"
-    ):
+    newest = "weighted_sum"
+    if arguments[: len(_selective_scan.parameters)] != _selective_scan.parameters or not hasattr(operators, newest):
         return "compiled from other sources than these; run `pip install` of linescan again"
     if setting:
         instruction_set(setting)
@@ -396,8 +395,6 @@ def neighborhood_attention(q, k, v, window, dilation, bias, scale) -> Tensor | N
     """`linescan.layers.neighborhood`'s, of checked arguments, without gradients; None where no kernel serves."""
     if not (q.dtype == k.dtype == v.dtype and q.dtype in _DTYPES and _supports(q, k, v, bias)):
         return None
-    if not hasattr(torch.ops.linescan_cpu, "neighborhood_attention"):  # compiled before there was one
-        return None
     y = v.new_empty(v.shape)
     inputs = *(x.flatten(1, 2) for x in (q, k, v)), bias, q.shape[2], *window, *dilation, scale
     _run(torch.ops.linescan_cpu.neighborhood_attention.default, inputs, _map_inputs, y.flatten(1, 2))
@@ -409,9 +406,7 @@ def neighborhood_attention(q, k, v, window, dilation, bias, scale) -> Tensor | N
 
 def _merges(*tensors) -> bool:
     """Whether the kernels that merge routes serve: float32, channels in whole vectors of any width."""
-    there = hasattr(torch.ops.linescan_cpu, "mean_of_norms")  # not in a library that was compiled before there was one
-    plain = all(x.is_cpu and x.dtype is torch.float32 and x.numel() for x in tensors)
-    return there and plain and tensors[0].shape[-1] % 16 == 0
+    return all(x.dtype is torch.float32 for x in tensors) and tensors[0].shape[-1] % 16 == 0 and _supports(*tensors)
 
 
 def mean_of_norms(y, weight, bias, eps: float) -> Tensor | None:
