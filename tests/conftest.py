@@ -19,6 +19,10 @@ if sys.version_info < (3, 11):
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
+# Modules are compiled once, not by every process that imports them: half of a collection is compiling tests.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 
 def pytest_collection_modifyitems(items) -> None:
     """Slow tests first, so the quick ones fill up the end evenly; modules shuffled, so that not all wait at once."""

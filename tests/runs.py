@@ -26,10 +26,8 @@ from .conftest import ENVIRONMENT
 
 METHOD = multiprocessing.get_start_method()
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload([
-    "tests.runs", "linescan.cli", "linescan.heads", "linescan.engine.training", "linescan.tasks.pretrain",
-    "linescan.media.clouds", "sklearn.datasets", "torch.utils.tensorboard", "pydantic.networks", "av",
-])  # fmt: skip
+FORKS.set_forkserver_preload(["tests.preloaded"])
+FORKS.set_forkserver_preload = lambda names: None  # linescan's own trainings fork from the same one, with less in it
 
 
 def _begin(folder: Path, log: Path, environment: dict[str, str], target: Callable, args: tuple) -> None:
