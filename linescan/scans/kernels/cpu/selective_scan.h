@@ -124,6 +124,7 @@ __attribute__((noinline)) static void step_sizes(int64_t count, int64_t stride, 
                                                  float* __restrict slope) {
   for (int64_t t = 0; t < count; ++t) {
     for (int64_t c = 0; c < stride; c += W) {
+      fetch_ahead(delta, t, count, c);
       V size = load(delta[t] + c) + load(bias + c), derivative = splat(1.0f);
       if (SOFTPLUS) size = softplus(size, SLOPE ? &derivative : nullptr);
       store(step + t * stride + c, size);
@@ -154,6 +155,7 @@ __attribute__((noinline)) static void project_steps(int64_t count, int64_t strid
 __attribute__((noinline)) static void gate_outputs(int64_t count, int64_t stride, float* const* z, float* const* y) {
   for (int64_t t = 0; t < count; ++t) {
     for (int64_t c = 0; c < stride; c += W) {
+      fetch_ahead(z, t, count, c);
       const V gate = load(z[t] + c);
       store(y[t] + c, load(y[t] + c) * gate * sigmoid(gate));
     }
@@ -165,6 +167,7 @@ __attribute__((noinline)) static void ungate(int64_t count, int64_t stride, floa
                                              float* const* out, float* __restrict dy, float* const* dz) {
   for (int64_t t = 0; t < count; ++t) {
     for (int64_t c = 0; c < stride; c += W) {
+      fetch_ahead(z, t, count, c), fetch_ahead(out, t, count, c), fetch_ahead(dz, t, count, c);
       const V gate = load(z[t] + c), open = sigmoid(gate), grad = load(out[t] + c);
       store(dz[t] + c, grad * load(y[t] + c) * open * (1.0f + gate * (1.0f - open)));
       store(dy + t * stride + c, grad * gate * open);
