@@ -40,7 +40,7 @@ class MambaMixer(S6Scan):
         dt_rank: R, rank of the step-size projection; None for ceil(dim / 16).
         shared: what the routes have in common, see `S6Scan`. With "inputs" ("v1" of Vim) there is one convolution,
             along the first route; with "all" every route has its own, of the same parameters (RSMamba).
-        scale: factor on the merged output, before out_proj.
+        scale: factor on the merged output.
         init_layer_scale: initial value of a learned factor per output channel; None for none.
         merge: how the routes' outputs become one, see `MultiRoute`.
     """
@@ -105,7 +105,8 @@ class MambaMixer(S6Scan):
         )
         options |= {"grid": grid, "route": route, "initial_state": before_scan, "keep": length}
         y, after_scan = self.scan(u, *self.project(u), z, **options)
-        y = linear(self.out_proj, y * self.scale if self.scale != 1.0 else y)
+        y = linear(self.out_proj, y)
+        y = y * self.scale if self.scale != 1.0 else y  # here there are fewer channels
         return y if self.gamma is None else y * self.gamma, (after_conv, after_scan)
 
 
