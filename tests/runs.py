@@ -48,6 +48,12 @@ def be_linescan(*args: str) -> None:
     cli.main()
 
 
+def be_code(code: str, *args: str) -> None:
+    """All that `python -c CODE ARGS` does, in this process."""
+    sys.argv = ["-c", *args]
+    exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
+
+
 def be_script(path: Path, *args: str) -> None:
     """All that `python PATH ARGS` does, in this process."""
     sys.argv = [str(path), *args]
@@ -79,6 +85,11 @@ class Forked:
 def linescan(folder: Path, *args, **environment: str) -> Forked:
     """`linescan ARGS` in a folder, begun."""
     return Forked(folder, be_linescan, *map(str, args), **environment)
+
+
+def python(folder: Path, code: str, *args, **environment: str) -> subprocess.CompletedProcess:
+    """`python -c CODE ARGS` in a folder, where what linescan is made of has been imported; ended."""
+    return Forked(folder, be_code, code, *map(str, args), **environment).end()
 
 
 def in_two(folder: Path, target: Callable, *args) -> list[subprocess.CompletedProcess]:

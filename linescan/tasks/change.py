@@ -285,10 +285,10 @@ class _Network:
 
     def decide(self, logits: Tensor) -> Tensor:
         """(2 + 2 * classes, H, W) -> codes (H, W)."""
-        changed, count = logits[:2].argmax(0), len(self.classes)
+        changed, count = logits[:2].max(0).indices, len(self.classes)
         if not self.semantic:
             return changed * (count + 1)
-        before, after = (x.argmax(0) for x in logits[2:].chunk(2))
+        before, after = (x.max(0).indices for x in logits[2:].chunk(2))
         return changed * (before * count + after)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from linescan.engine.progress import show_table, styled
 from linescan.errors import visible
 
 from ..conftest import ENVIRONMENT, REPOSITORY, command
+from ..runs import Forked, be_linescan, python
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")
 
@@ -56,18 +58,30 @@ def test_a_full_disk_behind_standard_output(args):
         is_one_line(start(*args, stdout=full), "No space left")
 
 
+def _into_a_full_disk(*args: str) -> None:
+    sys.stdout = open("/dev/full", "w")
+    be_linescan(*args)
+
+
 @linux
-def test_a_full_disk_behind_the_answers(image, checkpoint):
-    with open("/dev/full", "w") as full:
-        is_one_line(start("classify", image, "-c", checkpoint, "--json", stdout=full), "No space left")
+def test_a_full_disk_behind_the_answers(image, checkpoint, tmp_path):
+    args = "classify", str(image), "-c", str(checkpoint), "--json"
+    is_one_line(Forked(tmp_path, _into_a_full_disk, *args).end(), "No space left")
 
 
-@pytest.mark.parametrize("args", [["list", "--json"], ["--version"]], ids=" ".join)
-def test_a_pipe_that_closes(args):
+def _into_a_pipe_that_closes(*args: str) -> None:
     """As by `| head -1`."""
     read, write = os.pipe()
     os.close(read)
-    done = start(*args, stdout=write)
+    sys.stdout = open(write, "w")
+    be_linescan(*args)
+
+
+def test_a_pipe_that_closes(tmp_path):
+    is_one_line(Forked(tmp_path, _into_a_pipe_that_closes, "list", "--json").end(), "closed")
+    read, write = os.pipe()
+    os.close(read)
+    done = start("--version", stdout=write)
     os.close(write)
     is_one_line(done, "closed")
 
@@ -110,17 +124,18 @@ def test_outputs_that_cannot_be_written(linescan_here, image, checkpoint, tmp_pa
     assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "file").read_text() == "kept"
 
 
-def limited():
+def _limited(*args: str) -> None:
     """No file may grow beyond 2 kB: as on a full disk, the write that would exceed it fails."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
+    be_linescan(*args)
 
 
 def test_a_disk_that_is_full_in_the_middle(image, checkpoint, tmp_path):
     out = tmp_path / "out"
-    done = start("classify", image, "-c", checkpoint, "--out", out, preexec_fn=limited)
+    done = Forked(tmp_path, _limited, "classify", str(image), "-c", str(checkpoint), "--out", str(out)).end()
     is_one_line(done, "File too large", "image.jpg")
     assert not [p for p in out.rglob("*") if p.is_file()]
-    done = start("routes", "row", "-o", tmp_path / "routes.png", cwd=tmp_path, preexec_fn=limited)
+    done = Forked(tmp_path, _limited, "routes", "row", "-o", str(tmp_path / "routes.png")).end()
     is_one_line(done, "File too large")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["image.png", "out"]
 
@@ -173,12 +188,18 @@ def test_control_characters_are_shown_as_escapes(linescan_here, image, checkpoin
     assert status == 2 and r"\x1b]0;title\x07.png does not exist" in stderr
 
 
+def _on_a_terminal_of_ascii(*args: str) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="ascii", errors="strict")
+    be_linescan(*args)
+
+
 def test_names_that_are_no_text(image, checkpoint, tmp_path):
     """Bytes that are not UTF-8, on a terminal that knows ASCII only."""
     os.write(fd := os.open(os.fsencode(tmp_path) + b"/caf\xe9.png", os.O_CREAT | os.O_WRONLY), image.read_bytes())
     os.close(fd)
     (tmp_path / "ü.png").write_bytes(image.read_bytes())
-    done = start("classify", tmp_path, "-c", checkpoint, env={**ENVIRONMENT, "PYTHONIOENCODING": "ascii"})
+    done = Forked(tmp_path, _on_a_terminal_of_ascii, "classify", str(tmp_path), "-c", str(checkpoint)).end()
     assert done.returncode == 0, done.stderr
     assert r"caf\xe9.png: " in done.stdout and r"\xfc.png: " in done.stdout
 
@@ -270,6 +291,8 @@ def test_importing_linescan_imports_no_front_end():
 ABSENT = """
 import sys
 from importlib.machinery import PathFinder
+for name in [name for name in sys.modules if name.partition('.')[0] in {packages}]:
+    del sys.modules[name]
 find = PathFinder.find_spec.__func__
 PathFinder.find_spec = classmethod(
     lambda cls, name, *args: None if name.partition('.')[0] in {packages} else find(cls, name, *args)
@@ -291,9 +314,7 @@ def test_what_to_install(package, extra, args, checkpoint, tmp_path):
     args = [str(checkpoint) if a == "CHECKPOINT" else a for a in args]
     if package == "av":
         args += ["-c", str(checkpoint)]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *args], env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
+    done = python(tmp_path, code, *args)
     assert done.returncode == (1 if package == "av" else 2) and "Traceback" not in done.stderr, done.stderr
     assert f"pip install 'linescan[{extra}]'" in done.stderr
 
@@ -301,28 +322,34 @@ def test_what_to_install(package, extra, args, checkpoint, tmp_path):
 # -- interruptions -----------------------------------------------------------------------------------------------------
 
 
+def _slow_at(waits: Path, now: Path, *args: str) -> None:
+    """`linescan ARGS`; at the file `waits` it makes the file `now`, and takes long."""
+    from linescan.tasks.classify import Classifier
+
+    plain = Classifier.open
+
+    def slow(self, given):
+        if str(given) == str(waits):
+            now.touch()
+            time.sleep(600)
+        return plain(self, given)
+
+    Classifier.open = slow
+    be_linescan(*args)
+
+
 def test_an_interrupted_run_keeps_what_is_answered(image, checkpoint, tmp_path):
     """Ctrl-C half-way: the JSON on standard output is complete, and nothing is half-written."""
-    fifo = tmp_path / "waits.png"
-    for i in range(3):
-        (tmp_path / f"{i}.png").write_bytes(image.read_bytes())
-    code = (
-        "import signal, sys, time\nsignal.signal(2, signal.default_int_handler)\n"  # a parent may ignore it
-        "from linescan.tasks.classify import Classifier\nplain = Classifier.open\n"
-        f"def slow(self, given):\n    if str(given) == {str(fifo)!r}:\n        open({str(tmp_path / 'now')!r}, 'w')\n"
-        "        time.sleep(600)\n    return plain(self, given)\nClassifier.open = slow\n"
-        "sys.argv = ['linescan', *sys.argv[1:]]\nfrom linescan.cli import main\nmain()"
-    )
-    fifo.write_bytes(image.read_bytes())
-    args = ["classify", *(tmp_path / f"{i}.png" for i in range(3)), fifo, "-c", checkpoint, "--json", "--batch", "1"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, args)], env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )  # fmt: skip
-    while not (tmp_path / "now").exists():
-        assert process.poll() is None
+    waits, now = tmp_path / "waits.png", tmp_path / "now"
+    files = [*(tmp_path / f"{i}.png" for i in range(3)), waits]
+    for file in files:
+        file.write_bytes(image.read_bytes())
+    args = map(str, ["classify", *files, "-c", checkpoint, "--json", "--batch", "1"])
+    run = Forked(tmp_path, _slow_at, waits, now, *args)
+    while not now.exists():
+        assert run.process.is_alive()
         time.sleep(0.1)
-    process.send_signal(2)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130 and stderr == ""
-    assert [Path(one["source"]).name for one in json.loads(stdout)] == ["0.png", "1.png", "2.png"]
+    os.kill(run.process.pid, signal.SIGINT)
+    done = run.end(60)
+    assert done.returncode == 130 and done.stderr == ""
+    assert [Path(one["source"]).name for one in json.loads(done.stdout)] == ["0.png", "1.png", "2.png"]

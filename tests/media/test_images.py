@@ -3,7 +3,6 @@
 import os
 import pickle
 import struct
-import subprocess
 import sys
 import zlib
 
@@ -18,7 +17,7 @@ from linescan.media import images, preprocess
 from linescan.media.images import from_array, load_image, read_image, to_mode
 from linescan.media.preprocess import Preprocess
 
-from ..conftest import ENVIRONMENT
+from ..runs import python
 
 COLOUR = (200, 100, 50)
 GREY = 124  # of this colour
@@ -385,10 +384,12 @@ def test_large_files_are_reduced_as_they_are_read(suffix, library, tmp_path, all
 @pytest.mark.slow
 def test_memory_of_large_and_of_long_images(tmp_path):
     """In a process of its own: what classifying takes on top of a small image."""
-    Image.new("RGB", (12_000, 8_000), COLOUR).save(tmp_path / "large.jpg")
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.new("RGB", (12_000, 8_000), COLOUR).save(folder / "large.jpg")
     for i, size in enumerate([(1, 65_500), (65_500, 1), (3, 60_000)]):
-        Image.new("RGB", size, COLOUR).save(tmp_path / f"long{i}.png")
-        Image.new("RGB", size, COLOUR).save(tmp_path / f"long{i}.jpg")
+        Image.new("RGB", size, COLOUR).save(folder / f"long{i}.png")
+        Image.new("RGB", size, COLOUR).save(folder / f"long{i}.jpg")
     script = """
 import resource, sys
 from pathlib import Path
@@ -407,7 +408,7 @@ for path in sorted(Path(sys.argv[1]).iterdir()):
         assert transform is transforms[-1] or abs(tensor.mean() - 350 / 765) < 0.02, path
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
-    done = subprocess.run([sys.executable, "-c", script, tmp_path], env=ENVIRONMENT, capture_output=True, text=True)
+    done = python(tmp_path, script, folder)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 450
 

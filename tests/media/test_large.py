@@ -1,7 +1,6 @@
 """Images larger than memory: read in parts, they are what Pillow reads; written in parts, Pillow reads them back."""
 
 import io
-import subprocess
 import sys
 
 import numpy as np
@@ -14,7 +13,7 @@ from linescan.media import large, vips
 from linescan.media.arrays import write_array
 from linescan.media.images import read_image
 
-from ..conftest import ENVIRONMENT
+from ..runs import python
 from .test_images import tiff
 
 SIZE = 143, 97  # width, height
@@ -189,7 +188,7 @@ for name in ("x.png", "x.tif"):
     assert pixels.size == (25_000, 4_000) and pixels.read(24_990, 25_000, 0, 4_000).max() == 0
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - read) // 1024)
 """
-    done = subprocess.run([sys.executable, "-c", script, tmp_path], env=ENVIRONMENT, capture_output=True, text=True)
+    done = python(tmp_path, script, tmp_path)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 150
 
