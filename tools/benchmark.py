@@ -442,6 +442,26 @@ class Call(NamedTuple):
         return {"forward": forward, "training": both}
 
 
+def calls_of(run: Callable) -> list[Call]:
+    """The calls of recurrences in a forward."""
+    from linescan.scans.recurrence import Recurrence
+
+    calls, call = [], Recurrence.__call__
+
+    def recorded(self, *inputs, route=None, merge=None, **options):
+        filled = list(self.layout.check(inputs, route).fill(inputs))
+        calls.append(Call(self, [x.detach() if torch.is_tensor(x) else x for x in filled], route, merge))
+        return call(self, *inputs, route=route, merge=merge, **options)
+
+    Recurrence.__call__ = recorded
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        Recurrence.__call__ = call
+    return calls
+
+
 class Pace:
     """Seconds that this core takes, measured when first asked for: `products` for a multiply-add, functions for one."""
 
@@ -476,7 +496,7 @@ def bounds(mixer: str, call: Call, pace: Pace, kind: str, once: float, moved: fl
     """
     _, state, steps = call.shapes
     backward = kind == "training"
-    cost = CHEAPER.get(mixer, EQUATIONS[call.name])[backward]
+    cost = CHEAPER.get(mixer, EQUATIONS.get(call.name, (0, 0)))[backward]
     channels, times = steps * math.prod(state[:3]), 1 + backward
     embedded = EMBEDDED.get(call.name, 0)
     products, functions = (cost - 5 * embedded * times) * call.elements, embedded * times * channels * pace.exponential
@@ -487,6 +507,7 @@ def bounds(mixer: str, call: Call, pace: Pace, kind: str, once: float, moved: fl
         functions += times * channels * pace.softplus * bool(given["delta_softplus"])
         rank = 0 if given["delta_weight"] is None else given["delta_weight"].shape[-1]
         products += channels * rank * (4 if backward else 1)
+        functions += 0 if given["z"] is None else times * given["z"].numel() * pace.sigmoid
     elif call.is_matrix:
         gate = next((given[name] for name in ("g", "w", "dt") if given.get(name) is not None), None)
         if gate is not None:
@@ -529,7 +550,6 @@ def recurrences(
     import linescan
     from linescan.scans import backend
     from linescan.scans.kernels import cpu
-    from linescan.scans.recurrence import Recurrence
 
     if cpu.missing() or not hasattr(torch.ops.linescan_cpu, "move_rows"):
         raise typer.BadParameter("the CPU kernels are missing or old: python setup.py build_ext --inplace")
@@ -544,7 +564,7 @@ def recurrences(
         torch.manual_seed(0)
         side = 16 * math.isqrt(length)
         model = linescan.create_model("scan_tiny", mixer=mixer, depth=depth, img_size=side)
-        images, calls, call = torch.randn(1, 3, side, side), [], Recurrence.__call__
+        images = torch.randn(1, 3, side, side)
 
         def forward():
             with torch.inference_mode():
@@ -554,17 +574,7 @@ def recurrences(
             model(images).square().mean().backward()
             model.zero_grad(set_to_none=True)
 
-        def recorded(self, *inputs, route=None, merge=None, **options):
-            filled = list(self.layout.check(inputs, route).fill(inputs))
-            calls.append(Call(self, [x.detach() if torch.is_tensor(x) else x for x in filled], route, merge))
-            return call(self, *inputs, route=route, merge=merge, **options)
-
-        Recurrence.__call__ = recorded
-        try:
-            with torch.no_grad():
-                model(images)
-        finally:
-            Recurrence.__call__ = call
+        calls = calls_of(partial(model, images))
         return forward, train, calls[: len(calls) // depth]
 
     def in_form(form: str, run: Callable) -> None:
@@ -1150,6 +1160,42 @@ def operations(run: Callable) -> tuple[dict[str, int], float]:
     return kinds, multiply_adds
 
 
+def least(run: Callable, pace: Pace, budget: float = 0.1) -> float:
+    """Seconds that a forward's products, convolutions and attentions take, each by itself in the shapes it has, and its
+    recurrences at their bounds; `budget` seconds are measured for each of them, those of equal shapes once.
+    """
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    products: dict[tuple, list] = {}
+    words = "aten.mm.", "aten.addmm.", "aten.bmm.", "aten.baddbmm.", "convolution", "scaled_dot_product"
+
+    def shapes(inputs: Iterable) -> tuple:
+        return tuple((tuple(x.shape), x.stride()) if torch.is_tensor(x) else str(x) for x in inputs)
+
+    class Recording(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            if any(word in str(operator) for word in words):
+                key = str(operator), shapes(args), shapes(kwargs.values())
+                products.setdefault(key, [partial(operator, *args, **kwargs), 0])[1] += 1
+            return operator(*args, **kwargs)
+
+    with torch.no_grad(), Recording():
+        run()
+    calls: dict[tuple, list] = {}
+    for call in calls_of(run):
+        key = call.name, shapes(call.inputs), None if call.route is None else tuple(call.route.shape), call.merge
+        calls.setdefault(key, [call, 0])[1] += 1
+    with torch.inference_mode():
+        total = sum(count * seconds(product, budget) for product, count in products.values())
+    for call, count in calls.values():
+        token = call.of_a_token()
+        once = seconds(token.runs()["forward"], budget)
+        moved = seconds(call.moves()["forward"], budget) - seconds(token.moves()["forward"], budget)
+        total += count * bounds(call.name, call, pace, "forward", once, max(moved, 0.0))["bound"]
+    return total
+
+
 def spent(run: Callable, rounds: int = 3) -> dict[str, float]:
     """Shares of CPU time by operator, the largest first."""
     from torch.profiler import ProfilerActivity, profile
@@ -1189,8 +1235,10 @@ def models(
     """Plain models against timm's DeiT-Ti with SDPA, hierarchical ones against Swin-T, one image, one thread, by turns.
 
     Beside the times the operations of each model, and the bound that they set: those of products, convolutions and
-    attention at the pace of a plain linear layer of that size, and those of scans at that of multiply-adds, both
-    measured in the same run. Of models that are slower than wanted the time is shown by operator.
+    attention at the pace of a plain linear layer of that size, and those of scans at that of multiply-adds; and what
+    they take at least, products, convolutions and attentions each by itself in the shapes it has, recurrences at the
+    bounds that `recurrences` has. All are measured in the same run. Of models that are slower than wanted the time is
+    shown by operator.
     """
     from linescan.engine.benchmark import _at_size, benchmark, write_report
     from linescan.engine.scores import precision as of_precision
@@ -1211,7 +1259,8 @@ def models(
             show = lambda *_, description="", **__: status.update(description) if description else None  # noqa: E731
             once = list(benchmark(names, sizes, dtype=dtype, budget=0.0, progress=show))  # for memory
         torch.set_num_threads(1)
-        multiply_add = multiply_add_bound(1) / 9
+        pace_of_core = Pace()
+        multiply_add = pace_of_core.products
         rows, missed = [], []
         for size in sizes:
             ready = {name: _at_size(name, size).eval() for name in names}
@@ -1232,28 +1281,32 @@ def models(
                 bound = (sum(counted.values()) - counted["scans"]) / pace + of_scans * multiply_add
                 ratio = times[name] / times[group.peer]
                 row = {"model": name, "size": size, "ms": 1e3 * times[name], "ratio": ratio, "flops": counted}
-                row |= {"bound": 1e3 * bound, "pace": pace}
+                with console.status(f"the least that {name} takes at {size}"):
+                    at_least = least(partial(model, image), pace_of_core)
+                row |= {"bound": 1e3 * bound, "pace": pace, "least": 1e3 * at_least}
                 rows.append(row)
                 if ratio > group.wanted[size] and name != group.peer:
                     row["shares"] = shares(spent(partial(model, image)))
         columns = "pixels", "ms", "/ peer", "GFLOP", "of scans", "/ peer", "bound, ms", "/ bound", "/ peer's bound"
+        columns += "least, ms", "/ peer's"
         table = Table(title, *columns)
         for row in rows:
             peer = next(r for r in rows if r["size"] == row["size"] and r["model"] == group.peer)
             total = {r["model"]: sum(r["flops"].values()) / 1e9 for r in (row, peer)}
             row["flops / peer"] = total[row["model"]] / total[group.peer]
-            row["bound / peer's"] = row["bound"] / peer["bound"]
+            row |= {f"{key} / peer's": row[key] / peer[key] for key in ("bound", "least")}
             cells = [f"{row['ms']:.1f}", f"{row['ratio']:.2f}", f"{total[row['model']]:.2f}"]
             cells += [f"{row['flops']['scans'] / 1e9:.2f}", f"{row['flops / peer']:.2f}", f"{row['bound']:.1f}"]
             cells += [f"{row['ms'] / row['bound']:.2f}", "{:.2f}".format(row["bound / peer's"])]
+            cells += [f"{row['least']:.1f}", "{:.2f}".format(row["least / peer's"])]
             table.add_row(row["model"], str(row["size"]), *cells)
             if "shares" in row:
                 most = [f"{kind} {share:.0%}" for kind, share in row["shares"].items() if share > 0.025]
-                less = row["bound / peer's"]
+                less, each = row["bound / peer's"], row["least / peer's"]
                 missed.append(
                     f"{row['model']}, {row['size']} pixels: {row['ratio']:.2f} times {group.peer} (wanted "
                     f"{group.wanted[row['size']]}); {row['flops / peer']:.2f} times its operations, whose bound is "
-                    f"{less:.2f} times the peer's; of its time {', '.join(most)}"
+                    f"{less:.2f} times the peer's, in the shapes they have {each:.2f}; of its time {', '.join(most)}"
                 )
         console.print(table)
         console.print(*missed, sep="\n", highlight=False)
@@ -1555,13 +1608,15 @@ def page_of_models(found: dict) -> list[str]:
     lines = [
         f"**`models`**: float32, one image; in brackets the time over that of {found['against']}. *Bound*: operations",
         "at the pace of a plain linear layer of that size, scans (with five for an exponential) at that of",
-        "multiply-adds.", "",
+        "multiply-adds. *Least*: products, convolutions and attentions each by itself in the shapes it has, and",
+        "recurrences at the bounds of `recurrences`.", "",
     ]  # fmt: skip
     headings = ["model", "pixels", "ms", "GFLOP", "of scans", "/ peer's", "bound, ms", "/ bound", "bound / peer's"]
+    headings += ["least, ms", "least / peer's"]
     rows = [
         [row["model"], row["size"], f"{row['ms']:.1f} ({row['ratio']:.2f})", sum(row["flops"].values()) / 1e9,
          row["flops"]["scans"] / 1e9, row["flops / peer"], row["bound"], row["ms"] / row["bound"],
-         row["bound / peer's"]]
+         row["bound / peer's"], row.get("least", math.nan), row.get("least / peer's", math.nan)]
         for row in found["rows"]
     ]  # fmt: skip
     return lines + grid(headings, rows) + bullets(found["missed"])
