@@ -1,14 +1,15 @@
 """timm's contract, held against every registered linescan model.
 
-Models are built at their registered width with one or two blocks a stage (`small`), so that all of them fit a test run;
-the full-size models are held against golden data in tests/parity. Of models that differ in their size alone, the
-narrowest is held against what takes time (`DISTINCT`); what is the same for all models of a class, against its
-narrowest (`KINDS`).
+Models are built with one or two blocks a stage, and half as wide where they are wide (`small`), so that all of them
+fit a test run; the full-size models are held against golden data in tests/parity. Of models that differ in their size
+alone, the narrowest is held against what takes time (`DISTINCT`); what is the same for all models of a class, against
+its narrowest (`KINDS`).
 """
 
 import math
 from collections import Counter
 from functools import cache
+from inspect import signature
 
 import pytest
 import timm
@@ -23,6 +24,8 @@ import linescan
 from linescan.backbones.contract import architecture
 from linescan.scans import visits
 from linescan.zoo import list_models
+
+from .test_distributed import options
 
 MODELS = list_models(task="classification")
 FAMILIES = sorted({timm.model_entrypoint(m).__module__.rpartition(".")[2] for m in MODELS})
@@ -43,13 +46,25 @@ def family(name):
 QUARTER = {"mambavision_large": 52, "mambavision_large2": 52, "mambavision_large3": 64}  # of the registered dims
 
 
-def small(name, **kwargs):
-    """A shallow copy of a registered model, its width as registered but for giants; clips have two frames."""
+def narrow(name):
+    """Arguments for half of the registered width, or a quarter of a giant's; none where that is narrow enough."""
+    if name in QUARTER:
+        return {"dims": QUARTER[name]}
+    if parameters(name)[1] < 1e7:
+        return {}
+    cls, args = architecture(name)
+    width = "dims" if "dims" in signature(cls).parameters else "embed_dim"
+    now = args.get(width, signature(cls).parameters[width].default)
+    return {width: now // 2 if isinstance(now, int) else tuple([n // 2 for n in now])}
+
+
+def small(name, registered=False, **kwargs):
+    """A shallow copy of a registered model, `narrow` unless it is to have its own width; clips have two frames."""
     torch.manual_seed(0)
     if "_video_" in name:
         kwargs = {"num_frames": 2, **kwargs}
-    if name in QUARTER:
-        kwargs = {"dims": QUARTER[name], **kwargs}
+    if not registered:
+        kwargs = {**narrow(name), **kwargs}
     for shallow in ({"depth": 2}, {"depths": (1, 1, 1, 1)}):
         try:
             return timm.create_model(name, **{**shallow, **kwargs})
@@ -61,7 +76,7 @@ def small(name, **kwargs):
 
 @cache
 def parameters(name):
-    model = small(name, device="meta")
+    model = small(name, registered=True, device="meta")
     return type(model).__name__, sum(p.numel() for p in model.parameters())
 
 
@@ -110,8 +125,9 @@ def five_blocks(name):
     return {"depth": 5} if architecture(name)[0].unit_name == "blocks" else {"depths": (1, 2, 1, 1)}
 
 
-def one_block(name):
-    return {"depth": 1} if architecture(name)[0].unit_name == "blocks" else {}
+def least(name):
+    """One block, or the two or three stages of one that have every kind of block."""
+    return {"depth": 1} if architecture(name)[0].unit_name == "blocks" else options(name)
 
 
 def tokens_of(model, stream):
@@ -363,7 +379,7 @@ def test_stochastic_depth_grows_from_block_to_block(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_parameter_groups(name):
-    model = small(name, device="meta", **five_blocks(name))
+    model = small(name, registered=True, device="meta", **five_blocks(name))
     names = dict(model.named_parameters())
     assert model.no_weight_decay() <= set(names)
     groups = timm.optim.param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.5)
@@ -388,7 +404,7 @@ def test_parameter_groups(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_factory_arguments(name):
     size = 256
-    model = small(name, device="meta", dtype=torch.bfloat16, img_size=(size, size + 32), num_classes=3)
+    model = small(name, registered=True, device="meta", dtype=torch.bfloat16, img_size=(size, size + 32), num_classes=3)
     assert {p.device.type for p in model.parameters()} == {"meta"}
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     if model.pos_embed is not None:
@@ -570,7 +586,7 @@ def test_scripting_is_refused_in_one_line():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_compiles_and_exports(name):
-    model = small(name, num_classes=5, **one_block(name)).eval()
+    model = small(name, num_classes=5, **least(name)).eval()
     x = image(model, 64, 64, batch=2)
     with torch.no_grad():
         eager = model(x)
