@@ -7,6 +7,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules.module import register_module_forward_hook
+from torch.utils import _pytree as pytree
 
 from linescan import _compat
 from linescan.scans.kernels import cpu
@@ -167,3 +168,50 @@ def test_a_flop_counter_of_mmengine_takes_the_handles():
         assert "linescan::of_this_test" in analysis.FlopAnalyzer(nn.Linear(2, 2), torch.ones(1, 2))._op_handles
     finally:
         del handles["linescan::of_this_test"]
+
+
+class Parts(nn.Module):
+    """Of what ONNX has no translation for: calls with two results, one that writes in place, one inside another."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = F.rms_norm(self.norm(self.conv(x)).relu_(), (6,))
+        variance, mean = torch.var_mean(y, (2, 3))
+        return variance + mean.double(), torch.rsub(y.movedim(1, -1), 1)
+
+
+class Entangled(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.clone()
+        y[:, 0] += 1
+        return y
+
+
+def test_an_onnx_export_takes_apart_what_it_must(monkeypatch):
+    from torch.onnx._internal.exporter import _fx_passes
+
+    torch.manual_seed(0)
+    shapes, before = ({0: torch.export.Dim("batch", min=1)},), dict(vars(_fx_passes))
+
+    def same(network):
+        with torch.no_grad():
+            with _compat.quick_onnx_export():
+                options = {"dynamo": True, "dynamic_shapes": shapes, "optimize": False, "verbose": False}
+                program = torch.onnx.export(network.eval(), (torch.rand(2, 2, 8, 8),), **options)
+            for batch in (1, 3):
+                x = torch.rand(batch, 2, 8, 8)
+                torch.testing.assert_close(tuple(program(x)), tuple(pytree.tree_leaves(network(x))), check_dtype=True)
+
+    whole = torch.export.ExportedProgram.run_decompositions
+    with monkeypatch.context() as patch:
+        patch.delattr(torch.export.ExportedProgram, "run_decompositions")
+        same(Parts())
+    calls = []
+    monkeypatch.setattr(
+        torch.export.ExportedProgram, "run_decompositions", lambda *given: calls.append(1) or whole(*given)
+    )
+    same(Entangled())
+    assert calls == [1] and dict(vars(_fx_passes)) == before

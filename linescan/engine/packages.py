@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import zoo
+from .._compat import quick_onnx_export
 from ..checkpoint import CARD, CheckpointError
 from ..errors import InputError, known, one_line
 from ..extras import require
@@ -284,10 +285,30 @@ def _write_onnx(network: nn.Module, inputs: tuple[Tensor, ...], note: str, path:
 
 
 def _to_onnx(network: nn.Module, inputs: tuple[Tensor, ...], names: Sequence[str], dynamic: tuple, **options):
-    return torch.onnx.export(
-        network, inputs, dynamo=True, opset_version=OPSET, verbose=False, input_names=names, dynamic_shapes=dynamic,
-        **options,
-    )  # fmt: skip
+    with quick_onnx_export():
+        return torch.onnx.export(
+            network, inputs, dynamo=True, opset_version=OPSET, verbose=False, input_names=names, dynamic_shapes=dynamic,
+            custom_translation_table={
+                torch.ops.aten.conv3d.default: _convolve_volumes, torch.ops.aten.to.dtype: _cast,
+            }, **options,
+        )  # fmt: skip
+
+
+def _cast(x, dtype, non_blocking=False, copy=False, memory_format=None):
+    """torch has none of its own: it would trace each by itself, and most change nothing."""
+    from onnxscript import opset20
+
+    return opset20.Identity(x) if x.dtype == dtype else opset20.Cast(x, to=dtype)
+
+
+def _convolve_volumes(
+    x, weight, bias=None, stride=(1, 1, 1), padding=(0, 0, 0), dilation=(1, 1, 1), groups: int = 1
+):  # fmt: skip
+    """torch's own translation makes a bias of another shape where there is none."""
+    from onnxscript import opset20
+
+    pads = [*padding, *padding]
+    return opset20.Conv(x, weight, bias, strides=list(stride), pads=pads, dilations=list(dilation), group=groups)
 
 
 class SideBySide(nn.Module):

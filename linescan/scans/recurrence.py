@@ -21,7 +21,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from inspect import signature
 from itertools import compress
-from typing import Any, Callable, Iterator, NamedTuple, Sequence, get_type_hints
+from typing import Any, Callable, ContextManager, Iterator, NamedTuple, Sequence, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -121,6 +121,12 @@ class Implementation:
     supports: Callable = lambda *args: True
     check: Callable = lambda *args: None
     kernel: bool = False
+
+
+def without_autocast(device: str) -> ContextManager:
+    """Inside, there is no autocast. Where there is none outside, a graph has no region for it: torch's exporters take
+    a multiple of the time for these."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def is_plain(inputs) -> bool:
@@ -506,7 +512,7 @@ class Recurrence:
     def in_standard_operators(self, *call) -> tuple:
         """(output, *states) of a call (*inputs, route, merge)."""
         forward = self._through_route(self._exported, exported.read, exported.write)
-        with torch.autocast(call[0].device.type, enabled=False):
+        with without_autocast(call[0].device.type):
             return _flat(forward(*call))
 
     def _dispatch(self, inputs, route: Tensor | None, merge: bool, name: str) -> tuple:

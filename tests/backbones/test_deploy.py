@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 
-from linescan.engine.packages import SideBySide, difference, tensors
+from linescan.engine.packages import SideBySide, _to_onnx, difference, tensors
 from linescan.layers.mamba import MambaMixer
 from linescan.scans.exported import DOMAIN, functions
 from linescan.scans.kernels import cpu
@@ -95,6 +95,10 @@ for name, args in {  # fewer stages: tracing takes a time for each
     "inline_cswin_tiny": ONE | {"stripes": (0,)},
     "mhsvm_vmunet_3h": {"dims": (16,), "depths": (1,), "depths_decoder": (1,)},
     "mambafcs_base": {"depths": (1,), "num_classes": 0},
+    "mambavision_tiny": {"stem_dim": 8, "dims": 16, "depths": (1, 1, 2), "num_heads": (1, 1, 2), "windows": (2, 2, 3)},
+    "rwkvsam_tiny": {"depths": (1, 1, 1), "dims": (8, 16, 32)},
+    "rwkvsam_small_prompt": {"depths": (1, 1, 1), "dims": (8, 16, 32)},
+    "mambaad_resnet34": {"depths": (1, 1, 1, 1)},
 }.items():
     sizes = ((32, 32), (24, 32)) if name == "segman_tiny" else SMALL[name].sizes
     SMALL[name] = replace(SMALL[name], args=SMALL[name].args | args, sizes=sizes)
@@ -103,35 +107,35 @@ KERNELS = (
     ("vim_tiny_patch16_224", "vig_tiny", "vrwkv_tiny", "vrwkv6_tiny", "scan_tiny", "rsmamba_base"),
     ("local_vim_tiny_middle_cls_token", "vmamba_tiny_s1l8", "mamband_small_patch16_224", "inline_deit_tiny"),
     ("local_vssm_tiny", "mamband_video_small_patch16_224", "videomamba_video_tiny_patch16_224", "mambair_v2_light_x2"),
-    ("mambavision_tiny", "mambair_light_x2", "rwkvsam_tiny"),
+    ("mambavision_tiny", "mambair_light_x2", "rwkvsam_tiny", "rwkvsam_small_prompt"),
     ("van_b0", "care_s0", "vig_h_tiny", "scanh_tiny"),
     ("local_vim_tiny", "vmamba_vanilla_tiny", "videomamba_tiny_patch16_224", "segman_tiny"),
     ("inline_pvt_tiny", "inline_swin_tiny", "inline_cswin_tiny", "mhsvm_vmunet_3h", "mambafcs_base"),
+    ("mamband_unetr_small",),  # whose convolutions of volumes have no bias
+    ("mambair_unet_dn",),
 )  # fmt: skip
 
 
 def in_onnx_runtime(names, sizes, path, kernels):
     """Exports networks, and holds the answers for two batches against theirs.
 
-    At the first size the batch is dynamic; at another it is three, which is traced in half the time. All are one graph:
-    an export of nothing takes as long as tracing a small network. Torch does not optimise it, since ONNX Runtime does.
+    All are one graph, which is made and opened once. Torch does not optimise it, since ONNX Runtime does.
     """
     calls = [(name, at) for at in sizes for name in names]
     networks = [SMALL[name].model(name, SMALL[name].sizes[at]) for name, at in calls]
 
     def inputs(batch):
-        shapes = [(SMALL[name], 3 if at else batch, SMALL[name].sizes[at]) for name, at in calls]
-        return [small.inputs(count, size, seed=batch) for small, count, size in shapes]
+        return [SMALL[name].inputs(batch, SMALL[name].sizes[at], seed=batch) for name, at in calls]
 
     def flat(groups):
         return tuple(x for group in groups for x in group)
 
     batch = torch.export.Dim("batch", min=1)
-    axes = flat([{} if at else {0: batch}] * len(SMALL[name].shapes) for name, at in calls)
+    examples = flat(inputs(2))
     with functions() if kernels else nullcontext(), torch.no_grad():  # with gradients, some batches are taken for fixed
-        program = torch.onnx.export(
-            SideBySide(networks, [len(SMALL[name].shapes) for name, _ in calls]), flat(inputs(2)), dynamo=True,
-            dynamic_shapes=(axes,), optimize=False, verbose=False,
+        program = _to_onnx(
+            SideBySide(networks, [len(SMALL[name].shapes) for name, _ in calls]), examples, [],
+            (({0: batch},) * len(examples),), optimize=False,
         )  # fmt: skip
     options = onnxruntime.SessionOptions()
     if kernels:
@@ -149,6 +153,19 @@ def in_onnx_runtime(names, sizes, path, kernels):
                 want = tensors(network(*group))
             assert difference(want, list(islice(got, len(want)))) < 1e-4, (*call, batch)
         assert not list(got)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torch_exports_a_mixer_without_linescan():
+    torch.manual_seed(0)
+    model, batch = MambaMixer(4, d_state=2), torch.export.Dim("batch", min=1)
+    with torch.no_grad():
+        program = torch.onnx.export(
+            model, (torch.randn(2, 2, 3, 4),), dynamo=True, dynamic_shapes=({0: batch},), optimize=False, verbose=False
+        )
+        for count in (1, 3):
+            x = torch.randn(count, 2, 3, 4)
+            assert difference(model(x), program(x)[0]) < 1e-4
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from torch import Tensor
 from ..chunks import numbers_at_a_time
 from ..exported import loop
 from ..matmul import project_routes, project_routes_backward
-from ..recurrence import public, recurrence
+from ..recurrence import public, recurrence, without_autocast
 
 __all__ = ["selective_scan"]
 
@@ -26,7 +26,7 @@ def widen(*inputs) -> list:
     if weight is not None:
         delta = inputs[1]
         dtype = delta.dtype if delta.is_cuda else torch.promote_types(delta.dtype, torch.float32)
-        with torch.autocast(delta.device.type, enabled=False):
+        with without_autocast(delta.device.type):
             inputs[1] = project_routes(delta.to(dtype), weight.to(dtype))
     return inputs
 
