@@ -161,18 +161,24 @@ def _read(
     decay = tl.load(w + r * D + channels, mask=real, other=0.0)
     bonus = tl.load(u + r * D + channels, mask=real, other=0.0)
 
+    tokens = ()  # both walks need them
     futures = ()
     if not CAUSAL:
+        for i in tl.static_range(TILE):
+            tokens = tokens + (_token(k, v, table, b, r, tile * TILE + i, S, channels, real),)
         x, y, top = _sum_at(sums, row, tiles, tile, 1, D, channels, real, CAUSAL)
         for i in tl.static_range(TILE):
             futures = ((x, y, top),) + futures
-            key, value = _token(k, v, table, b, r, tile * TILE + TILE - 1 - i, S, channels, real)
+            key, value = tokens[TILE - 1 - i]
             x, y, top = _add(x, y, top, key, value, 1.0, decay)
 
     x, y, top = _sum_at(sums, row, tiles, tile, 0, D, channels, real, CAUSAL)
     for i in tl.static_range(TILE):
         step = tile * TILE + i
-        key, value = _token(k, v, table, b, r, step, S, channels, real)
+        if CAUSAL:
+            key, value = _token(k, v, table, b, r, step, S, channels, real)
+        else:
+            key, value = tokens[i]
         most = tl.maximum(top, key + bonus)
         if not CAUSAL:
             next_x, next_y, next_top = futures[i]
@@ -209,6 +215,12 @@ def _gradients(
     of_x, of_y, of_top = _sum_at(adjoints, row, tiles, tile, FUTURE, D, channels, real, CAUSAL)
     if not CAUSAL:
         x, y, top = _sum_at(sums, row, tiles, tile, 1, D, channels, real, CAUSAL)
+    tokens = ()  # both walks need them
+    of_tokens = ()
+    for i in tl.static_range(TILE):
+        step = tile * TILE + i
+        tokens = tokens + (_token(k, v, table, b, r, step, S, channels, real),)
+        of_tokens = of_tokens + (_adjoint(grad, again, half, table, b, r, row, step, S, D, channels, real),)
     futures = ()
     for i in tl.static_range(TILE):
         step = tile * TILE + TILE - 1 - i
@@ -216,9 +228,9 @@ def _gradients(
             futures = ((of_x, of_y, of_top),) + futures
         else:
             futures = ((of_x, of_y, of_top, x, y, top),) + futures
-            key, value = _token(k, v, table, b, r, step, S, channels, real)
+            key, value = tokens[TILE - 1 - i]
             x, y, top = _add(x, y, top, key, value, 1.0, decay)
-        key, go, other = _adjoint(grad, again, half, table, b, r, row, step, S, D, channels, real)
+        key, go, other = of_tokens[TILE - 1 - i]
         of_x, of_y, of_top = _add(of_x, of_y, of_top, key, go, other, tl.where(step < S, decay, 0.0))
 
     x, y, top = _sum_at(sums, row, tiles, tile, 0, D, channels, real, CAUSAL)
@@ -228,8 +240,8 @@ def _gradients(
     for i in tl.static_range(TILE):
         step = tile * TILE + i
         of_next_x, of_next_y, of_next_top = futures[i][0], futures[i][1], futures[i][2]
-        key, value = _token(k, v, table, b, r, step, S, channels, real)
-        log_weight, go, other = _adjoint(grad, again, half, table, b, r, row, step, S, D, channels, real)
+        key, value = tokens[i]
+        log_weight, go, other = of_tokens[i]
         after, own = tl.exp(key + of_next_top), tl.exp(key + bonus + log_weight)
         of_value = after * of_next_x + own * go
         through = after * of_next_y + own * other  # the denominators

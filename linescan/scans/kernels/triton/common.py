@@ -24,7 +24,9 @@ __all__ = [
     "processors",
     "rows",
     "split",
+    "stack",
     "store_row",
+    "unstack",
     "visit",
     "visits",
 ]
@@ -130,6 +132,34 @@ def load_row(x, at, token, mask):
 def store_row(x, at, token, mask, value):
     """Writes a token's channels."""
     tl.store(at + token * x.token, value.to(x.data.dtype.element_ty), mask=mask)
+
+
+# Rows of T steps are one load of (T, ...) and one store, not T of them: the compiler's time grows with the product of
+# the loads and stores of a kernel and the square of its operations. T is a power of two, and lies in registers: that
+# neither of these two moves a value between threads is for layouts in which the last axis fills the warp.
+
+
+@triton.jit
+def unstack(x):
+    """The T tensors of (T, R, C)."""
+    T: tl.constexpr = x.shape[0]
+    if T == 2:
+        return tl.split(tl.permute(x, (1, 2, 0)))
+    else:
+        halves = tl.reshape(x, (2, T // 2, x.shape[1], x.shape[2]))
+        first, second = tl.split(tl.permute(halves, (1, 2, 3, 0)))
+        return unstack(first) + unstack(second)
+
+
+@triton.jit
+def stack(xs):
+    """T tensors (R, C) as one."""
+    T: tl.constexpr = len(xs)
+    if T == 2:
+        return tl.permute(tl.join(xs[0], xs[1]), (2, 0, 1))
+    else:
+        both = tl.permute(tl.join(stack(xs[: T // 2]), stack(xs[T // 2 :])), (3, 0, 1, 2))
+        return tl.reshape(both, (T, both.shape[2], both.shape[3]))
 
 
 # -- where gradients of token inputs go -------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ...ops.selective_scan import narrow, widen
 from ...visits import is_permutation, visited
-from .common import TokenGradient, launch, load_row, place, rows, split, store_row, visit
+from .common import TokenGradient, launch, load_row, place, rows, split, stack, store_row, unstack, visit
 
 __all__ = ["backward", "forward"]
 
@@ -133,6 +133,22 @@ def _step_size(raw, inside, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
+def _load_states(x, at, token, read, real):
+    """The rows of T steps of B or C, each (NR, NL). Where they are more than a few numbers, they are loaded one by one:
+    at once they would lie across threads."""
+    T: tl.constexpr = token.shape[0]
+    if T * real.shape[0] * real.shape[1] < 32:
+        return unstack(load_row(x, at, token, read & real))
+    else:
+        tokens = unstack(token)
+        there = unstack(read)
+        rows = ()
+        for i in tl.static_range(T):
+            rows = rows + (load_row(x, at, tokens[i], there[i] & real),)
+        return rows
+
+
+@triton.jit
 def _where(block, blocks, width, NL: tl.constexpr, DR: tl.constexpr):
     """(group, channels, which of them exist) of the block-th block of channels."""
     group = block // blocks
@@ -215,52 +231,37 @@ def _scan(
             if saved is not None:
                 tl.store(saved_at + (row * tl.cdiv(S, T) + t // T) * saved_size, h)
             # All loads of T steps first: none waits for another, nor for a store.
-            tokens = ()
-            kept = ()
-            steps = ()
-            inputs = ()
-            Bs = ()
-            Cs = ()
-            zs = ()
-            before = ()
-            for i in tl.static_range(T):
-                token, read, keep, inside = visit(table, t + i, S)
-                tokens = tokens + (token,)
-                kept = kept + (keep,)
-                raw = load_row(delta, delta_at, token, read & real_d) + shift
-                steps = steps + (_step_size(raw, inside, SOFTPLUS),)
-                inputs = inputs + (load_row(u, u_at, token, read & real_d),)
-                Bs = Bs + (load_row(B, B_at, token, read & real_n),)
-                if y is not None:
-                    Cs = Cs + (load_row(C, C_at, token, read & real_n),)
-                    if z is not None:
-                        zs = zs + (load_row(z, z_at, token, read & real_d),)
-                    if MERGE:
-                        before = before + (load_row(total, total_at, token, keep & (ADD | (k > 0)) & real_d),)
+            token, read, keep, inside = visit(table, t + tl.arange(0, T)[:, None, None], S)
+            step = _step_size(load_row(delta, delta_at, token, read & real_d) + shift, inside, SOFTPLUS)
+            value = load_row(u, u_at, token, read & real_d)
+            Bs = _load_states(B, B_at, token, read, real_n)
+            if y is not None:
+                Cs = _load_states(C, C_at, token, read, real_n)
+                if z is not None:
+                    gate = load_row(z, z_at, token, read & real_d)
+                if MERGE:
+                    before = load_row(total, total_at, token, keep & (ADD | (k > 0)) & real_d)
+            if sums is not None:
+                elapsed += tl.sum(step, 0)
+            steps = unstack(step)
+            inputs = unstack(step * value)
             outputs = ()
             for i in tl.static_range(T):
-                step = steps[i]
-                x = step * inputs[i]
-                h = tl.exp2(a * _by_channel(step)) * h + _by_channel(x) * _by_state(Bs[i])
-                if sums is not None:
-                    elapsed += step
+                h = tl.exp2(a * _by_channel(steps[i])) * h + _by_channel(inputs[i]) * _by_state(Bs[i])
                 if y is not None:
-                    out = _sum_states(h * _by_state(Cs[i]), NL)
-                    if D is not None:
-                        out += skip * inputs[i]
-                    if z is not None:
-                        out *= zs[i] * tl.sigmoid(zs[i])
-                    if MERGE:
-                        out += before[i]
-                    outputs = outputs + (out,)
+                    outputs = outputs + (_sum_states(h * _by_state(Cs[i]), NL),)
             if y is not None:
-                for i in tl.static_range(T):
-                    if MERGE:
-                        more = k < routes - 1
-                        store_row(total, total_at, tokens[i], kept[i] & more & real_d, outputs[i])
-                        store_row(y, y_at, tokens[i], kept[i] & (k == routes - 1) & real_d, outputs[i])
-                    else:
-                        store_row(y, y_at, tokens[i], kept[i] & real_d, outputs[i])
+                out = stack(outputs)
+                if D is not None:
+                    out += skip * value
+                if z is not None:
+                    out *= gate * tl.sigmoid(gate)
+                if MERGE:
+                    out += before
+                    store_row(total, total_at, token, keep & (k < routes - 1) & real_d, out)
+                    store_row(y, y_at, token, keep & (k == routes - 1) & real_d, out)
+                else:
+                    store_row(y, y_at, token, keep & real_d, out)
 
         if end is not None:
             tl.store(end + (row * chunks + chunk) * N * channels + tile, h, mask=real)
@@ -335,21 +336,17 @@ def _adjoint(
     count = tl.cdiv(tl.minimum(S, begin + size) - begin, T)
     for j in range(count):
         t = begin + (count - 1 - j) * T
-        steps = ()
-        grads = ()
-        Cs = ()
+        token, read, keep, inside = visit(table, t + tl.arange(0, T)[:, None, None], S)
+        raw = load_row(delta, delta_at, token, read & real_d) + shift
+        steps = unstack(_step_size(raw, inside, SOFTPLUS))
+        dy = load_row(grad, grad_at, token, keep & real_d)
+        if z is not None:
+            gate = load_row(z, z_at, token, read & real_d)
+            dy *= gate * tl.sigmoid(gate)
+        slopes = unstack(dy)
+        Cs = _load_states(C, C_at, token, read, real_n)
         for i in tl.static_range(T):
-            token, read, keep, inside = visit(table, t + i, S)
-            raw = load_row(delta, delta_at, token, read & real_d) + shift
-            steps = steps + (_step_size(raw, inside, SOFTPLUS),)
-            dy = load_row(grad, grad_at, token, keep & real_d)
-            if z is not None:
-                gate = load_row(z, z_at, token, read & real_d)
-                dy *= gate * tl.sigmoid(gate)
-            grads = grads + (dy,)
-            Cs = Cs + (load_row(C, C_at, token, read & real_n),)
-        for i in tl.static_range(T):
-            h += _by_channel(grads[T - 1 - i]) * _by_state(Cs[T - 1 - i])
+            h += _by_channel(slopes[T - 1 - i]) * _by_state(Cs[T - 1 - i])
             h *= tl.exp2(a * _by_channel(steps[T - 1 - i]))
     tl.store(left + (row * chunks + chunk) * N * channels + tile, h, mask=real)
 
