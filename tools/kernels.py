@@ -22,6 +22,7 @@ BEGIN, END = "<!-- Written by tools/kernels.py. -->\n", "<!-- End of what tools/
 LAUNCHES = (
     "test_triton:launches",
     "test_triton_gla:launches",
+    "test_triton_gla:other_launches",
     "test_triton_wkv:launches",
     "test_triton_forms:launches",
     "test_triton_more:launches",

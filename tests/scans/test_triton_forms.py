@@ -121,13 +121,13 @@ def _launch(names, dtype, route=None, merge=None, width=64):
 
 def launches():
     """Every kernel."""
-    names = *VECTORS, "dplr", "log_linear_attention"
+    names = *VECTORS, "dplr", "gated_delta_rule", "log_linear_attention"
     _launch(names, torch.bfloat16, table("permutation", 1, 2, 100), "sum")
 
 
 def other_launches():
-    """Other kinds of gates, in the order of the tokens (wkv4: test_triton_wkv.py); three-part products."""
-    _launch(("hgrn", "gated_delta_rule"), torch.bfloat16)
+    """In the order of the tokens (wkv4: test_triton_wkv.py); three-part products."""
+    _launch(("hgrn",), torch.bfloat16)
     _launch(("kda",), torch.float32, width=32)
 
 
@@ -140,13 +140,13 @@ def wide_launches():
 @outside_interpreter
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "function, names",
+    "function, names, whole",
     [
-        ("launches", MATRICES.union(*VECTORS.values(), {"_merge"})),
-        ("other_launches", MATRICES | {"_scan", "_retreat"}),
-        ("wide_launches", MATRICES - {"_gradients"}),
+        ("launches", MATRICES.union(*VECTORS.values(), {"_merge"}), True),
+        ("other_launches", MATRICES | {"_scan", "_retreat"}, False),
+        ("wide_launches", MATRICES - {"_gradients"}, False),
     ],
 )
-def test_compiles(function, names):
-    for _, kernels in compiled(f"tests.scans.test_triton_forms:{function}"):
+def test_compiles(function, names, whole):
+    for _, kernels in compiled(f"tests.scans.test_triton_forms:{function}", whole=whole):
         assert {kernel["name"] for kernel in kernels} >= names

@@ -155,18 +155,27 @@ def test_two_directions_share_their_tokens():
 # -- compiled for GPUs that are not there -----------------------------------------------------------------------------
 
 
+def _launch(ops, dtype, route=None, merge=None):
+    for op in ops:
+        inputs = op.inputs(1, 2 if route is None else 1, 2, 100, 2, 32, 64)  # without a table, tokens of two routes
+        results("triton", op, {key: x.to(dtype) for key, x in inputs.items()}, route, merge)
+
+
 def launches():
-    """Every kernel, forward and backward: gates of channels and of heads, each in float32 along routes and in bfloat16
-    without."""
-    settings = (torch.float32, table("permutation", 1, 2, 100), "sum", OPS[2:]), (torch.bfloat16, None, None, OPS[:2])
-    for dtype, route, merge, ops in settings:
-        for op in ops:
-            inputs = op.inputs(1, 2 if route is None else 1, 2, 100, 2, 32, 64)  # without a table, tokens of two routes
-            results("triton", op, {key: x.to(dtype) for key, x in inputs.items()}, route, merge)
+    """Every kernel, forward and backward: gates of channels in bfloat16, gates of heads in float32 along routes."""
+    _launch(OPS[:1], torch.bfloat16)
+    _launch(OPS[3:], torch.float32, table("permutation", 1, 2, 100), "sum")
+
+
+def other_launches():
+    """The other way round."""
+    _launch(OPS[1:2], torch.bfloat16)
+    _launch(OPS[2:3], torch.float32, table("permutation", 1, 2, 100), "sum")
 
 
 @outside_interpreter
 @pytest.mark.slow
-def test_compiles():
-    for _, kernels in compiled("tests.scans.test_triton_gla:launches"):
+@pytest.mark.parametrize("function, whole", [("launches", True), ("other_launches", False)])
+def test_compiles(function, whole):
+    for _, kernels in compiled(f"tests.scans.test_triton_gla:{function}", whole=whole):
         assert {kernel["name"] for kernel in kernels} == {"_states", "_carry", "_outputs", "_gradients"}

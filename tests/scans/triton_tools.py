@@ -81,6 +81,29 @@ def _adapt_interpreter() -> None:
     def dtype(kind):  # of numbers it is looked up once
         return of_any(kind) if kind.scalar.is_ptr() else of_numbers(kind.scalar)
 
+    core = language.core
+    new_block, new_tuple, types = core.block_type.__init__, core.tuple.__init__, {}
+
+    def block(self, element, shape):  # the same few types again and again
+        key = element.name, *map(int, shape)
+        if key not in types:
+            new_block(self, element, shape)
+            dimensions = core.tuple(map(core.constexpr, self.shape))
+            types[key] = self.__dict__ | dict(dimensions=dimensions, elements=core.constexpr(self.numel))
+        self.__dict__.update(types[key])
+
+    def tensor(self, handle, type):
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = (type.dimensions, type.elements) if type.is_block() else scalar
+
+    def values(self, args, type=None):  # whose type nobody asks for but where it is given
+        if type is None:
+            self.values = list(args)
+        else:
+            new_tuple(self, args, type)
+
+    core.block_type.__init__, core.tensor.__init__, core.tuple.__init__ = block, tensor, values
+    scalar = core.tuple(()), core.constexpr(1)
     interpreter._LangPatchScope, interpreter._get_np_dtype = Scope, dtype
     interpreter._patch_lang, interpreter._patch_lang_tensor = patched_language, patched_tensor
 
@@ -149,7 +172,7 @@ def interpret(*files: Path) -> None:
     assert done.returncode == 0, done.stdout[-5000:]
 
 
-def compiled(launches: str, archs: tuple[int, ...] = (TIGHTEST,)) -> list[tuple[int, list[dict]]]:
+def compiled(launches: str, archs: tuple[int, ...] = (TIGHTEST,), whole: bool = True) -> list[tuple[int, list[dict]]]:
     """The kernels that a function launches, for each architecture; all fit its shared memory.
 
     All kernels for one architecture take minutes: the others are for `tools/kernels.py --arch`.
@@ -157,8 +180,12 @@ def compiled(launches: str, archs: tuple[int, ...] = (TIGHTEST,)) -> list[tuple[
     Args:
         launches: "MODULE:FUNCTION".
         archs: some of those of `LIMITS`.
+        whole: down to machine code. Otherwise to what Triton hands to LLVM, which has all that Triton decides: enough
+            for more settings of kernels that another test compiles whole.
     """
-    done = Forked(HERE.parents[1], main, launches, *map(str, archs)).end()
+    with tempfile.TemporaryDirectory() as cache:  # what is not whole must not be found again
+        environment = {} if whole else {"TRITON_CACHE_DIR": cache}
+        done = Forked(HERE.parents[1], main if whole else lower, launches, *map(str, archs), **environment).end()
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     for kernel in kernels:
@@ -229,13 +256,42 @@ def main(launches: str, *archs: str) -> None:
                 module = function.fn.__module__.rpartition(".")[2]
                 about = dict(module=module, name=function.__name__, arch=arch, options=shown)
                 about |= dict(shared=kernel.metadata.shared)
-                print(json.dumps(about | _resources(kernel.asm["cubin"])))
+                print(json.dumps(about | (_resources(kernel.asm["cubin"]) if kernel.asm["cubin"] else {})))
 
         pretend(arch, launched)
         module, function = launches.split(":")
         getattr(import_module(module), function)()
     sys.stdout.flush()
     os._exit(0)  # LLVM's own clean-up may crash where no driver is
+
+
+def lower(launches: str, *archs: str) -> None:
+    """`main` of kernels that end where LLVM begins: no machine code, so no registers and stack."""
+    from triton import knobs
+    from triton.backends.nvidia import compiler
+
+    class Lowered(Exception):
+        pass
+
+    def end(module, context):
+        raise Lowered
+
+    def stop_before_llvm(backend, stages, *_):
+        translate = stages.pop("llir")
+        del stages["ptx"]
+
+        def cubin(module, metadata):
+            try:
+                translate(module, metadata)
+            except Lowered:
+                metadata.update(name="", shared=module.get_int_attr("ttg.shared"))
+            return b""
+
+        stages["cubin"] = cubin
+
+    compiler.llvm.to_module = end
+    knobs.runtime.add_stages_inspection_hook = stop_before_llvm
+    main(launches, *archs)
 
 
 if __name__ == "__main__":
