@@ -17,6 +17,7 @@ from linescan.engine.benchmark import Measurement, benchmark, crossover
 from linescan.errors import InputError
 
 from ..conftest import ENVIRONMENT
+from ..runs import python
 
 
 def timed(model, *milliseconds):
@@ -154,14 +155,11 @@ print(growth(model, [(32 * h, 32 * w) for h in range(3, 9) for w in range(3, 11)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks glibc")
-def test_memory_is_bounded_at_changing_sizes():
+def test_memory_is_bounded_at_changing_sizes(tmp_path):
     """torch's caches of compiled products hold a few sizes, not all that there have been."""
-    environment = {k: v for k, v in ENVIRONMENT.items() if "CACHE_CAPACITY" not in k}
 
     def held(*entries) -> float:
-        done = subprocess.run(
-            [sys.executable, "-c", GROWTH, *entries], env=environment, capture_output=True, text=True, timeout=600
-        )
+        done = python(tmp_path, GROWTH, *entries)
         assert done.returncode == 0, done.stderr
         return float(done.stdout)
 

@@ -18,7 +18,6 @@ from linescan.tasks.compare import Outcome, Score, Variant
 from linescan.tasks.recipes import ClassificationRecipe
 
 from ..conftest import ENVIRONMENT, command
-from ..runs import linescan
 
 TINY = ("--epochs", "1", "--model-arg", "embed_dim=16", "--model-arg", "depth=2", "--sizes", "16,32")
 
@@ -78,7 +77,7 @@ def test_models_on_equal_terms(linescan_here, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_comparison_goes_on(tmp_path):
+def test_a_killed_comparison_goes_on(linescan_here, tmp_path):
     args = "compare", "--out", tmp_path, "--mixers", "softmax,s6", *TINY, "--routes", "row", "-e", "2", "--no-times"
     process = subprocess.Popen(command(*args), env=ENVIRONMENT, stderr=subprocess.PIPE)
     while not (tmp_path / "softmax_row" / "0" / "state.pt").exists():
@@ -87,7 +86,7 @@ def test_a_killed_comparison_goes_on(tmp_path):
     process.kill()
     process.communicate(timeout=600)  # until no process of the comparison holds the pipe any more
     assert not (tmp_path / "compare.json").exists()
-    assert linescan(tmp_path, *args).end().returncode == 0
+    assert linescan_here(*args)[0] == 0
     results = json.loads((tmp_path / "compare.json").read_text())["results"]
     assert [list(result["scores"]) for result in results] == [["0"], ["0"]]
 

@@ -221,8 +221,10 @@ def test_training_learns_and_its_scores_are_those_of_the_tool(scenes, tmp_path, 
 
 @pytest.mark.slow
 def test_kill_9_and_two_processes(scenes, tmp_path, linescan_here):
-    args = ("train", "--task", "prompting", "--data", scenes, *SMALL, "--objects", "2", "--batch", "2", "--steps", "12",
-            "--workers", "0", "--log-every", "1", "--save-every", "2", "--device", "cpu")  # fmt: skip
+    args = (
+        "train", "--task", "prompting", "--data", scenes, *SMALL, "--objects", "2", "--batch", "2", "--steps", "12",
+        "--evaluate-every", "6", "--log-every", "1", "--save-every", "2", "--workers", "0", "--device", "cpu",
+    )  # fmt: skip
     finish(tmp_path, args, "whole")
     kill_and_resume(tmp_path, args, "killed", times=1, rows=8)
     assert same(contents(tmp_path / "whole"), contents(tmp_path / "killed"))
