@@ -264,6 +264,8 @@ def _take_apart(program: torch.export.ExportedProgram, is_known: Callable, table
                     if implicit or call.target in table:
                         calls += _inline(call, table, program.graph_signature if module is whole else None)
             module.graph.eliminate_dead_code()
+            for node in module.graph.nodes:
+                node.meta.setdefault("nn_module_stack", {})  # else torch says of each that there is none
             module.recompile()
 
 
