@@ -177,17 +177,21 @@ def quick_onnx_export() -> Iterator[None]:
     once to make dtypes alike. Here the calls without a translation alone are traced again, each by itself; a program
     that changes a tensor goes torch's way. Translations, which torch collects for each export, are kept.
     """
-    import torch._dynamo
-    from torch.onnx._internal.exporter import _decomp, _fx_passes, _registration
-    from torch.onnx._internal.fx.passes.type_promotion import _TypePromotionInterpreter, get_type_promotion_rule
+    try:
+        from torch._dynamo import config
+        from torch.onnx._internal.exporter import _decomp, _fx_passes, _registration
+        from torch.onnx._internal.fx.passes.type_promotion import _TypePromotionInterpreter, get_type_promotion_rule
 
-    whole = _fx_passes.decompose_with_registry
+        whole = _fx_passes.decompose_with_registry
+    except (ImportError, AttributeError):  # of another torch, whose way is the right one, too
+        yield
+        return
 
     def decompose(program: torch.export.ExportedProgram, registry: Any) -> torch.export.ExportedProgram:
         table = _decomp.create_onnx_friendly_decomposition_table(set(_decomp.get_onnx_implemented_overloads(registry)))
         try:
             _take_apart(program, registry.is_registered, table)
-        except _Entangled:
+        except Exception:  # it is still the same program, and torch says best what is wrong with it
             return whole(program, registry)
         return program
 
@@ -214,7 +218,7 @@ def quick_onnx_export() -> Iterator[None]:
             stack.callback(setattr, owner, name, vars(owner)[name])
             setattr(owner, name, value)
         # With a dynamic batch, torch's memory of what operators give costs more than it saves.
-        stack.enter_context(torch._dynamo.config.patch(fake_tensor_cache_enabled=False))
+        stack.enter_context(config.patch(fake_tensor_cache_enabled=False))
         yield
 
 
