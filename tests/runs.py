@@ -25,6 +25,7 @@ from linescan.engine.metrics import read_metrics
 from .conftest import ENVIRONMENT
 
 METHOD = multiprocessing.get_start_method()
+os.environ["PYTHONPATH"] = ENVIRONMENT["PYTHONPATH"]  # the server finds `tests`, from whatever folder it is started
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.preloaded"])
 FORKS.set_forkserver_preload = lambda names: None  # linescan's own trainings fork from the same one, with less in it
