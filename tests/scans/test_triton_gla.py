@@ -162,15 +162,15 @@ def _launch(ops, dtype, route=None, merge=None):
 
 
 def launches():
-    """Every kernel, forward and backward: gates of channels in bfloat16, gates of heads in float32 along routes."""
+    """Every kernel, forward and backward, with gates of channels: in bfloat16, and in float32 along routes."""
     _launch(OPS[:1], torch.bfloat16)
-    _launch(OPS[3:], torch.float32, table("permutation", 1, 2, 100), "sum")
+    _launch(OPS[2:3], torch.float32, table("permutation", 1, 2, 100), "sum")
 
 
 def other_launches():
-    """The other way round."""
+    """The same with gates of heads."""
     _launch(OPS[1:2], torch.bfloat16)
-    _launch(OPS[2:3], torch.float32, table("permutation", 1, 2, 100), "sum")
+    _launch(OPS[3:], torch.float32, table("permutation", 1, 2, 100), "sum")
 
 
 @outside_interpreter
