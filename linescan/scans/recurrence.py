@@ -126,7 +126,8 @@ class Implementation:
 def without_autocast(device: str) -> ContextManager:
     """Inside, there is no autocast. Where there is none outside, a graph has no region for it: torch's exporters take
     a multiple of the time for these."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    inside = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if inside else nullcontext()
 
 
 def is_plain(inputs) -> bool:

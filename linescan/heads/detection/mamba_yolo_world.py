@@ -14,7 +14,6 @@ prompts in the next scan over them (SGSS, serial-guided). All of it takes time l
 """
 
 import math
-from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple, Sequence
 
@@ -31,6 +30,7 @@ from ...layers.mlp import GatedMlp
 from ...layers.ss2d import SS2D, SS2D_NAMES, SSDScan
 from ...layers.stems import batch_norm, depthwise
 from ...scans.matmul import project_routes
+from ...scans.recurrence import without_autocast
 from ...zoo import register
 
 __all__ = ["Levels", "MambaFusionPAN", "MambaYOLOWorld", "YOLOWorldHead", "YOLOv8Backbone", "official_names"]
@@ -276,8 +276,7 @@ class MambaFusionPAN(nn.Module):
 
     def forward(self, maps: Sequence[Tensor], text: Tensor) -> tuple[list[Tensor], Tensor]:
         """Maps (B, C, H, W) of strides 8, 16, 32 and embeddings (B, n, text_dim) -> the same."""
-        device = text.device.type
-        with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
+        with without_autocast(text.device.type):
             dtype = self.text_top_down.in_proj.weight.dtype
             return self.fuse([x.to(dtype) for x in maps], text.to(dtype))
 
