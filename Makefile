@@ -53,7 +53,7 @@ pictures: .venv/installed
 clean:
 	rm -rf .venv build dist docs/api *.egg-info
 
-.venv/installed: pyproject.toml constraints.txt $(wildcard setup.py)
+.venv/installed: pyproject.toml constraints.txt $(wildcard setup.py linescan/scans/kernels/cpu/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "linescan needs Python 3.10 or newer, this is " \
 		+ sys.version.split()[0] + "; try: make PYTHON=/path/to/python3.12")'
 	$(PYTHON) -m venv .venv
