@@ -171,14 +171,17 @@ def test_a_flop_counter_of_mmengine_takes_the_handles():
 
 
 class Parts(nn.Module):
-    """Of what ONNX has no translation for: calls with two results, one that writes in place, one inside another."""
+    """Of what ONNX has no translation for: calls with two results, one that writes in place, one inside another.
+
+    And a list of one.
+    """
 
     def __init__(self):
         super().__init__()
         self.conv, self.norm = nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        y = F.rms_norm(self.norm(self.conv(x)).relu_(), (6,))
+        y = F.rms_norm(self.norm(self.conv(x.chunk(1, 1)[0])).relu_(), (6,))
         variance, mean = torch.var_mean(y, (2, 3))
         return variance + mean.double(), torch.rsub(y.movedim(1, -1), 1)
 
