@@ -99,8 +99,10 @@ for name, args in {  # fewer stages: tracing takes a time for each
     "rwkvsam_tiny": {"depths": (1, 1, 1), "dims": (8, 16, 32)},
     "rwkvsam_small_prompt": {"depths": (1, 1, 1), "dims": (8, 16, 32)},
     "mambaad_resnet34": {"depths": (1, 1, 1, 1)},
+    "sigma_tiny": {"dim": 8},
+    "segman_seg_tiny": {"backbone": {"depths": (1, 1, 1, 1), "dims": (16, 16, 32, 32), "windows": (3, 3, 3, 3)}},
 }.items():
-    sizes = ((32, 32), (24, 32)) if name == "segman_tiny" else SMALL[name].sizes
+    sizes = {"segman_tiny": ((32, 32), (24, 32)), "segman_seg_tiny": ((96, 96), (96, 128))}.get(name, SMALL[name].sizes)
     SMALL[name] = replace(SMALL[name], args=SMALL[name].args | args, sizes=sizes)
 LOOPS = ("vim_tiny_patch16_224", "vig_tiny", "vrwkv_tiny", "vrwkv6_tiny")  # one for each recurrence
 KERNELS = (
@@ -113,6 +115,9 @@ KERNELS = (
     ("inline_pvt_tiny", "inline_swin_tiny", "inline_cswin_tiny", "mhsvm_vmunet_3h", "mambafcs_base"),
     ("mamband_unetr_small",),  # whose convolutions of volumes have no bias
     ("mambair_unet_dn",),
+    ("sigma_tiny", "mambaad_resnet34"),
+    ("mamba_yolo_world_small",),
+    ("segman_seg_tiny",),
 )  # fmt: skip
 
 
