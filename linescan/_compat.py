@@ -182,7 +182,7 @@ def quick_onnx_export() -> Iterator[None]:
         from torch.onnx._internal.exporter import _decomp, _fx_passes, _registration
         from torch.onnx._internal.fx.passes.type_promotion import _TypePromotionInterpreter, get_type_promotion_rule
 
-        whole = _fx_passes.decompose_with_registry
+        whole, make_registry = _fx_passes.decompose_with_registry, _registration.ONNXRegistry.from_torchlib
     except (ImportError, AttributeError):  # of another torch, whose way is the right one, too
         yield
         return
@@ -208,11 +208,10 @@ def quick_onnx_export() -> Iterator[None]:
 
     def translations(cls: type, opset_version: int) -> Any:
         registry = cls()
-        registry.__dict__ |= _translations(opset_version).__dict__
+        registry.__dict__ |= _translations(make_registry, opset_version).__dict__
         registry.functions = dict(registry.functions)  # to which an export may add
         return registry
 
-    _translations(20)  # before it is replaced
     with ExitStack() as stack:
         for owner, name, value in (
             (_fx_passes, "decompose_with_registry", decompose),
@@ -227,11 +226,9 @@ def quick_onnx_export() -> Iterator[None]:
 
 
 @cache
-def _translations(opset_version: int) -> Any:
+def _translations(make_registry: Callable, opset_version: int) -> Any:
     """What torch can translate to ONNX."""
-    from torch.onnx._internal.exporter._registration import ONNXRegistry
-
-    return ONNXRegistry.from_torchlib(opset_version=opset_version)
+    return make_registry(opset_version=opset_version)
 
 
 class _Entangled(Exception):

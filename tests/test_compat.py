@@ -171,10 +171,7 @@ def test_a_flop_counter_of_mmengine_takes_the_handles():
 
 
 class Parts(nn.Module):
-    """Of what ONNX has no translation for: calls with two results, one that writes in place, one inside another.
-
-    And a list of one.
-    """
+    """Of what ONNX has no right translation for: two results, a list of one, one in place, one inside another."""
 
     def __init__(self):
         super().__init__()

@@ -12,7 +12,7 @@ from ..checkpoint import rename
 from ..scans import bi_wkv, bi_wkv6, matmul
 from ..scans.multi_route import MultiRoute
 from ..scans.ops.published import bi_wkv_kernel
-from ..scans.recurrence import is_plain, wants_gradient
+from ..scans.recurrence import is_plain
 from .blocks import Block, TokenMixer
 from .linear import linear
 
@@ -266,7 +266,7 @@ class ChannelMix(nn.Module):
         k = linear(self.key, torch.lerp(near, x, self.mix_k.to(x.dtype)))
         r = linear(self.receptance, torch.lerp(near, x, self.mix_r.to(x.dtype)))
         k = F.relu(k)
-        k = k.square() if wants_gradient((k,)) else k.square_()
+        k = k.square() if k.requires_grad else k.square_()
         return torch.sigmoid(r) * linear(self.value, self.key_norm(k))
 
 
