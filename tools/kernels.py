@@ -4,6 +4,7 @@ registers, shared memory, and the bytes that they ask of global memory.
 
     python tools/kernels.py             for H100 or H200 (sm_90) and B200 (sm_100)
     python tools/kernels.py --arch 120
+    python tools/kernels.py --record    after a change of kernels: what the tests need not compile again
 
 What kernels take is of the shapes that the tests compile: published models' where there are any (tests/scans/
 test_triton*.py). Bytes are those of the operators in tools/gpu_check.py.
@@ -15,6 +16,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Iterable
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "benchmarks" / "README.md"
@@ -27,6 +29,11 @@ LAUNCHES = (
     "test_triton_forms:launches",
     "test_triton_more:launches",
     "test_triton_more:other_launches",
+)
+TESTED = (  # besides, for the smallest shared memory
+    "test_triton:other_launches",
+    "test_triton_forms:other_launches",
+    "test_triton_forms:wide_launches",
 )
 NOT_COMPILED = {("test_triton_more:launches", 100)}  # by Triton 3.6
 SIDE = 16  # of the map whose bytes are counted: 256 tokens
@@ -50,11 +57,22 @@ def lines(command: list[str]) -> list[dict]:
     return list(map(json.loads, done.stdout.splitlines()))
 
 
-def compiled(arch: int) -> list[dict]:
+def compiled(archs: Iterable[int], launches: Iterable[str] = LAUNCHES) -> list[dict]:
     """What `tests.scans.triton_tools` prints of every kernel."""
     command = [sys.executable, "-m", "tests.scans.triton_tools"]
-    names = [name for name in LAUNCHES if (name, arch) not in NOT_COMPILED]
-    return [x for name in names for x in lines([*command, f"tests.scans.{name}", str(arch)])]
+    pairs = [(name, arch) for arch in archs for name in launches if (name, arch) not in NOT_COMPILED]
+    return [x for name, arch in pairs for x in lines([*command, f"tests.scans.{name}", str(arch)])]
+
+
+def record() -> Path:
+    """Writes what the tests' kernels take into the file that they look into before they compile any."""
+    sys.path.insert(0, str(ROOT))
+    from tests.scans.triton_tools import LIMITS, RECORD, TIGHTEST
+
+    kernels = compiled([TIGHTEST], LAUNCHES + TESTED) + compiled(LIMITS, ["test_triton_farthest:launches"])
+    rows = {x["key"]: {key: x[key] for key in ("name", "shared", "registers", "stack")} for x in kernels}
+    RECORD.write_text("{\n" + ",\n".join(f'"{key}": {json.dumps(row)}' for key, row in sorted(rows.items())) + "\n}\n")
+    return RECORD
 
 
 # -- bytes ------------------------------------------------------------------------------------------------------------
@@ -163,12 +181,16 @@ def table(kernels: list[dict], archs: list[int]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=[90, 100], help="80, 90, 100, 120 (default: 90 100)")
+    parser.add_argument("--record", action="store_true", help="write tests/scans/compiled.json alone")
     parser.add_argument("--count", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.count:
         count(options.count, options.arch[0])
+    print(record())
+    if options.record:
+        return
     archs = ", ".join(f"sm_{arch}" for arch in options.arch)
-    kernels = [x for arch in options.arch for x in compiled(arch)]
+    kernels = compiled(options.arch)
     text = f"""Compiled for {archs}, one number for each, the most that any variant takes; a stack is what
 registers had no room for.
 

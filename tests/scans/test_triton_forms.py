@@ -140,13 +140,13 @@ def wide_launches():
 @outside_interpreter
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "function, names, whole",
+    "function, names",
     [
-        ("launches", MATRICES.union(*VECTORS.values(), {"_merge"}), True),
-        ("other_launches", MATRICES | {"_scan", "_retreat"}, False),
-        ("wide_launches", MATRICES - {"_gradients"}, False),
+        ("launches", MATRICES.union(*VECTORS.values(), {"_merge"})),
+        ("other_launches", MATRICES | {"_scan", "_retreat"}),
+        ("wide_launches", MATRICES - {"_gradients"}),
     ],
 )
-def test_compiles(function, names, whole):
-    for _, kernels in compiled(f"tests.scans.test_triton_forms:{function}", whole=whole):
+def test_compiles(function, names):
+    for _, kernels in compiled(f"tests.scans.test_triton_forms:{function}"):
         assert {kernel["name"] for kernel in kernels} >= names

@@ -175,7 +175,7 @@ def other_launches():
 
 @outside_interpreter
 @pytest.mark.slow
-@pytest.mark.parametrize("function, whole", [("launches", True), ("other_launches", False)])
-def test_compiles(function, whole):
-    for _, kernels in compiled(f"tests.scans.test_triton_gla:{function}", whole=whole):
+@pytest.mark.parametrize("function", ["launches", "other_launches"])
+def test_compiles(function):
+    for _, kernels in compiled(f"tests.scans.test_triton_gla:{function}"):
         assert {kernel["name"] for kernel in kernels} == {"_states", "_carry", "_outputs", "_gradients"}

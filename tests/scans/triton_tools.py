@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 from functools import cache
+from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,6 +40,7 @@ HERE = Path(__file__).parent
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 LIMITS = {80: 163 * 1024, 90: 227 * 1024, 120: 99 * 1024}  # shared memory of a block
 TIGHTEST = min(LIMITS, key=LIMITS.__getitem__)
+RECORD = HERE / "compiled.json"  # what kernels take that were compiled before, by their keys
 CALLS = [  # every kind of route (`tools.table`), merge and dtype, tokens that routes share or not
     ("none", None, torch.float32, False),
     ("permutation", "sum", torch.float32, True),
@@ -172,20 +174,17 @@ def interpret(*files: Path) -> None:
     assert done.returncode == 0, done.stdout[-5000:]
 
 
-def compiled(launches: str, archs: tuple[int, ...] = (TIGHTEST,), whole: bool = True) -> list[tuple[int, list[dict]]]:
+def compiled(launches: str, archs: tuple[int, ...] = (TIGHTEST,)) -> list[tuple[int, list[dict]]]:
     """The kernels that a function launches, for each architecture; all fit its shared memory.
 
-    All kernels for one architecture take minutes: the others are for `tools/kernels.py --arch`.
+    Those that compiled.json knows are not compiled again. All kernels for one architecture take minutes: the other
+    architectures are for `tools/kernels.py --arch`.
 
     Args:
         launches: "MODULE:FUNCTION".
         archs: some of those of `LIMITS`.
-        whole: down to machine code. Otherwise to what Triton hands to LLVM, which has all that Triton decides: enough
-            for more settings of kernels that another test compiles whole.
     """
-    with tempfile.TemporaryDirectory() as cache:  # what is not whole must not be found again
-        environment = {} if whole else {"TRITON_CACHE_DIR": cache}
-        done = Forked(HERE.parents[1], main if whole else lower, launches, *map(str, archs), **environment).end()
+    done = Forked(HERE.parents[1], main, launches, *map(str, archs)).end()
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     for kernel in kernels:
@@ -243,55 +242,48 @@ def pretend(arch: int, launched: Callable) -> None:
     triton.runtime.driver.set_active(Pretended(arch))
 
 
+def _remember(known: dict[str, dict]) -> None:
+    """Triton compiles from now on only what is not in `known`; kernels have a `key`, by which they are found there.
+
+    The key is of all that what a kernel takes depends on: its source, that of the functions it calls, what it is
+    compiled for, and Triton's version. A changed kernel is compiled again.
+    """
+    import triton
+
+    compile_ = triton.compiler.compile
+
+    def compile(src, target, options):
+        settings = [(key, str(value)) for key, value in sorted(options.items()) if key != "extern_libs"]  # a path
+        key = sha256(str((triton.__version__, target.arch, src.hash(), settings)).encode()).hexdigest()[:32]
+        kernel = SimpleNamespace(**known[key]) if key in known else compile_(src, target=target, options=options)
+        kernel.key = key
+        return kernel
+
+    triton.compiler.compile = compile
+
+
 def main(launches: str, *archs: str) -> None:
     """Prints one JSON line a kernel: module, name, arch, options, shared (bytes of shared memory of a block), registers
-    and stack (bytes, what registers have no room for) of a thread."""
-    seen = set()
+    and stack (bytes, what registers have no room for) of a thread, and the key that compiled.json has it by."""
+    seen, known = set(), json.loads(RECORD.read_text())
+    _remember(known)
     for arch in map(int, archs):
 
         def launched(function, kernel, args, options, grid):
-            if (arch, kernel.hash) not in seen:
-                seen.add((arch, kernel.hash))
-                shown = {key: str(value) for key, value in options.items()}
-                module = function.fn.__module__.rpartition(".")[2]
-                about = dict(module=module, name=function.__name__, arch=arch, options=shown)
-                about |= dict(shared=kernel.metadata.shared)
-                print(json.dumps(about | (_resources(kernel.asm["cubin"]) if kernel.asm["cubin"] else {})))
+            if kernel.key in seen:
+                return
+            seen.add(kernel.key)
+            shown = {key: str(value) for key, value in options.items()}
+            about = dict(module=function.fn.__module__.rpartition(".")[2], name=function.__name__, options=shown)
+            takes = known.get(kernel.key)
+            takes = takes or dict(shared=kernel.metadata.shared, **_resources(kernel.asm["cubin"]))
+            print(json.dumps(about | dict(arch=arch, key=kernel.key) | takes))
 
         pretend(arch, launched)
         module, function = launches.split(":")
         getattr(import_module(module), function)()
     sys.stdout.flush()
     os._exit(0)  # LLVM's own clean-up may crash where no driver is
-
-
-def lower(launches: str, *archs: str) -> None:
-    """`main` of kernels that end where LLVM begins: no machine code, so no registers and stack."""
-    from triton import knobs
-    from triton.backends.nvidia import compiler
-
-    class Lowered(Exception):
-        pass
-
-    def end(module, context):
-        raise Lowered
-
-    def stop_before_llvm(backend, stages, *_):
-        translate = stages.pop("llir")
-        del stages["ptx"]
-
-        def cubin(module, metadata):
-            try:
-                translate(module, metadata)
-            except Lowered:
-                metadata.update(name="", shared=module.get_int_attr("ttg.shared"))
-            return b""
-
-        stages["cubin"] = cubin
-
-    compiler.llvm.to_module = end
-    knobs.runtime.add_stages_inspection_hook = stop_before_llvm
-    main(launches, *archs)
 
 
 if __name__ == "__main__":
