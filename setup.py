@@ -63,6 +63,7 @@ kernels = Extension(
             "causal_conv",
             "neighborhood",
             "merge",
+            "blend",
             "stable",
             "onnx_runtime",
         )

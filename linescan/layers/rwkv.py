@@ -1,6 +1,6 @@
 """The blocks of Vision-RWKV: shifts, spatial mixes of versions 4 and 6, channel mix (arXiv 2403.02308)."""
 
-from typing import Mapping, NamedTuple
+from typing import Iterable, Mapping, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from .._compat import is_observed
 from ..checkpoint import rename
 from ..scans import bi_wkv, bi_wkv6, matmul
+from ..scans.kernels import cpu
 from ..scans.multi_route import MultiRoute
 from ..scans.ops.published import bi_wkv_kernel
-from ..scans.recurrence import is_plain
+from ..scans.recurrence import is_plain, wants_gradient
 from .blocks import Block, TokenMixer
 from .linear import linear
 
@@ -67,6 +68,51 @@ class TokenShift(nn.Module):
     def forward(self, x: Tensor, grid: tuple[int, int] | None) -> Tensor:
         """x (B, L, C) -> the same shape; the grid does not matter."""
         return F.pad(x[:, :-1], (0, 0, 1, 0))
+
+
+class Neighbours:
+    """Tokens x (B, L, C) on a grid and what `shift` gives for them, to be blended; without gradients by a kernel."""
+
+    def __init__(self, shift: nn.Module, x: Tensor, grid: tuple[int, int]):
+        self.shift, self.x, self.grid = shift, x, grid
+        self.near: Tensor | None = None
+        self.step: Tensor | None = None
+
+    def keeping(self, *mixes: Tensor) -> Iterable[Tensor]:
+        """Blends near + mix (x - near) with each of `mixes` (1, 1, C): what a token keeps of itself."""
+        blends = self._by_kernel(mixes, own=True)
+        if blends is not None:
+            return blends
+        near = self._near()
+        return [torch.lerp(near, self.x, mix.to(self.x.dtype)) for mix in mixes]
+
+    def stepping(self, mixes: Tensor, added: Tensor | None = None) -> Iterable[Tensor]:
+        """Blends x + mix (near - x): how far a token goes.
+
+        Args:
+            mixes: (K, 1, C).
+            added: to the mixes, (K, B, L, C); it is used up.
+        """
+        blends = self._by_kernel((mixes,), own=False, added=added)
+        if blends is not None:
+            return blends
+        if self.step is None:
+            self.step = self._near() - self.x
+        sums = mixes if added is None else (mix + more for mix, more in zip(mixes, added))
+        return [torch.addcmul(self.x, self.step, mix) for mix in sums]
+
+    def _near(self) -> Tensor:
+        if self.near is None:
+            self.near = self.shift(self.x, self.grid)
+        return self.near
+
+    def _by_kernel(self, mixes: tuple[Tensor, ...], own: bool, added: Tensor | None = None) -> Iterable[Tensor] | None:
+        shift, inputs = self.shift, (self.x, added, *mixes)
+        if not is_plain(inputs) or wants_gradient(inputs) or type(shift) is not QuadShift or is_observed(shift):
+            return None
+        mix = torch.cat(mixes) if len(mixes) > 1 else mixes[0]
+        blends = cpu.shift_blend(self.x, mix, self.grid, shift.num_heads, shift.gamma, shift.pixels, own, added)
+        return None if blends is None else blends.unbind()
 
 
 class Place(NamedTuple):
@@ -136,9 +182,8 @@ class SpatialMix(TokenMixer):
 
     def project(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B, L, dim) on a grid -> keys, values and receptance, alike."""
-        near = self.shift(x, grid)
-        parts = (self.key, self.mix_k), (self.value, self.mix_v), (self.receptance, self.mix_r)
-        return tuple(linear(layer, torch.lerp(near, x, mix.to(x.dtype))) for layer, mix in parts)
+        blends = Neighbours(self.shift, x, grid).keeping(self.mix_k, self.mix_v, self.mix_r)
+        return tuple(linear(layer, blend) for layer, blend in zip((self.key, self.value, self.receptance), blends))
 
     def scan(self, k: Tensor, v: Tensor, **options):
         """Bi-WKV of keys and values (B, L, dim) -> (B, L, dim); options of `MultiRoute`."""
@@ -207,10 +252,11 @@ class SpatialMix6(TokenMixer):
 
     def project(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Tokens (B, L, dim) on a grid -> r, k, v, log decays (B, 1, L, heads, head_dim), and the gate (B, L, dim)."""
-        step = self.shift(x, grid) - x
-        mix = torch.tanh(matmul.linear(torch.addcmul(x, step, self.mix_x), self.mix_w1.T)).chunk(5, -1)
-        mix = (start + matmul.linear(low, wide.T) for start, low, wide in zip(self.mix, mix, self.mix_w2))
-        w, k, v, r, g = (torch.addcmul(x, step, own) for own in mix)
+        tokens = Neighbours(self.shift, x, grid)
+        (blend,) = tokens.stepping(self.mix_x)
+        low = torch.tanh(matmul.linear(blend, self.mix_w1.T)).flatten(0, 1).unflatten(-1, (5, -1))
+        added = torch.bmm(low.transpose(0, 1), self.mix_w2).unflatten(1, x.shape[:2])
+        w, k, v, r, g = tokens.stepping(self.mix, added)
         w = self.decay + matmul.linear(torch.tanh(matmul.linear(w, self.decay_w1.T)), self.decay_w2.T)
         w = -torch.exp(w.to(torch.promote_types(w.dtype, torch.float32)))
         tokens = linear(self.receptance, r), linear(self.key, k), linear(self.value, v), w
@@ -221,21 +267,24 @@ class SpatialMix6(TokenMixer):
         """Both-sided WKV-6 of what `project` made -> (B, L, heads, head_dim); options of `MultiRoute`."""
         return self.along(r, k, v, w, self.bonus, **options)
 
-    def norm_heads(self, y: Tensor) -> Tensor:
-        """`head_norm` of every token: (B, L, dim) -> (B, L, dim)."""
+    def norm_heads(self, y: Tensor, gate: Tensor) -> Tensor:
+        """`head_norm` of every token, gated by SiLU: y, gate (B, L, dim) -> (B, L, dim)."""
         norm = self.head_norm
         if type(norm) is not nn.GroupNorm or is_observed(norm) or not is_plain((y,)) or y.dtype != norm.weight.dtype:
-            return norm(y.flatten(0, 1)).view_as(y)
+            return norm(y.flatten(0, 1)).view_as(y) * F.silu(gate)
+        if not wants_gradient((y, gate, norm.weight, norm.bias)):
+            out = cpu.norm(y, norm.weight, norm.bias, norm.eps, norm.num_groups, gate)
+            if out is not None:
+                return out
         heads = y.unflatten(-1, (norm.num_groups, -1))  # torch's norm of groups goes number by number here
         one = y.new_ones(heads.shape[-1:])
         heads = F.layer_norm(heads, one.shape, one, torch.zeros_like(one), norm.eps)
-        return torch.addcmul(norm.bias, heads.view_as(y), norm.weight)
+        return torch.addcmul(norm.bias, heads.view_as(y), norm.weight) * F.silu(gate)
 
     def mix_tokens(self, x: Tensor, grid: tuple[int, int], **options) -> tuple[Tensor, None]:
         r, k, v, w, gate = self.project(x, grid)
         y, state = self.scan(r, k, v, w, **options)
-        y = self.norm_heads(self.key_norm(y.flatten(2)))
-        return linear(self.output, y * F.silu(gate)), state
+        return linear(self.output, self.norm_heads(self.key_norm(y.flatten(2)), gate)), state
 
 
 @register_notrace_module
@@ -262,10 +311,8 @@ class ChannelMix(nn.Module):
         self.value = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        near = self.shift(x, grid)
-        k = linear(self.key, torch.lerp(near, x, self.mix_k.to(x.dtype)))
-        r = linear(self.receptance, torch.lerp(near, x, self.mix_r.to(x.dtype)))
-        k = F.relu(k)
+        k, r = Neighbours(self.shift, x, grid).keeping(self.mix_k, self.mix_r)
+        k, r = F.relu(linear(self.key, k)), linear(self.receptance, r)
         k = k.square() if k.requires_grad else k.square_()
         return torch.sigmoid(r) * linear(self.value, self.key_norm(k))
 

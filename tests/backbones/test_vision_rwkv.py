@@ -9,7 +9,7 @@ import linescan
 from linescan.backbones.feature_maps import dense_backbone
 from linescan.backbones.vision_rwkv import VisionRWKV
 from linescan.layers.adapter import MSDeformableAttention, deformable_attention, reference_points
-from linescan.layers.rwkv import Place, QuadShift, SpatialMix, SpatialMix6
+from linescan.layers.rwkv import ChannelMix, Place, QuadShift, SpatialMix, SpatialMix6
 
 TINY = dict(img_size=64, embed_dim=32, depth=4, num_classes=5)
 ADAPTER = dict(type="adapter", num_heads=4, ratio=0.5, width=8)
@@ -48,6 +48,29 @@ def test_quad_shift_reads_the_four_neighbours(grid, heads, gamma, pixels, classe
                 inside = 0 <= y < height and 0 <= z < width
                 want = x[:, y * width + z, channel] if inside else torch.zeros(2)
                 assert torch.equal(got[:, row * width + column, channel], want)
+
+
+@pytest.mark.parametrize("mix", [SpatialMix, SpatialMix6, ChannelMix])
+def test_a_shift_that_is_observed_is_called(mix):
+    mixer, seen = seeded(mix, 64, QuadShift(), Place(1, 3)), []
+    mixer.shift.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    with torch.no_grad():
+        mixer(torch.randn(1, 6, 64), (2, 3))
+    assert seen == [(1, 6, 64)]
+
+
+@pytest.mark.parametrize("mix", [SpatialMix, SpatialMix6, ChannelMix])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mixes_without_a_gradient(mix, dtype):
+    """Where kernels serve, and where they do not."""
+    mixer = seeded(mix, 64, QuadShift(), Place(1, 3)).to(dtype)
+    x = torch.randn(2, 13, 64).to(dtype)
+    with torch.no_grad():
+        got = mixer(x, (3, 4))
+    want = mixer.double()(x.double(), (3, 4))
+    assert got.dtype == dtype
+    close = (1e-4, 1e-5) if dtype is torch.float32 else (0.05, 0.05)
+    torch.testing.assert_close(got.double(), want.detach(), rtol=close[0], atol=close[1])
 
 
 def test_spatial_mix_is_the_dense_sum_of_the_paper():

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from linescan.engine.processes import threads
+from linescan.layers.rwkv import QuadShift
 from linescan.scans import (
     backend,
     bi_wkv,
@@ -688,3 +689,50 @@ def test_the_environment_caps_the_instruction_set(monkeypatch):
     monkeypatch.setenv("LINESCAN_CPU_KERNELS", "best")
     with pytest.raises(ValueError, match="one of off, avx512, avx2, baseline; got 'best'"):
         cpu._load()
+
+
+# -- between products and recurrences ---------------------------------------------------------------------------------
+
+passes = pytest.mark.skipif(
+    cpu.missing() is not None or not hasattr(torch.ops.linescan_cpu, "norm"), reason="CPU kernels missing or older"
+)
+
+
+@passes
+@pytest.mark.parametrize("grid", [(3, 5), (1, 4), (1, 1)])
+@pytest.mark.parametrize(
+    "dim, heads, gamma, pixels, classes",
+    [(22, 1, 0.25, 1, 0), (22, 2, 0.3, 1, 1), (128, 2, 0.25, 1, 1), (20, 1, 0.2, 2, 0)],
+)  # fmt: skip
+def test_shifts_and_blends(grid, dim, heads, gamma, pixels, classes, instructions):
+    torch.manual_seed(0)
+    x = torch.randn(2, grid[0] * grid[1] + classes, dim)
+    mixes, added = torch.randn(3, 1, dim), torch.randn(3, *x.shape)
+    near = QuadShift(heads, gamma, pixels)(x, grid)
+    wanted = near + mixes[:, None] * (x - near), x + (mixes[:, None] + added) * (near - x)
+    shift = grid, heads, gamma, pixels
+    got = cpu.shift_blend(x, mixes, *shift, True), cpu.shift_blend(x, mixes, *shift, False, added)
+    assert got[1] is added
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+@passes
+@pytest.mark.parametrize("centred, gated", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("heads, channels", [(3, 64), (1, 80)])
+def test_norms(centred, gated, heads, channels, instructions):
+    torch.manual_seed(0)
+    dim = heads * channels
+    x, gate, (weight, bias) = torch.randn(2, 5, dim) + 3, torch.randn(2, 5, dim), torch.randn(2, dim)
+    y = x.double().unflatten(-1, (heads, channels))
+    y = y - y.mean(-1, keepdim=True) if centred else y
+    y = (y / (y.square().mean(-1, keepdim=True) + 1e-3).sqrt()).flatten(-2) * weight + (bias if centred else 0)
+    y = y * F.silu(4 * gate.double()) if gated else y
+    got = cpu.norm(x, weight, bias if centred else None, 1e-3, heads, 4 * gate if gated else None)
+    torch.testing.assert_close(got.double(), y, rtol=1e-5, atol=1e-5)
+
+
+@passes
+def test_kernels_between_products_leave_the_rest_to_torch():
+    x, weight = torch.randn(2, 5, 24), torch.randn(24)
+    assert cpu.norm(x, weight, None, 1e-5) is None, "channels in part vectors"
+    assert cpu.shift_blend(x.double(), weight.double()[None, None], (1, 5), 1, 0.25, 1, True) is None

@@ -427,6 +427,52 @@ def weighted_sum(y, weight) -> Tensor | None:
     return out
 
 
+# -- between products and recurrences ---------------------------------------------------------------------------------
+
+
+def _passes(operator: str, *tensors) -> bool:
+    """Whether such a kernel serves: float32, and not with a library that was compiled before there was it."""
+    return (
+        all([x is None or x.dtype is torch.float32 for x in tensors])
+        and _supports(*tensors)
+        and hasattr(torch.ops.linescan_cpu, operator)
+    )
+
+
+def shift_blend(x, mix, grid, heads: int, gamma: float, pixels: int, own: bool, added=None) -> Tensor | None:
+    """Tokens (B, L, C) blended with the neighbours of `linescan.layers.rwkv.QuadShift`, once for every row of mixes.
+
+    No gradients; None where no kernel serves.
+
+    Args:
+        mix: (K, 1, C), shares of the neighbours, or of the tokens themselves if `own`.
+        added: to the mixes, (K, B, L, C), contiguous; the output takes its place.
+
+    Returns:
+        (K, B, L, C).
+    """
+    if not _passes("shift_blend", x, mix, added):
+        return None
+    out = x.new_empty(len(mix), *x.shape) if added is None else added
+    others = *grid, heads, gamma, pixels, own, added is not None, out
+    torch.ops.linescan_cpu.shift_blend.default(x.contiguous(), mix.contiguous(), *others)
+    return out
+
+
+def norm(x, weight, bias, eps: float, heads: int = 1, gate=None) -> Tensor | None:
+    """Layer norm of x (..., C) in `heads` groups of channels, root-mean-square norm without a `bias`; likewise.
+
+    Args:
+        gate: (..., C); the result is multiplied by silu(gate).
+    """
+    if x.shape[-1] % (16 * heads) or not _passes("norm", x, weight, bias, gate):
+        return None
+    out = x.new_empty(x.shape)
+    inputs = (t if t is None else t.contiguous() for t in (x, weight, bias, gate))
+    torch.ops.linescan_cpu.norm.default(*inputs, x.shape[-1] // heads, eps, out)
+    return out
+
+
 _missing = _load()
 _register_both(_ssd, _ssd_forward, _ssd_backward)
 _register_matrix(_gla, GATED, "q k v gate scale initial_state")

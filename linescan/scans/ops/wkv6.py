@@ -4,9 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._compat import plain_shape
+from ..._compat import is_watched, plain_shape
 from ..chunks import gated_outer_products
 from ..recurrence import check_arguments, public, recurrence
+from ..routes import table
 from ..visits import declare, known
 
 __all__ = ["wkv6", "bi_wkv6"]
@@ -108,13 +109,20 @@ def bi_wkv6(
     """
     _, routes, length = check_arguments("bi_wkv6", r, k, v, w, u, scale, route=route)
     u = u.expand(routes, *u.shape[-2:])
-    there = torch.arange(length, device=r.device).expand(routes, length) if route is None else route
-    both = torch.cat((there, there.flip(-1)), -2)
-    visits = known(route)
+    both = _both_ways(route, routes, length, r.device)
+    tokens = [torch.cat((x, x), 1) if plain_shape(x)[1] > 1 else x for x in (r, k, v, w)]
+    y = wkv6(*tokens, torch.cat((u, torch.zeros_like(u))), scale=scale, route=both, merge=merge)
+    return y if merge else y.unflatten(1, (2, routes)).sum(1)
+
+
+def _both_ways(route: Tensor | None, routes: int, length: int, device: torch.device) -> Tensor:
+    """The table of a table's routes, or of `routes` stored orders, and then of their reverses."""
+    if route is None and routes == 1 and length and not is_watched():
+        return table("row, -row", (1, length), device)  # which is kept
+    there = torch.arange(length, device=device).expand(routes, length) if route is None else route
+    both, visits = torch.cat((there, there.flip(-1)), -2), known(route)
     if route is None:
         declare(both, length, permutation=True, padding=False)
     elif visits is not None:
         declare(both, visits.length, visits.permutation, visits.padding)
-    tokens = [torch.cat((x, x), 1) if plain_shape(x)[1] > 1 else x for x in (r, k, v, w)]
-    y = wkv6(*tokens, torch.cat((u, torch.zeros_like(u))), scale=scale, route=both, merge=merge)
-    return y if merge else y.unflatten(1, (2, routes)).sum(1)
+    return both

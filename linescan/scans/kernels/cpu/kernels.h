@@ -193,6 +193,25 @@ struct Merge {
   float eps = 0.0f, *out;
 };
 
+// Tokens x (B, L, C), those of a grid first, blended with their neighbours in K ways: out (K, B, L, C). See blend.h.
+struct Blend {
+  int64_t B, L, C, K, height, breadth, heads, pixels;
+  int64_t ends[6] = {};  // of the groups of a head's channels
+  bool own;              // mixes (K, C) are shares of the token, not of its neighbour
+  bool added;            // to the mixes what `out` holds
+  const float *x, *mix;
+  float* out;
+};
+
+// Rows x (rows, C), normalised in groups of so many channels: less their mean where there is a `bias`, by their root mean
+// square alone where there is none; and gated where there is a `gate`. See blend.h.
+struct Norm {
+  int64_t rows, C, channels;
+  float eps;
+  const float *x, *weight, *bias, *gate;
+  float* out;
+};
+
 enum class Unary : int { exp, softplus, sigmoid };
 
 struct Kernels {
@@ -208,6 +227,8 @@ struct Kernels {
   void (*neighborhood_forward)(const Neighborhood&, int64_t begin, int64_t end);
   void (*mean_of_norms)(const Merge&, int64_t begin, int64_t end);
   void (*weighted_sum)(const Merge&, int64_t begin, int64_t end);
+  void (*shift_blend)(const Blend&, int64_t begin, int64_t end);
+  void (*norm)(const Norm&, int64_t begin, int64_t end);
   void (*unary)(Unary, const float* x, float* y, int64_t n);
   float (*multiply_add)(int64_t rounds);
   float (*move_rows)(float* base, int64_t pitch, const int64_t* token, int64_t rows, int64_t width, bool fill);

@@ -1,10 +1,15 @@
 // What gates the outputs of routes by channel and adds them, for one instruction set. Included inside its namespace; hence
 // no include guard. Channels are whole vectors.
 
+template <int STRIDE, int... LANE>
+LINESCAN_INLINE V folded(V v, std::integer_sequence<int, LANE...>) {
+  return v + shuffle<(LANE ^ STRIDE)...>(v, v);
+}
+template <int STRIDE = W / 2>
 LINESCAN_INLINE float total(V v) {
-  float sum = 0.0f;
-  for (int i = 0; i < W; ++i) sum += v[i];
-  return sum;
+  v = folded<STRIDE>(v, std::make_integer_sequence<int, W>());
+  if constexpr (STRIDE > 1) return total<STRIDE / 2>(v);
+  else return v[0];
 }
 
 // Sum of f(channel) over a row.

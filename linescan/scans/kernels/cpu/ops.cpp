@@ -339,6 +339,43 @@ void weighted_sum(Value* stack, uint64_t, uint64_t) {
            [&](int64_t begin, int64_t end) { current->weighted_sum(s, begin, end); });
 }
 
+// -- between products and recurrences -------------------------------------------------------------------------------------
+
+// linescan_cpu::shift_blend(Tensor x, Tensor mix, int height, int breadth, int heads, float gamma, int pixels, bool own,
+//  bool added, Tensor(a!) out) -> (): gamma is the share of a head's channels in each of its first four groups.
+void shift_blend(Value* stack, uint64_t, uint64_t) {
+  Arguments in(stack);
+  const Tensor x = in.tensor(), mix = in.tensor();
+  Blend s;
+  s.height = in.integer(), s.breadth = in.integer(), s.heads = in.integer();
+  const double gamma = in.number();
+  s.pixels = in.integer(), s.own = in.flag(), s.added = in.flag();
+  const Tensor out = in.tensor();
+  s.B = x.size(0), s.L = x.size(1), s.C = x.size(2), s.K = out.size(0);
+  s.x = x.floats(), s.mix = mix.floats(), s.out = out.floats();
+  const int64_t channels = s.C / s.heads;
+  for (int i = 1; i < 5; ++i) s.ends[i] = lesser(int64_t(channels * gamma * i), channels);
+  s.ends[5] = channels;
+  const int64_t units = s.B * s.L;
+  parallel(units, units * s.C * s.K < (int64_t(1) << 18) ? units : 64,
+           [&](int64_t begin, int64_t end) { current->shift_blend(s, begin, end); });
+}
+
+// linescan_cpu::norm(Tensor x, Tensor weight, Tensor? bias, Tensor? gate, int channels, float eps, Tensor(a!) out) -> ()
+void norm(Value* stack, uint64_t, uint64_t) {
+  Arguments in(stack);
+  const Tensor x = in.tensor(), weight = in.tensor(), bias = in.optional(), gate = in.optional();
+  Norm s;
+  s.channels = in.integer(), s.eps = float(in.number());
+  const Tensor out = in.tensor();
+  s.C = weight.size(0), s.rows = 1;
+  for (int64_t i = 0; i < x.dim(); ++i) s.rows *= x.size(i);
+  s.rows /= s.C;
+  s.x = x.floats(), s.weight = weight.floats(), s.bias = bias.floats(), s.gate = gate.floats(), s.out = out.floats();
+  parallel(s.rows, s.rows * s.C * 4 < (int64_t(1) << 18) ? s.rows : 64,
+           [&](int64_t begin, int64_t end) { current->norm(s, begin, end); });
+}
+
 // linescan_cpu::unary(int which, Tensor x, Tensor(a!) y) -> (): for the tests of accuracy.
 void unary(Value* stack, uint64_t, uint64_t) {
   Arguments in(stack);
@@ -389,6 +426,11 @@ const stable::Definitions definitions([] {
   define("mean_of_norms(Tensor y, Tensor weight, Tensor bias, float eps, Tensor(a!) out) -> ()", "mean_of_norms", "CPU",
          mean_of_norms);
   define("weighted_sum(Tensor y, Tensor weight, Tensor(a!) out) -> ()", "weighted_sum", "CPU", weighted_sum);
+  define("shift_blend(Tensor x, Tensor mix, int height, int breadth, int heads, float gamma, int pixels, bool own, "
+         "bool added, Tensor(a!) out) -> ()",
+         "shift_blend", "CPU", shift_blend);
+  define("norm(Tensor x, Tensor weight, Tensor? bias, Tensor? gate, int channels, float eps, Tensor(a!) out) -> ()", "norm",
+         "CPU", norm);
   define("unary(int which, Tensor x, Tensor(a!) y) -> ()", "unary", "CPU", unary);
   define("selective_scan(" LINESCAN_SCAN_INPUTS ", Tensor(a!) y, Tensor(b!) final_state) -> bool", "selective_scan",
          "CPU", selective_scan);

@@ -1,0 +1,76 @@
+// What tokens go through between products and recurrences: blends with neighbours and norms, for one instruction set.
+// Included inside its namespace, after merge.h; hence no include guard.
+
+// Channels [begin, end) of a token, blended with those of a neighbour, once for every mix.
+LINESCAN_INLINE void blend_channels(const Blend& s, const float* token, const float* near, float* out, int64_t begin,
+                                    int64_t end) {
+  const int64_t whole = begin + (end - begin) / W * W, pitch = s.B * s.L * s.C;
+  const float *from = s.own ? near : token, *to = s.own ? token : near;
+  for (int64_t c = begin; c < whole; c += W) {
+    const V start = load(from + c), step = load(to + c) - start;
+    for (int64_t k = 0; k < s.K; ++k) {
+      float* at = out + k * pitch + c;
+      const V mix = s.added ? load(s.mix + k * s.C + c) + load(at) : load(s.mix + k * s.C + c);
+      store(at, start + step * mix);
+    }
+  }
+  for (int64_t c = whole; c < end; ++c)
+    for (int64_t k = 0; k < s.K; ++k) {
+      float* at = out + k * pitch + c;
+      *at = from[c] + (to[c] - from[c]) * (s.mix[k * s.C + c] + (s.added ? *at : 0.0f));
+    }
+}
+
+// Tokens blended with their neighbours on a grid: the channels of a head in five groups, whose neighbours are those on the
+// left, on the right, above, below, and the token itself. Beyond the grid is zero. A unit is a token.
+static void shift_blend(const Blend& s, int64_t begin, int64_t end) {
+  const int64_t channels = s.C / s.heads, step = s.pixels * s.C, row_step = step * s.breadth;
+  Arena arena(Arena::rounded(s.C));
+  float* nothing = arena.take(s.C);
+  zero(nothing, s.C);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t t = unit % s.L, row = t / s.breadth, column = t % s.breadth;
+    const float* token = s.x + unit * s.C;
+    const float* near[] = {
+        column >= s.pixels ? token - step : nothing,
+        column + s.pixels < s.breadth ? token + step : nothing,
+        row >= s.pixels ? token - row_step : nothing,
+        row + s.pixels < s.height ? token + row_step : nothing,
+        token,
+    };
+    const bool on_grid = row < s.height;  // class tokens come last
+    for (int64_t first = 0; first < s.C; first += channels)
+      for (int i = 0; i < 5; ++i)
+        blend_channels(s, token, on_grid ? near[i] : token, s.out + unit * s.C, first + s.ends[i], first + s.ends[i + 1]);
+  }
+}
+
+// (x - mean) / deviation * weight + bias in every group of channels, times silu(gate). A unit is a row.
+template <bool CENTRED, bool GATED>
+static void norm_rows(const Norm& s, int64_t begin, int64_t end) {
+  for (int64_t at = begin * s.C; at < end * s.C; at += s.channels) {
+    const float *x = s.x + at, *weight = s.weight + at % s.C, *bias = CENTRED ? s.bias + at % s.C : nullptr;
+    const auto sum = [&](auto f) LINESCAN_STAGE { return over_row(s.channels, f) / s.channels; };
+    const float mean = CENTRED ? sum([&](int64_t c) LINESCAN_STAGE { return load(x + c); }) : 0.0f;
+    const float square = sum([&](int64_t c) LINESCAN_STAGE {
+      const V centred = CENTRED ? load(x + c) - mean : load(x + c);
+      return centred * centred;
+    });
+    const float scale = 1.0f / std::sqrt(square + s.eps);
+    for (int64_t c = 0; c < s.channels; c += W) {
+      V y = (CENTRED ? load(x + c) - mean : load(x + c)) * scale * load(weight + c);
+      if constexpr (CENTRED) y += load(bias + c);
+      if constexpr (GATED) {
+        const V gate = load(s.gate + at + c);
+        y *= gate * sigmoid(gate);
+      }
+      store(s.out + at + c, y);
+    }
+  }
+}
+static void norm(const Norm& s, int64_t begin, int64_t end) {
+  if (s.bias && s.gate) norm_rows<true, true>(s, begin, end);
+  else if (s.bias) norm_rows<true, false>(s, begin, end);
+  else if (s.gate) norm_rows<false, true>(s, begin, end);
+  else norm_rows<false, false>(s, begin, end);
+}
