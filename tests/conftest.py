@@ -52,8 +52,8 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Three workers on two cores: a quarter of the time a test waits for its processes, or for the disk."""
-    return len(os.sched_getaffinity(0)) * 3 // 2 if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 2)
+    """One worker a core: while a test waits, its processes compute. More of them push each other out of the caches."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 2)
 
 
 def pytest_collection_finish() -> None:
