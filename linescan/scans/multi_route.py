@@ -53,12 +53,23 @@ class Sum(nn.Module):
     def forward(self, y: Tensor) -> Tensor:
         return y.sum(1)
 
+    def of_sum(self, y: Tensor) -> Tensor:
+        """The same of the sum over routes (B, L, ...), which recurrences make by themselves."""
+        return y
+
 
 class Mean(Sum):
     """(B, K, L, ...) -> (B, L, ...): the mean over routes (ViG)."""
 
+    def __init__(self, dim: int, n_routes: int):
+        super().__init__(dim, n_routes)
+        self.n_routes = n_routes
+
     def forward(self, y: Tensor) -> Tensor:
         return y.mean(1)
+
+    def of_sum(self, y: Tensor) -> Tensor:
+        return y / self.n_routes
 
 
 class Gate(nn.Module):
@@ -273,15 +284,14 @@ class MultiRoute(nn.Module):
             options |= {"initial_state": initial_state, "return_final_state": True}
         elif initial_state is not None:
             raise ValueError(f"{self.recurrence.__name__} reads all tokens at once: it has no state to start from")
-        added = type(self.merge) is Sum  # the recurrence adds up by itself
+        added = type(self.merge) in (Sum, Mean)  # the recurrence adds up by itself
         result = self.recurrence(*inputs, route=route, merge="sum" if added else None, **options)
         y, state = result if self.has_state else (result, None)
         if keep is not None:
             y = y.narrow(1 if added else 2, 0, keep)
         if self.join_heads:
             y = y.flatten(-2)
-        if not added:
-            y = self.merge_routes(y, grid)
+        y = self.merge.of_sum(y) if added else self.merge_routes(y, grid)
         return (y, state) if return_final_state else y
 
     def extra_repr(self) -> str:
