@@ -64,6 +64,7 @@ kernels = Extension(
             "neighborhood",
             "merge",
             "blend",
+            "gates",
             "stable",
             "onnx_runtime",
         )

@@ -7,12 +7,12 @@ attention itself is Yang et al., arXiv 2312.06635.
 from typing import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..scans import gla
+from ..scans import gates, gla
 from ..scans.multi_route import MultiRoute
+from ..scans.recurrence import precise
 from ..scans.routes import RouteLike
 from .blocks import TokenMixer
 from .linear import linear
@@ -91,8 +91,8 @@ class BiGLA(TokenMixer):
         """Tokens (B, L, dim) -> q, k (B, 1, L, heads, dk), v (B, 1, L, heads, dv), log decays (B, 2, L, heads, dk)."""
         q, k, v = (t.unflatten(-1, (self.num_heads, -1))[:, None] for t in linear(self.qkv, x).split(self.split, -1))
         forget = linear(self.forget[1], linear(self.forget[0], x))
-        forget = F.logsigmoid(forget.to(torch.promote_types(forget.dtype, torch.float32))) / self.gate_normalizer
-        return q, k, v, forget.unflatten(-1, (self.along.n_routes, self.num_heads, -1)).transpose(1, 2)
+        forget = forget.unflatten(-1, (self.along.n_routes, self.num_heads, -1)).transpose(1, 2)
+        return q, k, v, gates.log_sigmoid(precise(forget), 1 / self.gate_normalizer)
 
     def scan(self, q: Tensor, k: Tensor, v: Tensor, forget: Tensor, **options):
         """The two scans of what `project` made, added and scaled: (B, L, heads, dv); options of `MultiRoute`."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import scans
 from ..errors import InputError, known
+from ..scans import gates
 from ..scans.multi_route import MultiRoute, create_merge
 from ..scans.routes import RouteLike
 from .attention import fit_window, sliding_attention, window_attention
@@ -132,7 +133,7 @@ class GLA(Core):
     per_route = {"forget": "channel"}
 
     def project(self, u: Tensor) -> Sequence[Tensor]:
-        return *self.tokens(u), F.logsigmoid(self.values("forget", u)) / 16
+        return *self.tokens(u), gates.log_sigmoid(self.values("forget", u), 1 / 16)
 
 
 class SimpleGLA(GLA):
@@ -158,7 +159,7 @@ class HGRN(Core):
 
     def project(self, u: Tensor) -> Sequence[Tensor]:
         (v,) = self.tokens(u)
-        forget = F.logsigmoid(self.values("forget", u)) / 16
+        forget = gates.log_sigmoid(self.values("forget", u), 1 / 16)
         return tuple(x.flatten(-2) for x in (-torch.expm1(forget) * F.silu(v), forget))
 
 
@@ -185,7 +186,7 @@ class LogLinear(Core):
 
     def project(self, u: Tensor) -> Sequence[Tensor]:
         weights = F.softplus(self.values("weights", u))
-        return *self.tokens(u), F.logsigmoid(self.values("forget", u)) / 16, weights
+        return *self.tokens(u), gates.log_sigmoid(self.values("forget", u), 1 / 16), weights
 
     def scan(self, *inputs: Tensor, grid: tuple[int, ...] | None = None, route: Tensor | None = None, **options):
         *inputs, weights = inputs
@@ -203,7 +204,7 @@ class LogLinearDelta(LogLinear):
 
     def project(self, u: Tensor) -> Sequence[Tensor]:
         q, k, v, forget, weights = super().project(u)
-        return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, forget, self.values("beta", u).sigmoid(), weights
+        return gates.unit(q), gates.unit(k), v, forget, self.values("beta", u).sigmoid(), weights
 
 
 class RGLRU(Core):
@@ -374,8 +375,8 @@ class DeltaNet(Core):
 
     def project(self, u: Tensor) -> Sequence[Tensor]:
         q, k, v = self.tokens(u)
-        decays = [F.logsigmoid(self.values("forget", u)) / 16] if "forget" in self.own else []
-        return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, *decays, self.values("beta", u).sigmoid()
+        decays = [gates.log_sigmoid(self.values("forget", u), 1 / 16)] if "forget" in self.own else []
+        return gates.unit(q), gates.unit(k), v, *decays, self.values("beta", u).sigmoid()
 
 
 class GatedDeltaNet(DeltaNet):
@@ -401,8 +402,8 @@ class GatedDeltaNet2(DeltaNet):
     def project(self, u: Tensor) -> Sequence[Tensor]:
         q, k, v = self.tokens(u)
         decay, erase, write = (self.values(name, u) for name in self.per_route)
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        return q, k, v, F.logsigmoid(decay) / 16, erase.sigmoid(), write.sigmoid()
+        q, k = gates.unit(q), gates.unit(k)
+        return q, k, v, gates.log_sigmoid(decay, 1 / 16), erase.sigmoid(), write.sigmoid()
 
 
 class DeltaProduct(Core):
@@ -416,7 +417,7 @@ class DeltaProduct(Core):
         q, k1, v1, k2, v2 = self.tokens(u)
         k, v = F.normalize(torch.stack((k1, k2), 3), dim=-1), torch.stack((v1, v2), 3)
         beta = 2 * self.values("beta", u).sigmoid().transpose(-1, -2)
-        return F.normalize(q, dim=-1), k, v, F.logsigmoid(self.values("forget", u)) / 16, beta
+        return gates.unit(q), k, v, gates.log_sigmoid(self.values("forget", u), 1 / 16), beta
 
 
 class Comba(Core):
@@ -431,9 +432,9 @@ class Comba(Core):
 
     def project(self, u: Tensor) -> Sequence[Tensor]:
         q, k, v = self.tokens(u)
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        q, k = gates.unit(q), gates.unit(k)
         p = self.shorter.sigmoid()[:, None] * k
-        forget = F.logsigmoid(self.values("forget", u)) / 16
+        forget = gates.log_sigmoid(self.values("forget", u), 1 / 16)
         return q - self.D[:, None] * p, k, v, p, forget, self.values("beta", u).sigmoid()
 
 
@@ -452,8 +453,8 @@ class Mesa(Core):
 
     def project(self, u: Tensor) -> Sequence[Tensor]:
         q, k, v = self.tokens(u)
-        forget, beta = F.logsigmoid(self.values("forget", u)) / 16, self.values("beta", u).sigmoid()
-        return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, forget, beta, F.softplus(self.ridge) + 0.25
+        forget, beta = gates.log_sigmoid(self.values("forget", u), 1 / 16), self.values("beta", u).sigmoid()
+        return gates.unit(q), gates.unit(k), v, forget, beta, F.softplus(self.ridge) + 0.25
 
 
 class MoMDelta(Core):
@@ -476,7 +477,7 @@ class MoMDelta(Core):
     def project(self, u: Tensor) -> Sequence[Tensor]:
         (q,), (logits, k, v) = self.tokens(u), self.sent(u)
         forget, beta = (self.values(name, u).transpose(-1, -2) for name in self.per_route)
-        return F.normalize(q, dim=-1), logits, F.normalize(k, dim=-1), v, F.logsigmoid(forget) / 16, beta.sigmoid()
+        return gates.unit(q), logits, gates.unit(k), v, gates.log_sigmoid(forget, 1 / 16), beta.sigmoid()
 
 
 class MoMGLA(MoMDelta):
@@ -487,7 +488,7 @@ class MoMGLA(MoMDelta):
 
     def project(self, u: Tensor) -> Sequence[Tensor]:
         forget = self.values("forget", u).unflatten(-1, (MEMORIES, -1)).transpose(3, 4)
-        return *self.tokens(u), *self.sent(u), F.logsigmoid(forget) / 16
+        return *self.tokens(u), *self.sent(u), gates.log_sigmoid(forget, 1 / 16)
 
 
 class DPLR(Core):
@@ -497,9 +498,8 @@ class DPLR(Core):
     per_route = {"forget": "channel", "remove": "channel", "strength": "head"}
 
     def project(self, u: Tensor) -> Sequence[Tensor]:
-        removed = F.normalize(self.values("remove", u), dim=-1)
-        strength = self.values("strength", u).sigmoid().unsqueeze(-1)
-        return *self.tokens(u), -removed, removed * strength, F.logsigmoid(self.values("forget", u)) / 16
+        removed = gates.erase(self.values("remove", u), self.values("strength", u).sigmoid())
+        return *self.tokens(u), *removed, gates.log_sigmoid(self.values("forget", u), 1 / 16)
 
 
 # -- RWKV --------------------------------------------------------------------------------------------------------------
@@ -549,8 +549,7 @@ class WKV6(Core):
         return {"bonus"}
 
     def project(self, u: Tensor) -> Sequence[Tensor]:
-        # Starts near exp(-0.05) per token; at exp(-exp(20)) nothing is left, and beyond it a gradient would be inf * 0.
-        decay = -torch.exp((self.values("decay", u) - 3).clamp_max(20))
+        decay = gates.exponential(self.values("decay", u), -math.exp(-3))  # starts near exp(-0.05) per token
         return *self.tokens(u), decay, self.bonus
 
     def scan(self, *inputs: Tensor, **options):
@@ -572,9 +571,9 @@ class WKV7(Core):
 
     def project(self, u: Tensor) -> Sequence[Tensor]:
         r, k, v = self.tokens(u)
-        decay = -math.exp(-0.5) * self.values("decay", u).sigmoid()
-        remove = self.values("remove", u).sigmoid()
-        return r, k * remove, v, decay, F.normalize(k, dim=-1), remove
+        decay = gates.sigmoid(self.values("decay", u), -math.exp(-0.5))
+        remove, written = gates.gated(k, self.values("remove", u))
+        return r, written, v, decay, gates.unit(k), remove
 
 
 # -- test-time training ------------------------------------------------------------------------------------------------
@@ -613,7 +612,7 @@ class TTT(Trained):
         q, k, v = self.tokens(u)
         token = self.place + 1 / torch.arange(1, 17, device=u.device)
         rate = self.values("rate", u).sigmoid() / self.head_dim
-        return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, rate, token, self.weight, self.bias
+        return gates.unit(q), gates.unit(k), v, rate, token, self.weight, self.bias
 
 
 class TTTByReader(TTT):
@@ -628,7 +627,7 @@ class TTTByReader(TTT):
     def project(self, u: Tensor) -> Sequence[Tensor]:
         q, k, v = self.tokens(u)
         rate = self.values("rate", u).sigmoid() / self.head_dim
-        return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, rate, self.weight, self.bias
+        return gates.unit(q), gates.unit(k), v, rate, self.weight, self.bias
 
 
 class Titans(Trained):
@@ -653,7 +652,7 @@ class Titans(Trained):
     def project(self, u: Tensor) -> Sequence[Tensor]:
         q, k, v = self.tokens(u)
         lr, mom, dec = self.values("gates", u).unbind(-1)
-        return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, lr, mom, dec - 3  # starts with little decay
+        return gates.unit(q), gates.unit(k), v, lr, mom, dec - 3  # starts with little decay
 
     def scan(self, *inputs: Tensor, **options):
         return super().scan(*inputs, chunk=4, hidden=self.hidden, clip=1.0, **options)

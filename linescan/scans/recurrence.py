@@ -138,6 +138,11 @@ def is_plain(inputs) -> bool:
     return not is_watched() and _PLAIN.issuperset(map(type, inputs))
 
 
+def is_forced() -> bool:
+    """True if `backend` forces a form that is none of the kernels."""
+    return _setting.get().backend in ("reference", "chunked")
+
+
 def wants_gradient(inputs) -> bool:
     """True if autograd records a call of these inputs."""
     return torch.is_grad_enabled() and any([isinstance(x, Tensor) and x.requires_grad for x in inputs])

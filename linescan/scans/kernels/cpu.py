@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..._compat import argument_names
+from ..gates import GATES, STEEPEST, Kernel
 from ..ops.causal_conv import _causal_conv1d
 from ..ops.delta import _gated_delta_rule
 from ..ops.dplr import _dplr
@@ -473,7 +474,73 @@ def norm(x, weight, bias, eps: float, heads: int = 1, gate=None) -> Tensor | Non
     return out
 
 
+# -- gates ------------------------------------------------------------------------------------------------------------
+
+# In the order of kernels.h: how many of the inputs are tokens, and how many outputs there are.
+_SIZES = {
+    "log_sigmoid": (1, 1),
+    "sigmoid": (1, 1),
+    "exponential": (1, 1),
+    "forget": (1, 2),
+    "gated": (2, 2),
+    "product": (2, 1),
+    "linear_unit": (3, 2),
+    "unit": (1, 1),
+    "erase": (2, 2),
+}
+
+
+def _in_line(x: Tensor) -> bool:
+    """Whether the numbers of a token, and those of its heads, stand next to each other."""
+    return x.stride(-1) == 1 and (x.ndim == 4 or (x.ndim == 5 and x.stride(-2) == x.shape[-1]))
+
+
+def _gate_kernel(name: str) -> Kernel:
+    which, (n_tokens, n_outputs) = list(_SIZES).index(name), _SIZES[name]
+
+    def supports(*inputs) -> bool:
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        if not all(x.dtype is torch.float32 and x.is_cpu and x.numel() for x in tensors):
+            return False
+        tokens, others = tensors[:n_tokens], tensors[n_tokens:]
+        first = tokens[0]
+        return all(map(_in_line, tokens)) and all(
+            (x.shape[0], *x.shape[2:]) == (first.shape[0], *first.shape[2 : x.ndim]) for x in tokens[1:]
+        ) and all(x.is_contiguous() and x.shape == first.shape[-1:] for x in others)  # fmt: skip
+
+    def arguments(inputs) -> tuple:
+        tokens = [x.flatten(3) for x in inputs[:n_tokens]]
+        other = inputs[n_tokens] if len(inputs) > n_tokens else None
+        parameter, factor = (other, STEEPEST) if isinstance(other, Tensor) else (None, other or 1.0)
+        return which, factor, *tokens, *[None] * (3 - n_tokens), parameter, inputs[0].shape[-1]
+
+    def forward(*inputs):
+        like = max(inputs[:n_tokens], key=lambda x: (x.ndim, x.shape[1]))
+        out = [torch.empty_like(like) for _ in range(n_outputs)]
+        torch.ops.linescan_cpu.gates.default(*arguments(inputs), *_flat_heads(out, 2))
+        return out[0] if n_outputs == 1 else tuple(out)
+
+    def backward(grads, *inputs):
+        grads = [grad if _in_line(grad) else grad.contiguous() for grad in grads]
+        tensors = [torch.empty_like(x) for x in inputs if isinstance(x, Tensor)]
+        tokens, others = tensors[:n_tokens], tensors[n_tokens:]
+        of_parameter = others[0][None] if others else None
+        call = *arguments(inputs), *_flat_heads(grads, 2), *_flat_heads(tokens, 3), of_parameter
+        torch.ops.linescan_cpu.gates_backward.default(*call)
+        return tensors
+
+    return Kernel(supports, forward, backward)
+
+
+def _flat_heads(tensors: list[Tensor], count: int) -> list[Tensor | None]:
+    """Heads side by side as channels; filled up with None."""
+    return [x.flatten(3) for x in tensors] + [None] * (count - len(tensors))
+
+
 _missing = _load()
+if _missing is None and hasattr(torch.ops.linescan_cpu, "gates_backward"):  # not of older sources
+    for _name in _SIZES:
+        GATES[_name].kernel = _gate_kernel(_name)
 _register_both(_ssd, _ssd_forward, _ssd_backward)
 _register_matrix(_gla, GATED, "q k v gate scale initial_state")
 _register_matrix(_simple_gla, GATED, "q k v gate scale initial_state")

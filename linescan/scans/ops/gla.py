@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import gates
 from ..chunks import gated_outer_products
 from ..recurrence import check_arguments, precise, public, recurrence
 
@@ -178,10 +179,10 @@ def hgrn2(
     All else as of `gla`.
     """
     check_arguments("hgrn2", q, f, v, None, scale, initial_state, route=route)
-    f = precise(f)
-    bound = lower_bound.to(f) if isinstance(lower_bound, Tensor) else f.new_full((), lower_bound)
-    k = (1 - bound) * torch.sigmoid(-f)
-    floor = bound.clamp_min(torch.finfo(f.dtype).tiny).log()
-    g = torch.logaddexp(floor, torch.log1p(-bound) + F.logsigmoid(f))
+    k, g = gates.forget(precise(f))
+    if isinstance(lower_bound, Tensor) or lower_bound:
+        bound = lower_bound.to(g) if isinstance(lower_bound, Tensor) else g.new_full((), lower_bound)
+        floor = bound.clamp_min(torch.finfo(g.dtype).tiny).log()
+        k, g = (1 - bound) * k, torch.logaddexp(floor, torch.log1p(-bound) + g)
     inputs = F.silu(q), k, v, g, scale, initial_state
     return _gla(*inputs, route=route, merge=merge, return_final_state=return_final_state)

@@ -4,13 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import gates
 from ..chunks import linear_scan, running
 from ..recurrence import check_arguments, precise, public, recurrence
 
 __all__ = ["hgrn", "rg_lru"]
 
 DECAY = 8.0  # c of the RG-LRU
-STEEPEST = 1000.0  # the derivative of its square root, at most
 
 
 @recurrence("x g: B K L D", "B K L D", state="B R D", flops="2 * B * R * S * D", values=dict(g=F.logsigmoid))
@@ -55,13 +55,6 @@ def hgrn(
     return _hgrn(x, g, initial_state, route=route, merge=merge, return_final_state=return_final_state)
 
 
-def _root(x: Tensor) -> Tensor:
-    """The square root with a derivative of at most `STEEPEST`."""
-    steep = x <= (0.5 / STEEPEST) ** 2
-    flat = x.detach().sqrt() + STEEPEST * (x - x.detach())
-    return torch.where(steep, flat, x.masked_fill(steep, 1.0).sqrt())
-
-
 @public(
     _hgrn,
     "x gate_x gate_a: B K L D; a_param: D; reset?: bool B K L",
@@ -104,10 +97,10 @@ def rg_lru(
         (B, K, L, D), merged (B, L, D).
     """
     check_arguments("rg_lru", x, gate_x, gate_a, a_param, reset, initial_state, route=route)
-    g = -DECAY * F.softplus(precise(a_param)) * precise(gate_a).sigmoid()
-    factor = _root(-torch.expm1(2 * g))
+    rate = -DECAY * F.softplus(precise(a_param))
+    scaled, g = gates.linear_unit(precise(x), precise(gate_x), precise(gate_a), rate)
     if reset is not None:
-        g, factor = g.masked_fill(reset[..., None], -torch.inf), factor.masked_fill(reset[..., None], 1.0)
-    inputs = factor * precise(gate_x).sigmoid() * precise(x), g, initial_state
-    result = _hgrn(*inputs, route=route, merge=merge, return_final_state=return_final_state)
+        unscaled = precise(gate_x).sigmoid() * precise(x)
+        scaled, g = torch.where(reset[..., None], unscaled, scaled), g.masked_fill(reset[..., None], -torch.inf)
+    result = _hgrn(scaled, g, initial_state, route=route, merge=merge, return_final_state=return_final_state)
     return (result[0].to(x.dtype), result[1]) if return_final_state else result.to(x.dtype)

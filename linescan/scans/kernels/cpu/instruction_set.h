@@ -17,6 +17,7 @@ namespace LINESCAN_ISA {
 #include "neighborhood.h"
 #include "merge.h"
 #include "blend.h"
+#include "gates.h"
 
 template <class F>
 static void for_each(const float* x, float* y, int64_t n, const F& f) {
@@ -75,7 +76,7 @@ const Kernels LINESCAN_JOIN(LINESCAN_ISA, _kernels) = {
     LINESCAN_ISA::conv_forward,    LINESCAN_ISA::conv_backward, LINESCAN_ISA::matrix_forward,
     LINESCAN_ISA::matrix_backward, LINESCAN_ISA::vector_forward, LINESCAN_ISA::vector_backward,
     LINESCAN_ISA::neighborhood_forward, LINESCAN_ISA::mean_of_norms, LINESCAN_ISA::weighted_sum,
-    LINESCAN_ISA::shift_blend, LINESCAN_ISA::norm, LINESCAN_ISA::unary,
+    LINESCAN_ISA::shift_blend, LINESCAN_ISA::norm, LINESCAN_ISA::gates, LINESCAN_ISA::unary,
     LINESCAN_ISA::multiply_add, LINESCAN_ISA::move_rows,
 };
 

@@ -212,6 +212,23 @@ struct Norm {
   float* out;
 };
 
+// Inputs of recurrences, made of projections (B, K or 1, L, D) and, of whole heads, (B, K or 1, L, H). See gates.h.
+enum class Gate : int { log_sigmoid, sigmoid, exponential, forget, gated, product, linear_unit, unit, erase };
+
+struct Gates {
+  static constexpr int64_t SLAB = 32;  // tokens of a unit of work
+  Gate gate;
+  float factor;
+  int64_t B, K, L, D, head;  // `head`: channels of one
+  View in[3], out[2];        // backward: the gradients of the outputs
+  const float* parameter = nullptr;  // (D)
+  int64_t slabs() const { return (L + SLAB - 1) / SLAB; }
+  int64_t units() const { return B * slabs(); }
+  // backward
+  Target of_in[3];
+  float* partial = nullptr;  // (units, D): of the parameter
+};
+
 enum class Unary : int { exp, softplus, sigmoid };
 
 struct Kernels {
@@ -229,6 +246,7 @@ struct Kernels {
   void (*weighted_sum)(const Merge&, int64_t begin, int64_t end);
   void (*shift_blend)(const Blend&, int64_t begin, int64_t end);
   void (*norm)(const Norm&, int64_t begin, int64_t end);
+  void (*gates)(const Gates&, bool back, int64_t begin, int64_t end);
   void (*unary)(Unary, const float* x, float* y, int64_t n);
   float (*multiply_add)(int64_t rounds);
   float (*move_rows)(float* base, int64_t pitch, const int64_t* token, int64_t rows, int64_t width, bool fill);

@@ -5,12 +5,14 @@ template <int STRIDE, int... LANE>
 LINESCAN_INLINE V folded(V v, std::integer_sequence<int, LANE...>) {
   return v + shuffle<(LANE ^ STRIDE)...>(v, v);
 }
+// The sum over the lanes, in all of them.
 template <int STRIDE = W / 2>
-LINESCAN_INLINE float total(V v) {
+LINESCAN_INLINE V total_in_lanes(V v) {
   v = folded<STRIDE>(v, std::make_integer_sequence<int, W>());
-  if constexpr (STRIDE > 1) return total<STRIDE / 2>(v);
-  else return v[0];
+  if constexpr (STRIDE > 1) return total_in_lanes<STRIDE / 2>(v);
+  else return v;
 }
+LINESCAN_INLINE float total(V v) { return total_in_lanes(v)[0]; }
 
 // Sum of f(channel) over a row.
 template <class F>

@@ -376,6 +376,59 @@ void norm(Value* stack, uint64_t, uint64_t) {
            [&](int64_t begin, int64_t end) { current->norm(s, begin, end); });
 }
 
+// -- gates --------------------------------------------------------------------------------------------------------------
+
+#define LINESCAN_GATE_INPUTS "int gate, float factor, Tensor x, Tensor? y, Tensor? z, Tensor? parameter, int head"
+
+// Float32 tensors (B, K or 1, L, channels or heads), checked by the caller.
+struct GateInputs {
+  Tensor in[3], parameter;
+  Gates gates;
+
+  explicit GateInputs(Arguments& arguments) {
+    Gates& s = gates;
+    s.gate = Gate(arguments.integer()), s.factor = float(arguments.number());
+    in[0] = arguments.tensor(), in[1] = arguments.optional(), in[2] = arguments.optional();
+    parameter = arguments.optional(), s.head = arguments.integer();
+    s.B = in[0].size(0), s.K = 1, s.L = in[0].size(2), s.D = in[0].size(3);
+    s.parameter = parameter ? parameter.floats() : nullptr;
+    for (int i = 0; i < 3; ++i)
+      if (in[i]) s.in[i] = view(in[i]), s.K = std::max(s.K, in[i].size(1));
+  }
+
+  void run(bool back) {
+    const Gates& s = gates;
+    parallel(s.units(), grain(s.units(), 8 * s.B * s.K * s.L * s.D),
+             [&](int64_t begin, int64_t end) { current->gates(s, back, begin, end); });
+  }
+};
+
+// linescan_cpu::gates(inputs, Tensor(a!) out, Tensor(b!)? other) -> ()
+void gates(Value* stack, uint64_t, uint64_t) {
+  Arguments in(stack);
+  GateInputs inputs(in);
+  const Tensor out = in.tensor(), other = in.optional();
+  inputs.gates.out[0] = view(out), inputs.gates.out[1] = view(other);
+  inputs.run(false);
+}
+
+// linescan_cpu::gates_backward(inputs, Tensor grad, Tensor? grad_other, Tensor(a!) dx, Tensor(b!)? dy, Tensor(c!)? dz,
+//                              Tensor(d!)? dparameter) -> ()
+void gates_backward(Value* stack, uint64_t, uint64_t) {
+  Arguments in(stack);
+  GateInputs inputs(in);
+  Gates& s = inputs.gates;
+  const Tensor grad = in.tensor(), grad_other = in.optional();
+  const Tensor of_in[3] = {in.tensor(), in.optional(), in.optional()}, of_parameter = in.optional();
+  s.out[0] = view(grad), s.out[1] = view(grad_other);
+  for (int i = 0; i < 3; ++i)
+    if (of_in[i]) s.of_in[i] = {view(of_in[i]), false, of_in[i].size(1) < s.K};
+  const std::unique_ptr<float[]> partial(new float[of_parameter ? s.units() * s.D : 0]);
+  s.partial = partial.get();
+  inputs.run(true);
+  sum_parts(s.partial, s.units(), 1, s.D, s.D, of_parameter);
+}
+
 // linescan_cpu::unary(int which, Tensor x, Tensor(a!) y) -> (): for the tests of accuracy.
 void unary(Value* stack, uint64_t, uint64_t) {
   Arguments in(stack);
@@ -431,6 +484,10 @@ const stable::Definitions definitions([] {
          "shift_blend", "CPU", shift_blend);
   define("norm(Tensor x, Tensor weight, Tensor? bias, Tensor? gate, int channels, float eps, Tensor(a!) out) -> ()", "norm",
          "CPU", norm);
+  define("gates(" LINESCAN_GATE_INPUTS ", Tensor(a!) out, Tensor(b!)? other) -> ()", "gates", "CPU", gates);
+  define("gates_backward(" LINESCAN_GATE_INPUTS
+         ", Tensor grad, Tensor? grad_other, Tensor(a!) dx, Tensor(b!)? dy, Tensor(c!)? dz, Tensor(d!)? dparameter) -> ()",
+         "gates_backward", "CPU", gates_backward);
   define("unary(int which, Tensor x, Tensor(a!) y) -> ()", "unary", "CPU", unary);
   define("selective_scan(" LINESCAN_SCAN_INPUTS ", Tensor(a!) y, Tensor(b!) final_state) -> bool", "selective_scan",
          "CPU", selective_scan);
