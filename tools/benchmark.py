@@ -34,7 +34,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Callable, Iterable, NamedTuple, Sequence
+from typing import Annotated, Callable, Collection, Iterable, NamedTuple, Sequence
 
 import torch
 import typer
@@ -74,12 +74,16 @@ def seconds(run: Callable[[], object], budget: float = 1.5, pick=median, clock=t
     return pick(times)
 
 
-def side_by_side(runs: dict[str, Callable[[], object]], budget: float, turns: int = 5) -> dict[str, float]:
-    """Seconds of runs that are compared: the median of `turns` turns of `seconds`, `budget` seconds each in all."""
+def side_by_side(
+    runs: dict[str, Callable[[], object]], budget: float, turns: int = 5, brief: Collection[str] = ()
+) -> dict[str, float]:
+    """Seconds of runs that are compared: the median of `turns` turns of `seconds`, `budget` seconds each in all, and a
+    tenth of that for those in `brief`, which take no time.
+    """
     times = {name: [] for name in runs}
     for _ in range(turns):
         for name, run in runs.items():
-            times[name].append(seconds(run, budget / turns))
+            times[name].append(seconds(run, budget / turns * (0.1 if name in brief else 1.0)))
     return {name: median(several) for name, several in times.items()}
 
 
@@ -183,10 +187,7 @@ def multiply_add_bound(states: int) -> float:
     Nine a state: five of an exp2 of degree five, delta A, delta u B, and one each for the state and the output.
     (Ours makes do with seven.)
     """
-    rounds = 200_000
-    lanes = torch.ops.linescan_cpu.multiply_add(0)
-    pace = seconds(lambda: torch.ops.linescan_cpu.multiply_add(rounds), budget=0.3) / (rounds * 16 * lanes)
-    return 9 * states * pace
+    return 9 * states * Pace().products
 
 
 @app.command()
@@ -424,7 +425,8 @@ class Call(NamedTuple):
             return x.detach().flatten(3), min(x.shape[-1], most)
 
         inputs = [rows(x) for x in self.tokens]
-        output = rows(torch.empty(self.shapes[0]))
+        batch, routes, *others = self.shapes[0]
+        output = rows(torch.empty(batch, 1 if self.merge else routes, *others))  # of one sum, every route fills it
         gradients = [(torch.empty_like(x, memory_format=torch.contiguous_format), n) for x, n in inputs]
 
         def forward():
@@ -462,30 +464,69 @@ def calls_of(run: Callable) -> list[Call]:
     return calls
 
 
-class Pace:
-    """Seconds that this core takes, measured when first asked for: `products` for a multiply-add, functions for one."""
+ROUNDS = 200_000  # of 16 vectors of multiply-adds
+FUNCTIONS = ("exponential", "softplus", "sigmoid")
 
-    def __init__(self):
-        self.products = multiply_add_bound(1) / 9
-        x = torch.linspace(-4, 4, 1 << 16)
-        y, few = torch.empty_like(x), len(x) // 8
-        for which, name in enumerate(("exponential", "softplus", "sigmoid")):
-            run = partial(torch.ops.linescan_cpu.unary, which)
-            taken = [seconds(partial(run, x[:count], y[:count]), budget=0.2) for count in (few, len(x))]
-            setattr(self, name, max(taken[1] - taken[0], 0.5 * taken[1]) / (len(x) - few))  # without the call
+
+def copying(size: int) -> tuple[int, Callable]:
+    """The power of two of bytes, half read and half written, that stands for `size`, and a run that copies them."""
+    power = min(max(size.bit_length(), 16), 27)
+    x = torch.zeros(1 << power - 3)
+    return power, partial(torch.empty_like(x).copy_, x)
+
+
+class Pace:
+    """Seconds that this core takes just now: `products` for a multiply-add, functions for one.
+
+    Args:
+        taken: times of `runs`, measured beside what they are compared with, as a core's speed changes within minutes;
+            by default they are measured here.
+    """
+
+    def __init__(self, taken: dict[str, float] | None = None):
+        taken = side_by_side(self.runs(), budget=0.5) if taken is None else taken
+        self.products = taken["multiply-adds"] / (ROUNDS * 16 * torch.ops.linescan_cpu.multiply_add(0))
+        for name in FUNCTIONS:
+            few, all_ = taken[f"{name}, few"], taken[name]
+            setattr(self, name, max(all_ - few, 0.5 * all_) / (self.NUMBERS - self.FEW))  # without the call
         self.quotient = max(self.sigmoid - self.exponential, 0.0)
-        self._nothing = seconds(lambda: y[:1].copy_(x[:1]), budget=0.2)
-        self._copies: dict[int, float] = {}
+        self._nothing = taken["nothing"]
+        self._copies = {int(name.split()[1]): time for name, time in taken.items() if name.startswith("copies ")}
+
+    NUMBERS, FEW = 1 << 16, 1 << 13
+
+    @classmethod
+    def runs(cls, size: int = 0) -> dict[str, Callable]:
+        """All that is timed for it, and for `copy(size)`; every run is short."""
+        x = torch.linspace(-4, 4, cls.NUMBERS)
+        y, few = torch.empty_like(x), cls.FEW
+        runs = {"multiply-adds": partial(torch.ops.linescan_cpu.multiply_add, ROUNDS)}
+        for which, name in enumerate(FUNCTIONS):
+            runs[name] = partial(torch.ops.linescan_cpu.unary, which, x, y)
+            runs[f"{name}, few"] = partial(torch.ops.linescan_cpu.unary, which, x[:few], y[:few])
+        runs["nothing"] = partial(y[:1].copy_, x[:1])
+        if size:
+            power, run = copying(size)
+            runs[f"copies {power}"] = run
+        return runs
 
     def copy(self, size: int) -> float:
         """Seconds for a byte that is read or written, where `size` bytes are gone through again and again."""
-        power = min(max(size.bit_length(), 16), 27)
+        power, run = copying(size)
         if power not in self._copies:
-            x = torch.zeros(1 << power - 3)
-            y = torch.empty_like(x)
-            taken = seconds(lambda: y.copy_(x), budget=0.2)
-            self._copies[power] = max(taken - self._nothing, 0.2 * taken) / (1 << power)
-        return self._copies[power]
+            self._copies[power] = seconds(run, budget=0.2)
+        taken = self._copies[power]
+        return max(taken - self._nothing, 0.2 * taken) / (1 << power)
+
+
+def kept(call: Call) -> tuple[float, int]:
+    """Numbers that a call's backward keeps for an element of the state and a token, and the bytes that it goes through
+    with them at a time."""
+    _, state, steps = call.shapes
+    given = dict(zip(call.recurrence.parameters, call.inputs))
+    decays = call.name != "linear_attention" and not (call.name == "gated_delta_rule" and given["g"] is None)
+    numbers = KEPT.get(call.name, 0.25 * (call.is_matrix and decays))
+    return numbers, int(min(4 * numbers * steps * math.prod(state[2:]), 640 << 10))
 
 
 def bounds(mixer: str, call: Call, pace: Pace, kind: str, once: float, moved: float) -> dict[str, float]:
@@ -512,10 +553,8 @@ def bounds(mixer: str, call: Call, pace: Pace, kind: str, once: float, moved: fl
         gate = next((given[name] for name in ("g", "w", "dt") if given.get(name) is not None), None)
         if gate is not None:
             functions += times * steps * math.prod(state[:2]) * math.prod(gate.shape[3:]) * pace.exponential
-    decays = call.name != "linear_attention" and not (call.name == "gated_delta_rule" and given["g"] is None)
-    kept = KEPT.get(call.name, 0.25 * (call.is_matrix and decays))
-    room = min(4 * kept * steps * math.prod(state[2:]), 640 << 10)
-    stored = backward * 8 * kept * call.elements * pace.copy(int(room))
+    numbers, room = kept(call)
+    stored = 8 * numbers * call.elements * pace.copy(room) if backward else 0.0
     arithmetic = products * pace.products + functions
     return {
         "call": once,
@@ -558,9 +597,11 @@ def recurrences(
     sizes = [int(length) for length in lengths.split(",")]
     rows: dict[str, dict[str, float]] = {}
     alone: list[dict] = []
+    known: dict[tuple, float] = {}
 
     def prepare(mixer: str, length: int):
-        """The model's forward and training step, and the calls of recurrences in its first block."""
+        """The model's forward and training step, the calls of recurrences in its first block, and what both take at
+        least without these."""
         torch.manual_seed(0)
         side = 16 * math.isqrt(length)
         model = linescan.create_model("scan_tiny", mixer=mixer, depth=depth, img_size=side)
@@ -575,17 +616,18 @@ def recurrences(
             model.zero_grad(set_to_none=True)
 
         calls = calls_of(partial(model, images))
-        return forward, train, calls[: len(calls) // depth]
+        with torch.no_grad(), console.status(f"the products of {mixer}, {length} tokens"):
+            products = {"forward": least_of_products(partial(model, images), known)}
+        with console.status(f"the products of {mixer}, {length} tokens"):
+            products["training"] = least_of_products(train, known)
+        return forward, train, calls[: len(calls) // depth], products
 
     def in_form(form: str, run: Callable) -> None:
         with backend(form):
             run()
 
-    ready = {mixer: prepare(mixer, sizes[0]) for mixer in mixers.split()}
-    pace = Pace()
     for length in sizes:
-        if length != sizes[0]:
-            ready = {mixer: prepare(mixer, length) for mixer in mixers.split()}
+        ready = {mixer: prepare(mixer, length) for mixer in mixers.split()}
         for at, kind in enumerate(("forward", "training")):
             with console.status(f"{kind}, {length} tokens"):
                 taken = side_by_side({mixer: parts[at] for mixer, parts in ready.items()}, budget)
@@ -595,7 +637,9 @@ def recurrences(
                 row |= {
                     f"{kind} {length} / {peer}": several / taken[peer] for peer in ("s6", "softmax") if peer in taken
                 }
-        for mixer, (*_, calls) in ready.items():
+        for mixer, (*_, calls, products) in ready.items():
+            if not calls:
+                rows[mixer] |= {f"{kind} {length} least": 1e3 * taken for kind, taken in products.items()}
             if len(calls) != 1 or calls[0].name not in EQUATIONS:
                 continue
             call = calls[0]
@@ -606,12 +650,15 @@ def recurrences(
                 if longer is not None:
                     runs["longer"] = longer.runs()[kind]
                 runs["chunked"] = partial(in_form, "chunked", run)
+                of_pace = Pace.runs(kept(call)[1] if kind == "training" else 0)
                 with console.status(f"{mixer} alone, {kind}, {length} tokens"):
-                    taken = side_by_side(runs, budget)
-                moved = max(taken["moves"] - taken["no moves"], 0.0)
+                    taken = side_by_side(runs | of_pace, budget, brief={"call", "no moves", *of_pace})
+                moved, pace = max(taken["moves"] - taken["no moves"], 0.0), Pace(taken)
                 parts = bounds(mixer, call, pace, kind, taken["call"], moved)
+                rows[mixer][f"{kind} {length} least"] = 1e3 * (products[kind] + depth * parts["bound"])
                 row = {"mixer": mixer, "kind": kind, "tokens": length, "ms": 1e3 * taken[""]}
                 row |= {f"{name}, ms": 1e3 * part for name, part in parts.items()}
+                row |= {f"{name}, ns": 1e9 * each for name, each in vars(pace).items() if name[0] != "_"}
                 row |= {"/ products": taken[""] / parts["products"], "/ bound": taken[""] / parts["bound"]}
                 if longer is not None:
                     of_elements = min(max(taken["longer"] - taken[""], 0.0), taken[""])
@@ -626,6 +673,12 @@ def recurrences(
             mixer, *(f"{row.get(kind + end, math.nan):.{2 if end else 1}f}" for kind in kinds for end in ends)
         )
     console.print(whole)
+    at_least = Table(
+        "at least", *(heading for kind in kinds for heading in (f"{kind}, ms", "/ softmax's", "of its time"))
+    )
+    for mixer, row in rows.items():
+        at_least.add_row(mixer, *(cell for kind in kinds for cell in of_least(rows, mixer, kind)))
+    console.print(at_least)
     columns = (
         "ms", "products, ms", "/ products", "call, ms", "arithmetic, ms", "loads and stores, ms", "bound, ms",
         "/ bound", "elements / products", "chunked /",
@@ -640,12 +693,13 @@ def recurrences(
     for mixer, row in rows.items():
         for kind in kinds:
             behind, most = row.get(f"{kind} / s6", 0.0), LONGEST.get(mixer, 2.0)
+            taken, against, share = of_least(rows, mixer, kind)
+            why = f"; at least it takes {taken} ms, {share} of its time and {against} times what softmax takes at least"
             if mixer != "softmax" and behind > most:
-                missed.append(f"scan_tiny with {mixer}, {kind}: {behind:.2f} times S6 (wanted {most})")
+                missed.append(f"scan_tiny with {mixer}, {kind}: {behind:.2f} times S6 (wanted {most}){why}")
             if kind.endswith(" 1024") and row.get(f"{kind} / softmax", 0.0) > 1:
-                missed.append(
-                    f"scan_tiny with {mixer}, {kind}: {row[f'{kind} / softmax']:.2f} times softmax (wanted 1)"
-                )
+                times = row[f"{kind} / softmax"]
+                missed.append(f"scan_tiny with {mixer}, {kind}: {times:.2f} times softmax (wanted 1){why}")
     missed += [line for row in alone for line in reasons(row)]
     console.print(*missed, sep="\n", highlight=False)
 
@@ -658,9 +712,20 @@ def recurrences(
         axes.set(xlabel=f"time of scan_tiny (depth {depth}) / that with s6, 1 thread")
         axes.legend()
 
-    paces = {f"{name}_ns": 1e9 * value for name, value in vars(pace).items() if not name.startswith("_")}
-    results = {"machine": machine(), "unit": "ms", "depth": depth, "pace": paces, "rows": rows, "alone": alone}
+    results = {"machine": machine(), "unit": "ms", "depth": depth, "rows": rows, "alone": alone}
     save(out, "recurrences", results | {"missed": missed}, draw)
+
+
+def of_least(rows: dict[str, dict], mixer: str, kind: str) -> tuple[str, str, str]:
+    """What `scan_tiny` with a mixer takes at least, ms; that over the same of softmax; and over its own time.
+
+    That is: the products, convolutions and attentions of its forward, and in training those of its gradients too, each
+    by itself in the shapes it has, and its recurrences at their bounds.
+    """
+    key = f"{kind} least"
+    least = rows[mixer].get(key, math.nan)
+    peer = rows.get("softmax", {}).get(key, math.nan)
+    return f"{least:.1f}", f"{least / peer:.2f}", f"{least / rows[mixer][kind]:.0%}"
 
 
 def reasons(row: dict) -> list[str]:
@@ -1160,17 +1225,12 @@ def operations(run: Callable) -> tuple[dict[str, int], float]:
     return kinds, multiply_adds
 
 
-def least(run: Callable, pace: Pace, budget: float = 0.1) -> float:
-    """Seconds that a forward's products, convolutions and attentions take, each by itself in the shapes it has, and its
-    recurrences at their bounds; `budget` seconds are measured for each of them, those of equal shapes once.
-    """
+def products_of(run: Callable) -> dict[tuple, list]:
+    """The products, convolutions and attentions of a run: each of another shape as (what does it again, how often)."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     products: dict[tuple, list] = {}
     words = "aten.mm.", "aten.addmm.", "aten.bmm.", "aten.baddbmm.", "convolution", "scaled_dot_product"
-
-    def shapes(inputs: Iterable) -> tuple:
-        return tuple((tuple(x.shape), x.stride()) if torch.is_tensor(x) else str(x) for x in inputs)
 
     class Recording(TorchDispatchMode):
         def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
@@ -1180,14 +1240,37 @@ def least(run: Callable, pace: Pace, budget: float = 0.1) -> float:
                 products.setdefault(key, [partial(operator, *args, **kwargs), 0])[1] += 1
             return operator(*args, **kwargs)
 
-    with torch.no_grad(), Recording():
+    with Recording():
         run()
+    return products
+
+
+def shapes(inputs: Iterable) -> tuple:
+    return tuple((tuple(x.shape), x.stride()) if torch.is_tensor(x) else str(x) for x in inputs)
+
+
+def least_of_products(run: Callable, known: dict[tuple, float], budget: float = 0.1) -> float:
+    """Seconds that a run's products, convolutions and attentions take, each by itself in the shapes it has; `budget`
+    seconds are measured for each that is not yet among those `known`.
+    """
+    products = products_of(run)
+    with torch.inference_mode():
+        for key, (product, _) in products.items():
+            if key not in known:
+                known[key] = seconds(product, budget)
+    return sum(count * known[key] for key, (_, count) in products.items())
+
+
+def least(run: Callable, pace: Pace, budget: float = 0.1) -> float:
+    """Seconds that a forward's products, convolutions and attentions take, each by itself in the shapes it has, and its
+    recurrences at their bounds; `budget` seconds are measured for each of them, those of equal shapes once.
+    """
     calls: dict[tuple, list] = {}
     for call in calls_of(run):
         key = call.name, shapes(call.inputs), None if call.route is None else tuple(call.route.shape), call.merge
         calls.setdefault(key, [call, 0])[1] += 1
-    with torch.inference_mode():
-        total = sum(count * seconds(product, budget) for product, count in products.values())
+    with torch.no_grad():
+        total = least_of_products(run, {}, budget)
     for call, count in calls.values():
         token = call.of_a_token()
         once = seconds(token.runs()["forward"], budget)
@@ -1534,6 +1617,16 @@ def page_of_recurrences(found: dict) -> list[str]:
     ]
     lines = [f"**`recurrences`**: `scan_tiny` with {found['depth']} blocks, ms; in brackets the time over S6's.", ""]
     lines += grid(["mixer", *kinds], whole)
+    lines += [
+        "What each takes at least, ms: its products, convolutions and attentions, in training those of the gradients",
+        "too, each by itself in the shapes it has, and its recurrences at their bounds; in brackets that over the same",
+        "of softmax, and its share of the time above.", "",
+    ]  # fmt: skip
+    at_least = [
+        [mixer, *("{} ({}, {})".format(*of_least(found["rows"], mixer, kind)) for kind in kinds)]
+        for mixer, row in found["rows"].items() if f"{kinds[0]} least" in row
+    ]  # fmt: skip
+    lines += grid(["mixer", *kinds], at_least)
     lines += [
         "Each recurrence by itself, ms: its multiply-adds at the pace of this core (*products*); what a call takes",
         "before its kernel begins; its products with step sizes and exponentials (*arithmetic*); what it must load and",
