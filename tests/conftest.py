@@ -4,6 +4,7 @@ import gc
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from zlib import crc32
@@ -22,6 +23,11 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # Modules are compiled once, not by every process that imports them: half of a collection is compiling tests.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+with suppress(ImportError):
+    from yapf.yapflib import yapf_api
+
+    yapf_api.FormatCode = lambda text, **style: (text, True)  # no config that MMEngine writes here has to look well
 
 
 def pytest_collection_modifyitems(items) -> None:

@@ -14,7 +14,6 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from ..engine.atomic import atomic
 from ..engine.progress import say
@@ -123,9 +122,22 @@ def evaluate(training: Training) -> tuple[dict, list]:
         (metrics, predictions): mmseg's or pycocotools' numbers, and for each held-out scene the classes (H, W), or a
         dict of boxes (N, 4) as left, top, right, bottom, labels, scores and masks (N, H, W).
     """
+    from mmengine.hooks import Hook
     from mmengine.runner import Runner
 
     from ..openmmlab.resumable import refuse_pickles
+
+    predictions = []
+
+    class Keep(Hook):
+        """What is judged is kept."""
+
+        def after_test_iter(self, runner, batch_idx, data_batch=None, outputs=()):
+            for sample in outputs:
+                if "pred_sem_seg" in sample:
+                    predictions.append(sample.pred_sem_seg.data[0].numpy().astype(np.uint8))
+                else:
+                    predictions.append({key: value.numpy() for key, value in sample.pred_instances.items()})
 
     refuse_pickles()
     cfg = copy.deepcopy(training.cfg)
@@ -133,15 +145,8 @@ def evaluate(training: Training) -> tuple[dict, list]:
     with open(training.log, "a") as log, redirect_stdout(log), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # mmseg's and mmdet's, about their own defaults
         runner = Runner.from_cfg(cfg)
+        runner.register_hook(Keep())
         metrics = {key: float(value) for key, value in runner.test().items()}
-    predictions = []
-    with torch.inference_mode():
-        for batch in runner.test_loop.dataloader:
-            for sample in runner.model.test_step(batch):
-                if "pred_sem_seg" in sample:
-                    predictions.append(sample.pred_sem_seg.data[0].numpy().astype(np.uint8))
-                else:
-                    predictions.append({key: value.numpy() for key, value in sample.pred_instances.items()})
     return metrics, predictions
 
 

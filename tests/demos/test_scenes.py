@@ -22,7 +22,7 @@ from linescan.engine.image_sets import Digits  # noqa: E402
 from linescan.openmmlab.resumable import load_from_disk  # noqa: E402
 from linescan.openmmlab.runner import train_config  # noqa: E402
 
-SCENES = (16, 8)
+SCENES = (16, 4)
 ITERATIONS = 6
 
 
