@@ -84,8 +84,7 @@ def test_merge_adds_the_routes(case, name):
 
 
 @every
-@forms
-def test_shared_tokens_are_expanded_tokens(case, name):
+def test_shared_tokens_are_expanded_tokens(case):
     """One route's tokens for all of them, all token inputs at once and each alone; also without a table."""
     full = case.make()
     for shared in (case.tokens, *([key] for key in case.tokens if key in full)):
@@ -94,10 +93,11 @@ def test_shared_tokens_are_expanded_tokens(case, name):
                 continue  # nothing says that there are two routes
             given = {key: x[:, :1] if key in shared else x for key, x in full.items()}
             expanded = {key: x.expand(-1, 2, *x.shape[2:]) if key in shared else x for key, x in given.items()}
-            got, want = results(case, name, given, route), results(case, "chunked", expanded, route)
+            want = results(case, "chunked", expanded, route)
             for key in set(shared) & set(case.float_tokens):
                 want[f"gradient of {key}"] = want[f"gradient of {key}"].sum(1, keepdim=True)
-            same(got, want, 1e-9)
+            for name in FORMS:
+                same(results(case, name, given, route), want, 1e-9)
 
 
 # -- forms ------------------------------------------------------------------------------------------------------------
@@ -244,16 +244,15 @@ def test_transforms_of_torch_func(case):
 
 @every
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@forms
-def test_half_inputs_keep_a_float_state(case, name, dtype):
+def test_half_inputs_keep_a_float_state(case, dtype):
     inputs = bits(case.make(length=37), dtype)
     exact = results(case, "reference", bits(inputs, torch.float64))
-    got = results(case, name, inputs)
-    for key, x in got.items():
-        assert x.dtype == (torch.float32 if key.startswith("final") else dtype), key
-        # rounding of the inputs aside, nothing is computed in half
-        limit = 1e-5 if key.startswith("final") else 2 * torch.finfo(dtype).eps if key == "output" else 2e-2
-        assert error(x, exact[key]) < limit, key
+    for name in FORMS:
+        for key, x in results(case, name, inputs).items():
+            assert x.dtype == (torch.float32 if key.startswith("final") else dtype), (name, key)
+            # rounding of the inputs aside, nothing is computed in half
+            limit = 1e-5 if key.startswith("final") else 2 * torch.finfo(dtype).eps if key == "output" else 2e-2
+            assert error(x, exact[key]) < limit, (name, key)
 
 
 @every

@@ -163,35 +163,36 @@ SCANS = [
 
 @compiled
 @pytest.mark.parametrize("case", SCANS, ids=str)
-def test_selective_scan(case, instructions):
+def test_selective_scan(case, sets):
     *sizes, extras, shared, kind, merge = case
     batch, routes, length = sizes[:3]
     options = dict(route=orders(routes, length, kind, batch), merge=merge, delta_softplus=extras)
     inputs = scan_inputs(*sizes, extras=extras, shared=shared)
     if not extras:
         inputs["delta"] = inputs["delta"].abs()
-    assert_agrees(selective_scan, inputs, **options)
+    assert_agrees(selective_scan, inputs, sets=sets, **options)
 
 
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind, rank, own, weights", [("none", 1, 2, 1), ("permuted", 12, 2, 2), ("padded", 17, 1, 2)])
-def test_selective_scan_of_low_rank(kind, rank, own, weights, dtype, instructions):
+def test_selective_scan_of_low_rank(kind, rank, own, weights, dtype, sets):
     """Step sizes that the kernel makes: from numbers that routes share or not, by one weight or one per route."""
     inputs = scan_inputs(2, 2, 37, 70, 1, 16)
     generator = torch.Generator().manual_seed(rank)
     low = torch.randn(2, own, 37, 2 * rank, generator=generator, dtype=torch.float64)[..., rank:]
     weight = torch.randn(weights, 70, rank, generator=generator, dtype=torch.float64) / rank
     inputs |= dict(delta=low, delta_weight=weight)
-    assert_agrees(selective_scan, inputs, dtype, route=orders(2, 37, kind), merge="sum", delta_softplus=True)
+    assert_agrees(selective_scan, inputs, dtype, sets, route=orders(2, 37, kind), merge="sum", delta_softplus=True)
 
 
 @compiled
 @pytest.mark.parametrize("merge", [None, "sum"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_selective_scan_half(dtype, merge, instructions):
+def test_selective_scan_half(dtype, merge, sets):
     inputs = scan_inputs(2, 2, 24, 37, 1, 16)
-    assert_agrees(selective_scan, inputs, dtype, route=orders(2, 24, "padded").int(), merge=merge, delta_softplus=True)
+    route = orders(2, 24, "padded").int()
+    assert_agrees(selective_scan, inputs, dtype, sets, route=route, merge=merge, delta_softplus=True)
 
 
 @compiled
@@ -235,18 +236,18 @@ CONVS = [
 
 @compiled
 @pytest.mark.parametrize("case", CONVS, ids=str)
-def test_causal_conv1d(case, instructions):
+def test_causal_conv1d(case, sets):
     *sizes, extras, shared, kind, merge, activation = case
     batch, routes, length = sizes[:3]
     options = dict(route=orders(routes, length, kind, batch), merge=merge, activation=activation)
-    assert_agrees(causal_conv1d, conv_inputs(*sizes, extras=extras, shared=shared), **options)
+    assert_agrees(causal_conv1d, conv_inputs(*sizes, extras=extras, shared=shared), sets=sets, **options)
 
 
 @compiled
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_causal_conv1d_half(dtype, instructions):
+def test_causal_conv1d_half(dtype, sets):
     inputs = conv_inputs(2, 2, 40, 37, 4)
-    assert_agrees(causal_conv1d, inputs, dtype, route=orders(2, 40, "padded"), merge="sum", activation="silu")
+    assert_agrees(causal_conv1d, inputs, dtype, sets, route=orders(2, 40, "padded"), merge="sum", activation="silu")
 
 
 # -- matrix states ----------------------------------------------------------------------------------------------------
