@@ -16,7 +16,8 @@ SHORT = {n: replace(recipe, steps=3, warmup=0.0, **SMALL.get(n, {})) for n, reci
 
 
 @pytest.mark.slow
-def test_everything_is_written(tmp_path):
+def test_everything_is_written(monkeypatch, tmp_path):
+    monkeypatch.setattr("linescan.demos.points.VOTES", 2)
     out = tmp_path / "demo"
     metrics = demo_points(out, SHORT)
     assert metrics == json.loads((out / "metrics.json").read_text())
