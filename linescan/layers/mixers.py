@@ -159,8 +159,7 @@ class HGRN(Core):
 
     def project(self, u: Tensor) -> Sequence[Tensor]:
         (v,) = self.tokens(u)
-        forget = gates.log_sigmoid(self.values("forget", u), 1 / 16)
-        return tuple(x.flatten(-2) for x in (-torch.expm1(forget) * F.silu(v), forget))
+        return tuple(x.flatten(-2) for x in gates.blend(F.silu(v), self.values("forget", u), 1 / 16))
 
 
 class HGRN2(Core):
@@ -563,17 +562,21 @@ class BiWKV6(WKV6):
 
 
 class WKV7(Core):
-    """RWKV-7's attention (`rwkv7`): decay, removal and writing, all by the token."""
+    """RWKV-7's attention (`rwkv7`, in the terms of `dplr`): decay, removal and writing, all by the token."""
 
-    recurrence = staticmethod(scans.rwkv7)
+    recurrence = staticmethod(scans.dplr)
     shared = "r k v"
     per_route = {"decay": "channel", "remove": "channel"}
 
     def project(self, u: Tensor) -> Sequence[Tensor]:
         r, k, v = self.tokens(u)
         decay = gates.sigmoid(self.values("decay", u), -math.exp(-0.5))
-        remove, written = gates.gated(k, self.values("remove", u))
-        return r, written, v, decay, gates.unit(k), remove
+        removed = gates.unit(k)
+        written, given_back = gates.share(k, removed, self.values("remove", u))
+        return r, written, v, -removed, given_back, decay
+
+    def scan(self, *inputs: Tensor, **options):
+        return super().scan(*inputs, scale=1.0, **options)
 
 
 # -- test-time training ------------------------------------------------------------------------------------------------

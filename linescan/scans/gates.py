@@ -16,13 +16,13 @@ from .recurrence import is_forced, is_plain, wants_gradient
 __all__ = [
     "GATES",
     "Gate",
+    "blend",
     "erase",
     "exponential",
     "forget",
-    "gated",
     "linear_unit",
     "log_sigmoid",
-    "product",
+    "share",
     "sigmoid",
     "unit",
 ]
@@ -115,16 +115,17 @@ def forget(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @_gate
-def gated(x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """sigmoid(gate), and that times x."""
+def share(x: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """sigmoid(gate) of x and of y."""
     opened = gate.sigmoid()
-    return opened, opened * x
+    return opened * x, opened * y
 
 
 @_gate
-def product(x: Tensor, y: Tensor) -> Tensor:
-    """x * y."""
-    return x * y
+def blend(x: Tensor, gate: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """HGRN's input (1 - exp(g)) x, and its log decay g = factor * log(sigmoid(gate))."""
+    g = factor * F.logsigmoid(gate)
+    return -torch.expm1(g) * x, g
 
 
 STEEPEST = 1000.0  # the derivative of the linear unit's square root, at most

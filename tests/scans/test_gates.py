@@ -7,7 +7,7 @@ from linescan.scans import backend, gates
 from linescan.scans.kernels import cpu
 
 compiled = pytest.mark.skipif(
-    not hasattr(torch.ops.linescan_cpu, "gates_backward"), reason="CPU kernels missing or of older sources"
+    not hasattr(torch.ops.linescan_cpu, "gate_backward"), reason="CPU kernels missing or of older sources"
 )
 FACTOR = {"log_sigmoid": 1 / 16, "sigmoid": -0.6, "exponential": -0.05}
 
@@ -25,8 +25,10 @@ def inputs(name, batch=2, routes=3, length=5, heads=2, channels=19):
     if name == "linear_unit":
         rate = -3 * torch.rand(heads * channels, generator=generator, dtype=torch.float64)
         return shared.flatten(3), own.flatten(3), tokens(routes, heads * channels), rate
-    if name in ("gated", "product"):
-        return shared, own
+    if name == "blend":
+        return shared, own, 1 / 16
+    if name == "share":
+        return shared, tokens(1, heads, channels), own
     return (own, FACTOR[name]) if name in FACTOR else (own,)
 
 

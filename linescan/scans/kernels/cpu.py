@@ -482,8 +482,8 @@ _SIZES = {
     "sigmoid": (1, 1),
     "exponential": (1, 1),
     "forget": (1, 2),
-    "gated": (2, 2),
-    "product": (2, 1),
+    "share": (3, 2),
+    "blend": (2, 2),
     "linear_unit": (3, 2),
     "unit": (1, 1),
     "erase": (2, 2),
@@ -517,7 +517,7 @@ def _gate_kernel(name: str) -> Kernel:
     def forward(*inputs):
         like = max(inputs[:n_tokens], key=lambda x: (x.ndim, x.shape[1]))
         out = [torch.empty_like(like) for _ in range(n_outputs)]
-        torch.ops.linescan_cpu.gates.default(*arguments(inputs), *_flat_heads(out, 2))
+        torch.ops.linescan_cpu.gate.default(*arguments(inputs), *_flat_heads(out, 2))
         return out[0] if n_outputs == 1 else tuple(out)
 
     def backward(grads, *inputs):
@@ -526,7 +526,7 @@ def _gate_kernel(name: str) -> Kernel:
         tokens, others = tensors[:n_tokens], tensors[n_tokens:]
         of_parameter = others[0][None] if others else None
         call = *arguments(inputs), *_flat_heads(grads, 2), *_flat_heads(tokens, 3), of_parameter
-        torch.ops.linescan_cpu.gates_backward.default(*call)
+        torch.ops.linescan_cpu.gate_backward.default(*call)
         return tensors
 
     return Kernel(supports, forward, backward)
@@ -538,7 +538,7 @@ def _flat_heads(tensors: list[Tensor], count: int) -> list[Tensor | None]:
 
 
 _missing = _load()
-if _missing is None and hasattr(torch.ops.linescan_cpu, "gates_backward"):  # not of older sources
+if _missing is None and hasattr(torch.ops.linescan_cpu, "gate_backward"):  # not of older sources
     for _name in _SIZES:
         GATES[_name].kernel = _gate_kernel(_name)
 _register_both(_ssd, _ssd_forward, _ssd_backward)

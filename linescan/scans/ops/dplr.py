@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import gates
 from ..chunks import decayed_scores, solve_unit_lower, split, through_chunks
 from ..recurrence import check_arguments, precise, public, recurrence
 
@@ -132,7 +131,7 @@ def rwkv7(
     All else as of `dplr`.
     """
     check_arguments("rwkv7", r, k, v, w, kk, a, scale, initial_state, route=route)
-    inputs = r, k, v, -kk, gates.product(precise(kk), precise(a)), w, 1.0 if scale is None else scale, initial_state
+    inputs = r, k, v, -kk, precise(kk) * precise(a), w, 1.0 if scale is None else scale, initial_state
     return _dplr(*inputs, route=route, merge=merge, return_final_state=return_final_state)
 
 

@@ -90,20 +90,30 @@ struct Forget {  // sigmoid(-x) and log sigmoid(x)
     dx[0] = forgotten * dy[1] - slope * dy[0];
   }
 };
-struct Opened {  // sigmoid(x1) and sigmoid(x1) x0
-  static constexpr int IN = 2, OUT = 2;
+struct Share {  // sigmoid(x2) of x0 and of x1
+  static constexpr int IN = 3, OUT = 2;
   static constexpr bool PARAMETER = false;
-  LINESCAN_STAGE static void forward(float, const V* x, V, V* y) { y[0] = sigmoid(x[1]), y[1] = y[0] * x[0]; }
+  LINESCAN_STAGE static void forward(float, const V* x, V, V* y) {
+    const V share = sigmoid(x[2]);
+    y[0] = share * x[0], y[1] = share * x[1];
+  }
   LINESCAN_STAGE static void backward(float, const V* x, V, const V* dy, V* dx, V&) {
     V slope;
-    dx[0] = sigmoid(x[1], slope) * dy[1], dx[1] = slope * (dy[0] + x[0] * dy[1]);
+    const V share = sigmoid(x[2], slope);
+    dx[0] = share * dy[0], dx[1] = share * dy[1], dx[2] = slope * (x[0] * dy[0] + x[1] * dy[1]);
   }
 };
-struct Product {  // x0 x1
-  static constexpr int IN = 2, OUT = 1;
+struct OfBlend {  // (1 - e^g) x0 and g = c log sigmoid(x1)
+  static constexpr int IN = 2, OUT = 2;
   static constexpr bool PARAMETER = false;
-  LINESCAN_STAGE static void forward(float, const V* x, V, V* y) { y[0] = x[0] * x[1]; }
-  LINESCAN_STAGE static void backward(float, const V* x, V, const V* dy, V* dx, V&) { dx[0] = dy[0] * x[1], dx[1] = dy[0] * x[0]; }
+  LINESCAN_STAGE static void forward(float c, const V* x, V, V* y) {
+    y[1] = -c * softplus(-x[1]), y[0] = -exp_less_one(y[1]) * x[0];
+  }
+  LINESCAN_STAGE static void backward(float c, const V* x, V, const V* dy, V* dx, V&) {
+    V slope;
+    const V taken = -exp_less_one(-c * softplus(-x[1], &slope));
+    dx[0] = taken * dy[0], dx[1] = c * slope * (dy[1] - (1.0f - taken) * (x[0] * dy[0]));
+  }
 };
 struct LinearUnit {  // sqrt(1 - e^2g) sigmoid(x1) x0 and g = p sigmoid(x2); c is the largest derivative of the root
   static constexpr int IN = 3, OUT = 2;
@@ -251,8 +261,8 @@ static void gates(const Gates& s, bool back, int64_t begin, int64_t end) {
     else if (s.gate == Gate::sigmoid) gates_as<Sigmoid>(s, i, back);
     else if (s.gate == Gate::exponential) gates_as<Exponential>(s, i, back);
     else if (s.gate == Gate::forget) gates_as<Forget>(s, i, back);
-    else if (s.gate == Gate::gated) gates_as<Opened>(s, i, back);
-    else if (s.gate == Gate::product) gates_as<Product>(s, i, back);
+    else if (s.gate == Gate::share) gates_as<Share>(s, i, back);
+    else if (s.gate == Gate::blend) gates_as<OfBlend>(s, i, back);
     else if (s.gate == Gate::linear_unit) gates_as<LinearUnit>(s, i, back);
     else gates_of_heads(s, i, back);
   }

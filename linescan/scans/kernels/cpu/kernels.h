@@ -213,7 +213,7 @@ struct Norm {
 };
 
 // Inputs of recurrences, made of projections (B, K or 1, L, D) and, of whole heads, (B, K or 1, L, H). See gates.h.
-enum class Gate : int { log_sigmoid, sigmoid, exponential, forget, gated, product, linear_unit, unit, erase };
+enum class Gate : int { log_sigmoid, sigmoid, exponential, forget, share, blend, linear_unit, unit, erase };
 
 struct Gates {
   static constexpr int64_t SLAB = 32;  // tokens of a unit of work

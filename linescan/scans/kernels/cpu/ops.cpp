@@ -403,8 +403,8 @@ struct GateInputs {
   }
 };
 
-// linescan_cpu::gates(inputs, Tensor(a!) out, Tensor(b!)? other) -> ()
-void gates(Value* stack, uint64_t, uint64_t) {
+// linescan_cpu::gate(inputs, Tensor(a!) out, Tensor(b!)? other) -> ()
+void gate(Value* stack, uint64_t, uint64_t) {
   Arguments in(stack);
   GateInputs inputs(in);
   const Tensor out = in.tensor(), other = in.optional();
@@ -412,9 +412,9 @@ void gates(Value* stack, uint64_t, uint64_t) {
   inputs.run(false);
 }
 
-// linescan_cpu::gates_backward(inputs, Tensor grad, Tensor? grad_other, Tensor(a!) dx, Tensor(b!)? dy, Tensor(c!)? dz,
-//                              Tensor(d!)? dparameter) -> ()
-void gates_backward(Value* stack, uint64_t, uint64_t) {
+// linescan_cpu::gate_backward(inputs, Tensor grad, Tensor? grad_other, Tensor(a!) dx, Tensor(b!)? dy, Tensor(c!)? dz,
+//                             Tensor(d!)? dparameter) -> ()
+void gate_backward(Value* stack, uint64_t, uint64_t) {
   Arguments in(stack);
   GateInputs inputs(in);
   Gates& s = inputs.gates;
@@ -484,10 +484,10 @@ const stable::Definitions definitions([] {
          "shift_blend", "CPU", shift_blend);
   define("norm(Tensor x, Tensor weight, Tensor? bias, Tensor? gate, int channels, float eps, Tensor(a!) out) -> ()", "norm",
          "CPU", norm);
-  define("gates(" LINESCAN_GATE_INPUTS ", Tensor(a!) out, Tensor(b!)? other) -> ()", "gates", "CPU", gates);
-  define("gates_backward(" LINESCAN_GATE_INPUTS
+  define("gate(" LINESCAN_GATE_INPUTS ", Tensor(a!) out, Tensor(b!)? other) -> ()", "gate", "CPU", gate);
+  define("gate_backward(" LINESCAN_GATE_INPUTS
          ", Tensor grad, Tensor? grad_other, Tensor(a!) dx, Tensor(b!)? dy, Tensor(c!)? dz, Tensor(d!)? dparameter) -> ()",
-         "gates_backward", "CPU", gates_backward);
+         "gate_backward", "CPU", gate_backward);
   define("unary(int which, Tensor x, Tensor(a!) y) -> ()", "unary", "CPU", unary);
   define("selective_scan(" LINESCAN_SCAN_INPUTS ", Tensor(a!) y, Tensor(b!) final_state) -> bool", "selective_scan",
          "CPU", selective_scan);
