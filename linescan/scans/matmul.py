@@ -111,9 +111,11 @@ def project_routes(x: Tensor, weight: Tensor) -> Tensor:
         return linear(x[:, 0], weight.flatten(0, 1)).unflatten(-1, weight.shape[:2]).movedim(2, 1)
     if weight.shape[0] == 1:
         return linear(x, weight[0])
-    if not x.is_cpu:
+    one_by_mkl = _through_onednn is None and is_plain((x, weight)) and x.shape[0] == 1
+    if one_by_mkl or not x.is_cpu:
         return torch.matmul(x, weight.mT)
-    return torch.stack([linear(x[:, k], w) for k, w in enumerate(weight)], 1)  # faster there than a batched product
+    # On CPUs faster than a batched product, which lays the weights out for every sample.
+    return torch.stack([linear(x[:, k], w) for k, w in enumerate(weight)], 1)
 
 
 def project_routes_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

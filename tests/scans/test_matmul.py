@@ -78,9 +78,10 @@ def test_wrong_sizes_fail_as_torch_does():
 
 @pytest.mark.parametrize("weights", [1, 3])
 @pytest.mark.parametrize("routes", [1, 3])
-def test_one_map_a_route(routes, weights):
+@pytest.mark.parametrize("batch", [1, 2])
+def test_one_map_a_route(batch, routes, weights):
     torch.manual_seed(0)
-    x = torch.randn(2, routes, 4, 5, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(batch, routes, 4, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(weights, 6, 5, dtype=torch.float64, requires_grad=True)
     want = x @ weight.mT
     torch.testing.assert_close(project_routes(x, weight), want)
