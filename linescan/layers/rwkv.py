@@ -13,7 +13,7 @@ from ..scans import bi_wkv, bi_wkv6, matmul
 from ..scans.kernels import cpu
 from ..scans.multi_route import MultiRoute
 from ..scans.ops.published import bi_wkv_kernel
-from ..scans.recurrence import is_plain, wants_gradient
+from ..scans.recurrence import is_plain, precise, wants_gradient
 from .blocks import Block, TokenMixer
 from .linear import linear
 
@@ -258,7 +258,8 @@ class SpatialMix6(TokenMixer):
         added = torch.bmm(low.transpose(0, 1), self.mix_w2).unflatten(1, x.shape[:2])
         w, k, v, r, g = tokens.stepping(self.mix, added)
         w = self.decay + matmul.linear(torch.tanh(matmul.linear(w, self.decay_w1.T)), self.decay_w2.T)
-        w = -torch.exp(w.to(torch.promote_types(w.dtype, torch.float32)))
+        w = torch.exp(precise(w))
+        w = -w if w.requires_grad else w.neg_()
         tokens = linear(self.receptance, r), linear(self.key, k), linear(self.value, v), w
         heads = (t.unflatten(-1, (self.num_heads, -1))[:, None] for t in tokens)
         return *heads, linear(self.gate, g)
@@ -312,7 +313,9 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         k, r = Neighbours(self.shift, x, grid).keeping(self.mix_k, self.mix_r)
-        k, r = F.relu(linear(self.key, k)), linear(self.receptance, r)
+        k, r = linear(self.key, k), linear(self.receptance, r)
+        own = is_plain((k,)) and not k.requires_grad and type(self.key) is nn.Linear and not is_observed(self.key)
+        k = F.relu(k, inplace=own)  # half of the time where nobody else has these numbers
         k = k.square() if k.requires_grad else k.square_()
         return torch.sigmoid(r) * linear(self.value, self.key_norm(k))
 

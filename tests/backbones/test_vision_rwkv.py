@@ -59,6 +59,14 @@ def test_a_shift_that_is_observed_is_called(mix):
     assert seen == [(1, 6, 64)]
 
 
+def test_hidden_channels_that_somebody_sees_stay():
+    mixer, seen = seeded(ChannelMix, 64, QuadShift(), Place(1, 3)), []
+    mixer.key.register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad():
+        mixer(torch.randn(1, 6, 64), (2, 3))
+    assert (seen[0] < 0).any()
+
+
 @pytest.mark.parametrize("mix", [SpatialMix, SpatialMix6, ChannelMix])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mixes_without_a_gradient(mix, dtype):
