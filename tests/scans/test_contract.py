@@ -174,22 +174,23 @@ def test_optional_inputs(case):
 
 
 @every
-@forms
 @pytest.mark.parametrize("kind, merge", [("none", None), ("per_sample", "sum")])
-def test_gradcheck(case, name, kind, merge):
+def test_gradcheck(case, kind, merge):
+    """Of the chunked form; test_chunked_is_the_definition holds the definition's gradients to be the same."""
     inputs, route = case.make(batch=1 if kind == "none" else 2, length=5), table(kind, 2, 2, 5)
     leaves = {key: x.requires_grad_() for key, x in floats(inputs).items()}
 
     def function(*tensors):
         return case(inputs | dict(zip(leaves, tensors)), route, merge)
 
-    with backend(name):
+    with backend("chunked"):
         assert torch.autograd.gradcheck(function, tuple(leaves.values()), fast_mode=True)
 
 
 @operators
 def test_second_derivative_of_the_reference(case):
-    inputs, route = case.make(batch=1, length=4), table("repeated", 1, 2, 4)
+    """Along routes that leave tokens out, read one again, and take a step of padding."""
+    inputs, route = case.make(batch=1, length=4), torch.tensor([[2, -1, 0, -3], [1, 3, -2, -1]])
     leaves = {key: x.requires_grad_() for key, x in floats(inputs).items()}
 
     def function(*tensors):
@@ -415,14 +416,14 @@ def test_export(case):
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
 def test_a_graph_traced_at_one_size_fails_at_another(case, how, name):
-    inputs = case.make(length=4, without=case.states)
-    module = Wrapped(case, list(inputs), table("permutation", 2, 2, 4))
+    inputs = case.make(length=2, without=case.states)
+    module = Wrapped(case, list(inputs), torch.tensor([[1, 0], [0, 1]]))
     tensors = tuple(inputs.values())
     with backend(name):
         traced = torch.jit.trace(module, tensors, check_trace=False) if how == "jit" else make_fx(module)(*tensors)
     torch.testing.assert_close(list(traced(*tensors)), list(module(*tensors)))
     with pytest.raises((RuntimeError, ValueError)):
-        traced(*case.make(length=5, without=case.states).values())
+        traced(*case.make(length=3, without=case.states).values())
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
