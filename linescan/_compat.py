@@ -156,7 +156,14 @@ _GLOBAL_HOOKS = [getattr(_module, "_global" + name) for name in _HOOKS]
 def is_observed(module: nn.Module) -> bool:
     """Whether a call of the module does more than its class's `forward`: hooks, or a `forward` of its own."""
     state = module.__dict__
-    return "forward" in state or any(map(state.__getitem__, _HOOKS)) or any(_GLOBAL_HOOKS)
+    return bool(
+        "forward" in state
+        or state["_forward_pre_hooks"]
+        or state["_forward_hooks"]
+        or state["_backward_pre_hooks"]
+        or state["_backward_hooks"]
+        or any(_GLOBAL_HOOKS)
+    )
 
 
 def mmengine_flop_handles() -> dict:

@@ -4,7 +4,7 @@ import timm.layers
 import torch
 from torch import Tensor, nn
 
-from .._compat import is_observed
+from .._compat import is_jit_tracing, is_observed
 from ..scans import matmul
 
 __all__ = ["init_linear", "linear", "trunc_normal_"]
@@ -27,7 +27,7 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
         type(layer) is not nn.Linear
         or type(x) is not Tensor
         or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or is_jit_tracing()
         or is_observed(layer)
     ):
         return layer(x)

@@ -433,11 +433,10 @@ def weighted_sum(y, weight) -> Tensor | None:
 
 def _passes(operator: str, *tensors) -> bool:
     """Whether such a kernel serves: float32, and not with a library that was compiled before there was it."""
-    return (
-        all([x is None or x.dtype is torch.float32 for x in tensors])
-        and _supports(*tensors)
-        and hasattr(torch.ops.linescan_cpu, operator)
-    )
+    for x in tensors:
+        if x is not None and not (x.dtype is torch.float32 and x.is_cpu and x.numel()):
+            return False
+    return _supports() and hasattr(torch.ops.linescan_cpu, operator)
 
 
 def shift_blend(x, mix, grid, heads: int, gamma: float, pixels: int, own: bool, added=None) -> Tensor | None:
