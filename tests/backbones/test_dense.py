@@ -9,16 +9,20 @@ from linescan.backbones.contract import architecture
 from linescan.backbones.feature_maps import dense_backbone
 from linescan.zoo import list_models
 
+from ..building import uninitialised
+from .test_contract import narrow
+
 NAMES = [name for name in list_models(task="classification") if "_video" not in name]
-NAMES = sorted(
-    {architecture(n)[0]: n for n in sorted(NAMES, key=lambda n: "_tiny" in n and "stride" not in n)}.values()
-)
+NARROW_LAST = sorted(NAMES, key=lambda name: "stride" not in name and ("_tiny" in name or "_b0" in name))
+NAMES = sorted({architecture(name)[0]: name for name in NARROW_LAST}.values())
 PLAIN = [name for name in NAMES if architecture(name)[0].unit_name == "blocks"]
 
 
 def dense(name, **kwargs):
+    """A shallow dense backbone, less wide where it is wide."""
     torch.manual_seed(0)
     cls = architecture(name)[0]
+    kwargs = {**narrow(name), **kwargs}
     if cls.unit_name == "blocks":
         kwargs = {"depth": 4, "img_size": 64, **kwargs}
         if cls.dense.neck != "adapter":
@@ -119,17 +123,20 @@ def test_hooks_fire_with_the_maps(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_own_files_load_strictly_at_another_size(name, tmp_path):
-    model = dense(name)
+    with uninitialised():
+        model, other = dense(name), dense(name)
     for parameter in model.parameters():
         nn.init.normal_(parameter)
-    torch.save(model.state_dict(), tmp_path / "dense.pth")
-    other = linescan.load_checkpoint(dense(name), tmp_path / "dense.pth")
-    for key, value in other.state_dict().items():
-        assert torch.equal(value, model.state_dict()[key]), key
-    if model.trunk.pos_embed is not None:
-        larger = linescan.load_checkpoint(dense(name, img_size=(96, 64)), tmp_path / "dense.pth")
-        assert larger.trunk.native_grid == larger.trunk.grid_of(96, 64)
     state = model.state_dict()
+    torch.save(state, tmp_path / "dense.pth")
+    linescan.load_checkpoint(other, tmp_path / "dense.pth")
+    for key, value in other.state_dict().items():
+        assert torch.equal(value, state[key]), key
+    if model.trunk.pos_embed is not None:
+        with uninitialised():
+            larger = dense(name, img_size=(96, 64))
+        linescan.load_checkpoint(larger, tmp_path / "dense.pth")
+        assert larger.trunk.native_grid == larger.trunk.grid_of(96, 64)
     state.pop(next(iter(state)))
     torch.save(state, tmp_path / "dense.pth")
     with pytest.raises(linescan.CheckpointError, match="1 keys missing"):

@@ -1,7 +1,8 @@
 """Every config that comes with linescan builds; of each kind, one trains a step and tests an image."""
 
 import re
-from functools import lru_cache
+from copy import deepcopy
+from functools import cache
 
 import numpy as np
 import pytest
@@ -23,6 +24,8 @@ from mmseg.structures import SegDataSample  # noqa: E402
 from linescan.backbones.contract import architecture  # noqa: E402
 from linescan.openmmlab import find_config, list_configs  # noqa: E402
 
+from ..building import uninitialised  # noqa: E402
+
 CONFIGS = [name for name in list_configs() if name.startswith(("segmentation/", "detection/"))]
 SIDE = 64
 
@@ -39,11 +42,20 @@ KINDS = list({_kind(name): name for name in NARROW_LAST}.values())
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _read_each_metafile_once():
-    """MMEngine parses every metafile of a package again for each base that is looked up in it."""
+def _read_each_file_once():
+    """MMEngine parses every metafile of a package again for each base that is looked up in it, and every base again for
+    each config."""
+    read = cache(Config._file2dict)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mmengine.config.utils, "load", lru_cache(None)(mmengine.config.utils.load))
+        patch.setattr(mmengine.config.utils, "load", cache(mmengine.config.utils.load))
+        patch.setattr(Config, "_file2dict", staticmethod(lambda *args, **options: deepcopy(read(*args, **options))))
         yield
+
+
+@pytest.fixture(scope="module")
+def built():
+    """Models by what they are built of: those of two schedules are the same."""
+    return {}
 
 
 @pytest.fixture
@@ -130,13 +142,16 @@ def detection_batch():
 
 
 @pytest.mark.parametrize("cfg", CONFIGS, indirect=True, ids=CONFIGS)
-def test_config_builds(cfg):
+def test_config_builds(cfg, built):
     """As large as it is, without its numbers; every layer that reads the backbone's maps expects their channels."""
     for key in ("backbone", "neck"):
         if cfg.model.get(key):
             cfg.model[key].pop("init_cfg", None)
-    with torch.device("meta"):
-        model = MODELS.build(cfg.model)
+    key = repr(cfg.model)
+    if key not in built:
+        with torch.device("meta"), uninitialised():
+            built[key] = MODELS.build(cfg.model)
+    model = built[key]
     if reader := getattr(model, "neck", None) or getattr(model, "decode_head", None):
         expected = getattr(reader, "in_channels", None)
         assert expected in (None, model.backbone.out_channels)
