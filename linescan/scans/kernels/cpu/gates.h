@@ -179,13 +179,36 @@ LINESCAN_INLINE void unit_adjoint(const float* x, const float* strength, int64_t
 
 // -- units of work ------------------------------------------------------------------------------------------------------
 
-// Calls f(sample, route, token, place of a row in a view) for the tokens of a unit, routes innermost.
+constexpr int64_t LATER = 4;  // tokens from which on rows are called from memory
+
+// A row of floats, and how far away the one is that is called from memory meanwhile.
+struct Row {
+  float* data = nullptr;
+  int64_t later = 0;
+
+  LINESCAN_STAGE V read(int64_t c, AllLanes lanes) const {
+    __builtin_prefetch(data + c + later);
+    return load(data + c, lanes);
+  }
+  LINESCAN_STAGE V read(int64_t c, int64_t lanes) const { return load(data + c, lanes); }
+  LINESCAN_STAGE void write(int64_t c, V v, AllLanes lanes) const {
+    __builtin_prefetch(data + c + later, 1);
+    store(data + c, v, lanes);
+  }
+  LINESCAN_STAGE void write(int64_t c, V v, int64_t lanes) const { store(data + c, v, lanes); }
+};
+
+// Calls f(route, place of a row in a view) for the tokens of a unit, routes innermost.
 template <class F>
 LINESCAN_INLINE void over_rows(const Gates& s, int64_t unit, const F& f) {
   const int64_t slabs = s.slabs(), b = unit / slabs, t0 = unit % slabs * s.SLAB;
-  for (int64_t t = t0; t < s.L && t < t0 + s.SLAB; ++t)
+  for (int64_t t = t0; t < s.L && t < t0 + s.SLAB; ++t) {
+    const int64_t ahead = s.L - 1 - t < LATER ? s.L - 1 - t : LATER;
     for (int64_t k = 0; k < s.K; ++k)
-      f(k, [&](const View& x) LINESCAN_STAGE { return reinterpret_cast<float*>(x.at(b, k, 0, 0)) + t * x.token; });
+      f(k, [&](const View& x) LINESCAN_STAGE {
+        return Row{reinterpret_cast<float*>(x.at(b, k, 0, 0)) + t * x.token, ahead * x.token};
+      });
+  }
 }
 
 template <class F>
@@ -193,16 +216,15 @@ static void gates_of_numbers(const Gates& s, int64_t unit) {
   const int64_t D = s.D;
   const float factor = s.factor, *parameter = s.parameter;
   over_rows(s, unit, [&](int64_t, const auto& at) LINESCAN_STAGE {
-    const float* in[F::IN];
-    float* out[F::OUT];
+    Row in[F::IN], out[F::OUT];
     for (int i = 0; i < F::IN; ++i) in[i] = at(s.in[i]);
     for (int i = 0; i < F::OUT; ++i) out[i] = at(s.out[i]);
     along(D, [&](int64_t c, auto lanes) LINESCAN_STAGE {
       V x[F::IN], y[F::OUT], p = {};
-      each<F::IN>([&](auto i) LINESCAN_STAGE { x[i] = load(in[i] + c, lanes); });
+      each<F::IN>([&](auto i) LINESCAN_STAGE { x[i] = in[i].read(c, lanes); });
       if (F::PARAMETER) p = load(parameter + c, lanes);
       F::forward(factor, x, p, y);
-      each<F::OUT>([&](auto i) LINESCAN_STAGE { store(out[i] + c, y[i], lanes); });
+      each<F::OUT>([&](auto i) LINESCAN_STAGE { out[i].write(c, y[i], lanes); });
     });
   });
 }
@@ -214,20 +236,19 @@ static void adjoint_of_numbers(const Gates& s, int64_t unit) {
   float* const partial = F::PARAMETER ? s.partial + unit * D : nullptr;
   if (F::PARAMETER) zero(partial, D);
   over_rows(s, unit, [&](int64_t k, const auto& at) LINESCAN_STAGE {
-    const float *in[F::IN], *grad[F::OUT];
-    float* of_in[F::IN];
+    Row in[F::IN], grad[F::OUT], of_in[F::IN];
     bool add[F::IN];
     for (int i = 0; i < F::IN; ++i)
       in[i] = at(s.in[i]), of_in[i] = at(s.of_in[i].view), add[i] = s.of_in[i].shared && k > 0;
     for (int i = 0; i < F::OUT; ++i) grad[i] = at(s.out[i]);
     along(D, [&](int64_t c, auto lanes) LINESCAN_STAGE {
       V x[F::IN], dy[F::OUT], dx[F::IN], p = {}, dp = {};
-      each<F::IN>([&](auto i) LINESCAN_STAGE { x[i] = load(in[i] + c, lanes); });
-      each<F::OUT>([&](auto i) LINESCAN_STAGE { dy[i] = load(grad[i] + c, lanes); });
+      each<F::IN>([&](auto i) LINESCAN_STAGE { x[i] = in[i].read(c, lanes); });
+      each<F::OUT>([&](auto i) LINESCAN_STAGE { dy[i] = grad[i].read(c, lanes); });
       if (F::PARAMETER) p = load(parameter + c, lanes), dp = load(partial + c, lanes);
       F::backward(factor, x, p, dy, dx, dp);
       each<F::IN>([&](auto i) LINESCAN_STAGE {
-        store(of_in[i] + c, add[i] ? load(of_in[i] + c, lanes) + dx[i] : dx[i], lanes);
+        of_in[i].write(c, add[i] ? load(of_in[i].data + c, lanes) + dx[i] : dx[i], lanes);
       });
       if (F::PARAMETER) store(partial + c, dp, lanes);
     });
@@ -237,14 +258,15 @@ static void adjoint_of_numbers(const Gates& s, int64_t unit) {
 static void gates_of_heads(const Gates& s, int64_t unit_of_work, bool back) {
   const bool erase = s.gate == Gate::erase;
   over_rows(s, unit_of_work, [&](int64_t k, const auto& at) LINESCAN_STAGE {
-    const float *x = at(s.in[0]), *strength = erase ? at(s.in[1]) : nullptr;
-    float *a = at(s.out[0]), *b = erase ? at(s.out[1]) : nullptr;
-    float *dx = back ? at(s.of_in[0].view) : nullptr, *dstrength = back && erase ? at(s.of_in[1].view) : nullptr;
+    const Row x = at(s.in[0]), a = at(s.out[0]), dx = back ? at(s.of_in[0].view) : Row();
+    const float* strength = erase ? at(s.in[1]).data : nullptr;
+    float *b = erase ? at(s.out[1]).data : nullptr, *dstrength = back && erase ? at(s.of_in[1].view).data : nullptr;
     for (int64_t h = 0, c = 0; c < s.D; ++h, c += s.head) {
       const float* of_head = erase ? strength + h : nullptr;
       float *const b_at = erase ? b + c : nullptr, *const of_strength = dstrength ? dstrength + h : nullptr;
-      if (back) unit_adjoint(x + c, of_head, s.head, a + c, b_at, s.of_in[0].shared && k > 0, dx + c, of_strength);
-      else unit(x + c, of_head, s.head, a + c, b_at);
+      if (back)
+        unit_adjoint(x.data + c, of_head, s.head, a.data + c, b_at, s.of_in[0].shared && k > 0, dx.data + c, of_strength);
+      else unit(x.data + c, of_head, s.head, a.data + c, b_at);
     }
   });
 }
