@@ -1299,6 +1299,8 @@ def shares(by_operator: dict[str, float]) -> dict[str, float]:
             kind = "attention"
         elif "mean_of_norms" in name or "weighted_sum" in name:
             kind = "merging routes"
+        elif any(f"linescan_cpu::{word}" in name for word in ("shift_blend", "norm", "gates")):
+            kind = "blends, norms and gates"
         elif "linescan" in name:
             kind = "scans"
         else:
