@@ -45,13 +45,12 @@ def family(name):
     return timm.model_entrypoint(name).__module__.rpartition(".")[2]
 
 
-UNDIVIDED = ("care_s2", "segman_base", "segman_small")  # whose heads do not divide narrower maps
-
-
 def narrow(name):
     """Arguments for a half, a quarter or an eighth of the registered width, where a model is wide."""
+    if name.startswith("segman"):  # whose heads do not divide narrower maps, and whose windows need large ones
+        return {"windows": (3, 3, 3, 1)}
     factor = 1
-    while parameters(name)[1] > 2.5e6 * factor**2 and name not in UNDIVIDED:
+    while parameters(name)[1] > 2.5e6 * factor**2 and name != "care_s2":  # as segman's
         factor *= 2
     if factor == 1:
         return {}

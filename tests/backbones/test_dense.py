@@ -29,8 +29,6 @@ def dense(name, **kwargs):
             kwargs.setdefault("out_indices", (0, 1, 2, 3))
     else:
         kwargs = {"depths": (1, 1, 1, 1), **kwargs}
-        if "segman" in name:
-            kwargs.setdefault("windows", (3, 3, 3, 1))
     return dense_backbone(name, **kwargs)
 
 
