@@ -656,6 +656,7 @@ def recurrences(
                 moved, pace = max(taken["moves"] - taken["no moves"], 0.0), Pace(taken)
                 parts = bounds(mixer, call, pace, kind, taken["call"], moved)
                 rows[mixer][f"{kind} {length} least"] = 1e3 * (products[kind] + depth * parts["bound"])
+                rows[mixer][f"{kind} {length} beyond"] = 1e3 * depth * (taken[""] - parts["bound"])
                 row = {"mixer": mixer, "kind": kind, "tokens": length, "ms": 1e3 * taken[""]}
                 row |= {f"{name}, ms": 1e3 * part for name, part in parts.items()}
                 row |= {f"{name}, ns": 1e9 * each for name, each in vars(pace).items() if name[0] != "_"}
@@ -695,6 +696,8 @@ def recurrences(
             behind, most = row.get(f"{kind} / s6", 0.0), LONGEST.get(mixer, 2.0)
             taken, against, share = of_least(rows, mixer, kind)
             why = f"; at least it takes {taken} ms, {share} of its time and {against} times what softmax takes at least"
+            beyond = row.get(f"{kind} beyond", math.nan) / row[kind]
+            why += f", and its recurrences beyond their bounds {beyond:.0%} of its time"
             if mixer != "softmax" and behind > most:
                 missed.append(f"scan_tiny with {mixer}, {kind}: {behind:.2f} times S6 (wanted {most}){why}")
             if kind.endswith(" 1024") and row.get(f"{kind} / softmax", 0.0) > 1:
