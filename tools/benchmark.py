@@ -483,6 +483,8 @@ class Pace:
             by default they are measured here.
     """
 
+    NUMBERS, FEW = 1 << 16, 1 << 13
+
     def __init__(self, taken: dict[str, float] | None = None):
         taken = side_by_side(self.runs(), budget=0.5) if taken is None else taken
         self.products = taken["multiply-adds"] / (ROUNDS * 16 * torch.ops.linescan_cpu.multiply_add(0))
@@ -492,8 +494,6 @@ class Pace:
         self.quotient = max(self.sigmoid - self.exponential, 0.0)
         self._nothing = taken["nothing"]
         self._copies = {int(name.split()[1]): time for name, time in taken.items() if name.startswith("copies ")}
-
-    NUMBERS, FEW = 1 << 16, 1 << 13
 
     @classmethod
     def runs(cls, size: int = 0) -> dict[str, Callable]:
@@ -616,9 +616,9 @@ def recurrences(
             model.zero_grad(set_to_none=True)
 
         calls = calls_of(partial(model, images))
-        with torch.no_grad(), console.status(f"the products of {mixer}, {length} tokens"):
-            products = {"forward": least_of_products(partial(model, images), known)}
         with console.status(f"the products of {mixer}, {length} tokens"):
+            with torch.no_grad():
+                products = {"forward": least_of_products(partial(model, images), known)}
             products["training"] = least_of_products(train, known)
         return forward, train, calls[: len(calls) // depth], products
 
@@ -1302,7 +1302,7 @@ def shares(by_operator: dict[str, float]) -> dict[str, float]:
             kind = "attention"
         elif "mean_of_norms" in name or "weighted_sum" in name:
             kind = "merging routes"
-        elif any(f"linescan_cpu::{word}" in name for word in ("shift_blend", "norm", "gates")):
+        elif any(f"linescan_cpu::{word}" in name for word in ("shift_blend", "norm", "gate")):
             kind = "blends, norms and gates"
         elif "linescan" in name:
             kind = "scans"
