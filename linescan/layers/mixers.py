@@ -18,6 +18,7 @@ from .. import scans
 from ..errors import InputError, known
 from ..scans import gates
 from ..scans.multi_route import MultiRoute, create_merge
+from ..scans.recurrence import precise
 from ..scans.routes import RouteLike
 from .attention import fit_window, sliding_attention, window_attention
 from .blocks import TokenMixer
@@ -70,7 +71,7 @@ class Heads(TokenMixer):
     def values(self, name: str, u: Tensor) -> Tensor:
         """A projection of each route in float32: (B, K, L, heads, values), or (B, K, L, heads) for one per head."""
         x = linear(self.own[name], u)
-        x = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (self.n_routes, self.n_heads, -1))
+        x = precise(x).unflatten(-1, (self.n_routes, self.n_heads, -1))
         return x.movedim(2, 1).squeeze(-1) if self.per_route[name] == "head" else x.movedim(2, 1)
 
     def project(self, u: Tensor) -> Sequence[Tensor]:

@@ -75,7 +75,6 @@ class Neighbours:
 
     def __init__(self, shift: nn.Module, x: Tensor, grid: tuple[int, int]):
         self.shift, self.x, self.grid = shift, x, grid
-        self.near: Tensor | None = None
         self.step: Tensor | None = None
 
     def keeping(self, *mixes: Tensor) -> Iterable[Tensor]:
@@ -83,7 +82,7 @@ class Neighbours:
         blends = self._by_kernel(mixes, own=True)
         if blends is not None:
             return blends
-        near = self._near()
+        near = self.shift(self.x, self.grid)
         return [torch.lerp(near, self.x, mix.to(self.x.dtype)) for mix in mixes]
 
     def stepping(self, mixes: Tensor, added: Tensor | None = None) -> Iterable[Tensor]:
@@ -97,14 +96,9 @@ class Neighbours:
         if blends is not None:
             return blends
         if self.step is None:
-            self.step = self._near() - self.x
+            self.step = self.shift(self.x, self.grid) - self.x
         sums = mixes if added is None else (mix + more for mix, more in zip(mixes, added))
         return [torch.addcmul(self.x, self.step, mix) for mix in sums]
-
-    def _near(self) -> Tensor:
-        if self.near is None:
-            self.near = self.shift(self.x, self.grid)
-        return self.near
 
     def _by_kernel(self, mixes: tuple[Tensor, ...], own: bool, added: Tensor | None = None) -> Iterable[Tensor] | None:
         shift, inputs = self.shift, (self.x, added, *mixes)

@@ -431,12 +431,17 @@ def weighted_sum(y, weight) -> Tensor | None:
 # -- between products and recurrences ---------------------------------------------------------------------------------
 
 
-def _passes(operator: str, *tensors) -> bool:
-    """Whether such a kernel serves: float32, and not with a library that was compiled before there was it."""
+def _are_floats(*tensors) -> bool:
+    """Whether all are float32, here, and of any numbers; None is no tensor."""
     for x in tensors:
         if x is not None and not (x.dtype is torch.float32 and x.is_cpu and x.numel()):
             return False
-    return _supports() and hasattr(torch.ops.linescan_cpu, operator)
+    return True
+
+
+def _passes(operator: str, *tensors) -> bool:
+    """Whether such a kernel serves: float32, and not with a library that was compiled before there was it."""
+    return _are_floats(*tensors) and _supports() and hasattr(torch.ops.linescan_cpu, operator)
 
 
 def shift_blend(x, mix, grid, heads: int, gamma: float, pixels: int, own: bool, added=None) -> Tensor | None:
@@ -499,7 +504,7 @@ def _gate_kernel(name: str) -> Kernel:
 
     def supports(*inputs) -> bool:
         tensors = [x for x in inputs if isinstance(x, Tensor)]
-        if not all(x.dtype is torch.float32 and x.is_cpu and x.numel() for x in tensors):
+        if not _are_floats(*tensors):
             return False
         tokens, others = tensors[:n_tokens], tensors[n_tokens:]
         first = tokens[0]
