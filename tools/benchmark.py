@@ -331,6 +331,10 @@ CHEAPER: dict[str, tuple[int, int]] = {"retention": (3, 10), "delta": (3, 11)}
 # backward is made again and has two gradients. Matrix states have an exponential for each log decay, both ways.
 EMBEDDED: dict[str, int] = {"hgrn": 1, "wkv4": 4, "bi_wkv": 7}
 #
+# What it may be *expected* to take: no library reaches the pace of multiply-adds on matrices of 32 or 64, so those of
+# matrix states count at the pace of torch's own product of 64 tokens of such heads, data in the cache; and of S6's
+# exponentials each as one that is made by itself.
+#
 # Numbers that the backward keeps for a token and an element of the state and reads again: all states of S6; a state in
 # BLOCK = 4 tokens of matrix states that decay; of vector states those before every token, which for WKV are four rows
 # of sums on each side, and four more of their gradients.
@@ -414,14 +418,14 @@ class Call(NamedTuple):
                 inputs[at] = torch.cat([inputs[at]] * 2, axes.index(axis) - len(axes))
         return self._replace(inputs=inputs) if axis else None
 
-    def moves(self) -> dict[str, Callable]:
+    def moves(self, widest: int = 384) -> dict[str, Callable]:
         """Reads all token inputs along the routes and writes the output, as the kernels go: head by head, or in blocks
-        of channels. Backward: reads them and the output's gradient, and writes their own.
+        of at most `widest` channels. Backward: reads them and the output's gradient, and writes their own.
         """
         move = torch.ops.linescan_cpu.move_rows
 
         def rows(x: Tensor) -> tuple[Tensor, int]:
-            most = 64 if len(self.shapes[1]) == 3 else 384
+            most = 64 if len(self.shapes[1]) == 3 else widest
             return x.detach().flatten(3), min(x.shape[-1], most)
 
         inputs = [rows(x) for x in self.tokens]
@@ -468,6 +472,13 @@ ROUNDS = 200_000  # of 16 vectors of multiply-adds
 FUNCTIONS = ("exponential", "softplus", "sigmoid")
 
 
+def heads_product(keys: int, values: int) -> tuple[int, Callable]:
+    """Multiply-adds of torch's product of 64 tokens of some heads, (64, keys) x (keys, values), and a run of it."""
+    count = max(1, (1 << 20) // (64 * keys * values))
+    q, state, y = (torch.zeros(count, *shape) for shape in ((64, keys), (keys, values), (64, values)))
+    return count * 64 * keys * values, partial(torch.bmm, q, state, out=y)
+
+
 def copying(size: int) -> tuple[int, Callable]:
     """The power of two of bytes, half read and half written, that stands for `size`, and a run that copies them."""
     power = min(max(size.bit_length(), 16), 27)
@@ -476,7 +487,8 @@ def copying(size: int) -> tuple[int, Callable]:
 
 
 class Pace:
-    """Seconds that this core takes just now: `products` for a multiply-add, functions for one.
+    """Seconds that this core takes just now: `products` for a multiply-add, functions for one, `heads` for a
+    multiply-add of torch's product of heads, if that was measured.
 
     Args:
         taken: times of `runs`, measured beside what they are compared with, as a core's speed changes within minutes;
@@ -493,11 +505,15 @@ class Pace:
             setattr(self, name, max(all_ - few, 0.5 * all_) / (self.NUMBERS - self.FEW))  # without the call
         self.quotient = max(self.sigmoid - self.exponential, 0.0)
         self._nothing = taken["nothing"]
+        self.heads = None
+        for name in (name for name in taken if name.startswith("heads ")):
+            keys, values = map(int, name.split()[1:])
+            self.heads = (taken[name] - self._nothing) / heads_product(keys, values)[0]
         self._copies = {int(name.split()[1]): time for name, time in taken.items() if name.startswith("copies ")}
 
     @classmethod
-    def runs(cls, size: int = 0) -> dict[str, Callable]:
-        """All that is timed for it, and for `copy(size)`; every run is short."""
+    def runs(cls, size: int = 0, heads: tuple[int, int] | None = None) -> dict[str, Callable]:
+        """All that is timed for it, for `copy(size)` and for products of heads (keys, values); every run is short."""
         x = torch.linspace(-4, 4, cls.NUMBERS)
         y, few = torch.empty_like(x), cls.FEW
         runs = {"multiply-adds": partial(torch.ops.linescan_cpu.multiply_add, ROUNDS)}
@@ -508,6 +524,8 @@ class Pace:
         if size:
             power, run = copying(size)
             runs[f"copies {power}"] = run
+        if heads:
+            runs["heads {} {}".format(*heads)] = heads_product(*heads)[1]
         return runs
 
     def copy(self, size: int) -> float:
@@ -530,7 +548,8 @@ def kept(call: Call) -> tuple[float, int]:
 
 
 def bounds(mixer: str, call: Call, pace: Pace, kind: str, once: float, moved: float) -> dict[str, float]:
-    """Lower bounds of a call's seconds, from the times of the same call on a token and of its rows' moves.
+    """Lower bounds of a call's seconds, from the times of the same call on a token and of its rows' moves; and what it
+    may be expected to take.
 
     The call's own time comes on top of all, and one unit computes both products and functions: these are sums. Loads
     and stores run beside them on units of their own, so of the two the larger counts.
@@ -555,13 +574,18 @@ def bounds(mixer: str, call: Call, pace: Pace, kind: str, once: float, moved: fl
             functions += times * steps * math.prod(state[:2]) * math.prod(gate.shape[3:]) * pace.exponential
     numbers, room = kept(call)
     stored = 8 * numbers * call.elements * pace.copy(room) if backward else 0.0
-    arithmetic = products * pace.products + functions
+    arithmetic = expected = products * pace.products + functions
+    if call.name == "selective_scan":
+        expected += times * call.elements * (pace.exponential - 5 * pace.products)
+    elif call.is_matrix and pace.heads:
+        expected += products * (pace.heads - pace.products)
     return {
         "call": once,
         "products": cost * call.elements * pace.products,
         "arithmetic": arithmetic,
         "loads and stores": moved + stored,
         "bound": once + max(arithmetic, moved + stored),
+        "expected": once + max(expected, moved + stored),
     }
 
 
@@ -650,7 +674,8 @@ def recurrences(
                 if longer is not None:
                     runs["longer"] = longer.runs()[kind]
                 runs["chunked"] = partial(in_form, "chunked", run)
-                of_pace = Pace.runs(kept(call)[1] if kind == "training" else 0)
+                heads = call.shapes[1][3:] if call.is_matrix else None
+                of_pace = Pace.runs(kept(call)[1] if kind == "training" else 0, heads)
                 with console.status(f"{mixer} alone, {kind}, {length} tokens"):
                     taken = side_by_side(runs | of_pace, budget, brief={"call", "no moves", *of_pace})
                 moved, pace = max(taken["moves"] - taken["no moves"], 0.0), Pace(taken)
@@ -659,8 +684,8 @@ def recurrences(
                 rows[mixer][f"{kind} {length} beyond"] = 1e3 * depth * (taken[""] - parts["bound"])
                 row = {"mixer": mixer, "kind": kind, "tokens": length, "ms": 1e3 * taken[""]}
                 row |= {f"{name}, ms": 1e3 * part for name, part in parts.items()}
-                row |= {f"{name}, ns": 1e9 * each for name, each in vars(pace).items() if name[0] != "_"}
-                row |= {"/ products": taken[""] / parts["products"], "/ bound": taken[""] / parts["bound"]}
+                row |= {f"{name}, ns": 1e9 * each for name, each in vars(pace).items() if name[0] != "_" and each}
+                row |= {f"/ {name}": taken[""] / parts[name] for name in ("products", "bound", "expected")}
                 if longer is not None:
                     of_elements = min(max(taken["longer"] - taken[""], 0.0), taken[""])
                     row |= {"elements, ms": 1e3 * of_elements, "elements / products": of_elements / parts["products"]}
@@ -682,7 +707,7 @@ def recurrences(
     console.print(at_least)
     columns = (
         "ms", "products, ms", "/ products", "call, ms", "arithmetic, ms", "loads and stores, ms", "bound, ms",
-        "/ bound", "elements / products", "chunked /",
+        "/ bound", "expected, ms", "/ expected", "elements / products", "chunked /",
     )  # fmt: skip
     for kind in kinds:
         table = Table(kind, *columns)
@@ -744,6 +769,7 @@ def reasons(row: dict) -> list[str]:
     }
     line += "; of its time " + ", ".join(f"{name} {part / row['ms']:.0%}" for name, part in shares.items())
     line += f", so that it is at {row['/ bound']:.2f} of its bound"
+    line += f", {row['/ expected']:.2f} of what may be expected from the libraries' products and from exponentials"
     if "elements, ms" in row:
         line += (
             f"; what is done to elements of the state takes {row['elements / products']:.2f} of their products, "
@@ -850,7 +876,8 @@ def threads(
     """Every C++ kernel on two threads against one, float32, one sample, by the wall clock, the best of turns.
 
     Beside it the bound that this machine sets: twice what a core keeps of its pace while another process on the other
-    core does the same.
+    core does the same; and what is left of that where the call itself is not shared, and reading and writing the rows
+    of tokens takes what it takes on two threads: two cores that write parts of the same rows wait for each other.
     """
     keep_memory()
     context = multiprocessing.get_context("spawn")
@@ -858,33 +885,41 @@ def threads(
     process = context.Process(target=companion, args=(other,), daemon=True)
     process.start()
     wall = partial(seconds, budget=budget / 10, pick=min, clock=time.perf_counter)
-    rows, table = [], Table("kernel", *(f"{kind}, {h}" for kind in WANTED for h in ("1 / 2 threads", "bound")))
+    headings = "1 / 2 threads", "bound", "with rows"
+    rows, table = [], Table("kernel", *(f"{kind}, {heading}" for kind in WANTED for heading in headings))
     for name in served():
         run, cells = kernel_call(name, *THREADED), []
+        (call,) = calls_of(partial(run, "cpu", False))
+        token, moves = kernel_call(name, 1, *THREADED[1:]), call.moves(widest=96)
         for kind in WANTED:
             train = kind == "training"
-            best = {"one": math.inf, "two": math.inf, "beside": math.inf}
+            best = dict.fromkeys(("one", "two", "beside", "call", "rows, one", "rows, two"), math.inf)
             with console.status(f"{name}, {kind}"):
                 for _ in range(5):
                     for count, key in ((1, "one"), (2, "two")):
                         torch.set_num_threads(count)
                         best[key] = min(best[key], wall(partial(run, "cpu", train)))
+                        best[f"rows, {key}"] = min(best[f"rows, {key}"], wall(moves[kind]))
                 torch.set_num_threads(1)
+                best["call"] = wall(partial(token, "cpu", train))
                 pipe.send((name, train))
                 pipe.recv()
                 for _ in range(5):
                     best["beside"] = min(best["beside"], wall(partial(run, "cpu", train)))
                 pipe.send("enough")
             gain, bound = best["one"] / best["two"], 2 * best["one"] / best["beside"]
-            rows.append({"kernel": name, "kind": kind, "gain": gain, "bound": bound, "ms": 1e3 * best["one"]})
-            cells += [f"{gain:.2f}", f"{bound:.2f}"]
+            shared = max(best["one"] - best["call"] - best["rows, one"], 0.0) / bound
+            with_rows = min(bound, best["one"] / (best["call"] + shared + best["rows, two"]))
+            row = {"kernel": name, "kind": kind, "gain": gain, "bound": bound, "with rows": with_rows}
+            rows.append(row | {f"{key}, ms": 1e3 * time for key, time in best.items()})
+            cells += [f"{gain:.2f}", f"{bound:.2f}", f"{with_rows:.2f}"]
         table.add_row(name, *cells)
     pipe.send(None)
     process.join()
     console.print(table)
     missed = [
         f"{row['kernel']}, {row['kind']}: {row['gain']:.2f} times (wanted 1.8), {row['gain'] / row['bound']:.0%} of "
-        "what two processes reach here"
+        f"what two processes reach here, {row['gain'] / row['with rows']:.0%} of what call and rows leave of it"
         for row in rows
         if row["gain"] < 1.8
     ]
@@ -1264,22 +1299,24 @@ def least_of_products(run: Callable, known: dict[tuple, float], budget: float = 
     return sum(count * known[key] for key, (_, count) in products.items())
 
 
-def least(run: Callable, pace: Pace, budget: float = 0.1) -> float:
+def least(run: Callable, pace: Pace, budget: float = 0.1) -> tuple[float, float]:
     """Seconds that a forward's products, convolutions and attentions take, each by itself in the shapes it has, and its
-    recurrences at their bounds; `budget` seconds are measured for each of them, those of equal shapes once.
+    recurrences at their bounds; and with the recurrences, too, as they are by themselves. `budget` seconds are measured
+    for each of them, those of equal shapes once.
     """
     calls: dict[tuple, list] = {}
     for call in calls_of(run):
         key = call.name, shapes(call.inputs), None if call.route is None else tuple(call.route.shape), call.merge
         calls.setdefault(key, [call, 0])[1] += 1
     with torch.no_grad():
-        total = least_of_products(run, {}, budget)
+        total = parts = least_of_products(run, {}, budget)
     for call, count in calls.values():
         token = call.of_a_token()
         once = seconds(token.runs()["forward"], budget)
         moved = seconds(call.moves()["forward"], budget) - seconds(token.moves()["forward"], budget)
         total += count * bounds(call.name, call, pace, "forward", once, max(moved, 0.0))["bound"]
-    return total
+        parts += count * seconds(call.runs()["forward"], budget)
+    return total, parts
 
 
 def spent(run: Callable, rounds: int = 3) -> dict[str, float]:
@@ -1325,8 +1362,8 @@ def models(
     Beside the times the operations of each model, and the bound that they set: those of products, convolutions and
     attention at the pace of a plain linear layer of that size, and those of scans at that of multiply-adds; and what
     they take at least, products, convolutions and attentions each by itself in the shapes it has, recurrences at the
-    bounds that `recurrences` has. All are measured in the same run. Of models that are slower than wanted the time is
-    shown by operator.
+    bounds that `recurrences` has; and the same with recurrences as they are by themselves. All are measured in the
+    same run. Of models that are slower than wanted the time is shown by operator.
     """
     from linescan.engine.benchmark import _at_size, benchmark, write_report
     from linescan.engine.scores import precision as of_precision
@@ -1370,31 +1407,33 @@ def models(
                 ratio = times[name] / times[group.peer]
                 row = {"model": name, "size": size, "ms": 1e3 * times[name], "ratio": ratio, "flops": counted}
                 with console.status(f"the least that {name} takes at {size}"):
-                    at_least = least(partial(model, image), pace_of_core)
-                row |= {"bound": 1e3 * bound, "pace": pace, "least": 1e3 * at_least}
+                    at_least, parts = least(partial(model, image), pace_of_core)
+                row |= {"bound": 1e3 * bound, "pace": pace, "least": 1e3 * at_least, "parts": 1e3 * parts}
                 rows.append(row)
                 if ratio > group.wanted[size] and name != group.peer:
                     row["shares"] = shares(spent(partial(model, image)))
         columns = "pixels", "ms", "/ peer", "GFLOP", "of scans", "/ peer", "bound, ms", "/ bound", "/ peer's bound"
-        columns += "least, ms", "/ peer's"
+        columns += "least, ms", "/ peer's", "parts, ms", "/ peer's"
         table = Table(title, *columns)
         for row in rows:
             peer = next(r for r in rows if r["size"] == row["size"] and r["model"] == group.peer)
             total = {r["model"]: sum(r["flops"].values()) / 1e9 for r in (row, peer)}
             row["flops / peer"] = total[row["model"]] / total[group.peer]
-            row |= {f"{key} / peer's": row[key] / peer[key] for key in ("bound", "least")}
+            row |= {f"{key} / peer's": row[key] / peer[key] for key in ("bound", "least", "parts")}
             cells = [f"{row['ms']:.1f}", f"{row['ratio']:.2f}", f"{total[row['model']]:.2f}"]
             cells += [f"{row['flops']['scans'] / 1e9:.2f}", f"{row['flops / peer']:.2f}", f"{row['bound']:.1f}"]
             cells += [f"{row['ms'] / row['bound']:.2f}", "{:.2f}".format(row["bound / peer's"])]
-            cells += [f"{row['least']:.1f}", "{:.2f}".format(row["least / peer's"])]
+            for key in ("least", "parts"):
+                cells += [f"{row[key]:.1f}", "{:.2f}".format(row[f"{key} / peer's"])]
             table.add_row(row["model"], str(row["size"]), *cells)
             if "shares" in row:
                 most = [f"{kind} {share:.0%}" for kind, share in row["shares"].items() if share > 0.025]
-                less, each = row["bound / peer's"], row["least / peer's"]
+                less, each, parts = (row[f"{key} / peer's"] for key in ("bound", "least", "parts"))
                 missed.append(
                     f"{row['model']}, {row['size']} pixels: {row['ratio']:.2f} times {group.peer} (wanted "
                     f"{group.wanted[row['size']]}); {row['flops / peer']:.2f} times its operations, whose bound is "
-                    f"{less:.2f} times the peer's, in the shapes they have {each:.2f}; of its time {', '.join(most)}"
+                    f"{less:.2f} times the peer's, in the shapes they have {each:.2f}, with recurrences as they are "
+                    f"by themselves {parts:.2f}; of its time {', '.join(most)}"
                 )
         console.print(table)
         console.print(*missed, sep="\n", highlight=False)
@@ -1635,11 +1674,13 @@ def page_of_recurrences(found: dict) -> list[str]:
     lines += [
         "Each recurrence by itself, ms: its multiply-adds at the pace of this core (*products*); what a call takes",
         "before its kernel begins; its products with step sizes and exponentials (*arithmetic*); what it must load and",
-        "store. The *bound* is the call and the larger of the last two. *Elements*: the part of the time that grows",
-        "with the state, over products.", "",
+        "store. The *bound* is the call and the larger of the last two. *Expected*: the same with multiply-adds of",
+        "matrix states at the pace that torch's own product of 64 tokens of such heads reaches in this run, and S6's",
+        "exponentials at that of exponentials alone. *Elements*: the part of the time that grows with the state, over",
+        "products.", "",
     ]  # fmt: skip
     keys = ["ms", "products, ms", "/ products", "call, ms", "arithmetic, ms", "loads and stores, ms", "/ bound"]
-    keys += ["elements / products", "chunked /"]
+    keys += ["expected, ms", "/ expected", "elements / products", "chunked /"]
     for kind in kinds:
         some = [row for row in found["alone"] if f"{row['kind']} {row['tokens']}" == kind]
         lines += grid([kind, *keys], [[row["mixer"], *(row.get(key, math.nan) for key in keys)] for row in some])
@@ -1649,7 +1690,7 @@ def page_of_recurrences(found: dict) -> list[str]:
             parts = [row[f"{part}, ms"] for part in ("call", "arithmetic", "loads and stores")]
             parts += [row["ms"] - row["elements, ms"]] if "elements, ms" in row else []
             shares = [f"{part / row['ms']:.0%}" for part in parts] + ["-"] * (4 - len(parts))
-            ratios = [row.get(key, math.nan) for key in ("/ products", "/ bound", "elements / products")]
+            ratios = [row.get(key, math.nan) for key in ("/ products", "/ bound", "/ expected", "elements / products")]
             late.append([f"{row['mixer']}, {row['kind']} {row['tokens']}", *ratios, *shares])
     lines += [
         f"Slower than wanted ({WANTED['forward']} times the products, {WANTED['training']} in training), and how",
@@ -1660,6 +1701,7 @@ def page_of_recurrences(found: dict) -> list[str]:
         "",
         "/ products",
         "/ bound",
+        "/ expected",
         "elements / products",
         "call",
         "arithmetic",
@@ -1673,12 +1715,14 @@ def page_of_recurrences(found: dict) -> list[str]:
 def page_of_threads(found: dict) -> list[str]:
     rows = {}
     for row in found["rows"]:
-        rows.setdefault(row["kernel"], []).extend([row["gain"], row["bound"]])
+        rows.setdefault(row["kernel"], []).extend([row["gain"], row["bound"], row.get("with rows", math.nan)])
     length, heads, keys, _ = found["shape"]
     return [
         f"**`threads`**: time on one thread over that on two (wanted 1.8), {length} tokens, {heads} heads of {keys};",
-        "*bound*: two processes that do the same on a core each.", "",
-        *grid(["kernel", "forward", "bound", "training", "bound"], [[name, *row] for name, row in rows.items()]),
+        "*bound*: two processes that do the same on a core each; *with rows*: what is left of that where the call is",
+        "not shared, and where two cores write parts of the same rows of tokens.", "",
+        *grid(["kernel", "forward", "bound", "with rows", "training", "bound", "with rows"],
+              [[name, *row] for name, row in rows.items()]),
     ]  # fmt: skip
 
 
@@ -1707,14 +1751,15 @@ def page_of_models(found: dict) -> list[str]:
         f"**`models`**: float32, one image; in brackets the time over that of {found['against']}. *Bound*: operations",
         "at the pace of a plain linear layer of that size, scans (with five for an exponential) at that of",
         "multiply-adds. *Least*: products, convolutions and attentions each by itself in the shapes it has, and",
-        "recurrences at the bounds of `recurrences`.", "",
+        "recurrences at the bounds of `recurrences`. *Parts*: the same with recurrences as they are by themselves.", "",
     ]  # fmt: skip
     headings = ["model", "pixels", "ms", "GFLOP", "of scans", "/ peer's", "bound, ms", "/ bound", "bound / peer's"]
-    headings += ["least, ms", "least / peer's"]
+    headings += ["least, ms", "least / peer's", "parts, ms", "parts / peer's"]
+    last = "bound / peer's", "least", "least / peer's", "parts", "parts / peer's"
     rows = [
         [row["model"], row["size"], f"{row['ms']:.1f} ({row['ratio']:.2f})", sum(row["flops"].values()) / 1e9,
          row["flops"]["scans"] / 1e9, row["flops / peer"], row["bound"], row["ms"] / row["bound"],
-         row["bound / peer's"], row.get("least", math.nan), row.get("least / peer's", math.nan)]
+         *(row.get(key, math.nan) for key in last)]
         for row in found["rows"]
     ]  # fmt: skip
     return lines + grid(headings, rows) + bullets(found["missed"])

@@ -446,7 +446,7 @@ void multiply_add(Value* stack, uint64_t, uint64_t) {
 
 // linescan_cpu::move_rows(Tensor x, Tensor? route, int width, bool fill) -> (): for the benchmark. Reads all float32
 // tokens of x (B, K or 1, L, channels) along every route, or fills them, `width` channels at a time, as kernels do that
-// take head by head, or block by block of channels.
+// take head by head, or block by block of channels, and share these among threads.
 void move_rows(Value* stack, uint64_t, uint64_t) {
   Arguments in(stack);
   const Tensor x = in.tensor(), table = in.table();
@@ -456,17 +456,21 @@ void move_rows(Value* stack, uint64_t, uint64_t) {
   const View rows = view(x);
   const int64_t count = table ? table.size(-1) : x.size(2);
   const int64_t routes = table ? std::max(x.size(1), table.size(-2)) : x.size(1);
-  std::vector<int64_t> reads(count), writes(count);
-  volatile float kept = 0.0f;
-  for (int64_t b = 0; b < x.size(0); ++b)
-    for (int64_t channel = 0; channel < x.size(3); channel += width)
+  const int64_t blocks = (x.size(3) + width - 1) / width, units = x.size(0) * blocks;
+  parallel(units, grain(units, x.size(0) * routes * count * x.size(3)), [&](int64_t begin, int64_t end) {
+    std::vector<int64_t> reads(count), writes(count);
+    volatile float kept = 0.0f;
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t b = unit / blocks, channel = unit % blocks * width;
       for (int64_t k = 0; k < routes; ++k) {
         steps.route.steps(b, k, 0, count, reads.data(), writes.data());
         for (int64_t& t : reads) t = t < 0 ? 0 : t;
         float* base = reinterpret_cast<float*>(rows.at(b, k, 0, channel));
         kept = current->move_rows(base, rows.token, reads.data(), count, lesser(width, x.size(3) - channel), fill);
       }
-  (void)kept;
+    }
+    (void)kept;
+  });
 }
 
 // -- registration -------------------------------------------------------------------------------------------------------
