@@ -25,9 +25,9 @@ LINESCAN_INLINE void each(const F& f) {
 // What a token does, in order: reads that are not AFTER the decay, the decay, the other reads, and writes; reads see the
 // token's OWN write too, where told. TIED: the first read and the first write are of the same rows. DEPENDENT: the first
 // write takes columns gamma (first read - base). BONUS: rows are weighed in what a token reads of its own write. PRE:
-// writes that the token's decay meets too.
+// writes that the token's decay meets too. STEP: from a token to the next one.
 struct Gated {  // S = diag(a) S + k v^T, o = S^T q
-  static constexpr int READS = 1, WRITES = 1;
+  static constexpr int READS = 1, WRITES = 1, STEP = 1;
   static constexpr bool DEPENDENT = false, TIED = false, BONUS = false;
   static constexpr bool AFTER[2] = {true}, PRE[2] = {}, OWN[2][2] = {{true}};
 };
@@ -35,12 +35,12 @@ struct Late : Gated {  // o = (S + diag(u) k v^T)^T q, then S = diag(a) S + k v^
   static constexpr bool AFTER[2] = {false}, BONUS = true;
 };
 struct Delta {  // P = diag(a) S, S = P + beta k (v - P^T k)^T, o = S^T q
-  static constexpr int READS = 2, WRITES = 1;
+  static constexpr int READS = 2, WRITES = 1, STEP = 1;
   static constexpr bool DEPENDENT = true, TIED = true, BONUS = false;
   static constexpr bool AFTER[2] = {true, true}, PRE[2] = {}, OWN[2][2] = {{false}, {true}};
 };
 struct LowRank {  // S = diag(a) S + b (S^T c)^T + k v^T, o = S^T q
-  static constexpr int READS = 2, WRITES = 2;
+  static constexpr int READS = 2, WRITES = 2, STEP = 1;
   static constexpr bool DEPENDENT = true, TIED = false, BONUS = false;
   static constexpr bool AFTER[2] = {false, true}, PRE[2] = {}, OWN[2][2] = {{}, {true, true}};
 };
@@ -55,7 +55,7 @@ struct Silent : F {
 // the other way round. Its reads come before the decay, its writes before (PRE) or after it.
 template <class F>
 struct Adjoint {
-  static constexpr int READS = F::WRITES, WRITES = F::READS;
+  static constexpr int READS = F::WRITES, WRITES = F::READS, STEP = -1;
   static constexpr bool DEPENDENT = F::DEPENDENT, BONUS = F::BONUS;
   static constexpr bool AFTER[2] = {}, PRE[2] = {F::AFTER[0], F::AFTER[1]},
                         OWN[2][2] = {{F::OWN[0][0], F::OWN[1][0]}, {F::OWN[0][1], F::OWN[1][1]}};
@@ -74,7 +74,7 @@ constexpr int scores_before(int read, int write) {
   return count;
 }
 template <class F>
-constexpr int SCORES = (scores_before<F>(F::READS, F::WRITES - 1) + W) / W * W;  // of a write, as whole vectors, not none
+constexpr int SCORES = (std::max(scores_before<F>(F::READS, F::WRITES - 1), 1) + W - 1) / W * W;  // of a write
 template <class F>
 constexpr int score(int read, int write, int t, int s) {
   return SCORES<F> * write + scores_before<F>(read, write) + (t == s ? PAIRS + t : t * (t - 1) / 2 + s);
@@ -86,94 +86,89 @@ constexpr int SLOTS = F::READS > 0 ? F::READS : 1;  // an array must not be empt
 
 // -- a block of tokens --------------------------------------------------------------------------------------------------
 
-// Rows of tokens where they stand: that of step t is token[t] times `pitch` behind the first, or `missing`.
-struct Rows {
-  float* first = nullptr;
-  int64_t pitch = 0;
-  const int64_t* token = nullptr;
-  float* missing = nullptr;
-
-  explicit operator bool() const { return first != nullptr; }
-  float* operator[](int64_t t) const { return token[t] < 0 ? missing : first + token[t] * pitch; }
-};
+typedef float* const* Rows;  // of tokens, where they stand
 
 // A walk of a state through time.
 struct Walk {
   int64_t rows = 0, stride = 0, columns = 0;  // of the state; rows as whole vectors; columns as whole vectors
   float *state = nullptr, *coefficients = nullptr;
-  Rows x[2], y[2], z[2], out[2];  // of reads and writes
-  Rows base, gate;  // log decays, of rows or `single` ones
-  bool single = false;
-  float *decay = nullptr, *carry = nullptr;  // made as the walk goes where there is a `gate`
-  const float *gamma = nullptr, *bonus = nullptr;
-  float scale = 1.0f, skip = 0.0f;  // of the last read; added to the score of an own write
+  Rows x[2] = {}, y[2] = {}, z[2] = {}, out[2] = {};  // of reads and writes
+  Rows base = nullptr, gate = nullptr;  // log decays, of rows or, with what they come to, `single` ones
+  const float *single = nullptr, *single_decay = nullptr;
+  float *decay = nullptr, *carry = nullptr;  // made as the walk goes where there are log decays
+  const float *gamma = nullptr, *bonus = nullptr, *factor = nullptr;  // the last: of the last read
+  float skip = 0.0f;  // added to the score of an own write
+  bool adds = false;  // to what the rows of the last read hold
 
-  // Decays stand block by block: those of its tokens, then that of all of them.
-  float* decay_of(int64_t t, int64_t n) const { return decay + (t / BLOCK * (BLOCK + 1) + t % BLOCK) * n; }
-  float* decay_of_block(int64_t t, int64_t n) const { return decay + (t / BLOCK * (BLOCK + 1) + BLOCK) * n; }
+  // Decays of the tokens of a block that begins with token t, then that of all of them.
+  float* decays(int64_t t) const { return decay + t / BLOCK * (BLOCK + 1) * stride; }
 };
 
-// Tokens of a block, and those a while later, whose rows are called from memory.
+// A block of `count` tokens' in the order of a walk: its first token, and one a while later whose rows are called from
+// memory.
+template <class F>
 struct Block {
-  int64_t at[BLOCK], later[BLOCK];
+  int64_t first, later;
 
-  Block(int64_t start, int64_t count, bool back) {
-    for (int t = 0; t < BLOCK; ++t) {
-      const int64_t i = start + t, j = i + AHEAD < count ? i + AHEAD : count - 1;
-      at[t] = back ? count - 1 - i : i, later[t] = back ? count - 1 - j : j;
-    }
+  Block(int64_t start, int64_t count) {
+    const int64_t ahead = start + AHEAD < count ? start + AHEAD : start;
+    first = F::STEP > 0 ? start : count - 1 - start, later = F::STEP > 0 ? ahead : count - 1 - ahead;
   }
 
-  __attribute__((always_inline)) float* row(const Rows& rows, int t, int64_t begin, int64_t end) const {
-    const float* other = rows[later[t]];
+  LINESCAN_STAGE int64_t at(int t) const { return first + F::STEP * t; }
+  LINESCAN_STAGE int64_t begin() const { return F::STEP > 0 ? first : first - (BLOCK - 1); }  // in time
+  LINESCAN_STAGE float* row(Rows rows, int t, int64_t begin, int64_t end) const {
+    const float* other = rows[later + F::STEP * t];
     for (int64_t i = begin; i < end; i += 16) __builtin_prefetch(other + i);
-    return rows[at[t]];
+    return rows[at(t)];
   }
 };
 
 // Decays of a block. That of the whole block meets a state again and again, so that its rounding errors must not pile up:
 // where it is near 1, e^x - 1 is known to more digits, and what rounding takes from a block is given to the next.
-static void make_decays(const Walk& s, const Block& block) {
+template <class F>
+__attribute__((noinline)) static void make_decays(const Walk& s, const Block<F>& block) {
   const int64_t n = s.stride;
-  float* whole = s.decay_of_block(block.at[0], n);
-  for (int64_t i = 0; i < (s.single ? W : n); i += W) {
+  float* const decays = s.decays(block.first);
+  const float* rows[BLOCK] = {};
+  each<BLOCK>([&](auto t) LINESCAN_STAGE { rows[t] = s.gate ? block.row(s.gate, t, 0, n) : nullptr; });
+  for (int64_t i = 0; i < n; i += W) {
     V product = splat(1.0f), sum = load(s.carry + i);
     each<BLOCK>([&](auto t) LINESCAN_STAGE {
-      const float* row = block.row(s.gate, t, i, i + 1);
-      const V gate = s.single ? splat(*row) : load(row + i), decay = exp(gate);
-      store(s.decay_of(block.at[t], n) + i, decay);
+      const V gate = s.gate ? load(rows[t] + i) : splat(s.single[block.at(t)]);
+      const V decay = s.gate ? exp(gate) : splat(s.single_decay[block.at(t)]);
+      store(decays + t * n + i, decay);
       product *= decay, sum += gate;
     });
     const V less = sum + sum * sum * (0.5f + sum * (1.0f / 6 + sum * (1.0f / 24 + sum * (1.0f / 120))));
     const V rounded = less + 1.0f;
     const auto near = absolute(sum) < 1.0f / 16;
     store(s.carry + i, near ? less - (rounded - 1.0f) : V{});
-    store(whole + i, near ? rounded : product);
+    store(decays + BLOCK * n + i, near ? rounded : product);
   }
-  for (int64_t i = W; s.single && i < n; i += W)
-    for (float* row = s.decay_of(block.at[0], n); row <= whole; row += n) store(row + i, load(row));
 }
 
 // Coefficients of a block's reads and writes, with the decays from and to the block's ends, and its scores.
 template <class F, bool DECAY>
-__attribute__((noinline)) static void weigh(const Walk& s, const Block& block, float* __restrict scores) {
-  const int64_t(&at)[BLOCK] = block.at;
+__attribute__((noinline)) static void weigh(const Walk& s, const Block<F>& block, float* __restrict scores) {
+  const int64_t n = s.stride;
+  const float* const decays = s.decays(block.begin());
   const float *of_x[SLOTS<F>][BLOCK], *of_y[BLOCK];
   each<BLOCK>([&](auto t) LINESCAN_STAGE {
-    each<F::READS>([&](auto r) LINESCAN_STAGE { of_x[r][t] = block.row(s.x[r], t, 0, s.stride); });
+    each<F::READS>([&](auto r) LINESCAN_STAGE { of_x[r][t] = block.row(s.x[r], t, 0, n); });
   });
   each<F::WRITES>([&](auto w) LINESCAN_STAGE {
     V sums[SCORES<F>];
     each<SCORES<F>>([&](auto i) LINESCAN_STAGE { sums[i] = V{}; });
-    each<BLOCK>([&](auto t) LINESCAN_STAGE { of_y[t] = block.row(s.y[w], t, 0, s.stride); });
-    for (int64_t i = 0; i < s.stride; i += W) {
+    each<BLOCK>([&](auto t) LINESCAN_STAGE { of_y[t] = block.row(s.y[w], t, 0, n); });
+    for (int64_t i = 0; i < n; i += W) {
       float* lines = s.coefficients + i / PITCH * PITCH * LINES<F> + i % PITCH;
       V decay[BLOCK], x[SLOTS<F>][BLOCK];
       each<BLOCK>([&](auto t) LINESCAN_STAGE {
         each<F::READS>([&](auto r) LINESCAN_STAGE {
           x[r][t] = load(of_x[r][t] + i);
         });
-        if (DECAY) decay[t] = load(s.decay_of(at[t], s.stride) + i);
+        if (DECAY) decay[t] = load(decays + (F::STEP > 0 ? t : BLOCK - 1 - t) * n + i);
       });
       if (w == 0) {
         V whole = splat(1.0f);
@@ -188,7 +183,7 @@ __attribute__((noinline)) static void weigh(const Walk& s, const Block& block, f
           if (DECAY) whole = t == 0 ? decay[t] : whole * decay[t];
           keep(t, true);
         });
-        if (DECAY) store(lines + (LINES<F> - 1) * PITCH, load(s.decay_of_block(at[0], s.stride) + i));
+        if (DECAY) store(lines + (LINES<F> - 1) * PITCH, load(decays + BLOCK * n + i));
       }
       each<BLOCK>([&](auto from) LINESCAN_STAGE {
         V y = load(of_y[from] + i);
@@ -262,11 +257,19 @@ LINESCAN_INLINE void write(int64_t rows, int64_t pitch, const float* state, floa
   }
 }
 
+// Brings what a token reads last to its row.
+template <int VECTORS>
+LINESCAN_INLINE void finish(const Walk& s, int64_t t, const V (&read)[VECTORS], float* row) {
+  each<VECTORS>([&](auto l) LINESCAN_STAGE {
+    const V out = s.factor[t] * read[l];
+    store(row + l * W, s.adds ? out + load(row + l * W) : out);
+  });
+}
+
 // Takes a block through VECTORS of the state's columns: reads, what its tokens have to do with each other, writes.
 template <class F, bool DECAY, int VECTORS>
-__attribute__((noinline)) static void sweep(const Walk& s, const Block& block, int64_t column,
+__attribute__((noinline)) static void sweep(const Walk& s, const Block<F>& block, int64_t column,
                                             const float* __restrict scores) {
-  const int64_t(&at)[BLOCK] = block.at;
   constexpr int64_t WIDTH = VECTORS * W;
   V out[SLOTS<F> * BLOCK][VECTORS], z[F::WRITES * BLOCK][VECTORS];
   float* const state = s.state + column;
@@ -288,7 +291,7 @@ __attribute__((noinline)) static void sweep(const Walk& s, const Block& block, i
       each<F::WRITES>([&](auto w) LINESCAN_STAGE {
         each<t + 1>([&](auto from) LINESCAN_STAGE {
           if constexpr (from < t || F::OWN[r][w]) {
-            const float weight = scores[score<F>(r, w, t, from)] + (from == t && !F::DEPENDENT ? s.skip : 0.0f);
+            const float weight = scores[score<F>(r, w, t, from)];
             vectors([&](auto l) LINESCAN_STAGE { mine[l] += weight * z[w * BLOCK + from][l]; });
           }
         });
@@ -298,11 +301,12 @@ __attribute__((noinline)) static void sweep(const Walk& s, const Block& block, i
           const float* row = block.row(s.base, t, column, column + WIDTH) + column;
           vectors([&](auto l) LINESCAN_STAGE { mine[l] -= load(row + l * W); });
         }
-        vectors([&](auto l) LINESCAN_STAGE { z[t][l] = s.gamma[at[t]] * mine[l]; });
+        vectors([&](auto l) LINESCAN_STAGE { z[t][l] = s.gamma[block.at(t)] * mine[l]; });
       }
       if (s.out[r]) {
         float* row = block.row(s.out[r], t, column, column + WIDTH) + column;
-        vectors([&](auto l) LINESCAN_STAGE { store(row + l * W, r == F::READS - 1 ? s.scale * mine[l] : mine[l]); });
+        if constexpr (r == F::READS - 1) finish<VECTORS>(s, block.at(t), mine, row);
+        else vectors([&](auto l) LINESCAN_STAGE { store(row + l * W, mine[l]); });
       }
     });
   });
@@ -313,9 +317,10 @@ __attribute__((noinline)) static void sweep(const Walk& s, const Block& block, i
 // The same without decays and dependent writes: rows of the state go from token to token in a register, and there is
 // nothing to weigh. A token reads its own write.
 template <int VECTORS>
-__attribute__((noinline)) static void add_up(const Walk& s, const Block& block, int64_t column) {
+__attribute__((noinline)) static void add_up(const Walk& s, const Block<Gated>& block, int64_t column) {
   V out[BLOCK][VECTORS], z[BLOCK][VECTORS];
   const float *x[BLOCK], *y[BLOCK];
+  const int64_t rows = s.rows, pitch = s.columns;
   const auto vectors = [](const auto& f) LINESCAN_STAGE { each<VECTORS>(f); };
   each<BLOCK>([&](auto t) LINESCAN_STAGE {
     x[t] = block.row(s.x[0], t, 0, s.stride), y[t] = block.row(s.y[0], t, 0, s.stride);
@@ -323,7 +328,7 @@ __attribute__((noinline)) static void add_up(const Walk& s, const Block& block, 
     vectors([&](auto l) LINESCAN_STAGE { z[t][l] = load(row + l * W), out[t][l] = V{}; });
   });
   float* state = s.state + column;
-  for (int64_t i = 0; i < s.rows; ++i, state += s.columns) {
+  for (int64_t i = 0; i < rows; ++i, state += pitch) {
     V row[VECTORS];
     vectors([&](auto l) LINESCAN_STAGE { row[l] = load(state + l * W); });
     each<BLOCK>([&](auto t) LINESCAN_STAGE {
@@ -333,8 +338,7 @@ __attribute__((noinline)) static void add_up(const Walk& s, const Block& block, 
     vectors([&](auto l) LINESCAN_STAGE { store(state + l * W, row[l]); });
   }
   each<BLOCK>([&](auto t) LINESCAN_STAGE {
-    float* row = block.row(s.out[0], t, column, column + VECTORS * W) + column;
-    vectors([&](auto l) LINESCAN_STAGE { store(row + l * W, s.scale * out[t][l]); });
+    finish<VECTORS>(s, block.at(t), out[t], block.row(s.out[0], t, column, column + VECTORS * W) + column);
   });
 }
 
@@ -351,17 +355,19 @@ LINESCAN_INLINE void across(int64_t columns, const F& f) {
     for (; column < columns; column += W) f(std::integral_constant<int, 1>(), column);
 }
 
-// The first `count` tokens, whole blocks of them; `back` from the last to the first.
+// The first `count` tokens, whole blocks of them.
 template <class F, bool DECAY>
-static void walk(const Walk& s, int64_t count, bool back = false) {
+static void walk(const Walk& s, int64_t count) {
   alignas(64) float scores[SCORES<F> * F::WRITES];
   for (int64_t start = 0; start < count; start += BLOCK) {
-    const Block block(start, count, back);
-    if (DECAY && s.gate) make_decays(s, block);
+    const Block<F> block(start, count);
+    if (DECAY && s.carry) make_decays(s, block);
     if constexpr (ADDS_UP<F, DECAY>) {
       across<2>(s.columns, [&](auto vectors, int64_t column) { add_up<vectors()>(s, block, column); });
     } else {
       weigh<F, DECAY>(s, block, scores);
+      if (s.skip != 0.0f)
+        each<BLOCK>([&](auto t) LINESCAN_STAGE { scores[score<F>(F::READS - 1, F::WRITES - 1, t, t)] += s.skip; });
       across<SIDE_BY_SIDE<F>>(
           s.columns, [&](auto vectors, int64_t column) { sweep<F, DECAY, vectors()>(s, block, column, scores); });
     }
@@ -387,9 +393,9 @@ static T* take(Arena& arena, int64_t count) {
   return reinterpret_cast<T*>(arena.take(count * int64_t(sizeof(T) / 4)));
 }
 
-// out[t] = x_t . y_t, or RUNNING x_t . (sum + y_0 + ... + y_t), which also adds up the sum; for whole vectors of t.
+// out[t] = x_t . y_t (without y the sum of x_t), or RUNNING x_t . (sum + y_0 + ... + y_t), which also adds up the sum; for whole vectors of t.
 template <bool RUNNING>
-__attribute__((noinline)) static void dots(int64_t count, int64_t n, const Rows& x, const Rows& y, float* __restrict sum,
+__attribute__((noinline)) static void dots(int64_t count, int64_t n, Rows x, Rows y, float* __restrict sum,
                                            float* __restrict out) {
   for (int64_t first = 0; first < count; first += W) {
     const int64_t some = count - first < W ? count - first : W;
@@ -398,7 +404,8 @@ __attribute__((noinline)) static void dots(int64_t count, int64_t n, const Rows&
     for (int64_t i = 0; i < n; i += W) {
       V other = RUNNING ? load(sum + i) : V{};
       for (int64_t t = 0; t < some; ++t) {
-        other = RUNNING ? other + load(y[first + t] + i) : load(y[first + t] + i);
+        if (RUNNING) other += load(y[first + t] + i);
+        else other = y ? load(y[first + t] + i) : splat(1.0f);
         const V product = load(x[first + t] + i) * other;
         store(lanes + t * W, i ? load(lanes + t * W) + product : product);
       }
@@ -410,36 +417,34 @@ __attribute__((noinline)) static void dots(int64_t count, int64_t n, const Rows&
 
 constexpr int64_t ROOM = 128;  // tokens whose rows are looked up at a time, whole blocks; in the backward at least
 
+// Rows of tokens, where they stand or in a buffer.
+struct Buffer {
+  float *data = nullptr, **at = nullptr;
+
+  operator Rows() const { return at; }
+  float* operator[](int64_t t) const { return at[t]; }
+};
+
 // What a unit of work reads of its tokens, filled up to whole blocks with tokens that do nothing.
 struct Tokens {
   int64_t n, m, room;
-  float *of_q, *of_k, *of_written, *of_v, *of_a, *of_b, *of_gate;  // rows that cannot be read where they stand
-  float *gamma, *numbers, *blank, *dropped, *bonus, *carry;
-  int64_t *reads, *writes, *order;  // `order` counts up: rows one after the other
-  Rows q, k, written, v, a, b;      // `written`: the keys times beta, where a rule writes them so
+  int64_t *reads, *writes;
+  Buffer q, k, scaled, v, a, b, gate;  // `scaled`: the keys times beta, where a rule writes them so
+  float *gamma, *single, *single_decay, *factor, *bonus, *carry;
 
-  Tokens(Arena& arena, const Matrix& s, int64_t columns, int64_t room)
-      : n(whole_vectors(s.N)), m(whole_vectors(columns)), room(room), of_q(rows(arena, n)),
-        of_k(rows(arena, n)), of_written(rows(arena, n)), of_v(rows(arena, m)), of_a(rows(arena, n)),
-        of_b(rows(arena, n)), of_gate(rows(arena, n)), gamma(arena.take(room + W)),
-        numbers(arena.take(room + W)), blank(arena.take(n > m ? n : m)), dropped(arena.take(n > m ? n : m)),
-        bonus(arena.take(n)), carry(arena.take(n)), reads(take<int64_t>(arena, room)),
-        writes(take<int64_t>(arena, room)), order(take<int64_t>(arena, room)) {
-    if (arena.counts()) return;
-    zero(blank, n > m ? n : m);
-    for (int64_t t = 0; t < room; ++t) order[t] = t, gamma[t] = 1.0f;
+  Tokens(Arena& arena, const Matrix& s, int64_t columns, int64_t room, float factor_of_all)
+      : n(whole_vectors(s.N)), m(whole_vectors(columns)), room(room), reads(take<int64_t>(arena, room)),
+        writes(take<int64_t>(arena, room)), q(rows(arena, n)), k(rows(arena, n)), scaled(rows(arena, n)),
+        v(rows(arena, m)), a(rows(arena, n)), b(rows(arena, n)), gate(rows(arena, n)), gamma(arena.take(room + W)),
+        single(arena.take(room + W)), single_decay(arena.take(room + W)), factor(arena.take(room + W)),
+        bonus(arena.take(n)), carry(arena.take(n)) {
+    for (int64_t t = 0; !arena.counts() && t < room; ++t) gamma[t] = 1.0f, factor[t] = factor_of_all;
   }
 
-  float* rows(Arena& arena, int64_t width) const { return arena.take(room * width); }
-  Rows in_place(float* data, int64_t width) const { return {data, width, order, dropped}; }
-
-  // Rows of an input, where they stand if they are whole vectors of float32, else in a buffer.
-  Rows read(const View& x, int64_t b, int64_t k, int64_t g, int64_t channel, const int64_t* token, int64_t count,
-            int64_t width, float* buffer) const {
-    if (!x) return {};
-    if (is_direct<W>(x, width)) return {reinterpret_cast<float*>(x.at(b, k, g, channel)), x.token, token, blank};
-    gather(x, b, k, g, channel, token, count, width, whole_vectors(width), buffer);
-    return in_place(buffer, whole_vectors(width));
+  Buffer rows(Arena& arena, int64_t width) const {
+    const Buffer buffer = {arena.take(room * width), take<float*>(arena, room)};
+    if (!arena.counts()) in_order(buffer.data, width, room, buffer.at);
+    return buffer;
   }
 
   void fetch(const Matrix& s, int64_t b, int64_t k, int64_t h, int64_t column, int64_t width, int64_t t0, int64_t count);
@@ -455,20 +460,20 @@ void Tokens::fetch(const Matrix& s, int64_t b, int64_t k, int64_t h, int64_t col
   const int64_t padded = whole_blocks(count);
   s.route.steps(b, k, t0, count, reads, writes);
   for (int64_t t = count; t < padded; ++t) reads[t] = writes[t] = -1;
-  const auto keys = [&](const View& x, int64_t group, float* buffer) {
-    return read(x, b, k, group, 0, reads, padded, s.N, buffer);
+  const auto keys = [&](const View& x, int64_t group, const Buffer& to) {
+    if (x) read_rows(x, b, k, group, 0, reads, padded, s.N, n, to.data, to.at);
   };
-  q = keys(s.q, h / s.share, of_q), written = this->k = keys(s.k, h / s.share, of_k);
-  a = keys(s.a, h, of_a), this->b = keys(s.b, h, of_b);
-  v = read(s.v, b, k, h, column, reads, padded, width, of_v);
+  keys(s.q, h / s.share, q), keys(s.k, h / s.share, this->k), keys(s.a, h, a), keys(s.b, h, this->b);
+  read_rows(s.v, b, k, h, column, reads, padded, width, whole_vectors(width), v.data, v.at);
   if (!s.beta) return;
   gather(s.beta, b, k, h, 0, reads, padded, 1, 1, gamma);
-  if (s.rule == Rule::delta) {
-    for (int64_t t = 0; t < padded; ++t) gamma[t] = -gamma[t];
-  } else {
-    for (int64_t t = 0; t < padded; ++t)
-      for (int64_t i = 0; i < n; i += W) store(of_written + t * n + i, gamma[t] * load(this->k[t] + i));
-    written = in_place(of_written, n);
+  for (int64_t t = 0; t < padded; ++t) {
+    if (s.rule == Rule::delta) {
+      gamma[t] = -gamma[t];
+    } else {
+      fetch_ahead(this->k, t, padded, 0);
+      for (int64_t i = 0; i < n; i += W) store(scaled[t] + i, gamma[t] * load(this->k[t] + i));
+    }
   }
 }
 
@@ -478,18 +483,20 @@ Walk Tokens::start(const Matrix& s, int64_t b, int64_t k, int64_t h, int64_t cou
   w.rows = s.N, w.stride = n, w.columns = m;
   if (F::TIED) w.x[0] = this->k, w.base = v;
   else w.x[0] = a, w.y[0] = this->b;
-  w.x[F::READS - 1] = q, w.y[F::WRITES - 1] = written, w.z[F::WRITES - 1] = v;
-  w.decay = decay, w.gamma = gamma, w.bonus = bonus, w.skip = s.skip ? *(s.skip.at(b, k) + h) : 0.0f;
+  w.x[F::READS - 1] = q, w.y[F::WRITES - 1] = s.beta && !F::TIED ? scaled : this->k, w.z[F::WRITES - 1] = v;
+  w.decay = decay, w.gamma = gamma, w.factor = factor, w.bonus = bonus;
+  w.skip = s.skip ? *(s.skip.at(b, k) + h) : 0.0f;
   if (!DECAY || made) return w;
   const int64_t padded = whole_blocks(count);
-  w.carry = carry, w.single = s.gates == 1;
-  if (!w.single) {
-    w.gate = read(s.gate, b, k, h, 0, reads, padded, s.N, of_gate);
+  w.carry = carry;
+  if (s.gates > 1) {
+    read_rows(s.gate, b, k, h, 0, reads, padded, s.N, n, gate.data, gate.at), w.gate = gate;
   } else {
-    gather(s.gate, b, k, h, 0, reads, padded, 1, 1, numbers);
+    gather(s.gate, b, k, h, 0, reads, padded, 1, 1, single);
     for (int64_t t = 0; s.idle && t < count; ++t)
-      if (reads[t] < 0) numbers[t] = *(s.idle.at(b, k) + h);
-    w.gate = {numbers, 1, order, blank};
+      if (reads[t] < 0) single[t] = *(s.idle.at(b, k) + h);
+    for (int64_t t = 0; t < padded; t += W) store(single_decay + t, exp(load(single + t)));
+    w.single = single, w.single_decay = single_decay;
   }
   return w;
 }
@@ -524,12 +531,14 @@ static float* of_head(const Parameter& x, int64_t b, int64_t k, int64_t at) { re
 
 struct ForwardRoom {
   Tokens tokens;
-  float *decay, *of_y, *state, *lines, *sum, *divisor;
+  float* decay;
+  Buffer y;
+  float *state, *lines, *sum;
 
   ForwardRoom(Arena& arena, const Matrix& s)
-      : tokens(arena, s, s.width, ROOM), decay(arena.take(Tokens::decays(ROOM) * tokens.n)),
-        of_y(tokens.rows(arena, tokens.m)), state(arena.take(s.N * tokens.m)),
-        lines(arena.take(coefficients_of(s.N))), sum(arena.take(tokens.n)), divisor(arena.take(ROOM + W)) {}
+      : tokens(arena, s, s.width, ROOM, s.scale), decay(arena.take(Tokens::decays(ROOM) * tokens.n)),
+        y(tokens.rows(arena, tokens.m)), state(arena.take(s.N * tokens.m)), lines(arena.take(coefficients_of(s.N))),
+        sum(arena.take(tokens.n)) {}
 };
 
 template <class F, bool DECAY>
@@ -550,27 +559,25 @@ static void matrix_forward_as(const Matrix& s, int64_t begin, int64_t end) {
       if (s.bonus) column(s.bonus.at(b, k) + h * s.N, s.N, 1, tokens.bonus);
       zero(tokens.carry, tokens.n);
       const Target target = s.y.of_route(k);
-      const bool direct = !target.add && is_direct<W>(target.view, width);
+      const bool direct = is_direct<W>(target.view, width);
       if (!target.add) clear_gaps(target.view, s.route, b, k, channel, width);
       for (int64_t t0 = 0; t0 < s.S; t0 += ROOM) {
         const int64_t count = s.S - t0 < ROOM ? s.S - t0 : ROOM;
         tokens.fetch(s, b, k, h, first, width, t0, count);
         Walk forth = tokens.start<F, DECAY>(s, b, k, h, count, room.decay, false);
         forth.state = room.state, forth.coefficients = room.lines, forth.columns = whole_vectors(width);
-        forth.scale = s.scale;
-        const Rows y = direct ? Rows{reinterpret_cast<float*>(target.view.at(b, k, 0, channel)), target.view.token,
-                                     tokens.writes, tokens.dropped}
-                              : tokens.in_place(room.of_y, forth.columns);
-        forth.out[F::READS - 1] = y;
-        walk<F, DECAY>(forth, whole_blocks(count));
+        const int64_t padded = whole_blocks(count);
+        if (!direct) in_order(room.y.data, forth.columns, padded, room.y.at);
+        else point(reinterpret_cast<float*>(target.view.at(b, k, 0, channel)), target.view.token, tokens.writes, padded,
+                   room.y.data, room.y.at);
+        forth.out[F::READS - 1] = room.y, forth.adds = direct && target.add;
         if (s.normalize) {
-          dots<true>(count, tokens.n, tokens.q, tokens.k, room.sum, room.divisor);
+          dots<true>(count, tokens.n, tokens.q, tokens.k, room.sum, tokens.factor);
           for (int64_t t = 0; t < count; t += W)
-            store(room.divisor + t, 1.0f / (s.scale * load(room.divisor + t) + SMALLEST));
-          for (int64_t t = 0; t < count; ++t)
-            for (int64_t j = 0; j < forth.columns; j += W) store(y[t] + j, load(y[t] + j) * room.divisor[t]);
+            store(tokens.factor + t, s.scale / (s.scale * load(tokens.factor + t) + SMALLEST));
         }
-        if (!direct) scatter(target, b, k, channel, tokens.writes, count, width, forth.columns, room.of_y);
+        walk<F, DECAY>(forth, padded);
+        if (!direct) scatter(target, b, k, channel, tokens.writes, count, width, forth.columns, room.y.data);
       }
       pack(room.state, s.N, width, pitch, last + first);
       if (s.normalize && first == 0)
@@ -666,9 +673,8 @@ __attribute__((noinline)) static void turn(const Walk& s, const Turn& turn, int6
   V before[BLOCK + 1][VECTORS], after[BLOCK + 1][VECTORS];
   vectors([&](auto l) LINESCAN_STAGE { before[0][l] = after[BLOCK][l] = splat(1.0f); });
   if constexpr (DECAY) {
-    const auto decay = [&](int t, auto l) LINESCAN_STAGE {
-      return load(s.decay_of(turn.first + t, turn.columns) + column + l * W);
-    };
+    const float* const decays = s.decays(turn.first) + column;
+    const auto decay = [&](int t, auto l) LINESCAN_STAGE { return load(decays + t * turn.columns + l * W); };
     each<BLOCK>([&](auto t) LINESCAN_STAGE {
       constexpr int back = BLOCK - 1 - t;
       vectors([&](auto l) LINESCAN_STAGE {
@@ -677,7 +683,7 @@ __attribute__((noinline)) static void turn(const Walk& s, const Turn& turn, int6
       });
     });
     vectors([&](auto l) LINESCAN_STAGE {
-      whole[l] = load(s.decay_of_block(turn.first, turn.columns) + column + l * W);
+      whole[l] = decay(BLOCK, l);
       if (BACK) store(turn.flow + column + l * W, whole[l] * flow[l]);
     });
   }
@@ -703,13 +709,18 @@ template <class F, bool DECAY>
 __attribute__((noinline)) static void conclude(const Walk& s, const Turn& turn, const float* scores, float* const* dx,
                                                float* const* dy, float* dgate, float* of_bonus) {
   const int64_t n = turn.columns, first = turn.first;
+  const float *const decays = s.decays(first), *of_tokens[F::READS + F::WRITES][BLOCK];
+  each<BLOCK>([&](auto t) LINESCAN_STAGE {
+    each<F::READS>([&](auto r) LINESCAN_STAGE { of_tokens[r][t] = s.x[r][first + t]; });
+    each<F::WRITES>([&](auto w) LINESCAN_STAGE { of_tokens[F::READS + w][t] = s.y[w][first + t]; });
+  });
   for (int64_t i = 0; i < n; i += W) {
     V x[F::READS][BLOCK], y[F::WRITES][BLOCK], of_x[F::READS][BLOCK], of_y[F::WRITES][BLOCK], gate[BLOCK];
     const V bonus = F::BONUS ? load(s.bonus + i) : splat(1.0f);
     each<BLOCK>([&](auto t) LINESCAN_STAGE {
       const int64_t at = (first + t) * n + i;
-      each<F::READS>([&](auto r) LINESCAN_STAGE { x[r][t] = load(s.x[r][first + t] + i), of_x[r][t] = load(dx[r] + at); });
-      each<F::WRITES>([&](auto w) LINESCAN_STAGE { y[w][t] = load(s.y[w][first + t] + i), of_y[w][t] = load(dy[w] + at); });
+      each<F::READS>([&](auto r) LINESCAN_STAGE { x[r][t] = load(of_tokens[r][t] + i), of_x[r][t] = load(dx[r] + at); });
+      each<F::WRITES>([&](auto w) LINESCAN_STAGE { y[w][t] = load(of_tokens[F::READS + w][t] + i), of_y[w][t] = load(dy[w] + at); });
       if (DECAY) gate[t] = load(turn.flow + i);
     });
     if constexpr (DECAY) {  // through the block's begin or its end
@@ -754,7 +765,7 @@ __attribute__((noinline)) static void conclude(const Walk& s, const Turn& turn, 
           constexpr std::integral_constant<int, from + 1 + later> t;
           meet(t, false);
           if constexpr (DECAY) {
-            const V next = load(s.decay_of(first + t, n) + i);
+            const V next = load(decays + t * n + i);
             decay *= next, written *= next;
           }
           meet(t, true);
@@ -794,16 +805,18 @@ struct BackwardRoom {
   // For all pieces: decays; first reads - base of dependent writes; states and sums of keys at their begins.
   float *decay, *kept, *states, *sums;
   // For a piece.
-  float *out, *dz[2], *dx[2], *dy[2], *dgate, *numbers, *divisor, *lines, *scores, *trail;
+  Buffer of_dy, out, written, dz[2], dx[2], dy[2], dgate;
+  float *numbers, *divisor, *lines, *scores, *trail;
   float *state, *back, *back_side, *coefficients, *flow, *sum, *of_sum, *of_bonus;
 
   BackwardRoom(Arena& arena, const Matrix& s)
-      : tokens(arena, s, s.M, piece_of(s)), pieces((s.S + tokens.room - 1) / tokens.room), blocks(tokens.room / BLOCK) {
+      : tokens(arena, s, s.M, piece_of(s), 1.0f), pieces((s.S + tokens.room - 1) / tokens.room), blocks(tokens.room / BLOCK) {
     const int64_t n = tokens.n, m = tokens.m, all = pieces * tokens.room, side = s.M * n;
     const bool depends = s.rule == Rule::delta || s.rule == Rule::low_rank;
     decay = arena.take(s.gates ? Tokens::decays(all) * n : 0), kept = arena.take(depends ? all * m : 0);
     states = arena.take(pieces * s.N * m), sums = arena.take(pieces * n);
-    out = tokens.rows(arena, m), dgate = tokens.rows(arena, n);
+    of_dy = tokens.rows(arena, m), out = tokens.rows(arena, m), dgate = tokens.rows(arena, n);
+    written.at = take<float*>(arena, tokens.room);
     for (int i = 0; i < 2; ++i)
       dz[i] = tokens.rows(arena, m), dx[i] = tokens.rows(arena, n), dy[i] = tokens.rows(arena, n);
     numbers = arena.take(tokens.room + W), divisor = arena.take(tokens.room + W);
@@ -859,7 +872,7 @@ struct Backward {
     tokens.fetch(s, b, k, h, 0, s.M, t0, count);
     forth = tokens.start<F, DECAY>(s, b, k, h, count, room.decay + Tokens::decays(t0) * n, !first);
     forth.coefficients = room.coefficients;
-    if (F::DEPENDENT) forth.z[0] = tokens.in_place(room.kept + t0 * m, m);
+    if (F::DEPENDENT) in_order(room.kept + t0 * m, m, padded, room.written.at), forth.z[0] = room.written;
   }
 
   void go_forth(int64_t piece) {
@@ -875,7 +888,7 @@ struct Backward {
       silent.state = room.state, silent.out[0] = forth.z[0];
       walk<Silent<F>, DECAY>(silent, padded);
     } else if (DECAY) {
-      for (int64_t t = 0; t < padded; t += BLOCK) make_decays(forth, Block(t, padded, false));
+      for (int64_t t = 0; t < padded; t += BLOCK) make_decays(forth, Block<F>(t, padded));
     }
   }
 
@@ -885,7 +898,8 @@ struct Backward {
 
   void go_back(int64_t piece, float& skip, float& idle) {
     fetch(piece, false);
-    const Rows dy = tokens.read(s.dy, b, k, h, 0, tokens.writes, padded, s.M, room.out), out = tokens.in_place(room.out, m);
+    const Buffer &dy = room.of_dy, &out = room.out;
+    read_rows(s.dy, b, k, h, 0, tokens.writes, padded, s.M, m, dy.data, dy.at);
     if (s.normalize) {
       std::memcpy(room.sum, room.sums + piece * n, n * 4);
       dots<true>(count, n, tokens.q, tokens.k, room.sum, room.divisor);
@@ -893,44 +907,47 @@ struct Backward {
     }
     for (int64_t t = 0; t < padded; ++t) {
       const float factor = s.normalize && t < count ? s.scale / room.divisor[t] : s.scale;
+      fetch_ahead(dy.at, t, padded, 0), fetch_ahead(dy.at, t, padded, m - W);
       for (int64_t j = 0; j < m; j += W) store(out[t] + j, factor * load(dy[t] + j));
     }
 
     Walk adjoint = forth;
-    adjoint.state = room.back, adjoint.base = {};
+    adjoint.state = room.back, adjoint.base = nullptr;
     std::swap(adjoint.x[0], adjoint.y[0]), std::swap(adjoint.x[1], adjoint.y[1]);
     adjoint.z[READ] = out;
-    for (int i = 0; i < 2; ++i) adjoint.out[i] = tokens.in_place(room.dz[i], m);
-    walk<Adjoint<F>, DECAY>(adjoint, padded, true);
+    for (int i = 0; i < 2; ++i) adjoint.out[i] = room.dz[i];
+    walk<Adjoint<F>, DECAY>(adjoint, padded);
 
-    const Rows dz[2] = {READ ? adjoint.out[0] : out, out};
+    const Rows dz[2] = {READ ? room.dz[0] : out, out};
+    float* const of_x[2] = {room.dx[0].data, room.dx[1].data};
+    float* const of_y[2] = {room.dy[0].data, room.dy[1].data};
     const int64_t side = s.M * n, lines = BackwardRoom::line_room(s);
     for (int64_t t = 0; t < padded; t += BLOCK)
       line_up<F>(forth, dz, t, m, room.lines + t / BLOCK * lines, room.scores + t / BLOCK * BackwardRoom::SCORE_ROOM);
     unpack(room.states + piece * area, s.N, s.M, m, true, room.trail);
     for (int64_t t = 0; t < padded; t += BLOCK) {
       float *from = room.trail + (DECAY ? t / BLOCK * side : 0), *to = from + (DECAY ? side : 0);
-      const Turn block = {t, s.M, n, room.lines + t / BLOCK * lines, from, nullptr, to, nullptr, room.dx};
+      const Turn block = {t, s.M, n, room.lines + t / BLOCK * lines, from, nullptr, to, nullptr, of_x};
       across<SIDE_BY_SIDE<F>>(
           n, [&](auto vectors, int64_t column) { turn<F, DECAY, false, vectors()>(forth, block, column); });
     }
     for (int64_t t = padded - BLOCK; t >= 0; t -= BLOCK) {
       const Turn block = {t, s.M, n, room.lines + t / BLOCK * lines, room.back_side,
-                          room.trail + (DECAY ? t / BLOCK * side : 0), room.back_side, room.flow, room.dy};
+                          room.trail + (DECAY ? t / BLOCK * side : 0), room.back_side, room.flow, of_y};
       across<SIDE_BY_SIDE<F>>(
           n, [&](auto vectors, int64_t column) { turn<F, DECAY, true, vectors()>(forth, block, column); });
       const float* scores = room.scores + t / BLOCK * BackwardRoom::SCORE_ROOM;
-      conclude<F, DECAY>(forth, block, scores, room.dx, room.dy, room.dgate, room.of_bonus);
+      conclude<F, DECAY>(forth, block, scores, of_x, of_y, room.dgate.data, room.of_bonus);
       if (s.skip) each<BLOCK>([&](auto i) { skip += scores[score<F>(READ, WRITE, i, i)]; });
     }
-    finish(adjoint.out, idle);
+    finish(idle);
   }
 
   // What is left to do row by row: divisors, beta, gates of whole heads; and the way back along the route.
-  void finish(const Rows (&dz)[2], float& idle) {
-    const Rows dx = tokens.in_place(room.dx[READ], n), dy = tokens.in_place(room.dy[WRITE], n);
+  void finish(float& idle) {
+    const Buffer &dx = room.dx[READ], &dy = room.dy[WRITE], &dz = room.dz[WRITE];
     if (F::TIED)
-      for (int64_t i = 0; i < padded * n; i += W) store(dy.first + i, load(dy.first + i) + load(room.dx[0] + i));
+      for (int64_t i = 0; i < padded * n; i += W) store(dy.data + i, load(dy.data + i) + load(room.dx[0].data + i));
     if (s.normalize) {  // to q by the sum of keys so far, to k by a sum from behind
       dots<false>(count, n, tokens.q, dx, nullptr, room.numbers);
       for (int64_t t = 0; t < count; ++t) room.numbers[t] *= -s.scale / room.divisor[t];
@@ -949,7 +966,7 @@ struct Backward {
     }
     if (s.beta) {  // a dependent write has the factor -beta
       const float sign = F::TIED ? -1.0f : 1.0f;
-      const Rows& scaled = F::TIED ? dz[0] : dy;
+      const Buffer& scaled = F::TIED ? dz : dy;
       const int64_t width = F::TIED ? m : n;
       dots<false>(count, width, F::TIED ? forth.z[0] : tokens.k, scaled, nullptr, room.numbers);
       for (int64_t t = 0; t < count; ++t) {
@@ -959,17 +976,15 @@ struct Backward {
       give(s.dbeta, 1, 1, room.numbers);
     }
     if (s.gates == 1) {
-      for (int64_t i = 0; i < n; ++i) room.flow[i] = 1.0f;
-      dots<false>(count, n, tokens.in_place(room.dgate, n), {room.flow, 0, tokens.order}, nullptr, room.numbers);
+      dots<false>(count, n, room.dgate, nullptr, nullptr, room.numbers);
       for (int64_t t = 0; t < count; ++t) idle += tokens.reads[t] < 0 ? room.numbers[t] : 0.0f;
       give(s.dgate, 1, 1, room.numbers);
     } else {
-      give(s.dgate, s.N, n, room.dgate);
+      give(s.dgate, s.N, n, room.dgate.data);
     }
-    give(s.dv, s.M, m, dz[WRITE].first);
-    give(s.dq, s.N, n, dx.first), give(s.dk, s.N, n, dy.first);
-    if (READ && !F::TIED) give(s.da, s.N, n, room.dx[0]);
-    if (WRITE) give(s.db, s.N, n, room.dy[0]);
+    give(s.dv, s.M, m, dz.data), give(s.dq, s.N, n, dx.data), give(s.dk, s.N, n, dy.data);
+    if (READ && !F::TIED) give(s.da, s.N, n, room.dx[0].data);
+    if (WRITE) give(s.db, s.N, n, room.dy[0].data);
   }
 };
 
