@@ -1299,18 +1299,23 @@ def least_of_products(run: Callable, known: dict[tuple, float], budget: float = 
     return sum(count * known[key] for key, (_, count) in products.items())
 
 
+def of_shapes(calls: Iterable[Call]) -> Iterable[list]:
+    """Of calls with equal shapes one, and how many they are."""
+    found: dict[tuple, list] = {}
+    for call in calls:
+        key = call.name, shapes(call.inputs), None if call.route is None else tuple(call.route.shape), call.merge
+        found.setdefault(key, [call, 0])[1] += 1
+    return found.values()
+
+
 def least(run: Callable, pace: Pace, budget: float = 0.1) -> tuple[float, float]:
     """Seconds that a forward's products, convolutions and attentions take, each by itself in the shapes it has, and its
     recurrences at their bounds; and with the recurrences, too, as they are by themselves. `budget` seconds are measured
     for each of them, those of equal shapes once.
     """
-    calls: dict[tuple, list] = {}
-    for call in calls_of(run):
-        key = call.name, shapes(call.inputs), None if call.route is None else tuple(call.route.shape), call.merge
-        calls.setdefault(key, [call, 0])[1] += 1
     with torch.no_grad():
         total = parts = least_of_products(run, {}, budget)
-    for call, count in calls.values():
+    for call, count in of_shapes(calls_of(run)):
         token = call.of_a_token()
         once = seconds(token.runs()["forward"], budget)
         moved = seconds(call.moves()["forward"], budget) - seconds(token.moves()["forward"], budget)
@@ -1536,6 +1541,7 @@ def precision(
     console.print(table)
 
     beside: dict[str, dict[str, float]] = {}
+    scans: dict[str, tuple[float, float]] = {}  # ms by size: by themselves, and their multiply-adds
     if find_spec("openvino"):
         sides = [int(size) for size in sizes.split(",")]
         for size in sides:
@@ -1545,6 +1551,10 @@ def precision(
             with torch.inference_mode(), console.status(f"beside OpenVINO, {size} pixels"):
                 for name, several in side_by_side(runs, budget, turns=3).items():
                     beside.setdefault(name, {})[str(size)] = 1e3 * several
+            ours = runs[f"{models[0]}, bfloat16"]
+            with console.status(f"recurrences of {models[0]}, {size} pixels"):
+                alone = sum(count * seconds(call.runs()["forward"], 0.1) for call, count in of_shapes(calls_of(ours)))
+                scans[str(size)] = 1e3 * alone, 1e3 * operations(ours)[1] * Pace().products
         table = Table("ms", *(f"{size} pixels" for size in sides))
         for name, row in beside.items():
             table.add_row(name, *(f"{several:.1f}" for several in row.values()))
@@ -1573,7 +1583,9 @@ def precision(
     ]
     peer, ours = beside.get("deit_tiny_patch16_224, OpenVINO bf16", {}), beside.get(f"{models[0]}, bfloat16", {})
     missed += [
-        f"{models[0]}, {side} pixels: {ours[side] / peer[side]:.2f} times DeiT-Ti in OpenVINO, both bfloat16 (wanted 1)"
+        f"{models[0]}, {side} pixels: {ours[side] / peer[side]:.2f} times DeiT-Ti in OpenVINO, both bfloat16 (wanted "
+        f"1); its recurrences by themselves take {scans[side][0] / peer[side]:.2f} of that time, their multiply-adds "
+        f"alone {scans[side][1] / peer[side]:.2f}"
         for side in peer
         if int(side) >= 512 and ours[side] > peer[side]
     ]
@@ -1583,7 +1595,8 @@ def precision(
         if row["agree"] < 99.5
     ]
     console.print(*missed, sep="\n", highlight=False)
-    results = {"machine": machine(), "unit": "ms", "rows": rows, "openvino": beside, "digits": agreements}
+    results = {"machine": machine(), "unit": "ms", "rows": rows, "openvino": beside, "scans": scans}
+    results |= {"digits": agreements}
     results["missed"] = missed
     save(out, "precision", results, draw)
 
