@@ -23,7 +23,7 @@ from ..layers.blocks import Block, Stage, TokenMixer
 from ..layers.linear import linear, trunc_normal_
 from ..layers.mlp import DepthwiseMlp
 from ..layers.norm import at_least_float32
-from ..layers.stems import ChannelsFirst, ImageStem, batch_norm, depthwise
+from ..layers.stems import ChannelsFirst, ImageStem, PatchConv2d, batch_norm, depthwise
 from ..scans import global_linear_attention
 from .contract import DenseForm, HierarchicalBackbone, register
 
@@ -178,7 +178,7 @@ class CARE(HierarchicalBackbone):
         self.dims = [*dims[:-1], dims[-1] * ratios[-1][1]]
         self.num_features = self.dims[-1]
         self.distilled_training = False
-        self.patch_embed = ImageStem(nn.Conv2d(in_chans, dims[0], 4, 4), nn.BatchNorm2d(dims[0]))
+        self.patch_embed = ImageStem(PatchConv2d(in_chans, dims[0], 4, 4), nn.BatchNorm2d(dims[0]))
         rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
 
         heads = [None] * (count - len(head_dims)) + list(head_dims)

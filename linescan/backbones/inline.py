@@ -26,7 +26,7 @@ from ..layers.blocks import Block, Stage, TokenMixer
 from ..layers.linear import init_linear, linear, trunc_normal_
 from ..layers.mlp import Mlp
 from ..layers.pos_embed import resample_pos_embed
-from ..layers.stems import ConvDownsample, MapConv2d, PatchMerging, PatchStem, depthwise, up_to_multiple
+from ..layers.stems import ConvDownsample, MapConv2d, PatchConv2d, PatchMerging, PatchStem, depthwise, up_to_multiple
 from .contract import HierarchicalBackbone, PlainBackbone, check_images, register
 
 __all__ = ["InLineAttention", "InLineCSwin", "InLineDeiT", "InLinePVT", "InLineSwin", "injective_attention"]
@@ -247,7 +247,7 @@ class InLineDeiT(PlainBackbone):
         self.in_chans = in_chans
         self.num_features = self.embed_dim = embed_dim
         self.stride = self.min_size = patch_size
-        self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
+        self.patch_embed = PatchConv2d(in_chans, embed_dim, patch_size, patch_size)
         self.init_positions(self.grid_of(*to_2tuple(img_size)), "head")
         self.pos_drop = nn.Dropout(drop_rate)
         norm_layer = partial(nn.LayerNorm, eps=1e-6)

@@ -23,7 +23,7 @@ from ..layers.mamba import MambaMixer, TurnedBlock, stack_routes
 from ..layers.norm import RMSNorm, at_least_float32
 from ..layers.pos_embed import grid_rope, resample_pos_embed
 from ..layers.s6 import S6Scan
-from ..layers.stems import pad_to_multiple
+from ..layers.stems import PatchConv2d, pad_to_multiple
 from ..layers.tracing import opaque
 from ..scans import routes
 from ..scans.multi_route import ChannelAttention, MultiRoute
@@ -232,7 +232,7 @@ class LocalVim(PlainBackbone):
         self.num_features = self.embed_dim = embed_dim
         self.patch_size = self.stride = self.min_size = patch_size
 
-        self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
+        self.patch_embed = PatchConv2d(in_chans, embed_dim, patch_size, patch_size)
         self.init_positions(self.grid_of(*to_2tuple(img_size)), "middle" if class_token else None)
         merge = DirectionSearch if directions is None else "channel_attention"
         self.blocks = nn.ModuleList(

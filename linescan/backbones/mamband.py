@@ -22,7 +22,7 @@ from ..layers.blocks import Block, Stage, run
 from ..layers.linear import trunc_normal_
 from ..layers.mamba import MambaMixer, stack_routes
 from ..layers.pos_embed import resample_volume
-from ..layers.stems import PatchMerging, pad_for_patches
+from ..layers.stems import PatchConv2d, PatchConv3d, PatchMerging, pad_for_patches
 from .contract import HierarchicalBackbone, PlainBackbone, check_clips, check_images, register
 
 __all__ = ["MambaND", "MambaND3D", "MambaNDBlock"]
@@ -123,7 +123,7 @@ class MambaND(HierarchicalBackbone):
         self.num_features = dims[-1]
         self.first_stride = self.min_size = patch_size
         self.pooled_norm = partial(nn.LayerNorm, eps=1e-6)
-        self.patch_embed = nn.Conv2d(in_chans, dims[0], patch_size, patch_size)
+        self.patch_embed = PatchConv2d(in_chans, dims[0], patch_size, patch_size)
         self.pos_embed = nn.Parameter(torch.zeros(1, *self.grid_of(*to_2tuple(img_size)), dims[0]))
         self.pos_drop = nn.Dropout(drop_rate)
         rates = calculate_drop_path_rates(drop_path_rate, len(places))
@@ -232,7 +232,7 @@ class MambaND3D(PlainBackbone):
         self.num_frames, self.tubelet_size = num_frames, tubelet_size
         self.pooled_norm = nn.LayerNorm if head_norm else None
         patch = (tubelet_size, patch_size, patch_size)
-        self.patch_embed = nn.Conv3d(in_chans, embed_dim, patch, patch)
+        self.patch_embed = PatchConv3d(in_chans, embed_dim, patch, patch)
         grid = (num_frames // tubelet_size, *self.grid_of(*to_2tuple(img_size)))
         self.volume_pos_embed = nn.Parameter(torch.zeros(1, *grid, embed_dim))
         self.pos_drop = nn.Dropout(drop_rate)

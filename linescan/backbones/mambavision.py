@@ -23,7 +23,7 @@ from ..layers.blocks import Block, Stage, TokenMixer
 from ..layers.linear import init_linear, linear, trunc_normal_
 from ..layers.mlp import Mlp
 from ..layers.s6 import S6Scan
-from ..layers.stems import ImageStem, MapConv2d, batch_norm, up_to_multiple
+from ..layers.stems import ImageStem, MapConv2d, PatchConv2d, batch_norm, up_to_multiple
 from ..layers.tracing import opaque
 from .contract import HierarchicalBackbone, register
 
@@ -180,7 +180,7 @@ class MambaVision(HierarchicalBackbone):
                 raise InputError(f"{name} gives {len(values)} stages, depths {len(depths)}")
         self.num_features = self.dims[-1]
         self.patch_embed = ImageStem(
-            nn.Conv2d(in_chans, stem_dim, 3, 2, 1, bias=False),
+            PatchConv2d(in_chans, stem_dim, 3, 2, 1, bias=False),
             nn.BatchNorm2d(stem_dim, eps=1e-4),
             nn.ReLU(),
             nn.Conv2d(stem_dim, self.dims[0], 3, 2, 1, bias=False),

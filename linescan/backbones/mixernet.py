@@ -19,7 +19,7 @@ from ..layers.blocks import Block, Stage
 from ..layers.linear import init_linear, trunc_normal_
 from ..layers.mixers import MIXERS, Mixer
 from ..layers.mlp import Mlp
-from ..layers.stems import ConvDownsample, ConvStem
+from ..layers.stems import ConvDownsample, ConvStem, PatchConv2d
 from .contract import HierarchicalBackbone, PlainBackbone, check_images, register
 
 __all__ = ["HierarchicalScanNet", "PlainScanNet"]
@@ -97,7 +97,7 @@ class PlainScanNet(PlainBackbone):
         self.stride = self.min_size = patch_size
         options = {"routes": routes, "merge": merge, "head_dim": head_dim, "window": window}
 
-        self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
+        self.patch_embed = PatchConv2d(in_chans, embed_dim, patch_size, patch_size)
         self.init_positions(self.grid_of(*to_2tuple(img_size)))
         (names,) = mixer_names(mixer, [depth])
         self.blocks = nn.ModuleList(

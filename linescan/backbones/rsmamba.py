@@ -24,7 +24,7 @@ from ..layers.blocks import Block
 from ..layers.linear import linear, trunc_normal_
 from ..layers.mamba import MambaMixer, stack_routes
 from ..layers.pos_embed import sinusoid_2d
-from ..layers.stems import pad_for_patches
+from ..layers.stems import PatchConv2d, pad_for_patches
 from ..scans.multi_route import PathActivation
 from ..scans.routes import RouteLike, parse, redrawn
 from .contract import PlainBackbone, check_images, register
@@ -136,7 +136,7 @@ class RSMamba(PlainBackbone):
         self.stride = stride
         self.pooled_norm = partial(nn.LayerNorm, eps=1e-6)
 
-        self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, stride, bias=False)
+        self.patch_embed = PatchConv2d(in_chans, embed_dim, patch_size, stride, bias=False)
         self.init_positions(self.grid_of(*to_2tuple(img_size)), class_token)
         self.sine = pos_embed == "sine"
         if pos_embed != "learned":

@@ -21,7 +21,7 @@ from ..errors import InputError
 from ..layers.blocks import Block, Stage, run
 from ..layers.linear import init_linear, linear
 from ..layers.rwkv import ChannelMix, KernelMix, Place, QuadShift, RWKVBlock, SpatialMix, from_official
-from ..layers.stems import ImageStem, MapConv2d, channels_first
+from ..layers.stems import ImageStem, MapConv2d, PatchConv2d, channels_first
 from .contract import DenseForm, HierarchicalBackbone, register
 
 __all__ = ["MBConv", "RWKVSAM", "RWKVStage"]
@@ -174,7 +174,7 @@ class RWKVSAM(HierarchicalBackbone):
         self.dims = [*dims, 2 * dims[-1]][: len(depths)]
         self.num_features = self.dims[-1]
         self.patch_embed = ImageStem(
-            nn.Conv2d(in_chans, dims[0], 3, 2, 1),
+            PatchConv2d(in_chans, dims[0], 3, 2, 1),
             LayerNorm2d(dims[0], eps=1e-6),
             nn.GELU(),
             nn.Conv2d(dims[0], dims[0], 3, 1, 1),

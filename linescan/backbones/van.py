@@ -18,7 +18,7 @@ from ..errors import InputError
 from ..layers.blocks import Block, Stage, TokenMixer
 from ..layers.linear import init_linear, linear
 from ..layers.mlp import DepthwiseMlp
-from ..layers.stems import ChannelsFirst, ImageStem, batch_norm, depthwise
+from ..layers.stems import ChannelsFirst, ImageStem, PatchConv2d, batch_norm, depthwise
 from .contract import DenseForm, HierarchicalBackbone, register
 
 __all__ = ["VAN", "LargeKernelAttention"]
@@ -104,7 +104,7 @@ class VAN(HierarchicalBackbone):
         self.in_chans = in_chans
         self.dims = list(dims)
         self.num_features = dims[-1]
-        self.patch_embed = ImageStem(nn.Conv2d(in_chans, dims[0], 7, 4, 3), nn.BatchNorm2d(dims[0]))
+        self.patch_embed = ImageStem(PatchConv2d(in_chans, dims[0], 7, 4, 3), nn.BatchNorm2d(dims[0]))
         rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         self.stages = nn.ModuleList(
             NormedStage(

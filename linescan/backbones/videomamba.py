@@ -25,6 +25,7 @@ from ..layers.linear import init_linear, trunc_normal_
 from ..layers.mamba import MambaMixer, stack_routes
 from ..layers.norm import RMSNorm, at_least_float32
 from ..layers.pos_embed import resample_frames, sinusoid_table
+from ..layers.stems import PatchConv2d, PatchConv3d
 from .contract import IMAGENET, PlainBackbone, check_clips, check_images, register
 
 __all__ = ["VideoMamba", "VideoMambaDistilled", "VideoMambaPretrain"]
@@ -80,10 +81,10 @@ class VideoMamba(PlainBackbone):
 
         if num_frames:
             kernel = (tubelet_size, patch_size, patch_size)
-            self.patch_embed = nn.Conv3d(in_chans, embed_dim, kernel, (tubelet_size, self.stride, self.stride))
+            self.patch_embed = PatchConv3d(in_chans, embed_dim, kernel, (tubelet_size, self.stride, self.stride))
             self.temporal_pos_embed = nn.Parameter(torch.zeros(1, num_frames // tubelet_size, embed_dim))
         else:
-            self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, self.stride)
+            self.patch_embed = PatchConv2d(in_chans, embed_dim, patch_size, self.stride)
         self.init_positions(self.grid_of(*to_2tuple(img_size)), "head")
         self.blocks = nn.ModuleList(
             Block(

@@ -18,6 +18,7 @@ from ..layers.linear import trunc_normal_
 from ..layers.mamba import MambaMixer, TurnedBlock, stack_routes
 from ..layers.norm import RMSNorm, at_least_float32
 from ..layers.pos_embed import grid_rope, rotate_pairs
+from ..layers.stems import PatchConv2d
 from .contract import DenseForm, PlainBackbone, check_images, register
 
 __all__ = ["Vim"]
@@ -84,7 +85,7 @@ class Vim(PlainBackbone):
         if min(height, width) < patch_size:
             raise InputError(f"img_size is at least {patch_size}x{patch_size} pixels, not {height}x{width}: one patch")
 
-        self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, self.stride)
+        self.patch_embed = PatchConv2d(in_chans, embed_dim, patch_size, self.stride)
         self.init_positions(self.grid_of(height, width), class_token)
         self.pos_drop = nn.Dropout(drop_rate)
         self.blocks = nn.ModuleList(

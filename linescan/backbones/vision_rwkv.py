@@ -19,7 +19,7 @@ from ..checkpoint import rename
 from ..errors import InputError, known
 from ..layers.linear import init_linear, trunc_normal_
 from ..layers.rwkv import HEAD_DIM, ChannelMix, Place, QuadShift, RWKVBlock, SpatialMix, SpatialMix6, from_official
-from ..layers.stems import pad_to_multiple
+from ..layers.stems import PatchConv2d, pad_to_multiple
 from .contract import DenseForm, PlainBackbone, check_images, register
 
 __all__ = ["VisionRWKV"]
@@ -81,7 +81,7 @@ class VisionRWKV(PlainBackbone):
         self.patch_size = self.stride = self.min_size = patch_size
         self.head_hidden = head_hidden
 
-        self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
+        self.patch_embed = PatchConv2d(in_chans, embed_dim, patch_size, patch_size)
         self.init_positions(self.grid_of(*to_2tuple(img_size)), "tail" if class_token else None)
         self.pos_drop = nn.Dropout(drop_rate)
         mixer = SpatialMix6 if version == 6 else SpatialMix

@@ -36,13 +36,13 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        inputs = x, self.weight
-        if is_plain(inputs) and not wants_gradient(inputs):
-            out = cpu.norm(x, self.weight, None, self.eps)
-            if out is not None:
-                return out
-        compute = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(compute), self.weight.shape, self.weight.to(compute), self.eps).to(self.weight.dtype)
+        compute, out = torch.promote_types(x.dtype, torch.float32), None
+        x, weight = x.to(compute), self.weight.to(compute)
+        if is_plain((x, weight)) and not wants_gradient((x, weight)):
+            out = cpu.norm(x, weight, None, self.eps)
+        if out is None:
+            out = F.rms_norm(x, weight.shape, weight, self.eps)
+        return out.to(self.weight.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}"

@@ -27,6 +27,27 @@ def test_is_torchs_linear(shape, view, bias):
         torch.testing.assert_close(linear(x, weight.T.contiguous().T, bias), F.linear(x, weight, bias))
 
 
+@pytest.mark.parametrize("view", VIEWS)
+def test_hands_over_the_bias_in_bfloat16(view):
+    torch.manual_seed(0)
+    x, weight, bias = (t.bfloat16() for t in (VIEWS[view](2, 7, 5), torch.randn(6, 5), torch.randn(6)))
+    exact = F.linear(x.float(), weight.float(), bias.float())
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x, weight, bias).float(), exact, rtol=2**-8, atol=1e-6)
+    if matmul._has_bfloat16:
+        assert "mkldnn::_linear_pointwise" in operators(lambda: linear(x, weight, bias))
+    weight.requires_grad_()
+    for of_ours, of_torch in zip(*(torch.autograd.grad(f(x, weight, bias).sum(), weight) for f in (linear, F.linear))):
+        torch.testing.assert_close(of_ours, of_torch)
+
+
+def operators(run):
+    """Names of what torch runs."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    return {event.key for event in profile.key_averages()}
+
+
 @pytest.fixture
 def as_on_amd(monkeypatch):
     monkeypatch.setattr(matmul, "_through_onednn", linear_pointwise())
@@ -34,12 +55,6 @@ def as_on_amd(monkeypatch):
 
 def test_takes_onednn_in_eager_mode(as_on_amd):
     x, weight = torch.randn(4, 5), torch.randn(6, 5)
-
-    def operators(run):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            run()
-        return {event.key for event in profile.key_averages()}
-
     fast = "mkldnn::_linear_pointwise"
     if torch.backends.mkldnn.is_available():
         assert fast in operators(lambda: linear(x, weight))

@@ -219,9 +219,7 @@ def test_planes_stand_upright_where_the_classes_are():
     labels[1, 2, 5] = 3
     labels[3, 4, 5] = 3
     labels[0, 2, 5] = 4
-    assert richest_planes(labels) == (1, 2, 5), (
-        "2 and half of 3; these and 4; 3 and 4"
-    )
+    assert richest_planes(labels) == (1, 2, 5), "2 and half of 3; these and 4; 3 and 4"
     assert richest_planes(np.zeros((4, 6, 8), np.uint8)) == (2, 3, 4)
     drawn = draw_planes(found, ["background", "a", "b"])
     assert drawn.width >= 640 and drawn.height > 40 * 8, "enlarged, with words above and below"
