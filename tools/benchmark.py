@@ -302,9 +302,10 @@ def scan(
 #
 # S6: the 9 of `multiply_add_bound`; backward its decays and states again, 7, the gradient of the state, 3, and those of
 # A, delta, B, C and u, 6. HGRN: an exponential and the state, 6; backward both again, the gradient of the state, 1, and
-# that of the gate, 1. WKV-4: two exponentials and two decayed sums, 10 + 4, then two exponentials and a quotient of two
-# sums, 10 + 2; backward the same again, and 12 for the gradients of both sums, k and v. Bi-WKV has sums on both sides,
-# 28, and one quotient with three exponentials, 17; backward the same again, and 24.
+# that of the gate, 1. WKV-4: an exponential and two decayed sums, 5 + 4, then an exponential and a quotient of two
+# sums, 5 + 2, as of two terms that meet one counts as e^0; backward the same again, and 12 for the gradients of both
+# sums, k and v. Bi-WKV has sums on both sides, 18, and one quotient with two exponentials, 12; backward the same again,
+# and 24.
 EQUATIONS: dict[str, tuple[int, int]] = {
     "selective_scan": (9, 25),
     "linear_attention": (2, 7),
@@ -315,8 +316,8 @@ EQUATIONS: dict[str, tuple[int, int]] = {
     "gated_delta_rule": (4, 15),
     "dplr": (5, 19),
     "hgrn": (6, 14),
-    "wkv4": (26, 64),
-    "bi_wkv": (45, 114),
+    "wkv4": (16, 44),
+    "bi_wkv": (30, 84),
 }
 # Mixers whose recurrence needs less than the operator that serves it.
 CHEAPER: dict[str, tuple[int, int]] = {"retention": (3, 10), "delta": (3, 11)}
@@ -325,20 +326,20 @@ CHEAPER: dict[str, tuple[int, int]] = {"retention": (3, 10), "delta": (3, 11)}
 #
 # Functions: exponentials at the pace of the kernels' own, not the five multiply-adds above (EMBEDDED says how many of
 # those are taken back for an element); quotients at the pace of a sigmoid less that of an exponential. HGRN has one
-# exponential for a channel and token, and once more backward; WKV-4 four and a quotient, Bi-WKV seven and a quotient,
+# exponential for a channel and token, and once more backward; WKV-4 two and a quotient, Bi-WKV four and a quotient,
 # and all of them once more backward. S6's exponentials come with a product and a sum, of which the kernel makes one
 # chain, so that they stay multiply-adds; its step sizes are a softplus each, of a product with `rank` numbers, that
 # backward is made again and has two gradients. Matrix states have an exponential for each log decay, both ways.
-EMBEDDED: dict[str, int] = {"hgrn": 1, "wkv4": 4, "bi_wkv": 7}
+EMBEDDED: dict[str, int] = {"hgrn": 1, "wkv4": 2, "bi_wkv": 4}
 #
 # What it may be *expected* to take: no library reaches the pace of multiply-adds on matrices of 32 or 64, so those of
 # matrix states count at the pace of torch's own product of 64 tokens of such heads, data in the cache; and of S6's
 # exponentials each as one that is made by itself.
 #
 # Numbers that the backward keeps for a token and an element of the state and reads again: all states of S6; a state in
-# BLOCK = 4 tokens of matrix states that decay; of vector states those before every token, which for WKV are four rows
-# of sums on each side, and four more of their gradients.
-KEPT: dict[str, float] = {"selective_scan": 1, "hgrn": 1, "wkv4": 8, "bi_wkv": 12}
+# BLOCK = 4 tokens of matrix states that decay; the states of HGRN before every token, but none of WKV-4, whose sums are
+# made anew; of Bi-WKV the gradients of both sums on one side.
+KEPT: dict[str, float] = {"selective_scan": 1, "hgrn": 1, "wkv4": 0, "bi_wkv": 2}
 # The axis of a state whose elements have no arithmetic of their own: twice as long, only what belongs to elements
 # doubles, so that what belongs to tokens and rows of the state is 2 T(n) - T(2 n).
 LONGER: dict[str, str] = {"selective_scan": "N", "ssd": "P"}
@@ -425,7 +426,7 @@ class Call(NamedTuple):
         move = torch.ops.linescan_cpu.move_rows
 
         def rows(x: Tensor) -> tuple[Tensor, int]:
-            most = 64 if len(self.shapes[1]) == 3 else widest
+            most = min(192 if len(self.shapes[1]) == 3 else 384, widest)
             return x.detach().flatten(3), min(x.shape[-1], most)
 
         inputs = [rows(x) for x in self.tokens]

@@ -308,7 +308,7 @@ struct VectorInputs {
     s.y = output(y, s.merge), s.state = state(final_state);
     const int64_t samples = s.merge ? s.B : s.B * s.K;
     spread(s.blocks, samples, in.threads());
-    s.blocks.width = lesser(s.blocks.width, 64);
+    s.blocks.width = lesser(s.blocks.width, 192);
     const int64_t units = samples * s.blocks.count();
     in.parallel(units, grain(units, s.B * s.K * s.S * s.D * 8),
                 [&](int64_t begin, int64_t end) { current->vector_forward(s, begin, end); });

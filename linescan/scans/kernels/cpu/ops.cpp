@@ -267,7 +267,9 @@ void vector_scan_backward(Value* stack, uint64_t, uint64_t) {
   Vectors& s = inputs.vectors;
   s.dy = view(dy, s.merge), s.dstate = state(dstate), s.dinitial = state(dinitial);
   s.dx = gradient(dx, inputs.steps, s.K), s.dg = gradient(dg, inputs.steps, s.K);
-  s.blocks.width = lesser(64, s.D);
+  // An even number of blocks, for two threads; wide ones, whose rows hold several lines of cache.
+  const int64_t pieces = 2 * ((s.D + 255) / 256);
+  s.blocks.width = ((s.D + pieces - 1) / pieces + 15) / 16 * 16;
   const std::unique_ptr<float[]> parts(new float[s.B * s.K * 2 * s.D]);
   s.partial = parts.get();
   const int64_t units = s.B * s.blocks.count();

@@ -1,10 +1,12 @@
 // Recurrences of vector states, one channel a lane, for one instruction set. Included inside its namespace.
 //
 // Two kinds: h = e^g h + x, whose output is h; and WKV, sums of e^k v and of e^k that decay by e^-w a token, of which the
-// output is the quotient, with an own term e^(u + k). A unit of work holds its tokens as rows in time order, and takes
-// VECTORS of its channels through time together: alone, each would wait for its exponentials.
+// output is the quotient, with an own term e^(u + k). A unit of work holds a chunk of its tokens as rows in time order, and
+// takes VECTORS of its channels through time together: alone, each would wait for its exponentials. Where time is gone
+// through again, or the other way, it begins at states that were marked at the borders of chunks: sums are made anew in
+// less time than those of all tokens, which no near cache holds, would be fetched.
 
-constexpr int VECTOR_T = 64;  // tokens in a chunk of the forward
+constexpr int VECTOR_T = 32;  // tokens in a chunk
 constexpr float EMPTY = -1e38f;  // the top of a sum without terms
 
 // Two sums of terms, both relative to e^(top - lost), top being the largest exponent in them and `lost` what rounding has
@@ -13,15 +15,30 @@ constexpr int64_t SUMS = 4;  // rows
 struct Sums {
   V a, b, top, lost;
 
-  // One token later: decayed by e^-w, and with e^k x and e^k y in them.
-  LINESCAN_STAGE void add(V k, V x, V y, V w) {
-    const V step = w + lost, decayed = top - step, most = at_least(decayed, k), left = step - (top - decayed);
-    lost = decayed < k ? V{} : left;
-    const V keep = exp((decayed - most) - (left - lost)), fresh = exp((k - most) + lost);
-    a = keep * a + fresh * x, b = keep * b + fresh * y, top = most;
+  // What both of two sums are multiplied with when they meet: of the larger ones, 1.
+  struct Shares {
+    V own, other;
+    LINESCAN_STAGE void keep(float* rows, int64_t stride) const { store(rows, own), store(rows + stride, other); }
+  };
+  template <class Mask>
+  LINESCAN_STAGE Shares meet(const Sums& x, V above, const Mask& larger) {
+    const V less = exp_of_less(larger ? -above : above), one = splat(1.0f);
+    const Shares shares = {larger ? less : one, larger ? one : less};
+    a = shares.own * a + shares.other * x.a, b = shares.own * b + shares.other * x.b;
+    top = larger ? x.top : top, lost = larger ? x.lost : lost;
+    return shares;
   }
-  // e^top relative to e^-x.
-  LINESCAN_STAGE V weight(V x) const { return exp((top + x) - lost); }
+  LINESCAN_STAGE Shares meet(const Sums& x) {
+    const V above = (x.top - top) + (lost - x.lost);
+    return meet(x, above, above > 0.0f);
+  }
+  // One token later: decayed by e^-w, and with e^k v and e^k in them. Tokens wait for what is larger, so that it is told
+  // from the tops, which are ready first and may be equal where `lost` makes a difference.
+  LINESCAN_STAGE Shares add(V k, V v, V w) {
+    const V step = w + lost, decayed = top - step;
+    lost = step - (top - decayed), top = decayed;
+    return meet({v, splat(1.0f), k, V{}}, (k - top) + lost, k > top);
+  }
 
   LINESCAN_STAGE static Sums at(const float* rows, int64_t stride) {
     return {load(rows), load(rows + stride), load(rows + 2 * stride), load(rows + 3 * stride)};
@@ -31,15 +48,18 @@ struct Sums {
   }
 };
 
-// Rows of `stride` channels.
+// Rows of `stride` channels: those of tokens by pointers, others one after another.
 struct Channels {
   int64_t count = 0, stride = 0;
   const float *w = nullptr, *u = nullptr;
-  float *x = nullptr, *g = nullptr;  // or k, v
-  float *state = nullptr, *y = nullptr;
-  float *past = nullptr, *future = nullptr;  // sums, or states, on either side of every token
-  float *dy = nullptr, *dx = nullptr, *dg = nullptr, *share = nullptr, *flow = nullptr;
-  float *dw = nullptr, *du = nullptr, *dtop = nullptr;
+  float *x[VECTOR_T], *g[VECTOR_T], *y[VECTOR_T];  // or k, v
+  float *dy[VECTOR_T], *dx[VECTOR_T], *dg[VECTOR_T];
+  bool add_x = false, add_g = false;  // whether dx, dg already hold something
+  float* state = nullptr;
+  float *sums = nullptr, *steps = nullptr;  // before every token: states or sums on one side; what they are multiplied with
+  float *future = nullptr, *future_steps = nullptr;  // the same of sums on the other side
+  float *of_sums = nullptr, *of_future = nullptr;
+  float *flow = nullptr, *dw = nullptr, *du = nullptr, *dtop = nullptr;
 };
 
 // Calls f(integral_constant<int, VECTORS>, first channel) for all channels of rows.
@@ -47,130 +67,181 @@ template <class F>
 LINESCAN_INLINE void abreast(int64_t stride, const F& f) {
   int64_t c = 0;
   for (; c + 4 * W <= stride; c += 4 * W) f(std::integral_constant<int, 4>(), c);
+  for (; c + 2 * W <= stride; c += 2 * W) f(std::integral_constant<int, 2>(), c);
   for (; c < stride; c += W) f(std::integral_constant<int, 1>(), c);
 }
 
+LINESCAN_INLINE void put(float* row, V v, bool add) { store(row, add ? load(row) + v : v); }
+
 // -- gated sums ---------------------------------------------------------------------------------------------------------
 
-// h = e^g h + x; the states before the tokens are kept where there is room for them.
-template <int VECTORS>
+// h = e^g h + x; the states before the tokens, and e^g, are kept if there is to be a way back.
+template <int VECTORS, bool KEEP>
 __attribute__((noinline)) static void gated_sum(const Channels& s, int64_t c) {
+  const int64_t stride = s.stride;
+  float *sums = s.sums + c, *steps = s.steps + c;
   V h[VECTORS];
   each<VECTORS>([&](auto l) LINESCAN_STAGE { h[l] = load(s.state + c + l * W); });
-  for (int64_t t = 0, at = c; t < s.count; ++t, at += s.stride)
+  for (int64_t t = 0, count = s.count; t < count; ++t) {
+    const float *x = s.x[t] + c, *g = s.g[t] + c;
+    float* y = KEEP ? nullptr : s.y[t] + c;
     each<VECTORS>([&](auto l) LINESCAN_STAGE {
-      if (s.past) store(s.past + at + l * W, h[l]);
-      h[l] = exp(load(s.g + at + l * W)) * h[l] + load(s.x + at + l * W);
-      if (s.y) store(s.y + at + l * W, h[l]);
+      const V decay = exp(load(g + l * W));
+      if (KEEP) store(sums + t * stride + l * W, h[l]), store(steps + t * stride + l * W, decay);
+      h[l] = decay * h[l] + load(x + l * W);
+      if (!KEEP) store(y + l * W, h[l]);
     });
+  }
   each<VECTORS>([&](auto l) LINESCAN_STAGE { store(s.state + c + l * W, h[l]); });
 }
 
 // `flow` comes in as the gradient of the last state and leaves as that of the first.
 template <int VECTORS>
 __attribute__((noinline)) static void gated_sum_adjoint(const Channels& s, int64_t c) {
+  const int64_t stride = s.stride;
+  const float *sums = s.sums + c, *steps = s.steps + c;
+  const bool add_x = s.add_x, add_g = s.add_g;
   V flow[VECTORS];
   each<VECTORS>([&](auto l) LINESCAN_STAGE { flow[l] = load(s.flow + c + l * W); });
-  for (int64_t t = s.count - 1; t >= 0; --t)
+  for (int64_t t = s.count - 1; t >= 0; --t) {
+    const float* dy = s.dy[t] + c;
+    float *dx = s.dx[t] + c, *dg = s.dg[t] + c;
     each<VECTORS>([&](auto l) LINESCAN_STAGE {
-      const int64_t at = t * s.stride + c + l * W;
-      flow[l] += load(s.dy + at);
-      store(s.dx + at, flow[l]);
-      flow[l] *= exp(load(s.g + at));
-      store(s.dg + at, flow[l] * load(s.past + at));
+      flow[l] += load(dy + l * W);
+      put(dx + l * W, flow[l], add_x);
+      flow[l] *= load(steps + t * stride + l * W);
+      put(dg + l * W, flow[l] * load(sums + t * stride + l * W), add_g);
     });
+  }
   each<VECTORS>([&](auto l) LINESCAN_STAGE { store(s.flow + c + l * W, flow[l]); });
 }
 
 // -- WKV ----------------------------------------------------------------------------------------------------------------
 
-// The sums on one side of every token, kept in `rows` where given, and the output where nothing but they and those in
-// `future` are missing.
+// The sums on one side of every token, kept where there is room for them.
 template <int VECTORS>
-__attribute__((noinline)) static void wkv_sums(const Channels& s, int64_t c, bool back, float* rows) {
-  Sums sums[VECTORS];
-  each<VECTORS>([&](auto l) LINESCAN_STAGE { sums[l] = Sums::at(s.state + c + l * W, s.stride); });
-  for (int64_t i = 0; i < s.count; ++i) {
-    const int64_t t = back ? s.count - 1 - i : i;
+__attribute__((noinline)) static void wkv_sums(const Channels& s, int64_t c, bool back, float* sums, float* steps) {
+  const int64_t stride = s.stride, count = s.count;
+  const float* w = s.w + c;
+  Sums state[VECTORS];
+  each<VECTORS>([&](auto l) LINESCAN_STAGE { state[l] = Sums::at(s.state + c + l * W, stride); });
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t t = back ? count - 1 - i : i;
+    const float *k = s.x[t] + c, *v = s.g[t] + c;
     each<VECTORS>([&](auto l) LINESCAN_STAGE {
-      const int64_t at = t * s.stride + c + l * W, of_sums = SUMS * t * s.stride + c + l * W;
-      const V k = load(s.x + at), v = load(s.g + at);
-      if (rows) sums[l].keep(rows + of_sums, s.stride);
-      if (s.y && !back) {
-        const V bonus = load(s.u + c + l * W);
-        V most = at_least(k + bonus, sums[l].top);
-        Sums other = {};
-        if (s.future) other = Sums::at(s.future + of_sums, s.stride), most = at_least(most, other.top);
-        const V mine = exp((k - most) + bonus), past = sums[l].weight(-most);
-        V num = mine * v + past * sums[l].a, den = mine + past * sums[l].b;
-        if (s.future) {
-          const V future = other.weight(-most);
-          num += future * other.a, den += future * other.b;
-        }
-        store(s.y + at, num / den);
-      }
-      sums[l].add(k, v, splat(1.0f), load(s.w + c + l * W));
+      if (sums) state[l].keep(sums + SUMS * t * stride + c + l * W, stride);
+      const auto shares = state[l].add(load(k + l * W), load(v + l * W), load(w + l * W));
+      if (steps) shares.keep(steps + 2 * t * stride + c + l * W, stride);
     });
   }
-  each<VECTORS>([&](auto l) LINESCAN_STAGE { sums[l].keep(s.state + c + l * W, s.stride); });
+  each<VECTORS>([&](auto l) LINESCAN_STAGE { state[l].keep(s.state + c + l * W, stride); });
 }
 
-// The gradients of a token's two sums, relative to e^-most, and -most, go to `share`; those of its own term further.
+// The output, the quotient of all sums of a token: those before it, which go on, its own, and those after it if there are
+// such.
 template <int VECTORS>
-__attribute__((noinline)) static void wkv_shares(const Channels& s, int64_t c) {
-  V du[VECTORS];
-  each<VECTORS>([&](auto l) LINESCAN_STAGE { du[l] = V{}; });
-  for (int64_t t = 0; t < s.count; ++t)
+__attribute__((noinline)) static void wkv_means(const Channels& s, int64_t c) {
+  const int64_t stride = s.stride;
+  const float *w = s.w + c, *u = s.u + c, *future = s.future ? s.future + c : nullptr;
+  Sums state[VECTORS];
+  each<VECTORS>([&](auto l) LINESCAN_STAGE { state[l] = Sums::at(s.state + c + l * W, stride); });
+  for (int64_t t = 0, count = s.count; t < count; ++t) {
+    const float *of_k = s.x[t] + c, *of_v = s.g[t] + c;
+    float* y = s.y[t] + c;
     each<VECTORS>([&](auto l) LINESCAN_STAGE {
-      const int64_t at = t * s.stride + c + l * W, of_sums = SUMS * t * s.stride + c + l * W;
-      const V k = load(s.x + at), v = load(s.g + at), bonus = load(s.u + c + l * W);
-      const Sums past = Sums::at(s.past + of_sums, s.stride);
-      V most = at_least(k + bonus, past.top);
-      Sums other = {V{}, V{}, splat(EMPTY), V{}};
-      if (s.future) other = Sums::at(s.future + of_sums, s.stride), most = at_least(most, other.top);
-      const V mine = exp((k - most) + bonus), before = past.weight(-most), after = other.weight(-most);
-      const V den = mine + before * past.b + after * other.b, of_num = load(s.dy + at) / den;
-      // dnum v + dden of a term, from the differences to the output of all: these lose no digits
-      const V y = (mine * v + before * past.a + after * other.a) / den, of_own = of_num * mine * (v - y);
-      store(s.dx + at, of_own), store(s.dg + at, of_num * mine);
-      du[l] += of_own;
-      Sums{of_num, -of_num * y, -most, V{}}.keep(s.share + of_sums, s.stride);
+      const V k = load(of_k + l * W), v = load(of_v + l * W);
+      Sums all = state[l];
+      all.meet({v, splat(1.0f), k, -load(u + l * W)});
+      if (future) all.meet(Sums::at(future + SUMS * t * stride + l * W, stride));
+      store(y + l * W, quotient(all.a, all.b));
+      state[l].add(k, v, load(w + l * W));
     });
-  each<VECTORS>([&](auto l) LINESCAN_STAGE { store(s.du + c + l * W, load(s.du + c + l * W) + du[l]); });
+  }
+  each<VECTORS>([&](auto l) LINESCAN_STAGE { state[l].keep(s.state + c + l * W, stride); });
 }
 
-// The gradients of the sums on one side, themselves such sums the other way. `flow` as that of the gated sum; `dtop`, if
-// there is one, is the gradient of the last top, which is that of the exponent it was taken from.
+// The gradients of the sums on both sides of every token, each relative to what its sums are relative to, and of its own
+// term. Where there are none after it, the sums before it are kept.
 template <int VECTORS>
-__attribute__((noinline)) static void wkv_adjoint(const Channels& s, int64_t c, bool back, const float* rows) {
-  Sums flow[VECTORS];
-  V dw[VECTORS], dtop[VECTORS];
+__attribute__((noinline)) static void wkv_means_adjoint(const Channels& s, int64_t c) {
+  const int64_t stride = s.stride;
+  const float *w = s.w + c, *u = s.u + c, *future = s.future ? s.future + c : nullptr;
+  float *sums = s.sums + c, *steps = s.steps + c, *of_sums = s.of_sums + c, *of_future = s.of_future + c;
+  const bool add_x = s.add_x, add_g = s.add_g;
+  Sums state[VECTORS];
+  V du[VECTORS];
   each<VECTORS>([&](auto l) LINESCAN_STAGE {
-    flow[l] = Sums::at(s.flow + c + l * W, s.stride);
-    dw[l] = V{}, dtop[l] = s.dtop ? load(s.dtop + c + l * W) : V{};
+    state[l] = Sums::at(s.state + c + l * W, stride), du[l] = V{};
   });
-  for (int64_t i = 0; i < s.count; ++i) {
-    const int64_t t = back ? s.count - 1 - i : i;
+  for (int64_t t = 0, count = s.count; t < count; ++t) {
+    const float *of_k = s.x[t] + c, *of_v = s.g[t] + c, *dy = s.dy[t] + c;
+    float *dx = s.dx[t] + c, *dg = s.dg[t] + c;
     each<VECTORS>([&](auto l) LINESCAN_STAGE {
-      const int64_t at = t * s.stride + c + l * W, of_sums = SUMS * t * s.stride + c + l * W;
-      const V k = load(s.x + at), v = load(s.g + at), w = load(s.w + c + l * W);
-      const Sums sums = Sums::at(rows + of_sums, s.stride), share = Sums::at(s.share + of_sums, s.stride);
-      const V weight = flow[l].weight(k), decayed = sums.top - w;
-      V of_k = weight * (v * flow[l].a + flow[l].b);
-      dw[l] -= exp(((flow[l].top + sums.top) - w) - (flow[l].lost + sums.lost)) * (flow[l].a * sums.a + flow[l].b * sums.b);
-      if (s.dtop) {  // half to either of two equal exponents
-        const V part = dtop[l] * (decayed > k ? splat(1.0f) : decayed < k ? V{} : splat(0.5f));
+      const int64_t two = 2 * t * stride + l * W, four = SUMS * t * stride + l * W;
+      const V k = load(of_k + l * W), v = load(of_v + l * W);
+      Sums all = state[l];
+      auto [past, mine] = all.meet({v, splat(1.0f), k, -load(u + l * W)});
+      V after = {};
+      if (future) {
+        const auto [here, there] = all.meet(Sums::at(future + four, stride));
+        past *= here, mine *= here, after = there;
+      }
+      // dnum v + dden of a term, from its difference to the output of all: this loses no digits
+      const V of_num = quotient(load(dy + l * W), all.b), y = quotient(all.a, all.b), of_den = -of_num * y;
+      const V of_own = of_num * mine * (v - y);
+      put(dx + l * W, of_own, add_x), put(dg + l * W, of_num * mine, add_g);
+      du[l] += of_own;
+      store(of_sums + two, of_num * past), store(of_sums + two + stride, of_den * past);
+      if (future) {
+        store(of_future + two, of_num * after), store(of_future + two + stride, of_den * after);
+        state[l].add(k, v, load(w + l * W));
+      } else {
+        state[l].keep(sums + four, stride);
+        state[l].add(k, v, load(w + l * W)).keep(steps + two, stride);
+      }
+    });
+  }
+  each<VECTORS>([&](auto l) LINESCAN_STAGE {
+    state[l].keep(s.state + c + l * W, stride);
+    store(s.du + c + l * W, load(s.du + c + l * W) + du[l]);
+  });
+}
+
+// The gradients of the sums on one side, which run the other way. What sums are relative to does not change an output, so
+// that it counts as given. `flow` as that of the gated sum; `dtop`, if there is one, is the gradient of the last top, which
+// is that of the exponent it was taken from.
+template <int VECTORS>
+__attribute__((noinline)) static void wkv_sums_adjoint(const Channels& s, int64_t c, bool back, const float* sums,
+                                                       const float* steps, const float* share) {
+  const int64_t stride = s.stride, count = s.count;
+  const bool to_top = s.dtop;
+  V a[VECTORS], b[VECTORS], dw[VECTORS], dtop[VECTORS];
+  each<VECTORS>([&](auto l) LINESCAN_STAGE {
+    a[l] = load(s.flow + c + l * W), b[l] = load(s.flow + stride + c + l * W);
+    dw[l] = V{}, dtop[l] = to_top ? load(s.dtop + c + l * W) : V{};
+  });
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t t = back ? count - 1 - i : i;
+    const float* v = s.g[t] + c;
+    float *dk = s.dx[t] + c, *dv = s.dg[t] + c;
+    each<VECTORS>([&](auto l) LINESCAN_STAGE {
+      const int64_t two = 2 * t * stride + c + l * W;
+      const float* before = sums + SUMS * t * stride + c + l * W;
+      const V keep = load(steps + two), fresh = load(steps + two + stride);
+      V of_k = fresh * (load(v + l * W) * a[l] + b[l]);
+      dw[l] -= keep * (a[l] * load(before) + b[l] * load(before + stride));
+      if (to_top) {  // half to either of two equal exponents
+        const V part = dtop[l] * (keep > fresh ? splat(1.0f) : keep < fresh ? V{} : splat(0.5f));
         of_k += dtop[l] - part, dw[l] -= part, dtop[l] = part;
       }
-      store(s.dx + at, load(s.dx + at) + of_k);
-      store(s.dg + at, load(s.dg + at) + weight * flow[l].a);
-      flow[l].add(share.top, share.a, share.b, w);
+      put(dk + l * W, of_k, true), put(dv + l * W, fresh * a[l], true);
+      a[l] = keep * a[l] + load(share + two), b[l] = keep * b[l] + load(share + two + stride);
     });
   }
   each<VECTORS>([&](auto l) LINESCAN_STAGE {
-    flow[l].keep(s.flow + c + l * W, s.stride);
+    store(s.flow + c + l * W, a[l]), store(s.flow + stride + c + l * W, b[l]);
     store(s.dw + c + l * W, load(s.dw + c + l * W) + dw[l]);
-    if (s.dtop) store(s.dtop + c + l * W, dtop[l]);
+    if (to_top) store(s.dtop + c + l * W, dtop[l]);
   });
 }
 
@@ -188,22 +259,34 @@ static void enter(const Vectors& s, int64_t b, int64_t k, int64_t channel, int64
   else if (s.rule != VectorRule::gated) empty_sums(c.stride, c.state);
 }
 
+// Calls f(first token, number) for all chunks, in the order of time or the other way.
+template <class F>
+static void through_time(int64_t tokens, bool back, const F& f) {
+  const int64_t chunks = (tokens + VECTOR_T - 1) / VECTOR_T;
+  for (int64_t i = 0; i < chunks; ++i) {
+    const int64_t chunk = back ? chunks - 1 - i : i, t0 = chunk * VECTOR_T;
+    f(t0, tokens - t0 < VECTOR_T ? tokens - t0 : VECTOR_T);
+  }
+}
+
 static void vector_forward(const Vectors& s, int64_t begin, int64_t end) {
+  constexpr int64_t T = VECTOR_T;
+  const FlushToZero flush;
   const bool gated = s.rule == VectorRule::gated, both = s.rule == VectorRule::wkv_both;
-  const int64_t blocks = s.blocks.count(), widest = (s.blocks.width + W - 1) / W * W, T = both ? s.S : VECTOR_T;
+  const int64_t blocks = s.blocks.count(), widest = (s.blocks.width + W - 1) / W * W, marked = both ? s.S / T + 1 : 0;
+  float *w, *u, *marks, *of_x, *of_g, *of_y;
   const auto place = [&](Arena arena, Channels& c) {
-    float *w = arena.take(widest), *u = arena.take(widest);
-    c.w = w, c.u = u, c.x = arena.take(T * widest), c.g = arena.take(T * widest);
-    c.state = arena.take(SUMS * widest), c.y = arena.take(T * widest);
+    c.w = w = arena.take(widest), c.u = u = arena.take(widest);
+    of_x = arena.take(T * widest), of_g = arena.take(T * widest), of_y = arena.take(T * widest);
+    c.state = arena.take(SUMS * widest), marks = arena.take(marked * SUMS * widest);
     if (both) c.future = arena.take(SUMS * T * widest);
     return arena.used();
   };
   Channels c;
   Arena arena(place(Arena(), c));
   place(arena, c);
-  float *const w = const_cast<float*>(c.w), *const u = const_cast<float*>(c.u), *const y = c.y;
   zero(w, widest), zero(u, widest);
-  std::vector<int64_t> reads(T), writes(T);
+  int64_t reads[T], writes[T];
 
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t per_sample = s.merge ? blocks : blocks * s.K, b = unit / per_sample, block = unit % blocks;
@@ -214,23 +297,35 @@ static void vector_forward(const Vectors& s, int64_t begin, int64_t end) {
     for (int64_t k = k0; k < k1; ++k) {
       if (!gated) std::memcpy(w, s.w.at(b, k) + channel, width * 4), std::memcpy(u, s.u.at(b, k) + channel, width * 4);
       enter(s, b, k, channel, width, c);
+      const auto read = [&](int64_t t0, int64_t count) {
+        c.count = count;
+        s.route.steps(b, k, t0, count, reads, writes);
+        read_rows(s.x, b, k, 0, channel, reads, count, width, c.stride, of_x, c.x);
+        read_rows(s.g, b, k, 0, channel, reads, count, width, c.stride, of_g, c.g);
+      };
+      const auto future = [&](float* sums) {
+        abreast(c.stride, [&](auto n, int64_t at) { wkv_sums<n()>(c, at, true, sums, nullptr); });
+      };
+      float* const state = c.state;
+      if (both) {
+        through_time(s.S, true, [&](int64_t t0, int64_t count) {
+          std::memcpy(marks + t0 / T * SUMS * c.stride, state, SUMS * c.stride * 4);
+          read(t0, count), future(nullptr);
+        });
+        empty_sums(c.stride, state);
+      }
       const Target target = s.y.of_route(k);
       if (!target.add) clear_gaps(target.view, s.route, b, k, channel, width);
-      for (int64_t t0 = 0; t0 < s.S; t0 += T) {
-        c.count = s.S - t0 < T ? s.S - t0 : T;
-        s.route.steps(b, k, t0, c.count, reads.data(), writes.data());
-        gather(s.x, b, k, 0, channel, reads.data(), c.count, width, c.stride, c.x);
-        gather(s.g, b, k, 0, channel, reads.data(), c.count, width, c.stride, c.g);
-        if (both) {
-          abreast(c.stride, [&](auto n, int64_t at) { wkv_sums<n()>(c, at, true, c.future); });
-          empty_sums(c.stride, c.state);
-        }
+      through_time(s.S, false, [&](int64_t t0, int64_t count) {
+        read(t0, count);
+        if (both) c.state = marks + t0 / T * SUMS * c.stride, future(c.future), c.state = state;
+        const bool left = write_rows(target, b, k, channel, writes, count, width, c.stride, of_y, c.y);
         abreast(c.stride, [&](auto n, int64_t at) {
-          if (gated) gated_sum<n()>(c, at);
-          else wkv_sums<n()>(c, at, false, nullptr);
+          if (gated) gated_sum<n(), false>(c, at);
+          else wkv_means<n()>(c, at);
         });
-        scatter(target, b, k, channel, writes.data(), c.count, width, c.stride, y);
-      }
+        if (left) scatter(target, b, k, channel, writes, count, width, c.stride, of_y);
+      });
       for (int64_t i = 0; !gated && i < c.stride; ++i) {  // relative to e^top
         const float factor = exp(splat(-c.state[3 * c.stride + i]))[0];
         c.state[i] *= factor, c.state[c.stride + i] *= factor;
@@ -241,23 +336,30 @@ static void vector_forward(const Vectors& s, int64_t begin, int64_t end) {
 }
 
 static void vector_backward(const Vectors& s, int64_t begin, int64_t end) {
+  constexpr int64_t T = VECTOR_T;
+  const FlushToZero flush;
   const bool gated = s.rule == VectorRule::gated, both = s.rule == VectorRule::wkv_both;
-  const int64_t blocks = s.blocks.count(), widest = (s.blocks.width + W - 1) / W * W, all = s.S * widest;
+  const int64_t blocks = s.blocks.count(), widest = (s.blocks.width + W - 1) / W * W, marked = s.S / T + 1;
+  float *w, *u, *dtop, *kept, *marks, *of_x, *of_g, *of_y, *of_dx, *of_dg;
   const auto place = [&](Arena arena, Channels& c) {
-    float *w = arena.take(widest), *u = arena.take(widest);
-    c.count = s.S, c.w = w, c.u = u, c.x = arena.take(all), c.g = arena.take(all), c.state = arena.take(SUMS * widest);
-    c.past = arena.take((gated ? 1 : SUMS) * all), c.future = both ? arena.take(SUMS * all) : nullptr;
-    c.dy = arena.take(all), c.dx = arena.take(all), c.dg = arena.take(all), c.share = arena.take(gated ? 0 : SUMS * all);
+    c.w = w = arena.take(widest), c.u = u = arena.take(widest), dtop = arena.take(widest);
     c.flow = arena.take(SUMS * widest), c.dw = arena.take(widest), c.du = arena.take(widest);
-    c.dtop = arena.take(widest);
+    of_x = arena.take(T * widest), of_g = arena.take(T * widest), of_y = arena.take(T * widest);
+    of_dx = arena.take(T * widest), of_dg = arena.take(T * widest);
+    c.state = arena.take(SUMS * widest), marks = arena.take(marked * SUMS * widest);
+    c.sums = arena.take(SUMS * T * widest), c.steps = arena.take(2 * T * widest);
+    kept = arena.take(2 * (gated || both ? s.S : T) * widest);
+    if (both)
+      c.future = arena.take(SUMS * T * widest), c.future_steps = arena.take(2 * T * widest),
+      c.of_future = arena.take(2 * T * widest);
     return arena.used();
   };
   Channels c;
   Arena arena(place(Arena(), c));
   place(arena, c);
-  float *const w = const_cast<float*>(c.w), *const u = const_cast<float*>(c.u), *const dtop = c.dtop;
   zero(w, widest), zero(u, widest);
-  std::vector<int64_t> reads(s.S), writes(s.S);
+  int64_t reads[T], writes[T];
+  float* const state = c.state;
 
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t b = unit / blocks;
@@ -265,56 +367,101 @@ static void vector_backward(const Vectors& s, int64_t begin, int64_t end) {
     s.blocks.locate(unit % blocks, group, channel, width);
     c.stride = (width + W - 1) / W * W;
     const auto across = [&](const auto& f) { abreast(c.stride, f); };
-    const auto to_state = [&](const float* rows, const Parameter& p, int64_t k) {
-      if (p) from_rows(rows, width, s.numbers, c.stride, p.at(b, k) + channel * s.numbers, s.numbers);
-    };
     for (int64_t k = 0; k < s.K; ++k) {
-      s.route.steps(b, k, 0, s.S, reads.data(), writes.data());
-      gather(s.x, b, k, 0, channel, reads.data(), s.S, width, c.stride, c.x);
-      gather(s.g, b, k, 0, channel, reads.data(), s.S, width, c.stride, c.g);
-      gather(s.dy, b, k, 0, channel, writes.data(), s.S, width, c.stride, c.dy);
+      const auto read = [&](int64_t t0, int64_t count, bool gradients) {
+        c.count = count;
+        s.route.steps(b, k, t0, count, reads, writes);
+        read_rows(s.x, b, k, 0, channel, reads, count, width, c.stride, of_x, c.x);
+        read_rows(s.g, b, k, 0, channel, reads, count, width, c.stride, of_g, c.g);
+        if (gradients) read_rows(s.dy, b, k, 0, channel, writes, count, width, c.stride, of_y, c.dy);
+      };
+      // Calls f for the channels. dx and dg are added to if there is something in them, where they stand if they can.
+      const auto write = [&](bool again, const auto& f) {
+        const auto to = [&](const Target& target, float* buffer, float** at) {
+          if (is_direct<W>(target.view, width)) {
+            float* base = reinterpret_cast<float*>(target.view.at(b, k, 0, channel));
+            point(base, target.view.token, reads, c.count, buffer, at);
+            return target.of_route(k).add || again;
+          }
+          in_order(buffer, c.stride, c.count, at);
+          zero(buffer, c.count * c.stride);
+          return true;
+        };
+        const auto left = [&](Target target, const float* buffer) {
+          if (is_direct<W>(target.view, width)) return;
+          target = target.of_route(k), target.add |= again;
+          scatter(target, b, k, channel, reads, c.count, width, c.stride, buffer);
+        };
+        c.add_x = to(s.dx, of_dx, c.dx), c.add_g = to(s.dg, of_dg, c.dg);
+        across(f);
+        left(s.dx, of_dx), left(s.dg, of_dg);
+      };
+      const auto mark = [&](int64_t t0) { return marks + t0 / T * SUMS * c.stride; };
+      // What is kept of all tokens: all of gated sums, and of those on both sides the gradients of the first ones.
+      const auto keep = [&](int64_t t0) {
+        if (gated) c.sums = kept + t0 * c.stride, c.steps = kept + (s.S + t0) * c.stride;
+        else c.of_sums = kept + (both ? 2 * t0 * c.stride : 0);
+      };
       enter(s, b, k, channel, width, c);
       zero(c.flow, SUMS * c.stride), zero(c.dw, c.stride), zero(c.du, c.stride);
       if (s.dstate) to_rows(s.dstate.at(b, k) + channel * s.numbers, width, s.numbers, c.stride, c.flow);
-      if (gated) {
-        across([&](auto n, int64_t at) { gated_sum<n()>(c, at), gated_sum_adjoint<n()>(c, at); });
-        to_state(c.flow, s.dinitial, k);
-      } else {
-        std::memcpy(w, s.w.at(b, k) + channel, width * 4), std::memcpy(u, s.u.at(b, k) + channel, width * 4);
-        if (both) {
-          across([&](auto n, int64_t at) { wkv_sums<n()>(c, at, true, c.future); });
-          empty_sums(c.stride, c.state);
+      if (!gated) std::memcpy(w, s.w.at(b, k) + channel, width * 4), std::memcpy(u, s.u.at(b, k) + channel, width * 4);
+      c.dtop = s.dstate && !gated ? dtop : nullptr;
+
+      // The states at the borders of chunks; of sums on both sides, those after.
+      through_time(s.S, both, [&](int64_t t0, int64_t count) {
+        std::memcpy(mark(t0), state, SUMS * c.stride * 4);
+        read(t0, count, false), keep(t0);
+        across([&](auto n, int64_t at) {
+          if (gated) gated_sum<n(), true>(c, at);
+          else wkv_sums<n()>(c, at, both, nullptr, nullptr);
+        });
+      });
+      for (int64_t i = 0; c.dtop && i < c.stride; ++i) {  // of num, den and top to those of sums, and of what top was
+        float *flow = c.flow + i, *last = state + i;
+        const float factor = exp(splat(-last[3 * c.stride]))[0];
+        flow[0] *= factor, flow[c.stride] *= factor;
+        dtop[i] = flow[2 * c.stride] - flow[0] * last[0] - flow[c.stride] * last[c.stride];
+      }
+      if (both) {  // the gradients of the sums after, which run with time; those before take the marks' places
+        empty_sums(c.stride, state);
+        through_time(s.S, false, [&](int64_t t0, int64_t count) {
+          read(t0, count, true), keep(t0);
+          c.state = mark(t0);
+          across([&](auto n, int64_t at) { wkv_sums<n()>(c, at, true, c.future, c.future_steps); });
+          std::memcpy(c.state, state, SUMS * c.stride * 4);
+          c.state = state;
+          write(false, [&](auto n, int64_t at) {
+            wkv_means_adjoint<n()>(c, at);
+            wkv_sums_adjoint<n()>(c, at, false, c.future, c.future_steps, c.of_future);
+          });
+        });
+        zero(c.flow, SUMS * c.stride);
+      }
+      through_time(s.S, true, [&](int64_t t0, int64_t count) {
+        read(t0, count, !both), keep(t0);
+        c.state = mark(t0);
+        write(both, [&](auto n, int64_t at) {
+          if (gated) return gated_sum_adjoint<n()>(c, at);
+          if (both) wkv_sums<n()>(c, at, false, c.sums, c.steps);
+          else wkv_means_adjoint<n()>(c, at);
+          wkv_sums_adjoint<n()>(c, at, true, c.sums, c.steps, c.of_sums);
+        });
+      });
+      c.state = state;
+
+      if (s.dinitial) {
+        enter(s, b, k, channel, width, c);
+        for (int64_t i = 0; !gated && i < c.stride; ++i) {  // the other way
+          float *flow = c.flow + i, *first = state + i;
+          flow[2 * c.stride] = flow[0] * first[0] + flow[c.stride] * first[c.stride] + (c.dtop ? dtop[i] : 0.0f);
         }
-        across([&](auto n, int64_t at) { wkv_sums<n()>(c, at, false, c.past), wkv_shares<n()>(c, at); });
-        c.dtop = s.dstate ? dtop : nullptr;
-        if (s.dstate) {  // of num, den and top to those of both sums, relative to e^-top, and of what top was taken from
-          for (int64_t i = 0; i < c.stride; ++i) {
-            float &of_top = c.flow[2 * c.stride + i], *sums = c.state + i;
-            dtop[i] = of_top - c.flow[i] * sums[0] - c.flow[c.stride + i] * sums[c.stride];
-            of_top = -sums[2 * c.stride];
-          }
-        } else {
-          empty_sums(c.stride, c.flow);
-        }
-        across([&](auto n, int64_t at) { wkv_adjoint<n()>(c, at, true, c.past); });
-        if (s.dinitial) {
-          for (int64_t i = 0; i < c.stride; ++i) {  // the other way, at the first token
-            float *flow = c.flow + i, *first = c.past + i;
-            const float top = exp(splat((flow[2 * c.stride] + first[2 * c.stride]) - flow[3 * c.stride]))[0];
-            flow[0] *= top, flow[c.stride] *= top;
-            flow[2 * c.stride] = flow[0] * first[0] + flow[c.stride] * first[c.stride] + (c.dtop ? c.dtop[i] : 0.0f);
-          }
-          to_state(c.flow, s.dinitial, k);
-        }
-        if (both) {
-          empty_sums(c.stride, c.flow);
-          across([&](auto n, int64_t at) { wkv_adjoint<n()>(c, at, false, c.future); });
-        }
+        from_rows(c.flow, width, s.numbers, c.stride, s.dinitial.at(b, k) + channel * s.numbers, s.numbers);
+      }
+      if (!gated) {
         float* partial = s.partial + (b * s.K + k) * 2 * s.D + channel;
         std::memcpy(partial, c.dw, width * 4), std::memcpy(partial + s.D, c.du, width * 4);
       }
-      scatter(s.dx.of_route(k), b, k, channel, reads.data(), s.S, width, c.stride, c.dx);
-      scatter(s.dg.of_route(k), b, k, channel, reads.data(), s.S, width, c.stride, c.dg);
     }
   }
 }
