@@ -212,47 +212,39 @@ __attribute__((noinline)) static void weigh(const Walk& s, const Block<F>& block
   });
 }
 
-// out[c] = sum over the rows of coefficient c times the state; VECTORS of its columns. MEET: and `flow` that of the state
-// times another one.
-template <bool MEET, int COUNT, int VECTORS, int ALL>
-LINESCAN_INLINE void read(int64_t rows, int64_t pitch, const float* state, const float* lines, V (&out)[COUNT][VECTORS],
-                          const float* other = nullptr, V* flow = nullptr) {
-  each<COUNT>([&](auto c) LINESCAN_STAGE { each<VECTORS>([&](auto l) LINESCAN_STAGE { out[c][l] = V{}; }); });
-  if (MEET) each<VECTORS>([&](auto l) LINESCAN_STAGE { flow[l] = V{}; });
-  for (int64_t first = 0; first < rows; first += PITCH, lines += PITCH * ALL) {
-    const int64_t some = rows - first < PITCH ? rows - first : PITCH;
-    for (int64_t i = 0; i < some; ++i, state += pitch) {
-      V row[VECTORS];
-      each<VECTORS>([&](auto l) LINESCAN_STAGE { row[l] = load(state + l * W); });
-      if constexpr (MEET) {
-        each<VECTORS>([&](auto l) LINESCAN_STAGE { flow[l] += row[l] * load(other + l * W); });
-        other += pitch;
-      }
-      each<COUNT>([&](auto c) LINESCAN_STAGE {
-        const V x = splat(lines[c * PITCH + i]);
-        each<VECTORS>([&](auto l) LINESCAN_STAGE { out[c][l] += x * row[l]; });
-      });
-    }
-  }
-}
-
-// to = decay state + sum over c of coefficient c times z[c]; the decay is the line after them, or `whole` with COLUMNS.
-template <bool DECAY, bool COLUMNS, int COUNT, int VECTORS, int ALL>
-LINESCAN_INLINE void write(int64_t rows, int64_t pitch, const float* state, float* to, const float* lines,
-                           const V (&z)[COUNT][VECTORS], const V* whole = nullptr) {
+// Goes through VECTORS of a state's columns, row by row. Where there are READS, out[c] = sum over the rows of the READ_LINE
+// + c-th of ALL coefficients times the state; where there are WRITES, then to = decay state + sum over c of the WRITE_LINE
+// + c-th coefficient times z[c]. The decay is the last coefficient, or `whole` with COLUMNS. MEET: `flow` is the sum over
+// the rows of the state times another one.
+template <int READS, int READ_LINE, int WRITES, int WRITE_LINE, int ALL, bool DECAY, bool COLUMNS, bool MEET, int VECTORS>
+LINESCAN_INLINE void pass(int64_t rows, int64_t pitch, const float* state, float* to, const float* lines, V (*out)[VECTORS],
+                          const V (*z)[VECTORS], const V* whole = nullptr, const float* other = nullptr,
+                          V* flow = nullptr) {
+  const auto vectors = [](const auto& f) LINESCAN_STAGE { each<VECTORS>(f); };
+  each<READS>([&](auto c) LINESCAN_STAGE { vectors([&](auto l) LINESCAN_STAGE { out[c][l] = V{}; }); });
+  if (MEET) vectors([&](auto l) LINESCAN_STAGE { flow[l] = V{}; });
   for (int64_t first = 0; first < rows; first += PITCH, lines += PITCH * ALL) {
     const int64_t some = rows - first < PITCH ? rows - first : PITCH;
     for (int64_t i = 0; i < some; ++i, state += pitch, to += pitch) {
       V row[VECTORS];
-      each<VECTORS>([&](auto l) LINESCAN_STAGE {
-        row[l] = load(state + l * W);
-        if (DECAY) row[l] *= COLUMNS ? whole[l] : splat(lines[COUNT * PITCH + i]);
+      vectors([&](auto l) LINESCAN_STAGE { row[l] = load(state + l * W); });
+      if constexpr (MEET) {
+        vectors([&](auto l) LINESCAN_STAGE { flow[l] += row[l] * load(other + l * W); });
+        other += pitch;
+      }
+      each<READS>([&](auto c) LINESCAN_STAGE {
+        const V x = splat(lines[(READ_LINE + c) * PITCH + i]);
+        vectors([&](auto l) LINESCAN_STAGE { out[c][l] += x * row[l]; });
       });
-      each<COUNT>([&](auto c) LINESCAN_STAGE {
-        const V y = splat(lines[c * PITCH + i]);
-        each<VECTORS>([&](auto l) LINESCAN_STAGE { row[l] += y * z[c][l]; });
-      });
-      each<VECTORS>([&](auto l) LINESCAN_STAGE { store(to + l * W, row[l]); });
+      if constexpr (WRITES > 0) {
+        if (DECAY)
+          vectors([&](auto l) LINESCAN_STAGE { row[l] *= COLUMNS ? whole[l] : splat(lines[(ALL - 1) * PITCH + i]); });
+        each<WRITES>([&](auto c) LINESCAN_STAGE {
+          const V y = splat(lines[(WRITE_LINE + c) * PITCH + i]);
+          vectors([&](auto l) LINESCAN_STAGE { row[l] += y * z[c][l]; });
+        });
+        vectors([&](auto l) LINESCAN_STAGE { store(to + l * W, row[l]); });
+      }
     }
   }
 }
@@ -274,8 +266,14 @@ __attribute__((noinline)) static void sweep(const Walk& s, const Block<F>& block
   V out[SLOTS<F> * BLOCK][VECTORS], z[F::WRITES * BLOCK][VECTORS];
   float* const state = s.state + column;
   const auto vectors = [](const auto& f) LINESCAN_STAGE { each<VECTORS>(f); };
-  if constexpr (F::READS > 0)
-    read<false, F::READS * BLOCK, VECTORS, LINES<F>>(s.rows, s.columns, state, s.coefficients, out);
+  const auto go = [&](auto reads, auto writes) LINESCAN_STAGE {
+    constexpr int READS = reads ? F::READS * BLOCK : 0, WRITES = writes ? F::WRITES * BLOCK : 0;
+    pass<READS, 0, WRITES, F::READS * BLOCK, LINES<F>, DECAY, false, false>(s.rows, s.columns, state, state,
+                                                                            s.coefficients, out, z);
+  };
+  const std::true_type yes;
+  const std::false_type no;
+  if (F::DEPENDENT) go(yes, no);
   each<BLOCK>([&](auto t) LINESCAN_STAGE {
     each<F::WRITES>([&](auto w) LINESCAN_STAGE {
       if (F::DEPENDENT && w == 0) return;
@@ -285,6 +283,7 @@ __attribute__((noinline)) static void sweep(const Walk& s, const Block<F>& block
       });
     });
   });
+  if (!F::DEPENDENT) go(yes, yes);
   each<BLOCK>([&](auto t) LINESCAN_STAGE {
     each<F::READS>([&](auto r) LINESCAN_STAGE {
       V(&mine)[VECTORS] = out[r * BLOCK + t];
@@ -310,8 +309,7 @@ __attribute__((noinline)) static void sweep(const Walk& s, const Block<F>& block
       }
     });
   });
-  write<DECAY, false, F::WRITES * BLOCK, VECTORS, LINES<F>>(s.rows, s.columns, state, state,
-                                                            s.coefficients + F::READS * BLOCK * PITCH, z);
+  if (F::DEPENDENT) go(no, yes);
 }
 
 // The same without decays and dependent writes: rows of the state go from token to token in a register, and there is
@@ -342,9 +340,10 @@ __attribute__((noinline)) static void add_up(const Walk& s, const Block<Gated>& 
   });
 }
 
-// As many vectors of a state's columns as registers hold.
-template <class F>
-constexpr int SIDE_BY_SIDE = W == 16 || (F::READS <= 1 && F::WRITES == 1) ? 2 : 1;
+// As many vectors of a state's columns as registers hold with what a block reads, or writes, or (FUSED) both.
+template <class F, bool FUSED>
+constexpr int SIDE_BY_SIDE =
+    BLOCK * (FUSED ? F::READS + F::WRITES : std::max(F::READS, F::WRITES)) * 2 + 4 <= (W == 16 ? 32 : 16) ? 2 : 1;
 
 // Calls f(integral_constant<int, vectors>, first column) for all columns.
 template <int VECTORS, class F>
@@ -368,7 +367,7 @@ static void walk(const Walk& s, int64_t count) {
       weigh<F, DECAY>(s, block, scores);
       if (s.skip != 0.0f)
         each<BLOCK>([&](auto t) LINESCAN_STAGE { scores[score<F>(F::READS - 1, F::WRITES - 1, t, t)] += s.skip; });
-      across<SIDE_BY_SIDE<F>>(
+      across<SIDE_BY_SIDE<F, !F::DEPENDENT>>(
           s.columns, [&](auto vectors, int64_t column) { sweep<F, DECAY, vectors()>(s, block, column, scores); });
     }
   }
@@ -667,8 +666,6 @@ __attribute__((noinline)) static void turn(const Walk& s, const Turn& turn, int6
   constexpr int OF_READS = BACK ? F::READS * BLOCK : 0, OF_WRITES = BACK ? 0 : F::READS * BLOCK;
   const auto vectors = [](const auto& f) LINESCAN_STAGE { each<VECTORS>(f); };
   V out[READS * BLOCK][VECTORS], z[WRITES * BLOCK][VECTORS], flow[VECTORS], whole[VECTORS];
-  read<DECAY && BACK, READS * BLOCK, VECTORS, SIDE<F>>(turn.rows, turn.columns, turn.from + column,
-                                                       turn.lines + OF_READS * PITCH, out, turn.met + column, flow);
   // Decays from the block's begin to before and after each token's, and from there to the block's end.
   V before[BLOCK + 1][VECTORS], after[BLOCK + 1][VECTORS];
   vectors([&](auto l) LINESCAN_STAGE { before[0][l] = after[BLOCK][l] = splat(1.0f); });
@@ -684,24 +681,27 @@ __attribute__((noinline)) static void turn(const Walk& s, const Turn& turn, int6
     });
     vectors([&](auto l) LINESCAN_STAGE {
       whole[l] = decay(BLOCK, l);
-      if (BACK) store(turn.flow + column + l * W, whole[l] * flow[l]);
     });
   }
   const auto decayed = [&](V x, bool write, auto i, auto t, auto l) LINESCAN_STAGE {
     return !DECAY ? x : x * (write ? after[t + 1][l] : before[t + F::AFTER[i]][l]);
   };
   each<BLOCK>([&](auto t) LINESCAN_STAGE {
-    each<READS>([&](auto r) LINESCAN_STAGE {
-      float* row = turn.read[r] + (turn.first + t) * turn.columns + column;
-      vectors([&](auto l) LINESCAN_STAGE { store(row + l * W, decayed(out[r * BLOCK + t][l], BACK, r, t, l)); });
-    });
     each<WRITES>([&](auto w) LINESCAN_STAGE {
       const float* row = (BACK ? s.x[w] : s.y[w])[turn.first + t] + column;
       vectors([&](auto l) LINESCAN_STAGE { z[w * BLOCK + t][l] = decayed(load(row + l * W), !BACK, w, t, l); });
     });
   });
-  write<DECAY, true, WRITES * BLOCK, VECTORS, SIDE<F>>(turn.rows, turn.columns, turn.from + column, turn.to + column,
-                                                       turn.lines + OF_WRITES * PITCH, z, whole);
+  pass<READS * BLOCK, OF_READS, WRITES * BLOCK, OF_WRITES, SIDE<F>, DECAY, true, DECAY && BACK>(
+      turn.rows, turn.columns, turn.from + column, turn.to + column, turn.lines, out, z, whole, turn.met + column, flow);
+  each<BLOCK>([&](auto t) LINESCAN_STAGE {
+    each<READS>([&](auto r) LINESCAN_STAGE {
+      float* row = turn.read[r] + (turn.first + t) * turn.columns + column;
+      vectors([&](auto l) LINESCAN_STAGE { store(row + l * W, decayed(out[r * BLOCK + t][l], BACK, r, t, l)); });
+    });
+  });
+  if constexpr (DECAY && BACK)
+    vectors([&](auto l) LINESCAN_STAGE { store(turn.flow + column + l * W, whole[l] * flow[l]); });
 }
 
 // Gradients of a block's x, y and log decays, where so far those stand that pass from and to other blocks.
@@ -928,13 +928,13 @@ struct Backward {
     for (int64_t t = 0; t < padded; t += BLOCK) {
       float *from = room.trail + (DECAY ? t / BLOCK * side : 0), *to = from + (DECAY ? side : 0);
       const Turn block = {t, s.M, n, room.lines + t / BLOCK * lines, from, nullptr, to, nullptr, of_x};
-      across<SIDE_BY_SIDE<F>>(
+      across<SIDE_BY_SIDE<F, true>>(
           n, [&](auto vectors, int64_t column) { turn<F, DECAY, false, vectors()>(forth, block, column); });
     }
     for (int64_t t = padded - BLOCK; t >= 0; t -= BLOCK) {
       const Turn block = {t, s.M, n, room.lines + t / BLOCK * lines, room.back_side,
                           room.trail + (DECAY ? t / BLOCK * side : 0), room.back_side, room.flow, of_y};
-      across<SIDE_BY_SIDE<F>>(
+      across<SIDE_BY_SIDE<F, true>>(
           n, [&](auto vectors, int64_t column) { turn<F, DECAY, true, vectors()>(forth, block, column); });
       const float* scores = room.scores + t / BLOCK * BackwardRoom::SCORE_ROOM;
       conclude<F, DECAY>(forth, block, scores, of_x, of_y, room.dgate.data, room.of_bonus);
