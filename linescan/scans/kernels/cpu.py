@@ -13,6 +13,7 @@ import ctypes
 import logging
 import os
 from functools import partial
+from math import inf
 from pathlib import Path
 
 import torch
@@ -299,6 +300,27 @@ def _ssd_gates(dt, A, dt_bias, dt_softplus, dt_min, dt_max):
     return A[:, None] * step, step, (A[:, None] * idle)[0, :, 0]
 
 
+def _of_ssd_gates(grads, step, dt, A, dt_bias, dt_softplus, dt_min, dt_max):
+    """Gradients of dt, A and dt_bias, from those of what `_ssd_gates` makes of them; autograd would take longer."""
+
+    def of_raw(grad, x):  # from a step size to what its softplus is taken of
+        x = x.float() if dt_bias is None else x.float() + dt_bias[:, None]
+        if dt_min > 0 or dt_max < inf or not dt_softplus:
+            free = F.softplus(x) if dt_softplus else x
+            grad = grad * ((free >= dt_min) & (free <= dt_max))
+        return torch.ops.aten.softplus_backward(grad, x, 1, 20) if dt_softplus else grad
+
+    gate, idle, A = grads["gate"], grads["idle"][None, :, None], A[:, None]
+    nothing = dt.new_zeros(1, 1, 1, 1)
+    idle_step = _step_sizes(nothing.float(), dt_bias, dt_softplus, dt_min, dt_max)
+    of_A = (gate * step).sum((0, 2)) + (idle * idle_step)[0, :, 0]
+    of_dt = of_raw(grads["beta"] + (A * gate).sum_to_size(step.shape), dt)
+    of_bias = None
+    if dt_bias is not None:
+        of_bias = of_dt.sum((0, 2)) + of_raw(A * idle, nothing)[0, :, 0]
+    return of_dt.sum_to_size(dt.shape), of_A, of_bias
+
+
 def _ssd_given(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, initial_state):
     gate, step, idle = _ssd_gates(dt, A, dt_bias, dt_softplus, dt_min, dt_max)
     return {"q": C, "k": B, "v": x, "gate": gate, "beta": step, "skip": D, "idle": idle, "initial_state": initial_state}
@@ -321,10 +343,7 @@ def _ssd_forward(*args):
 def _ssd_backward(grad_output, grad_state, *args):
     *inputs, route, merge = args
     x, dt, A, B, C, D, z, dt_bias, *limits, initial_state = inputs
-    leaves = [None if y is None else y.detach().float().requires_grad_() for y in (dt, A, dt_bias)]
-    with torch.enable_grad():
-        given = _ssd_given(x, *leaves[:2], B, C, D, z, leaves[2], *limits, initial_state)
-    of_z = None
+    given, of_z = _ssd_given(*inputs), None
     if z is not None:  # the outputs before their gate are made again
         y, state = _ssd.new_outputs(*inputs, route, False)
         y = y.float()
@@ -333,10 +352,7 @@ def _ssd_backward(grad_output, grad_state, *args):
             before, gate = (t.detach().float().requires_grad_() for t in (y, z))
             grad_output, of_z = torch.autograd.grad(_gated(before, gate, merge), (before, gate), grad_output.float())
     grads = _matrix_backward(GATED, given, route, merge and z is None, grad_output, grad_state)
-    names = ("gate", "beta", "idle")
-    wanted = [y for y in leaves if y is not None]
-    of_leaves = iter(torch.autograd.grad([given[name] for name in names], wanted, [grads[name] for name in names]))
-    of_dt, of_A, of_bias = (None if y is None else next(of_leaves) for y in leaves)
+    of_dt, of_A, of_bias = _of_ssd_gates(grads, given["beta"], dt, A, dt_bias, *limits)
     of_B, of_C = (
         grads[name] if grads[name].shape == y.shape else grads[name].unflatten(3, (y.shape[3], -1)).sum(4)
         for name, y in (("k", B), ("q", C))

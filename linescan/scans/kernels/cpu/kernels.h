@@ -136,7 +136,7 @@ struct Matrix {
   int64_t gates = 0;  // log decays of a head and token: none, 1, or N
   bool normalize, merge;
   float scale;
-  View q, k, v, a, b, gate, beta;  // groups are heads
+  View q, k, v, a, b, gate, beta;  // groups are heads; `beta`, of the rules gated and delta, scales what is written
   Parameter bonus, skip, idle, initial;  // (K, H, N), (K, H), (K, H): the log decay of a padding token; a state
   Route route;
   // forward

@@ -97,8 +97,9 @@ struct Walk {
   const float *single = nullptr, *single_decay = nullptr;
   float *decay = nullptr, *carry = nullptr;  // made as the walk goes where there are log decays
   const float *gamma = nullptr, *bonus = nullptr, *factor = nullptr;  // the last: of the last read
-  float skip = 0.0f;  // added to the score of an own write
-  bool adds = false;  // to what the rows of the last read hold
+  float skip = 0.0f;  // so many times the rows of the last write are added to the last read
+  bool adds = false;    // to what the rows of the last read hold
+  bool scaled = false;  // by gamma, where no write is dependent
 
   // Decays of the tokens of a block that begins with token t, then that of all of them.
   float* decays(int64_t t) const { return decay + t / BLOCK * (BLOCK + 1) * stride; }
@@ -250,10 +251,12 @@ LINESCAN_INLINE void pass(int64_t rows, int64_t pitch, const float* state, float
 }
 
 // Brings what a token reads last to its row.
-template <int VECTORS>
-LINESCAN_INLINE void finish(const Walk& s, int64_t t, const V (&read)[VECTORS], float* row) {
+template <class F, int VECTORS>
+LINESCAN_INLINE void finish(const Walk& s, int64_t t, int64_t column, const V (&read)[VECTORS], float* row) {
   each<VECTORS>([&](auto l) LINESCAN_STAGE {
-    const V out = s.factor[t] * read[l];
+    V out = read[l];
+    if (s.skip != 0.0f) out += s.skip * load(s.z[F::WRITES - 1][t] + column + l * W);
+    out *= s.factor[t];
     store(row + l * W, s.adds ? out + load(row + l * W) : out);
   });
 }
@@ -280,6 +283,7 @@ __attribute__((noinline)) static void sweep(const Walk& s, const Block<F>& block
       const float* row = block.row(s.z[w], t, column, column + WIDTH) + column;
       vectors([&](auto l) LINESCAN_STAGE {
         z[w * BLOCK + t][l] = load(row + l * W);
+        if (!F::DEPENDENT && s.scaled) z[w * BLOCK + t][l] *= s.gamma[block.at(t)];
       });
     });
   });
@@ -304,7 +308,7 @@ __attribute__((noinline)) static void sweep(const Walk& s, const Block<F>& block
       }
       if (s.out[r]) {
         float* row = block.row(s.out[r], t, column, column + WIDTH) + column;
-        if constexpr (r == F::READS - 1) finish<VECTORS>(s, block.at(t), mine, row);
+        if constexpr (r == F::READS - 1) finish<F>(s, block.at(t), column, mine, row);
         else vectors([&](auto l) LINESCAN_STAGE { store(row + l * W, mine[l]); });
       }
     });
@@ -323,7 +327,7 @@ __attribute__((noinline)) static void add_up(const Walk& s, const Block<Gated>& 
   each<BLOCK>([&](auto t) LINESCAN_STAGE {
     x[t] = block.row(s.x[0], t, 0, s.stride), y[t] = block.row(s.y[0], t, 0, s.stride);
     const float* row = block.row(s.z[0], t, column, column + VECTORS * W) + column;
-    vectors([&](auto l) LINESCAN_STAGE { z[t][l] = load(row + l * W), out[t][l] = V{}; });
+    vectors([&](auto l) LINESCAN_STAGE { z[t][l] = s.gamma[block.at(t)] * load(row + l * W), out[t][l] = V{}; });
   });
   float* state = s.state + column;
   for (int64_t i = 0; i < rows; ++i, state += pitch) {
@@ -336,7 +340,8 @@ __attribute__((noinline)) static void add_up(const Walk& s, const Block<Gated>& 
     vectors([&](auto l) LINESCAN_STAGE { store(state + l * W, row[l]); });
   }
   each<BLOCK>([&](auto t) LINESCAN_STAGE {
-    finish<VECTORS>(s, block.at(t), out[t], block.row(s.out[0], t, column, column + VECTORS * W) + column);
+    float* row = block.row(s.out[0], t, column, column + VECTORS * W) + column;
+    finish<Gated>(s, block.at(t), column, out[t], row);
   });
 }
 
@@ -365,8 +370,6 @@ static void walk(const Walk& s, int64_t count) {
       across<2>(s.columns, [&](auto vectors, int64_t column) { add_up<vectors()>(s, block, column); });
     } else {
       weigh<F, DECAY>(s, block, scores);
-      if (s.skip != 0.0f)
-        each<BLOCK>([&](auto t) LINESCAN_STAGE { scores[score<F>(F::READS - 1, F::WRITES - 1, t, t)] += s.skip; });
       across<SIDE_BY_SIDE<F, !F::DEPENDENT>>(
           s.columns, [&](auto vectors, int64_t column) { sweep<F, DECAY, vectors()>(s, block, column, scores); });
     }
@@ -428,12 +431,12 @@ struct Buffer {
 struct Tokens {
   int64_t n, m, room;
   int64_t *reads, *writes;
-  Buffer q, k, scaled, v, a, b, gate;  // `scaled`: the keys times beta, where a rule writes them so
+  Buffer q, k, v, a, b, gate;
   float *gamma, *single, *single_decay, *factor, *bonus, *carry;
 
   Tokens(Arena& arena, const Matrix& s, int64_t columns, int64_t room, float factor_of_all)
       : n(whole_vectors(s.N)), m(whole_vectors(columns)), room(room), reads(take<int64_t>(arena, room)),
-        writes(take<int64_t>(arena, room)), q(rows(arena, n)), k(rows(arena, n)), scaled(rows(arena, n)),
+        writes(take<int64_t>(arena, room)), q(rows(arena, n)), k(rows(arena, n)),
         v(rows(arena, m)), a(rows(arena, n)), b(rows(arena, n)), gate(rows(arena, n)), gamma(arena.take(room + W)),
         single(arena.take(room + W)), single_decay(arena.take(room + W)), factor(arena.take(room + W)),
         bonus(arena.take(n)), carry(arena.take(n)) {
@@ -466,14 +469,7 @@ void Tokens::fetch(const Matrix& s, int64_t b, int64_t k, int64_t h, int64_t col
   read_rows(s.v, b, k, h, column, reads, padded, width, whole_vectors(width), v.data, v.at);
   if (!s.beta) return;
   gather(s.beta, b, k, h, 0, reads, padded, 1, 1, gamma);
-  for (int64_t t = 0; t < padded; ++t) {
-    if (s.rule == Rule::delta) {
-      gamma[t] = -gamma[t];
-    } else {
-      fetch_ahead(this->k, t, padded, 0);
-      for (int64_t i = 0; i < n; i += W) store(scaled[t] + i, gamma[t] * load(this->k[t] + i));
-    }
-  }
+  for (int64_t t = 0; s.rule == Rule::delta && t < padded; ++t) gamma[t] = -gamma[t];
 }
 
 template <class F, bool DECAY>
@@ -482,8 +478,8 @@ Walk Tokens::start(const Matrix& s, int64_t b, int64_t k, int64_t h, int64_t cou
   w.rows = s.N, w.stride = n, w.columns = m;
   if (F::TIED) w.x[0] = this->k, w.base = v;
   else w.x[0] = a, w.y[0] = this->b;
-  w.x[F::READS - 1] = q, w.y[F::WRITES - 1] = s.beta && !F::TIED ? scaled : this->k, w.z[F::WRITES - 1] = v;
-  w.decay = decay, w.gamma = gamma, w.factor = factor, w.bonus = bonus;
+  w.x[F::READS - 1] = q, w.y[F::WRITES - 1] = this->k, w.z[F::WRITES - 1] = v;
+  w.decay = decay, w.gamma = gamma, w.factor = factor, w.bonus = bonus, w.scaled = bool(s.beta);
   w.skip = s.skip ? *(s.skip.at(b, k) + h) : 0.0f;
   if (!DECAY || made) return w;
   const int64_t padded = whole_blocks(count);
@@ -626,7 +622,8 @@ __attribute__((noinline)) static void line_up(const Walk& s, const Rows (&dz)[2]
     });
     each<F::WRITES>([&](auto w) LINESCAN_STAGE {
       constexpr int line = (F::READS + w) * BLOCK + t;
-      rows[line] = s.z[w][first + t], factor[line] = F::DEPENDENT && w == 0 ? s.gamma[first + t] : 1.0f;
+      const bool scaled = F::DEPENDENT ? w == 0 : s.scaled;
+      rows[line] = s.z[w][first + t], factor[line] = scaled ? s.gamma[first + t] : 1.0f;
     });
   });
   each<F::WRITES>([&](auto w) LINESCAN_STAGE {
@@ -912,7 +909,7 @@ struct Backward {
     }
 
     Walk adjoint = forth;
-    adjoint.state = room.back, adjoint.base = nullptr;
+    adjoint.state = room.back, adjoint.base = nullptr, adjoint.scaled = false, adjoint.skip = 0.0f;
     std::swap(adjoint.x[0], adjoint.y[0]), std::swap(adjoint.x[1], adjoint.y[1]);
     adjoint.z[READ] = out;
     for (int i = 0; i < 2; ++i) adjoint.out[i] = room.dz[i];
@@ -938,13 +935,12 @@ struct Backward {
           n, [&](auto vectors, int64_t column) { turn<F, DECAY, true, vectors()>(forth, block, column); });
       const float* scores = room.scores + t / BLOCK * BackwardRoom::SCORE_ROOM;
       conclude<F, DECAY>(forth, block, scores, of_x, of_y, room.dgate.data, room.of_bonus);
-      if (s.skip) each<BLOCK>([&](auto i) { skip += scores[score<F>(READ, WRITE, i, i)]; });
     }
-    finish(idle);
+    finish(skip, idle);
   }
 
   // What is left to do row by row: divisors, beta, gates of whole heads; and the way back along the route.
-  void finish(float& idle) {
+  void finish(float& skip, float& idle) {
     const Buffer &dx = room.dx[READ], &dy = room.dy[WRITE], &dz = room.dz[WRITE];
     if (F::TIED)
       for (int64_t i = 0; i < padded * n; i += W) store(dy.data + i, load(dy.data + i) + load(room.dx[0].data + i));
@@ -964,16 +960,21 @@ struct Backward {
         store(room.of_sum + i, of_sum);
       }
     }
-    if (s.beta) {  // a dependent write has the factor -beta
+    if (s.beta) {  // dz is the gradient of beta times what is written; a dependent write has the factor -beta
       const float sign = F::TIED ? -1.0f : 1.0f;
-      const Buffer& scaled = F::TIED ? dz : dy;
-      const int64_t width = F::TIED ? m : n;
-      dots<false>(count, width, F::TIED ? forth.z[0] : tokens.k, scaled, nullptr, room.numbers);
+      dots<false>(count, m, forth.z[WRITE], dz, nullptr, room.numbers);
       for (int64_t t = 0; t < count; ++t) {
         room.numbers[t] *= sign;
-        for (int64_t j = 0; j < width; j += W) store(scaled[t] + j, load(scaled[t] + j) * (sign * tokens.gamma[t]));
+        for (int64_t j = 0; j < m; j += W) store(dz[t] + j, load(dz[t] + j) * (sign * tokens.gamma[t]));
       }
       give(s.dbeta, 1, 1, room.numbers);
+    }
+    if (s.skip) {
+      dots<false>(count, m, tokens.v, room.out, nullptr, room.numbers);
+      for (int64_t t = 0; t < count; ++t) {
+        skip += room.numbers[t];
+        for (int64_t j = 0; j < m; j += W) store(dz[t] + j, load(dz[t] + j) + forth.skip * load(room.out[t] + j));
+      }
     }
     if (s.gates == 1) {
       dots<false>(count, n, room.dgate, nullptr, nullptr, room.numbers);
