@@ -5,18 +5,19 @@
 
 constexpr int CONV_T = 64;
 
-// f(t, c, sum) for every vector of every token, with sum = bias + sum over j of weight[j] * x[t + j]; the rows of x begin
+// f(t, c, sum) for every pack of vectors of every token, with sum = bias + sum over j of weight[j] * x[t + j]; the rows of x begin
 // `taps` - 1 before the first token.
 template <class F>
 LINESCAN_INLINE void convolve(int64_t count, int64_t stride, int64_t taps, float* const* x,
                               const float* __restrict weight, const float* __restrict bias, F f) {
   for (int64_t t = 0; t < count; ++t) {
-    for (int64_t c = 0; c < stride; c += W) {
-      fetch_ahead(x, t, count + taps - 1, c);
-      V sum = load(bias + c);
-      for (int64_t j = 0; j < taps; ++j) sum += load(x[t + j] + c) * load(weight + j * stride + c);
+    packs(stride, [&](auto zero, int64_t c) LINESCAN_STAGE {
+      using T = decltype(zero);
+      fetch_ahead(x, t, count + taps - 1, c, sizeof(T));
+      T sum = load<T>(bias + c);
+      for (int64_t j = 0; j < taps; ++j) sum = sum + load<T>(x[t + j] + c) * load<T>(weight + j * stride + c);
       f(t, c, sum);
-    }
+    });
   }
 }
 
@@ -61,11 +62,11 @@ static void conv_forward(const Conv& s, int64_t begin, int64_t end) {
         in_order(before, stride, past, x);
         read_rows(s.x, b, k, 0, channel, reads, count, width, stride, of_x, x + past);
         const bool left = write_rows(target, b, k, channel, writes, count, width, stride, of_y, y);
-        const auto silu = [&](int64_t t, int64_t c, V v) {
-          fetch_ahead(y, t, count, c);
+        const auto silu = [&](int64_t t, int64_t c, auto v) {
+          fetch_ahead(y, t, count, c, sizeof v);
           store(y[t] + c, v * sigmoid(v));
         };
-        const auto plain = [&](int64_t t, int64_t c, V v) { store(y[t] + c, v); };
+        const auto plain = [&](int64_t t, int64_t c, auto v) { store(y[t] + c, v); };
         if (!s.silu) convolve(count, stride, s.W, x, weight, bias, plain);
         else if (s.W == 4) convolve(count, stride, 4, x, weight, bias, silu);
         else convolve(count, stride, s.W, x, weight, bias, silu);
@@ -122,10 +123,10 @@ static void conv_backward(const Conv& s, int64_t begin, int64_t end) {
         gather(s.x, b, k, 0, channel, reads, count, width, stride, x + past * stride);
         gather(s.dy, b, k, 0, channel, writes, count, width, stride, grad);
         if (s.silu) {
-          convolve(count, stride, s.W, rows.data(), weight, bias, [&](int64_t t, int64_t c, V v) {
+          convolve(count, stride, s.W, rows.data(), weight, bias, [&](int64_t t, int64_t c, auto v) {
             float* row = grad + t * stride + c;
-            const V open = sigmoid(v);
-            store(row, load(row) * open * (1.0f + v * (1.0f - open)));
+            const auto open = sigmoid(v);
+            store(row, load<decltype(v)>(row) * open * (1.0f + v * (1.0f - open)));
           });
         }
         for (int64_t c = 0; c < stride; c += W) {

@@ -123,13 +123,14 @@ __attribute__((noinline)) static void step_sizes(int64_t count, int64_t stride, 
                                                  float* const* delta, float* __restrict step,
                                                  float* __restrict slope) {
   for (int64_t t = 0; t < count; ++t) {
-    for (int64_t c = 0; c < stride; c += W) {
-      fetch_ahead(delta, t, count, c);
-      V size = load(delta[t] + c) + load(bias + c), derivative = splat(1.0f);
+    packs(stride, [&](auto derivative, int64_t c) LINESCAN_STAGE {
+      using T = decltype(derivative);
+      fetch_ahead(delta, t, count, c, sizeof(T));
+      T size = load<T>(delta[t] + c) + load<T>(bias + c);
       if (SOFTPLUS) size = softplus(size, SLOPE ? &derivative : nullptr);
       store(step + t * stride + c, size);
       if (SLOPE) store(slope + t * stride + c, derivative);
-    }
+    });
   }
 }
 
@@ -141,12 +142,13 @@ __attribute__((noinline)) static void project_steps(int64_t count, int64_t strid
                                                     const float* __restrict weight, float* __restrict step) {
   for (int64_t c = 0; c < stride; c += W) {
     for (int64_t t = 0; t < count; t += 4) {
-      V sums[4] = {load(bias + c), load(bias + c), load(bias + c), load(bias + c)};
+      Pack<4> sums = {{load(bias + c), load(bias + c), load(bias + c), load(bias + c)}};
       for (int64_t r = 0; r < rank; ++r) {
         const V row = load(weight + c * rank + r * W);
-        for (int i = 0; i < 4; ++i) sums[i] += row * low[(t + i) * rank + r];
+        for (int i = 0; i < 4; ++i) sums.of[i] += row * low[(t + i) * rank + r];
       }
-      for (int i = 0; i < 4; ++i) store(step + (t + i) * stride + c, SOFTPLUS ? softplus(sums[i]) : sums[i]);
+      if (SOFTPLUS) sums = softplus(sums);
+      for (int i = 0; i < 4; ++i) store(step + (t + i) * stride + c, sums.of[i]);
     }
   }
 }
@@ -154,11 +156,12 @@ __attribute__((noinline)) static void project_steps(int64_t count, int64_t strid
 // y *= z sigmoid(z)
 __attribute__((noinline)) static void gate_outputs(int64_t count, int64_t stride, float* const* z, float* const* y) {
   for (int64_t t = 0; t < count; ++t) {
-    for (int64_t c = 0; c < stride; c += W) {
-      fetch_ahead(z, t, count, c);
-      const V gate = load(z[t] + c);
-      store(y[t] + c, load(y[t] + c) * gate * sigmoid(gate));
-    }
+    packs(stride, [&](auto zero, int64_t c) LINESCAN_STAGE {
+      using T = decltype(zero);
+      fetch_ahead(z, t, count, c, sizeof(T));
+      const T gate = load<T>(z[t] + c);
+      store(y[t] + c, load<T>(y[t] + c) * gate * sigmoid(gate));
+    });
   }
 }
 
@@ -166,12 +169,13 @@ __attribute__((noinline)) static void gate_outputs(int64_t count, int64_t stride
 __attribute__((noinline)) static void ungate(int64_t count, int64_t stride, float* const* y, float* const* z,
                                              float* const* out, float* __restrict dy, float* const* dz) {
   for (int64_t t = 0; t < count; ++t) {
-    for (int64_t c = 0; c < stride; c += W) {
-      fetch_ahead(z, t, count, c), fetch_ahead(out, t, count, c), fetch_ahead(dz, t, count, c);
-      const V gate = load(z[t] + c), open = sigmoid(gate), grad = load(out[t] + c);
-      store(dz[t] + c, grad * load(y[t] + c) * open * (1.0f + gate * (1.0f - open)));
+    packs(stride, [&](auto zero, int64_t c) LINESCAN_STAGE {
+      using T = decltype(zero);
+      for (float* const* rows : {z, out, dz}) fetch_ahead(rows, t, count, c, sizeof(T));
+      const T gate = load<T>(z[t] + c), open = sigmoid(gate), grad = load<T>(out[t] + c);
+      store(dz[t] + c, grad * load<T>(y[t] + c) * open * (1.0f + gate * (1.0f - open)));
       store(dy + t * stride + c, grad * gate * open);
-    }
+    });
   }
 }
 
@@ -369,8 +373,15 @@ static void scan_backward(const Scan& s, int64_t begin, int64_t end) {
         }
         const bool left_u = write_rows(to_u, b, k, channel, reads, count, width, stride, of_du, du);
         const bool left_delta = write_rows(to_delta, b, k, channel, reads, count, width, stride, of_ddelta, ddelta);
+        const auto fetch_gradients = [&](int64_t first) {  // the rows that T tokens write: stores would wait for them
+          for (int64_t t = first < 0 ? 0 : first; t < first + T; ++t)
+            for (int64_t c = 0; c < stride; c += 16) __builtin_prefetch(du[t] + c), __builtin_prefetch(ddelta[t] + c);
+          for (int64_t i = 0; first >= 0 && i < T * N; i += 16)
+            for (int64_t side = 0; side < 2; ++side) __builtin_prefetch(partial + (side * s.S + t0 + first) * N + i);
+        };
         for (int64_t t = (count - 1) / T * T; t >= 0; t -= T) {
           const int64_t few = count - t < T ? count - t : T;
+          fetch_gradients(t - AHEAD);
           for (int64_t v = 0; v < vectors; ++v) {
             tiles<REVERSE_TILE>(N, [&](auto n, int64_t first) {
               const int64_t at = (v * N + first) * W, here = first * W;

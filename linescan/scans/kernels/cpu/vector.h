@@ -6,6 +6,7 @@ typedef float V __attribute__((vector_size(W * 4)));
 typedef int32_t I __attribute__((vector_size(W * 4)));
 
 #define LINESCAN_INLINE static inline __attribute__((always_inline))
+#define LINESCAN_STAGE __attribute__((always_inline))
 
 LINESCAN_INLINE V load(const float* p) {
   V v;
@@ -52,6 +53,67 @@ LINESCAN_INLINE V at_most(V x, V high) {
 #endif
 }
 
+// -- functions of one variable, of vectors and packs --------------------------------------------------------------------
+
+// N vectors that go through a function side by side, an operation at a time. The functions below are chains of two dozen
+// dependent instructions, and a processor looks ahead over two or three such chains only.
+template <int N>
+struct Pack {
+  V of[N];
+};
+constexpr int PACK = W == 16 ? 4 : 2;  // for 32 vector registers, or 16
+
+template <class F, int... I>
+LINESCAN_INLINE Pack<sizeof...(I)> pack_of(const F& f, std::integer_sequence<int, I...>) { return {{f(I)...}}; }
+template <int N, class F>
+LINESCAN_INLINE Pack<N> pack(const F& f) { return pack_of(f, std::make_integer_sequence<int, N>()); }
+LINESCAN_INLINE V one_of(V x, int) { return x; }
+template <int N>
+LINESCAN_INLINE V one_of(const Pack<N>& x, int i) { return x.of[i]; }
+
+#define LINESCAN_PACK_OPERATOR(OPERATOR)                                                            \
+  template <int N>                                                                                  \
+  LINESCAN_INLINE Pack<N> operator OPERATOR(const Pack<N>& a, const Pack<N>& b) {                   \
+    return pack<N>([&](int i) LINESCAN_STAGE { return a.of[i] OPERATOR b.of[i]; });                 \
+  }                                                                                                 \
+  template <int N>                                                                                  \
+  LINESCAN_INLINE Pack<N> operator OPERATOR(const Pack<N>& a, float b) {                            \
+    return pack<N>([&](int i) LINESCAN_STAGE { return a.of[i] OPERATOR b; });                       \
+  }                                                                                                 \
+  template <int N>                                                                                  \
+  LINESCAN_INLINE Pack<N> operator OPERATOR(float a, const Pack<N>& b) {                            \
+    return pack<N>([&](int i) LINESCAN_STAGE { return a OPERATOR b.of[i]; });                       \
+  }
+LINESCAN_PACK_OPERATOR(+)
+LINESCAN_PACK_OPERATOR(-)
+LINESCAN_PACK_OPERATOR(*)
+
+// Lets a function of vectors have a pack as its first argument.
+#define LINESCAN_PACK_FUNCTION(NAME)                                                                \
+  template <int N, class... More>                                                                   \
+  LINESCAN_INLINE Pack<N> NAME(const Pack<N>& x, const More&... more) {                             \
+    return pack<N>([&](int i) LINESCAN_STAGE { return NAME(x.of[i], one_of(more, i)...); });        \
+  }
+LINESCAN_PACK_FUNCTION(at_least)
+LINESCAN_PACK_FUNCTION(at_most)
+
+template <class T>
+LINESCAN_INLINE T load(const float* p) {
+  return pack<sizeof(T) / sizeof(V)>([&](int i) LINESCAN_STAGE { return load(p + i * W); });
+}
+template <int N>
+LINESCAN_INLINE void store(float* p, const Pack<N>& x) {
+  for (int i = 0; i < N; ++i) store(p + i * W, x.of[i]);
+}
+
+// Calls f(zero, channel), `zero` being of a pack's type, until all of `stride` channels are covered.
+template <class F>
+LINESCAN_INLINE void packs(int64_t stride, const F& f) {
+  int64_t c = 0;
+  for (; c + PACK * W <= stride; c += PACK * W) f(Pack<PACK>{}, c);
+  for (; c < stride; c += W) f(Pack<1>{}, c);
+}
+
 // Powers of two. `sum` is x + MAGIC: the addition rounds x to a multiple n of 1 / STEPS and leaves n in the low bits.
 // The rest r is small enough for a polynomial (the relative minimax fit with constant term 1), the power of n is an
 // exponent and, with 16 lanes, one of 16 numbers in a register. At most 1 unit in the last place off.
@@ -60,70 +122,94 @@ constexpr float LOG2E = 0x1.715476p0f, LN2 = 0x1.62e430p-1f;
 #if LINESCAN_WIDTH == 16
 constexpr float MAGIC = 0x1.8p19f, LOWEST = -150.0f, HIGHEST = 130.0f;
 
-LINESCAN_INLINE V power_of_two(V sum, V r) {
+LINESCAN_INLINE V root_of_two(V sum) {  // to the power of the sixteenths of n
   const V sixteenths = {0x1.000000p+0f, 0x1.0b5586p+0f, 0x1.172b84p+0f, 0x1.2387a6p+0f,
                         0x1.306fe0p+0f, 0x1.3dea64p+0f, 0x1.4bfdaep+0f, 0x1.5ab07ep+0f,
                         0x1.6a09e6p+0f, 0x1.7a1148p+0f, 0x1.8ace54p+0f, 0x1.9c4918p+0f,
                         0x1.ae89fap+0f, 0x1.c199bep+0f, 0x1.d5818ep+0f, 0x1.ea4afap+0f};
-  const V power = _mm512_permutexvar_ps((__m512i)sum, sixteenths);
-  V p = r * 0x1.c6ac6ap-5f + 0x1.ebfff4p-3f;
+  return _mm512_permutexvar_ps((__m512i)sum, sixteenths);
+}
+LINESCAN_INLINE V scaled(V p, V n) { return _mm512_scalef_ps(p, n); }
+LINESCAN_PACK_FUNCTION(root_of_two)
+LINESCAN_PACK_FUNCTION(scaled)
+
+template <class T>
+LINESCAN_INLINE T power_of_two(T sum, T r) {
+  const T power = root_of_two(sum);
+  T p = r * 0x1.c6ac6ap-5f + 0x1.ebfff4p-3f;
   p = p * r + 0x1.62e430p-1f;
-  return _mm512_scalef_ps(p * (r * power) + power, sum - MAGIC);
+  return scaled(p * (r * power) + power, sum - MAGIC);
 }
 #else
 constexpr float MAGIC = 0x1.8p23f, LOWEST = -126.0f, HIGHEST = 0x1.fffffep6f;
 
-LINESCAN_INLINE V power_of_two(V sum, V r) {
-  V p = r * 0x1.41fbbcp-13f + 0x1.5f3e54p-10f;
+LINESCAN_INLINE V scaled(V p, V sum) { return (V)((I)p + ((I)sum << 23)); }
+LINESCAN_PACK_FUNCTION(scaled)
+
+template <class T>
+LINESCAN_INLINE T power_of_two(T sum, T r) {
+  T p = r * 0x1.41fbbcp-13f + 0x1.5f3e54p-10f;
   p = p * r + 0x1.3b2d4cp-7f;
   p = p * r + 0x1.c6aee8p-5f;
   p = p * r + 0x1.ebfbdcp-3f;
   p = p * r + 0x1.62e430p-1f;
   p = p * r + 1.0f;
-  return (V)((I)p + ((I)sum << 23));
+  return scaled(p, sum);
 }
 #endif
 
 // n log(2) is subtracted in two parts; the first has so few bits that its product with n is exact.
-LINESCAN_INLINE V exp(V x) {
+template <class T>
+LINESCAN_INLINE T exp(T x) {
   x = at_most(at_least(x, splat(LOWEST * LN2)), splat(HIGHEST * LN2));
-  const V sum = x * LOG2E + MAGIC, n = sum - MAGIC;
-  const V r = x - n * 0x1.62e4p-1f - n * 0x1.7f7d1cp-20f;
+  const T sum = x * LOG2E + MAGIC, n = sum - MAGIC;
+  const T r = x - n * 0x1.62e4p-1f - n * 0x1.7f7d1cp-20f;
   return power_of_two(sum, r * LOG2E);
 }
 
 LINESCAN_INLINE V absolute(V x) { return (V)((I)x & 0x7fffffff); }
+LINESCAN_INLINE V minus_absolute(V x) { return (V)((I)x | INT32_MIN); }
+LINESCAN_INLINE V if_negative(V x, V then, V otherwise) { return x < 0.0f ? then : otherwise; }
+LINESCAN_PACK_FUNCTION(minus_absolute)
+LINESCAN_PACK_FUNCTION(if_negative)
 
 // x / y for a y of ordinary size. A division keeps AVX-512's units busy for as long as a dozen products: here an estimate
 // of 14 bits is made exact by the remainders of 1 / y and of the quotient.
-LINESCAN_INLINE V quotient(V x, V y) {
 #if LINESCAN_WIDTH == 16
-  V inverse = _mm512_rcp14_ps(y);
-  inverse += inverse * (1.0f - y * inverse);
-  const V q = x * inverse;
-  return q + inverse * (x - y * q);
-#else
-  return x / y;
-#endif
-}
+LINESCAN_INLINE V inverse_estimate(V x) { return _mm512_rcp14_ps(x); }
+LINESCAN_PACK_FUNCTION(inverse_estimate)
 
-LINESCAN_INLINE V sigmoid(V x) {
-  const V e = exp(-absolute(x));
-  return quotient(x < 0.0f ? e : splat(1.0f), e + 1.0f);
+template <class T>
+LINESCAN_INLINE T quotient(T x, T y) {
+  T inverse = inverse_estimate(y);
+  inverse = inverse + inverse * (1.0f - y * inverse);
+  const T q = x * inverse;
+  return q + inverse * (x - y * q);
+}
+#else
+LINESCAN_INLINE V quotient(V x, V y) { return x / y; }
+LINESCAN_PACK_FUNCTION(quotient)
+#endif
+
+template <class T>
+LINESCAN_INLINE T sigmoid(T x) {
+  const T e = exp(minus_absolute(x));
+  return quotient(if_negative(x, e, splat(1.0f)), e + 1.0f);
 }
 
 // log(1 + e^x) = max(x, 0) + log1p(e) with e = e^-|x|, and log1p(e) = 2 atanh(s) with s = e / (2 + e) in (0, 1/3].
 // Also hands out the derivative, the sigmoid of x, which costs one division more where it is used.
-LINESCAN_INLINE V softplus(V x, V* slope = nullptr) {
-  const V e = exp(-absolute(x));
-  const V s = quotient(e, e + 2.0f);
-  const V z = s * s;
-  V p = z * 0.24289558827877045f + 0.21430739760398865f;
+template <class T>
+LINESCAN_INLINE T softplus(T x, T* slope = nullptr) {
+  const T e = exp(minus_absolute(x));
+  const T s = quotient(e, e + 2.0f);
+  const T z = s * s;
+  T p = z * 0.24289558827877045f + 0.21430739760398865f;
   p = p * z + 0.2861659824848175f;
   p = p * z + 0.39998888969421387f;
   p = p * z + 0.6666667461395264f;
   p = p * z + 2.0f;
-  if (slope) *slope = quotient(x < 0.0f ? e : splat(1.0f), e + 1.0f);
+  if (slope) *slope = quotient(if_negative(x, e, splat(1.0f)), e + 1.0f);
   return at_least(x, V{}) + p * s;
 }
 
@@ -143,7 +229,6 @@ LINESCAN_INLINE void staggered(const F&... stages) {
   stages_of_slot<COUNT, SLOT, 0>(stages...);
   if constexpr (SLOT + 2 < COUNT + int(sizeof...(F))) staggered<COUNT, SLOT + 1>(stages...);
 }
-#define LINESCAN_STAGE __attribute__((always_inline))
 
 // For the functions that use it: keeps GCC from an order of its own.
 #if defined(__GNUC__) && !defined(__clang__)
@@ -351,8 +436,9 @@ LINESCAN_INLINE void narrow(float x, Float16& y) { y.bits = to_float16(x); }
 
 // Rows that are on their way from memory. A vector of a row is too little for a processor to see where the next one lies.
 constexpr int AHEAD = 16;
-LINESCAN_INLINE void fetch_ahead(float* const* rows, int64_t t, int64_t count, int64_t channel) {
-  __builtin_prefetch(rows[t + AHEAD < count ? t + AHEAD : count - 1] + channel);
+LINESCAN_INLINE void fetch_ahead(float* const* rows, int64_t t, int64_t count, int64_t channel, int bytes = 4 * W) {
+  const float* row = rows[t + AHEAD < count ? t + AHEAD : count - 1] + channel;
+  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(row + i / 4);
 }
 
 template <class T>
