@@ -1343,9 +1343,9 @@ def shares(by_operator: dict[str, float]) -> dict[str, float]:
     for name, share in by_operator.items():
         if any(word in name for word in ("scaled_dot_product", "flash_attention", "neighborhood_attention")):
             kind = "attention"
-        elif "mean_of_norms" in name or "weighted_sum" in name:
+        elif "channel_gates" in name or "weighted_sum" in name:
             kind = "merging routes"
-        elif any(f"linescan_cpu::{word}" in name for word in ("shift_blend", "norm", "gate")):
+        elif any(f"linescan_cpu::{word}" in name for word in ("shift_blend", "norm", "rotate", "gate")):
             kind = "blends, norms and gates"
         elif "linescan" in name:
             kind = "scans"

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..scans.recurrence import is_plain
+from ..scans.kernels import cpu
+from ..scans.recurrence import is_plain, wants_gradient
 from .tracing import opaque
 
 __all__ = [
@@ -84,11 +85,16 @@ def axial_rope(rows: Tensor, columns: Tensor, freqs: Tensor) -> tuple[Tensor, Te
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns each pair of neighbouring channels (a, b) by its angle: (a cos - b sin, b cos + a sin).
 
-    Both channels of a pair have the same angle in the tables. On a CPU one pass over a + bi does it, where there is no
-    graph to be made.
+    Both channels of a pair have the same angle in the tables. On a CPU a kernel does it or, where there is a gradient,
+    one pass over a + bi, where there is no graph to be made.
     """
+    plain = is_plain((x, cos, sin))
+    if plain and not wants_gradient((x, cos, sin)):
+        turned = cpu.rotate(x, cos, sin)
+        if turned is not None:
+            return turned
     pairs = x.unflatten(-1, (-1, 2))
-    if is_plain((x, cos, sin)) and x.is_cpu and x.dtype == cos.dtype == sin.dtype == torch.float32:
+    if plain and x.is_cpu and x.dtype == cos.dtype == sin.dtype == torch.float32:
         if pairs.stride(-1) != 1 or any(n % 2 for n in (*pairs.stride()[:-1], pairs.storage_offset())):
             pairs = pairs.contiguous()
         turn = torch.complex(cos[..., ::2], sin[..., ::2])

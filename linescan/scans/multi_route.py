@@ -29,14 +29,6 @@ def _is_free(*tensors: Tensor) -> bool:
     return not torch.is_grad_enabled() and is_plain(tensors)
 
 
-def _mean_of_norms(norm: nn.Module, y: Tensor) -> Tensor:
-    """norm(y).mean(2) of a LayerNorm: (B, K, L, D) -> (B, K, D)."""
-    means = None
-    if _is_free(y) and type(norm) is nn.LayerNorm and not is_observed(norm):
-        means = cpu.mean_of_norms(y, norm.weight, norm.bias, norm.eps)
-    return norm(y).mean(2) if means is None else means
-
-
 def _weighted_sum(y: Tensor, weight: Tensor) -> Tensor:
     """(B, K, L, D) times weights (B or 1, K, D), summed over routes: (B, L, D)."""
     out = cpu.weighted_sum(y, weight) if _is_free(y, weight) else None
@@ -113,6 +105,8 @@ class ChannelAttention(nn.Module):
         reduction: D over the width between W1 and W2.
     """
 
+    types = nn.LayerNorm, nn.Linear, nn.GELU, nn.Linear  # whose products one kernel makes
+
     def __init__(self, dim: int, n_routes: int = 1, reduction: int = 8):
         super().__init__()
         self.out_dim = dim
@@ -122,9 +116,17 @@ class ChannelAttention(nn.Module):
         self.channel_select = nn.Linear(dim // reduction, dim)
 
     def forward(self, y: Tensor) -> Tensor:
-        means = _mean_of_norms(self.norm, y)
-        weight = self.channel_select(self.act(self.global_reduce(means))).sigmoid()
-        return _weighted_sum(y, weight)
+        return _weighted_sum(y, self.gates(y))
+
+    def gates(self, y: Tensor) -> Tensor:
+        """The factors a (B, K, D)."""
+        layers = self.norm, self.global_reduce, self.act, self.channel_select
+        if _is_free(y) and tuple(map(type, layers)) == self.types and not any(map(is_observed, layers)):
+            gates = cpu.channel_gates(y, *layers[:2], layers[3])
+            if gates is not None:
+                return gates
+        means = self.norm(y).mean(2)
+        return self.channel_select(self.act(self.global_reduce(means))).sigmoid()
 
 
 class PathActivation(nn.Module):
@@ -284,14 +286,15 @@ class MultiRoute(nn.Module):
             options |= {"initial_state": initial_state, "return_final_state": True}
         elif initial_state is not None:
             raise ValueError(f"{self.recurrence.__name__} reads all tokens at once: it has no state to start from")
-        added = type(self.merge) in (Sum, Mean)  # the recurrence adds up by itself
+        merge = self.merge
+        added = type(merge) in (Sum, Mean)  # the recurrence adds up by itself
         result = self.recurrence(*inputs, route=route, merge="sum" if added else None, **options)
         y, state = result if self.has_state else (result, None)
         if keep is not None:
             y = y.narrow(1 if added else 2, 0, keep)
         if self.join_heads:
             y = y.flatten(-2)
-        y = self.merge.of_sum(y) if added else self.merge_routes(y, grid)
+        y = merge.of_sum(y) if added else self.merge_routes(y, grid)
         return (y, state) if return_final_state else y
 
     def extra_repr(self) -> str:

@@ -108,13 +108,17 @@ def test_what_is_observed_replaced_or_half_is_called():
 
 
 def test_rotations_in_one_pass():
-    cos, sin = (table.unsqueeze(2) for table in axial_rope(torch.arange(3.0), torch.arange(4.0), torch.rand(2)))
-    x = torch.randn(2, 3, 4, 51)[..., 1:49].unflatten(-1, (6, 8)).requires_grad_()  # pairs that begin at odd places
+    cos, sin = (table.unsqueeze(2) for table in axial_rope(torch.arange(3.0), torch.arange(4.0), torch.rand(4)))
+    x = torch.randn(2, 3, 4, 51)[..., 1:49].unflatten(-1, (3, 16)).requires_grad_()  # pairs that begin at odd places
     a, b = x[..., ::2], x[..., 1::2]
     c, s = cos[..., ::2], sin[..., ::2]
     want = torch.stack((a * c - b * s, b * c + a * s), -1).flatten(-2)
     in_torch = torch.func.vmap(lambda x: rotate_pairs(x, cos, sin))(x)
-    for got in (rotate_pairs(x, cos, sin), in_torch, rotate_pairs(x.double(), cos, sin)):
+    with torch.no_grad():
+        by_kernel = rotate_pairs(x, cos, sin)
+        assert torch.allclose(rotate_pairs(x[..., 1, :], cos[:, :, 0], sin[:, :, 0]), want[..., 1, :], atol=1e-6)
+        assert torch.allclose(rotate_pairs(x, cos[:, :1], sin[:, :1])[:, :, 0], want[:, :, 0], atol=1e-6)
+    for got in (rotate_pairs(x, cos, sin), by_kernel, in_torch, rotate_pairs(x.double(), cos, sin)):
         assert torch.allclose(got.float(), want, atol=1e-6)
     upstream = torch.randn_like(want)
     gradients = [torch.autograd.grad(y, x, upstream)[0] for y in (rotate_pairs(x, cos, sin), want)]

@@ -64,7 +64,7 @@ def _load() -> str | None:
     if not hasattr(operators, "selective_scan"):
         return f"made for torch >= 2.10, this is {torch.__version__}"
     arguments = argument_names(operators.selective_scan.default)
-    newest = "weighted_sum"
+    newest = "channel_gates"
     if arguments[: len(_selective_scan.parameters)] != _selective_scan.parameters or not hasattr(operators, newest):
         return "compiled from other sources than these; run `pip install` of linescan again"
     if setting:
@@ -426,12 +426,17 @@ def _merges(*tensors) -> bool:
     return all(x.dtype is torch.float32 for x in tensors) and tensors[0].shape[-1] % 16 == 0 and _supports(*tensors)
 
 
-def mean_of_norms(y, weight, bias, eps: float) -> Tensor | None:
-    """Means over the tokens of LayerNorm(y), (B, K, L, D) -> (B, K, D); no gradients; None where no kernel serves."""
-    if not _merges(y, weight, bias):
+def channel_gates(y, norm, reduce, expand) -> Tensor | None:
+    """The gates of `ChannelAttention`, whose layers are given, of outputs y (B, K, L, D): (B, K, D).
+
+    No gradients; None where no kernel serves.
+    """
+    layers = [x for layer in (norm, reduce, expand) for x in (layer.weight, layer.bias)]
+    if not _merges(y, *layers):
         return None
     out = y.new_empty(*y.shape[:2], y.shape[3])
-    torch.ops.linescan_cpu.mean_of_norms.default(_rows(y), _parameter(weight), _parameter(bias), eps, out)
+    of_norm, others = map(_parameter, layers[:2]), map(_parameter, layers[2:])
+    torch.ops.linescan_cpu.channel_gates.default(_rows(y), *of_norm, norm.eps, *others, out)
     return out
 
 
@@ -491,6 +496,20 @@ def norm(x, weight, bias, eps: float, heads: int = 1, gate=None) -> Tensor | Non
     out = x.new_empty(x.shape)
     inputs = (t if t is None else t.contiguous() for t in (x, weight, bias, gate))
     torch.ops.linescan_cpu.norm.default(*inputs, x.shape[-1] // heads, eps, out)
+    return out
+
+
+def rotate(x, cos, sin) -> Tensor | None:
+    """`linescan.layers.pos_embed.rotate_pairs`, likewise."""
+    channels, heads = x.shape[-1], int(cos.ndim > 2 and cos.shape[-2] == 1)  # which then share the tables
+    places = cos.shape[: cos.ndim - 1 - heads]
+    fit = x.shape[x.ndim - 1 - heads - len(places) : x.ndim - 1 - heads] == places
+    if not fit or channels % 16 or not _passes("rotate", x, cos, sin):
+        return None
+    rows = _rows((x.flatten(-2) if heads else x).flatten(0, -2))
+    tables = [table.reshape(-1, channels) for table in (cos, sin)]
+    out = x.new_empty(x.shape)
+    torch.ops.linescan_cpu.rotate.default(rows, *tables, out)
     return out
 
 

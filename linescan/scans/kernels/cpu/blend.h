@@ -1,4 +1,4 @@
-// What tokens go through between products and recurrences: blends with neighbours and norms, for one instruction set.
+// What tokens go through between products and recurrences: blends with neighbours, norms and rotations, for one set.
 // Included inside its namespace, after merge.h; hence no include guard.
 
 // Channels [begin, end) of a token, blended with those of a neighbour, once for every mix.
@@ -73,4 +73,21 @@ static void norm(const Norm& s, int64_t begin, int64_t end) {
   else if (s.bias) norm_rows<true, false>(s, begin, end);
   else if (s.gate) norm_rows<false, true>(s, begin, end);
   else norm_rows<false, false>(s, begin, end);
+}
+
+// (a, b) -> (a cos - b sin, b cos + a sin). A unit is a row.
+template <int... LANE>
+LINESCAN_INLINE V turned(V x, V cos, V sin, std::integer_sequence<int, LANE...>) {
+  return x * cos + shuffle<(LANE ^ 1)...>(x, x) * (sin * V{(LANE % 2 ? 1.0f : -1.0f)...});
+}
+static void rotate(const Rotation& s, int64_t begin, int64_t end) {
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t at = unit % s.L * s.channels;
+    for (int64_t head = 0; head < s.C; head += s.channels)
+      for (int64_t c = 0; c < s.channels; c += W) {
+        const V cos = load(s.cos + at + c), sin = load(s.sin + at + c);
+        store(s.out + unit * s.C + head + c,
+              turned(load(s.x + unit * s.pitch + head + c), cos, sin, std::make_integer_sequence<int, W>()));
+      }
+  }
 }

@@ -75,8 +75,8 @@ const Kernels LINESCAN_JOIN(LINESCAN_ISA, _kernels) = {
     LINESCAN_STRING(LINESCAN_ISA), LINESCAN_ISA::scan_forward,  LINESCAN_ISA::scan_backward,
     LINESCAN_ISA::conv_forward,    LINESCAN_ISA::conv_backward, LINESCAN_ISA::matrix_forward,
     LINESCAN_ISA::matrix_backward, LINESCAN_ISA::vector_forward, LINESCAN_ISA::vector_backward,
-    LINESCAN_ISA::neighborhood_forward, LINESCAN_ISA::mean_of_norms, LINESCAN_ISA::weighted_sum,
-    LINESCAN_ISA::shift_blend, LINESCAN_ISA::norm, LINESCAN_ISA::gates, LINESCAN_ISA::unary,
+    LINESCAN_ISA::neighborhood_forward, LINESCAN_ISA::channel_gates, LINESCAN_ISA::weighted_sum,
+    LINESCAN_ISA::shift_blend, LINESCAN_ISA::norm, LINESCAN_ISA::rotate, LINESCAN_ISA::gates, LINESCAN_ISA::unary,
     LINESCAN_ISA::multiply_add, LINESCAN_ISA::move_rows,
 };
 

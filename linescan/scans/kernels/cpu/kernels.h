@@ -191,6 +191,8 @@ struct Merge {
   View y;
   const float *weight, *bias = nullptr;
   float eps = 0.0f, *out;
+  int64_t hidden = 0;  // numbers between two products: (hidden, D), then (D, hidden)
+  const float *reduce = nullptr, *reduce_bias = nullptr, *expand = nullptr, *expand_bias = nullptr;
 };
 
 // Tokens x (B, L, C), those of a grid first, blended with their neighbours in K ways: out (K, B, L, C). See blend.h.
@@ -209,6 +211,14 @@ struct Norm {
   int64_t rows, C, channels;
   float eps;
   const float *x, *weight, *bias, *gate;
+  float* out;
+};
+
+// Rows x (rows, C), `pitch` apart, whose pairs of neighbouring channels are turned by tables (L, channels) that all samples
+// and heads share. See blend.h.
+struct Rotation {
+  int64_t rows, L, C, channels, pitch;
+  const float *x, *cos, *sin;
   float* out;
 };
 
@@ -242,10 +252,11 @@ struct Kernels {
   void (*vector_forward)(const Vectors&, int64_t begin, int64_t end);
   void (*vector_backward)(const Vectors&, int64_t begin, int64_t end);
   void (*neighborhood_forward)(const Neighborhood&, int64_t begin, int64_t end);
-  void (*mean_of_norms)(const Merge&, int64_t begin, int64_t end);
+  void (*channel_gates)(const Merge&, int64_t begin, int64_t end);
   void (*weighted_sum)(const Merge&, int64_t begin, int64_t end);
   void (*shift_blend)(const Blend&, int64_t begin, int64_t end);
   void (*norm)(const Norm&, int64_t begin, int64_t end);
+  void (*rotate)(const Rotation&, int64_t begin, int64_t end);
   void (*gates)(const Gates&, bool back, int64_t begin, int64_t end);
   void (*unary)(Unary, const float* x, float* y, int64_t n);
   float (*multiply_add)(int64_t rounds);

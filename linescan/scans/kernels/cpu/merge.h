@@ -25,32 +25,56 @@ LINESCAN_INLINE float over_row(int64_t D, F f) {
   return total((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-// Means over the tokens of normalised rows. A unit is a route of a sample. Sums of a few tokens are added up, that none of
-// the many is lost in a large sum.
-static void mean_of_norms(const Merge& s, int64_t begin, int64_t end) {
-  constexpr int T = 64;
+// The mean over the tokens of normalised rows of a route of a sample. Sums of a few tokens are added up, that none of the
+// many is lost in a large sum.
+static void mean_of_norms(const Merge& s, const float* y, float* out) {
+  constexpr int T = 16;
   const int64_t D = s.D;
-  Arena arena(2 * Arena::rounded(D));
-  float *few = arena.take(D), *all = arena.take(D);
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const float* y = reinterpret_cast<const float*>(s.y.at(unit / s.K, unit % s.K, 0, 0));
-    zero(all, D);
-    for (int64_t t0 = 0; t0 < s.L; t0 += T) {
-      zero(few, D);
-      for (int64_t t = t0; t < s.L && t < t0 + T; ++t) {
-        const float* row = y + t * s.y.token;
-        const float mean = over_row(D, [&](int64_t c) LINESCAN_STAGE { return load(row + c); }) / D;
-        const float square = over_row(D, [&](int64_t c) LINESCAN_STAGE {
-          const V centred = load(row + c) - mean;
-          return centred * centred;
-        });
-        const float scale = 1.0f / std::sqrt(square / D + s.eps);
-        for (int64_t c = 0; c < D; c += W) store(few + c, load(few + c) + (load(row + c) - mean) * scale);
-      }
-      for (int64_t c = 0; c < D; c += W) store(all + c, load(all + c) + load(few + c));
+  float mean[T], scale[T];
+  zero(out, D);
+  for (int64_t t0 = 0; t0 < s.L; t0 += T) {
+    const int64_t count = s.L - t0 < T ? s.L - t0 : T;
+    const float* rows = y + t0 * s.y.token;
+    for (int64_t t = 0; t < count; ++t) {
+      const float *row = rows + t * s.y.token, middle = over_row(D, [&](int64_t c) LINESCAN_STAGE { return load(row + c); }) / D;
+      const float square = over_row(D, [&](int64_t c) LINESCAN_STAGE {
+        const V centred = load(row + c) - middle;
+        return centred * centred;
+      });
+      mean[t] = middle, scale[t] = 1.0f / std::sqrt(square / D + s.eps);
     }
-    for (int64_t c = 0; c < D; c += W)
-      store(s.out + unit * D + c, load(all + c) * (1.0f / s.L) * load(s.weight + c) + load(s.bias + c));
+    for (int64_t c = 0; c < D; c += W) {
+      V sum = {};
+      for (int64_t t = 0; t < count; ++t) sum += (load(rows + t * s.y.token + c) - mean[t]) * scale[t];
+      store(out + c, load(out + c) + sum);
+    }
+  }
+  for (int64_t c = 0; c < D; c += W) store(out + c, load(out + c) * (1.0f / s.L) * load(s.weight + c) + load(s.bias + c));
+}
+
+// out = sigmoid(expand gelu(reduce means + bias) + bias), a number for each channel. A unit is a route of a sample.
+static void channel_gates(const Merge& s, int64_t begin, int64_t end) {
+  const int64_t D = s.D, N = s.hidden, whole = N / W * W;
+  Arena arena(Arena::rounded(D) + Arena::rounded(N) + Arena::rounded(W * W));
+  float *means = arena.take(D), *hidden = arena.take(N), *apart = arena.take(W * W);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    mean_of_norms(s, reinterpret_cast<const float*>(s.y.at(unit / s.K, unit % s.K, 0, 0)), means);
+    for (int64_t j = 0; j < N; ++j) {
+      const float* row = s.reduce + j * D;
+      const float x = over_row(D, [&](int64_t c) LINESCAN_STAGE { return load(means + c) * load(row + c); }) + s.reduce_bias[j];
+      hidden[j] = 0.5f * x * (1.0f + std::erf(x * 0.70710678f));
+    }
+    for (int64_t c = 0; c < D; c += W) {
+      float rest[W] = {};
+      for (int i = 0; i < W; ++i) {
+        const float* row = s.expand + (c + i) * N;
+        V sum = {};
+        for (int64_t j = 0; j < whole; j += W) sum += load(row + j) * load(hidden + j);
+        store(apart + i * W, sum);
+        for (int64_t j = whole; j < N; ++j) rest[i] += row[j] * hidden[j];
+      }
+      store(s.out + unit * D + c, sigmoid(lane_sums<W>(apart) + load(rest) + load(s.expand_bias + c)));
+    }
   }
 }
 

@@ -320,16 +320,20 @@ Merge merge_of(const Tensor& y, const Tensor& weight, const Tensor& out) {
   return s;
 }
 
-// linescan_cpu::mean_of_norms(Tensor y, Tensor weight, Tensor bias, float eps, Tensor(a!) out) -> ()
-void mean_of_norms(Value* stack, uint64_t, uint64_t) {
+// linescan_cpu::channel_gates(Tensor y, Tensor weight, Tensor bias, float eps, Tensor reduce, Tensor reduce_bias,
+//  Tensor expand, Tensor expand_bias, Tensor(a!) out) -> ()
+void channel_gates(Value* stack, uint64_t, uint64_t) {
   Arguments in(stack);
   const Tensor y = in.tensor(), weight = in.tensor(), bias = in.tensor();
   const float eps = float(in.number());
+  const Tensor reduce = in.tensor(), reduce_bias = in.tensor(), expand = in.tensor(), expand_bias = in.tensor();
   const Tensor out = in.tensor();
   Merge s = merge_of(y, weight, out);
-  s.bias = bias.floats(), s.eps = eps;
+  s.bias = bias.floats(), s.eps = eps, s.hidden = reduce.size(0);
+  s.reduce = reduce.floats(), s.reduce_bias = reduce_bias.floats();
+  s.expand = expand.floats(), s.expand_bias = expand_bias.floats();
   parallel(s.B * s.K, grain(s.B * s.K, s.B * s.K * s.L * s.D * 4),
-           [&](int64_t begin, int64_t end) { current->mean_of_norms(s, begin, end); });
+           [&](int64_t begin, int64_t end) { current->channel_gates(s, begin, end); });
 }
 
 // linescan_cpu::weighted_sum(Tensor y, Tensor weight, Tensor(a!) out) -> ()
@@ -376,6 +380,17 @@ void norm(Value* stack, uint64_t, uint64_t) {
   s.x = x.floats(), s.weight = weight.floats(), s.bias = bias.floats(), s.gate = gate.floats(), s.out = out.floats();
   parallel(s.rows, s.rows * s.C * 4 < (int64_t(1) << 18) ? s.rows : 64,
            [&](int64_t begin, int64_t end) { current->norm(s, begin, end); });
+}
+
+// linescan_cpu::rotate(Tensor x, Tensor cos, Tensor sin, Tensor(a!) out) -> (): rows x (rows, C), tables (L, channels).
+void rotate(Value* stack, uint64_t, uint64_t) {
+  Arguments in(stack);
+  const Tensor x = in.tensor(), cos = in.tensor(), sin = in.tensor(), out = in.tensor();
+  Rotation s;
+  s.rows = x.size(0), s.C = x.size(1), s.pitch = x.stride(0), s.L = cos.size(0), s.channels = cos.size(1);
+  s.x = x.floats(), s.cos = cos.floats(), s.sin = sin.floats(), s.out = out.floats();
+  parallel(s.rows, s.rows * s.C < (int64_t(1) << 18) ? s.rows : 64,
+           [&](int64_t begin, int64_t end) { current->rotate(s, begin, end); });
 }
 
 // -- gates --------------------------------------------------------------------------------------------------------------
@@ -482,14 +497,16 @@ const stable::Definitions definitions([] {
   define("instruction_set(int lanes) -> int", "instruction_set", everywhere, instruction_set);
   define("multiply_add(int rounds) -> int", "multiply_add", everywhere, multiply_add);
   define("move_rows(Tensor(a!) x, Tensor? route, int width, bool fill) -> ()", "move_rows", "CPU", move_rows);
-  define("mean_of_norms(Tensor y, Tensor weight, Tensor bias, float eps, Tensor(a!) out) -> ()", "mean_of_norms", "CPU",
-         mean_of_norms);
+  define("channel_gates(Tensor y, Tensor weight, Tensor bias, float eps, Tensor reduce, Tensor reduce_bias, "
+         "Tensor expand, Tensor expand_bias, Tensor(a!) out) -> ()",
+         "channel_gates", "CPU", channel_gates);
   define("weighted_sum(Tensor y, Tensor weight, Tensor(a!) out) -> ()", "weighted_sum", "CPU", weighted_sum);
   define("shift_blend(Tensor x, Tensor mix, int height, int breadth, int heads, float gamma, int pixels, bool own, "
          "bool added, Tensor(a!) out) -> ()",
          "shift_blend", "CPU", shift_blend);
   define("norm(Tensor x, Tensor weight, Tensor? bias, Tensor? gate, int channels, float eps, Tensor(a!) out) -> ()", "norm",
          "CPU", norm);
+  define("rotate(Tensor x, Tensor cos, Tensor sin, Tensor(a!) out) -> ()", "rotate", "CPU", rotate);
   define("gate(" LINESCAN_GATE_INPUTS ", Tensor(a!) out, Tensor(b!)? other) -> ()", "gate", "CPU", gate);
   define("gate_backward(" LINESCAN_GATE_INPUTS
          ", Tensor grad, Tensor? grad_other, Tensor(a!) dx, Tensor(b!)? dy, Tensor(c!)? dz, Tensor(d!)? dparameter) -> ()",
