@@ -64,10 +64,11 @@ class TokenMixer(nn.Module):
         size = x.shape
         grid = tuple(size[1:-1]) if x.ndim > 3 else grid or (1, size[1])
         options = {"route": route, "initial_state": initial_state, "return_final_state": True}
-        y, state = self.mix_tokens(x.flatten(1, -2), grid, *context, **options)
+        tokens = x if x.ndim == 3 else x.flatten(1, -2)
+        y, state = self.mix_tokens(tokens, grid, *context, **options)
         if state is None and (return_final_state or initial_state is not None):
             raise InputError(f"{type(self).__name__} reads all tokens at once: it has no state")
-        y = y.reshape(*size[:-1], y.shape[-1])
+        y = y if x.ndim == 3 else y.reshape(*size[:-1], y.shape[-1])
         return (y, state) if return_final_state else y
 
 

@@ -75,7 +75,7 @@ class MambaMixer(S6Scan):
 
     def branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What in_proj gave, (B, L, 2 D) -> what is scanned and what gates it, (B, K or 1, L, D) each."""
-        return x[:, None].chunk(2, -1)
+        return x.unsqueeze(1).chunk(2, -1)
 
     def mix_tokens(
         self,
@@ -85,25 +85,27 @@ class MambaMixer(S6Scan):
         initial_state: tuple[Tensor, Tensor] | None = None,
         **options,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        length, slots = x.shape[1], 0
+        length, keep = x.shape[1], None
         before_conv, before_scan = initial_state or (None, None)
         route = self.along.table(grid, x.device) if route is None else route
         x = linear(self.in_proj, x)
         if route.shape[-1] > length:  # padding is no longer zero after the convolution, so it needs tokens of its own
             route, slots = pad_slots(route, length)
-            x = F.pad(x, (0, 0, 0, slots))
+            x, keep = F.pad(x, (0, 0, 0, slots)), length
         u, z = self.branches(x)
-        n_convs = self.convolutions
+        n_convs, weight, bias = self.convolutions, self.conv_weight, self.conv_bias
+        if weight.shape[0] != n_convs:  # one set for all of them
+            weight, bias = weight.expand(n_convs, -1, -1), bias.expand(n_convs, -1)
         u, after_conv = causal_conv1d(
             u,
-            self.conv_weight.expand(n_convs, -1, -1),
-            self.conv_bias.expand(n_convs, -1),
+            weight,
+            bias,
             activation="silu",
             route=first_routes(route, n_convs),
             initial_state=before_conv,
             **options,
         )
-        options |= {"grid": grid, "route": route, "initial_state": before_scan, "keep": length}
+        options |= {"grid": grid, "route": route, "initial_state": before_scan, "keep": keep}
         y, after_scan = self.scan(u, *self.project(u), z, **options)
         y = linear(self.out_proj, y)
         y = y * self.scale if self.scale != 1.0 else y  # here there are fewer channels

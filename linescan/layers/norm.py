@@ -6,7 +6,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..scans.kernels import cpu
-from ..scans.recurrence import is_plain, wants_gradient
+from ..scans.recurrence import is_plain, precise, wants_gradient
 from .tracing import opaque
 
 __all__ = ["RMSNorm", "RowNorm", "at_least_float32"]
@@ -36,13 +36,13 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        compute, out = torch.promote_types(x.dtype, torch.float32), None
-        x, weight = x.to(compute), self.weight.to(compute)
+        own, x, out = self.weight, precise(x), None
+        weight = own if own.dtype is x.dtype else own.to(x.dtype)
         if is_plain((x, weight)) and not wants_gradient((x, weight)):
             out = cpu.norm(x, weight, None, self.eps)
         if out is None:
             out = F.rms_norm(x, weight.shape, weight, self.eps)
-        return out.to(self.weight.dtype)
+        return out if weight is own else out.to(own.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}"

@@ -13,6 +13,7 @@ from ..errors import known
 from ..scans import selective_scan
 from ..scans.matmul import project_routes
 from ..scans.multi_route import MultiRoute
+from ..scans.recurrence import precise
 from ..scans.routes import RouteLike
 from .blocks import TokenMixer
 
@@ -119,7 +120,7 @@ class S6Scan(TokenMixer):
 
     def decays(self) -> Tensor:
         """A, (K or 1, D, N), in float32 at least."""
-        return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+        return -torch.exp(precise(self.A_log))
 
     def added_to_dt(self) -> Tensor:
         """What is added to dt_proj dt before softplus, (K or 1, D)."""
@@ -127,7 +128,7 @@ class S6Scan(TokenMixer):
 
     def _per_route(self, x: Tensor) -> Tensor:
         n_routes = self.along.n_routes
-        return x if len(x) == n_routes else x.repeat(n_routes, *[1] * (x.ndim - 1))
+        return x if x.shape[0] == n_routes else x.repeat(n_routes, *[1] * (x.ndim - 1))
 
     def mix_tokens(self, x: Tensor, grid: tuple[int, ...], **options) -> tuple[Tensor, Tensor]:
         u = x[:, None]

@@ -693,4 +693,4 @@ def given_states(name: str, initial_state: Sequence[Tensor] | None) -> tuple:
 
 def precise(x: Tensor) -> Tensor:
     """x in float32 at least: for what a public function computes of its arguments."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype is torch.float32 else x.to(torch.promote_types(x.dtype, torch.float32))

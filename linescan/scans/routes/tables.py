@@ -32,12 +32,17 @@ class _Cache:
         self.entries: OrderedDict[Hashable, Tensor] = OrderedDict()
         self.lock = Lock()
 
-    def get(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    def find(self, key: Hashable) -> Tensor | None:
         with self.lock:
             found = self.entries.get(key)
             if found is not None:
                 self.entries.move_to_end(key)
-                return found
+            return found
+
+    def get(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        found = self.find(key)
+        if found is not None:
+            return found
         made = make()
         with self.lock:
             found = self.entries.setdefault(key, made)  # another thread may have been faster
@@ -129,6 +134,10 @@ def _text(spec) -> str:
 @torch.compiler.allow_in_graph
 def _constant(what: str, spec, grid, device) -> Tensor:
     """The cached tensor; to anything that traces, it is a constant as `torch.tensor(...)` would be."""
+    if type(spec) is tuple and isinstance(grid, tuple) and not is_watched():  # perhaps a key already, as mixers have it
+        found = _cache.find((what, spec, grid, device))
+        if found is not None:
+            return found
     device = _device(device)
     if isinstance(grid, Sequence) and any(isinstance(n, torch.SymInt) for n in grid):
         if not torch.onnx.is_in_onnx_export():  # whose graphs have standard operators alone
