@@ -33,6 +33,7 @@ from linescan.scans import (
     wkv6,
 )
 from linescan.scans.kernels import backend_info, cpu
+from linescan.scans.multi_route import ChannelAttention
 
 compiled = pytest.mark.skipif(cpu.missing() is not None, reason=f"CPU kernels {cpu.missing()}")
 whole = pytest.mark.skipif(
@@ -733,7 +734,21 @@ def test_norms(centred, gated, heads, channels, instructions):
 
 
 @passes
+def test_rotations_and_gates_of_channels(instructions):
+    torch.manual_seed(0)
+    x, (cos, sin) = torch.randn(2, 5, 3, 48)[..., 16:], torch.randn(2, 5, 1, 32)
+    a, b = x[..., ::2], x[..., 1::2]
+    turned = torch.stack((a * cos[..., ::2] - b * sin[..., ::2], b * cos[..., 1::2] + a * sin[..., 1::2]), -1)
+    torch.testing.assert_close(cpu.rotate(x, cos, sin), turned.flatten(-2))
+    y, merge = torch.randn(2, 3, 37, 144) + 3, ChannelAttention(144)
+    with torch.no_grad():
+        got = merge.gates(y)
+    torch.testing.assert_close(got, merge.gates(y))
+
+
+@passes
 def test_kernels_between_products_leave_the_rest_to_torch():
     x, weight = torch.randn(2, 5, 24), torch.randn(24)
     assert cpu.norm(x, weight, None, 1e-5) is None, "channels in part vectors"
     assert cpu.shift_blend(x.double(), weight.double()[None, None], (1, 5), 1, 0.25, 1, True) is None
+    assert cpu.rotate(x.repeat(1, 1, 2), *torch.randn(2, 3, 48)) is None, "tables of other places"
