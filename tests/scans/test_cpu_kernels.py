@@ -232,6 +232,7 @@ CONVS = [
     (1, 2, 5, 20, 9, True, False, "none", "sum", "silu"),  # the window reaches back before the first token
     (1, 1, 140, 384, 5, False, True, "none", None, None),
     (1, 2, 20, 420, 4, True, True, "permuted", None, "silu"),  # blocks of channels of two widths
+    (1, 2, 258, 20, 4, True, False, "permuted", None, "silu"),  # the last slab of time is shorter than the window
 ]
 
 
@@ -242,6 +243,14 @@ def test_causal_conv1d(case, sets):
     batch, routes, length = sizes[:3]
     options = dict(route=orders(routes, length, kind, batch), merge=merge, activation=activation)
     assert_agrees(causal_conv1d, conv_inputs(*sizes, extras=extras, shared=shared), sets=sets, **options)
+
+
+@compiled
+def test_the_state_of_one_tap_has_no_numbers():
+    inputs = {key: x.float() for key, x in conv_inputs(1, 1, 3, 5, 1, extras=False).items()}
+    got, expected = (results(causal_conv1d, inputs, name) for name in ("cpu", "reference"))
+    for key in ("output", "x", "weight"):
+        torch.testing.assert_close(got[key], expected[key])
 
 
 @compiled
@@ -523,7 +532,7 @@ def test_keys_of_any_size(name, sets):
 def test_threads_do_not_change_a_bit():
     """Enough work that two threads share it; and a second run gives the same bits."""
     scan = {key: x.float() for key, x in scan_inputs(1, 2, 100, 200, 2, 16).items()}
-    conv = {key: x.float() for key, x in conv_inputs(2, 2, 200, 300, 4, shared=False).items()}
+    conv = {key: x.float() for key, x in conv_inputs(1, 2, 300, 200, 4, shared=False).items()}
     others = {name: heads(name, 1, 2, 100, 4, 32, 64) for name in MATRICES}
     if hasattr(torch.ops.linescan_cpu, "vector_scan"):
         others |= {name: channels(name, 1, 2, 100, 300) for name in VECTORS}
@@ -532,7 +541,7 @@ def test_threads_do_not_change_a_bit():
         with threads(count):
             outcomes.append(
                 results(selective_scan, scan, "cpu", route=orders(2, 100, "padded"), merge="sum", delta_softplus=True)
-                | {f"conv {k}": v for k, v in results(causal_conv1d, conv, "cpu", route=orders(2, 200, "none")).items()}
+                | {f"conv {k}": v for k, v in results(causal_conv1d, conv, "cpu", route=orders(2, 300, "none")).items()}
             )
             for name, (function, inputs) in others.items():
                 inputs = {key: x.float() for key, x in inputs.items()}

@@ -136,8 +136,9 @@ def _rows(x: Tensor | None) -> Tensor | None:
 
 
 def _parameter(x: Tensor | None) -> Tensor | None:
-    plain = x is None or (x.dtype is torch.float32 and x.is_contiguous())
-    return x if plain else x.float().contiguous()
+    if x is None or not x.numel():  # the state of a convolution of one tap has no numbers
+        return None
+    return x if x.dtype is torch.float32 and x.is_contiguous() else x.float().contiguous()
 
 
 def _table(route: Tensor | None) -> Tensor | None:

@@ -198,8 +198,12 @@ struct ConvInputs {
     s.D = x.size(3), s.W = weight.size(-1);
     s.x = view(x), s.weight = parameter(weight), s.bias = parameter(bias), s.initial = state(initial);
     steps = Table(table, s.L), s.route = steps.route;
-    s.blocks.D = s.D;
+    s.blocks.D = s.D, s.slab = s.S;
   }
+
+  // Whether slabs of time write different tokens. Threads then better share time than channels: cores that write parts of
+  // the same rows fetch each other's lines of cache.
+  bool apart(bool shared) const { return steps.permutes && !(shared && table); }
 
   std::vector<int64_t> output_shape() const { return rows(conv, {conv.D}); }
   std::vector<int64_t> state_shape() const { return {conv.B, conv.K, conv.D, conv.W - 1}; }
@@ -207,9 +211,10 @@ struct ConvInputs {
   void forward(const Arguments& in, const Tensor& y, const Tensor& final_state) {
     auto& s = conv;
     s.y = output(y, s.merge), s.state = state(final_state);
-    const int64_t samples = s.merge ? s.B : s.B * s.K;
-    spread(s.blocks, samples, in.threads());
-    const int64_t units = samples * s.blocks.count();
+    const int64_t samples = s.merge ? s.B : s.B * s.K, parts = 2 * in.threads();
+    if (in.threads() > 1 && samples < parts && apart(s.merge)) s.slab = (s.S + parts - 1) / parts;
+    spread(s.blocks, samples * s.slabs(), in.threads());
+    const int64_t units = samples * s.slabs() * s.blocks.count();
     in.parallel(units, grain(units, s.B * s.K * s.S * s.D * s.W),
                 [&](int64_t begin, int64_t end) { current->conv_forward(s, begin, end); });
   }

@@ -1,6 +1,6 @@
 // The causal depthwise convolution along a route, for one instruction set. Included inside its namespace.
 //
-// Every unit slides over time, a chunk at a time, with the last W - 1 inputs of its channels in front. Rows are reached
+// Every unit slides over a slab of time, a chunk at a time, with the W - 1 inputs before it in front. Rows are reached
 // through pointers, into the tensors where these hold float32, else into copies, as in the selective scan.
 
 constexpr int CONV_T = 64;
@@ -31,6 +31,22 @@ static void from_rows(const float* x, int64_t channels, int64_t taps, int64_t st
     for (int64_t c = 0; c < channels; ++c) out[c * pitch + j] = x[j * stride + c];
 }
 
+// The inputs before token t of a route as rows over channels: taps - 1 of them, the first ones from the initial state.
+static void inputs_before(const Conv& s, int64_t b, int64_t k, int64_t channel, int64_t width, int64_t stride, int64_t t,
+                          float* out) {
+  const int64_t past = s.W - 1, first = t < past ? t : past;  // how many of them are tokens
+  if (first < past) {
+    if (s.initial) to_rows(s.initial.at(b, k) + channel * past, width, past, stride, out);
+    else zero(out, past * stride);
+    std::memmove(out, out + t * stride, (past - first) * stride * 4);
+  }
+  for (int64_t i = past - first; i < past; ++i) {
+    int64_t reads, writes;
+    s.route.steps(b, k, t - past + i, 1, &reads, &writes);
+    gather(s.x, b, k, 0, channel, &reads, 1, width, stride, out + i * stride);
+  }
+}
+
 static void conv_forward(const Conv& s, int64_t begin, int64_t end) {
   constexpr int T = CONV_T;
   const int64_t blocks = s.blocks.count(), widest = (s.blocks.width + W - 1) / W * W, past = s.W - 1;
@@ -44,20 +60,20 @@ static void conv_forward(const Conv& s, int64_t begin, int64_t end) {
   float **x = rows.data(), *y[T];
 
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t per_sample = s.merge ? blocks : blocks * s.K, b = unit / per_sample, block = unit % blocks;
-    const int64_t first_route = s.merge ? 0 : unit % per_sample / blocks, last_route = s.merge ? s.K : first_route + 1;
+    const int64_t block = unit % blocks, slab = unit / blocks % s.slabs(), sample = unit / blocks / s.slabs();
+    const int64_t b = s.merge ? sample : sample / s.K;
+    const int64_t first_route = s.merge ? 0 : sample % s.K, last_route = s.merge ? s.K : first_route + 1;
     int64_t group, channel, width;
     s.blocks.locate(block, group, channel, width);
-    const int64_t stride = (width + W - 1) / W * W;
+    const int64_t stride = (width + W - 1) / W * W, last = s.end_of(slab);
     for (int64_t k = first_route; k < last_route; ++k) {
       to_rows(s.weight.at(b, k) + channel * s.W, width, s.W, stride, weight);
       if (s.bias) std::memcpy(bias, s.bias.at(b, k) + channel, width * 4);
-      if (s.initial) to_rows(s.initial.at(b, k) + channel * past, width, past, stride, before);
-      else zero(before, past * stride);
       const Target target = s.y.of_route(k);
-      if (!target.add) clear_gaps(target.view, s.route, b, k, channel, width);
-      for (int64_t t0 = 0; t0 < s.S; t0 += T) {
-        const int64_t count = s.S - t0 < T ? s.S - t0 : T;
+      if (!target.add && slab == 0) clear_gaps(target.view, s.route, b, k, channel, width);
+      for (int64_t t0 = slab * s.slab; t0 < last; t0 += T) {
+        const int64_t count = last - t0 < T ? last - t0 : T;
+        inputs_before(s, b, k, channel, width, stride, t0, before);
         s.route.steps(b, k, t0, count, reads, writes);
         in_order(before, stride, past, x);
         read_rows(s.x, b, k, 0, channel, reads, count, width, stride, of_x, x + past);
@@ -71,9 +87,9 @@ static void conv_forward(const Conv& s, int64_t begin, int64_t end) {
         else if (s.W == 4) convolve(count, stride, 4, x, weight, bias, silu);
         else convolve(count, stride, s.W, x, weight, bias, silu);
         if (left) scatter(target, b, k, channel, writes, count, width, stride, of_y);
-        for (int64_t j = 0; j < past; ++j)
-          if (x[count + j] != before + j * stride) std::memcpy(before + j * stride, x[count + j], stride * 4);
       }
+      if (last < s.S) continue;
+      inputs_before(s, b, k, channel, width, stride, s.S, before);
       from_rows(before, width, past, stride, s.state.at(b, k) + channel * past, past);
     }
   }
@@ -82,53 +98,48 @@ static void conv_forward(const Conv& s, int64_t begin, int64_t end) {
 static void conv_backward(const Conv& s, int64_t begin, int64_t end) {
   constexpr int T = CONV_T;
   const int64_t blocks = s.blocks.count(), stride = (s.blocks.width + W - 1) / W * W, past = s.W - 1;
-  const int64_t chunks = (s.S + T - 1) / T, long_rows = (past + T) * stride;
+  const int64_t long_rows = (past + (past < T ? T : past)) * stride;
   Arena arena(2 * Arena::rounded(long_rows) + Arena::rounded(T * stride) + 2 * Arena::rounded(s.W * stride) +
-              3 * Arena::rounded(past * stride) + 2 * Arena::rounded(stride));
+              2 * Arena::rounded(past * stride) + 2 * Arena::rounded(stride));
   float *x = arena.take(long_rows), *grad = arena.take(long_rows), *dx = arena.take(T * stride),
-        *weight = arena.take(s.W * stride), *dweight = arena.take(s.W * stride), *initial = arena.take(past * stride),
-        *dstate = arena.take(past * stride), *dinitial = arena.take(past * stride), *bias = arena.take(stride),
-        *dbias = arena.take(stride);
+        *weight = arena.take(s.W * stride), *dweight = arena.take(s.W * stride), *dstate = arena.take(past * stride),
+        *dinitial = arena.take(past * stride), *bias = arena.take(stride), *dbias = arena.take(stride);
   zero(x, long_rows), zero(dx, T * stride), zero(weight, s.W * stride), zero(bias, stride);
-  int64_t reads[T], writes[T], before[T];
-  std::vector<float*> rows(past + T);
-  in_order(x, stride, past + T, rows.data());
+  std::vector<int64_t> steps(2 * (past + T));
+  int64_t *reads = steps.data(), *writes = reads + past + T;
+  std::vector<float*> rows(long_rows / stride);
+  in_order(x, stride, rows.size(), rows.data());
 
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t b = unit / blocks, block = unit % blocks;
+    const int64_t block = unit % blocks, slab = unit / blocks % s.slabs(), b = unit / blocks / s.slabs();
+    const int64_t first = slab * s.slab, last = s.end_of(slab);
     int64_t group, channel, width;
     s.blocks.locate(block, group, channel, width);
     for (int64_t k = 0; k < s.K; ++k) {
       to_rows(s.weight.at(b, k) + channel * s.W, width, s.W, stride, weight);
       if (s.bias) std::memcpy(bias, s.bias.at(b, k) + channel, width * 4);
-      zero(initial, past * stride), zero(dstate, past * stride), zero(dinitial, past * stride);
-      if (s.initial) to_rows(s.initial.at(b, k) + channel * past, width, past, stride, initial);
+      zero(dstate, past * stride), zero(dinitial, past * stride);
       if (s.dstate) to_rows(s.dstate.at(b, k) + channel * past, width, past, stride, dstate);
       zero(dweight, s.W * stride), zero(dbias, stride), zero(grad, long_rows);
-      // grad holds the gradients before SiLU of a chunk, followed by the first W - 1 of the chunk after it.
-      for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
-        const int64_t t0 = chunk * T, count = s.S - t0 < T ? s.S - t0 : T;
-        if (chunk < chunks - 1) std::memmove(grad + count * stride, grad, past * stride * 4);
-        for (int64_t i = 0; i < past; ++i) {
-          const int64_t t = t0 - past + i;
-          float* row = x + i * stride;
-          if (t < 0) {
-            std::memcpy(row, initial + (t + past) * stride, stride * 4);
-          } else {
-            s.route.steps(b, k, t, 1, before, writes);
-            gather(s.x, b, k, 0, channel, before, 1, width, stride, row);
-          }
-        }
+      // The inputs of tokens, with those before them in front, and the gradients before SiLU.
+      const auto gradients = [&](int64_t t0, int64_t count) {
+        inputs_before(s, b, k, channel, width, stride, t0, x);
         s.route.steps(b, k, t0, count, reads, writes);
         gather(s.x, b, k, 0, channel, reads, count, width, stride, x + past * stride);
         gather(s.dy, b, k, 0, channel, writes, count, width, stride, grad);
-        if (s.silu) {
-          convolve(count, stride, s.W, rows.data(), weight, bias, [&](int64_t t, int64_t c, auto v) {
-            float* row = grad + t * stride + c;
-            const auto open = sigmoid(v);
-            store(row, load<decltype(v)>(row) * open * (1.0f + v * (1.0f - open)));
-          });
-        }
+        if (!s.silu) return;
+        convolve(count, stride, s.W, rows.data(), weight, bias, [&](int64_t t, int64_t c, auto v) {
+          float* row = grad + t * stride + c;
+          const auto open = sigmoid(v);
+          store(row, load<decltype(v)>(row) * open * (1.0f + v * (1.0f - open)));
+        });
+      };
+      // grad holds those of a chunk, followed by the first W - 1 of what comes after it, which may be another unit's.
+      if (last < s.S) gradients(last, s.S - last < past ? s.S - last : past);
+      for (int64_t t0 = first + (last - first - 1) / T * T; t0 >= first; t0 -= T) {
+        const int64_t count = last - t0 < T ? last - t0 : T;
+        std::memmove(grad + count * stride, grad, past * stride * 4);
+        gradients(t0, count);
         for (int64_t c = 0; c < stride; c += W) {
           V sum = load(dbias + c);
           for (int64_t t = 0; t < count; ++t) sum += load(grad + t * stride + c);
@@ -149,7 +160,7 @@ static void conv_backward(const Conv& s, int64_t begin, int64_t end) {
         }
         scatter(s.dx.of_route(k), b, k, channel, reads, count, width, stride, dx);
       }
-      for (int64_t i = 0; i < past; ++i) {  // the inputs before the first token: outputs 0 .. i saw input i
+      for (int64_t i = 0; i < past && slab == 0; ++i) {  // the inputs before the first token: outputs 0 .. i saw input i
         const int64_t kept = i - s.S;
         for (int64_t c = 0; c < stride; c += W) {
           V sum = kept >= 0 ? load(dstate + kept * stride + c) : V{};
@@ -158,10 +169,10 @@ static void conv_backward(const Conv& s, int64_t begin, int64_t end) {
           store(dinitial + i * stride + c, sum);
         }
       }
-      if (s.dinitial) from_rows(dinitial, width, past, stride, s.dinitial.at(b, k) + channel * past, past);
-      float* partial = s.partial + ((b * s.K + k) * s.D + channel) * (s.W + 1);
-      from_rows(dweight, width, s.W, stride, partial, s.W + 1);
-      from_rows(dbias, width, 1, stride, partial + s.W, s.W + 1);
+      if (s.dinitial && slab == 0) from_rows(dinitial, width, past, stride, s.dinitial.at(b, k) + channel * past, past);
+      float* partial = s.partial + ((b * s.K + k) * s.slabs() + slab) * (s.W + 1) * s.D + channel;
+      for (int64_t j = 0; j < s.W; ++j) std::memcpy(partial + j * s.D, dweight + j * stride, width * 4);
+      std::memcpy(partial + s.W * s.D, dbias, width * 4);
     }
   }
 }

@@ -116,6 +116,9 @@ struct Conv {
   Parameter weight, bias, initial;
   Route route;
   Blocks blocks;
+  int64_t slab;  // steps of a unit: all, where those of others may write the same tokens
+  int64_t slabs() const { return (S + slab - 1) / slab; }
+  int64_t end_of(int64_t i) const { return (i + 1) * slab < S ? (i + 1) * slab : S; }
   // forward
   Target y;
   Parameter state;
@@ -123,7 +126,7 @@ struct Conv {
   View dy;
   Parameter dstate, dinitial;
   Target dx;
-  float* partial = nullptr; // (B, K, D, W + 1): weight and bias
+  float* partial = nullptr; // (B, K, slabs, W + 1, D): weight and bias
 };
 
 // Recurrences of matrix states (B, K, H, N, M): N rows (keys), M columns (values). See matrix_scan.h for the rules.

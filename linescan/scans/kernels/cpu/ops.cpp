@@ -75,14 +75,13 @@ void add(int64_t n, const float* __restrict x, float* __restrict y) {
   for (int64_t i = 0; i < n; ++i) y[i] += x[i];
 }
 
-// out[i] = sum over b and k of x[b][k][i], k kept apart if `routes_out` > 1; in this order.
-void sum_parts(const float* x, int64_t B, int64_t K, int64_t n, int64_t pitch, const Tensor& out) {
-  if (!out) return;
-  const int64_t routes_out = out.size(0);
-  float* y = out.floats();
+// y[i] = sum over b, k and parts of x[b][k][part][i], k kept apart if `routes_out` > 1; in this order.
+void sum_parts(const float* x, int64_t B, int64_t K, int64_t parts, int64_t n, int64_t pitch, int64_t routes_out, float* y) {
   std::memset(y, 0, routes_out * n * 4);
-  for (int64_t b = 0; b < B; ++b)
-    for (int64_t k = 0; k < K; ++k) add(n, x + (b * K + k) * pitch, y + (routes_out > 1 ? k * n : 0));
+  for (int64_t i = 0; i < B * K * parts; ++i) add(n, x + i * pitch, y + (routes_out > 1 ? i / parts % K * n : 0));
+}
+void sum_parts(const float* x, int64_t B, int64_t K, int64_t n, int64_t pitch, const Tensor& out) {
+  if (out) sum_parts(x, B, K, 1, n, pitch, out.size(0), out.floats());
 }
 
 // The operators take the arguments of the operators in Python, in their order, then the outputs. They answer whether they
@@ -187,21 +186,17 @@ void causal_conv1d_backward(Value* stack, uint64_t, uint64_t) {
   s.dy = view(dy, s.merge), s.dstate = state(dstate), s.dinitial = state(dinitial);
   s.dx = gradient(dx, inputs.steps, s.K);
   s.blocks.width = lesser(64, s.D);
-  const int64_t units = s.B * s.blocks.count(), taps = s.W + 1;
-  const std::unique_ptr<float[]> partial(new float[s.B * s.K * s.D * taps]);
+  if (inputs.apart(s.dx.shared)) s.slab = lesser(256, s.S);
+  const int64_t units = s.B * s.slabs() * s.blocks.count(), taps = s.W * s.D, n = taps + s.D, routes = dweight.size(0);
+  const std::unique_ptr<float[]> partial(new float[s.B * s.K * s.slabs() * n]), of_weight(new float[routes * taps]);
   s.partial = partial.get();
   parallel(units, grain(units, s.B * s.K * s.S * s.D * s.W),
            [&](int64_t begin, int64_t end) { current->conv_backward(s, begin, end); });
-  // (D, W + 1) of every sample and route, in their order.
-  std::memset(dweight.floats(), 0, dweight.size(0) * s.D * s.W * 4);
-  if (dbias) std::memset(dbias.floats(), 0, dbias.size(0) * s.D * 4);
-  for (int64_t b = 0; b < s.B; ++b)
-    for (int64_t k = 0; k < s.K; ++k)
-      for (int64_t d = 0; d < s.D; ++d) {
-        const float* part = s.partial + ((b * s.K + k) * s.D + d) * taps;
-        add(s.W, part, dweight.floats() + ((dweight.size(0) > 1 ? k : 0) * s.D + d) * s.W);
-        if (dbias) dbias.floats()[(dbias.size(0) > 1 ? k : 0) * s.D + d] += part[s.W];
-      }
+  sum_parts(s.partial, s.B, s.K, s.slabs(), taps, n, routes, of_weight.get());
+  for (int64_t i = 0; i < routes * s.D; ++i)
+    for (int64_t j = 0; j < s.W; ++j)
+      dweight.floats()[i * s.W + j] = of_weight[i / s.D * taps + j * s.D + i % s.D];
+  if (dbias) sum_parts(s.partial + taps, s.B, s.K, s.slabs(), s.D, n, dbias.size(0), dbias.floats());
 }
 
 // -- matrix states ------------------------------------------------------------------------------------------------------
