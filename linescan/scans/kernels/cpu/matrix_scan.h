@@ -3,9 +3,9 @@
 // A state has rows (keys) and columns (values, the lanes of vectors). A token decays it, writes outer products y z^T
 // into it, and reads x^T S out of it. Tokens are taken in blocks of BLOCK: of the state that enters a block all reads
 // are made at once, what the block's tokens have to do with each other are products of rows (`scores`), and then the
-// state takes all writes at once. So it is loaded twice and stored once in BLOCK tokens, and an element costs
-// READS + WRITES + 1 / BLOCK multiply-adds a token, where its equation has one for the decay and one more for the first
-// write. Decays only ever multiply, so none is larger than 1.
+// state takes all writes at once. So it is loaded once (twice where writes wait for reads) and stored once in BLOCK tokens,
+// and an element costs READS + WRITES + 1 / BLOCK multiply-adds a token, where its equation has one for the decay and one
+// more for the first write. Decays only ever multiply, so none is larger than 1.
 
 constexpr int BLOCK = 4;
 constexpr int PITCH = 64;  // coefficients of so many rows stand together, at distances known to the compiler
@@ -345,10 +345,10 @@ __attribute__((noinline)) static void add_up(const Walk& s, const Block<Gated>& 
   });
 }
 
-// As many vectors of a state's columns as registers hold with what a block reads, or writes, or (FUSED) both.
-template <class F, bool FUSED>
-constexpr int SIDE_BY_SIDE =
-    BLOCK * (FUSED ? F::READS + F::WRITES : std::max(F::READS, F::WRITES)) * 2 + 4 <= (W == 16 ? 32 : 16) ? 2 : 1;
+// As many vectors of a state's columns as registers hold with what a block reads and writes. One alone takes coefficients
+// from memory as it multiplies.
+template <class F>
+constexpr int SIDE_BY_SIDE = BLOCK * (F::READS + F::WRITES) * 2 + 4 <= (W == 16 ? 32 : 16) ? 2 : 1;
 
 // Calls f(integral_constant<int, vectors>, first column) for all columns.
 template <int VECTORS, class F>
@@ -370,7 +370,7 @@ static void walk(const Walk& s, int64_t count) {
       across<2>(s.columns, [&](auto vectors, int64_t column) { add_up<vectors()>(s, block, column); });
     } else {
       weigh<F, DECAY>(s, block, scores);
-      across<SIDE_BY_SIDE<F, !F::DEPENDENT>>(
+      across<SIDE_BY_SIDE<F>>(
           s.columns, [&](auto vectors, int64_t column) { sweep<F, DECAY, vectors()>(s, block, column, scores); });
     }
   }
@@ -925,13 +925,13 @@ struct Backward {
     for (int64_t t = 0; t < padded; t += BLOCK) {
       float *from = room.trail + (DECAY ? t / BLOCK * side : 0), *to = from + (DECAY ? side : 0);
       const Turn block = {t, s.M, n, room.lines + t / BLOCK * lines, from, nullptr, to, nullptr, of_x};
-      across<SIDE_BY_SIDE<F, true>>(
+      across<SIDE_BY_SIDE<F>>(
           n, [&](auto vectors, int64_t column) { turn<F, DECAY, false, vectors()>(forth, block, column); });
     }
     for (int64_t t = padded - BLOCK; t >= 0; t -= BLOCK) {
       const Turn block = {t, s.M, n, room.lines + t / BLOCK * lines, room.back_side,
                           room.trail + (DECAY ? t / BLOCK * side : 0), room.back_side, room.flow, of_y};
-      across<SIDE_BY_SIDE<F, true>>(
+      across<SIDE_BY_SIDE<F>>(
           n, [&](auto vectors, int64_t column) { turn<F, DECAY, true, vectors()>(forth, block, column); });
       const float* scores = room.scores + t / BLOCK * BackwardRoom::SCORE_ROOM;
       conclude<F, DECAY>(forth, block, scores, of_x, of_y, room.dgate.data, room.of_bonus);
