@@ -5,8 +5,8 @@
 
 constexpr int CONV_T = 64;
 
-// f(t, c, sum) for every pack of vectors of every token, with sum = bias + sum over j of weight[j] * x[t + j]; the rows of x begin
-// `taps` - 1 before the first token.
+// f(t, c, sum) for every pack of vectors of every token, with sum = bias + sum over j of weight[j] * x[t + j]; the rows
+// of x begin `taps` - 1 before the first token.
 template <class F>
 LINESCAN_INLINE void convolve(int64_t count, int64_t stride, int64_t taps, float* const* x,
                               const float* __restrict weight, const float* __restrict bias, F f) {

@@ -271,7 +271,7 @@ static void through_time(int64_t tokens, bool back, const F& f) {
 
 static void vector_forward(const Vectors& s, int64_t begin, int64_t end) {
   constexpr int64_t T = VECTOR_T;
-  const FlushToZero flush;
+  [[maybe_unused]] const FlushToZero flush;
   const bool gated = s.rule == VectorRule::gated, both = s.rule == VectorRule::wkv_both;
   const int64_t blocks = s.blocks.count(), widest = (s.blocks.width + W - 1) / W * W, marked = both ? s.S / T + 1 : 0;
   float *w, *u, *marks, *of_x, *of_g, *of_y;
@@ -337,7 +337,7 @@ static void vector_forward(const Vectors& s, int64_t begin, int64_t end) {
 
 static void vector_backward(const Vectors& s, int64_t begin, int64_t end) {
   constexpr int64_t T = VECTOR_T;
-  const FlushToZero flush;
+  [[maybe_unused]] const FlushToZero flush;
   const bool gated = s.rule == VectorRule::gated, both = s.rule == VectorRule::wkv_both;
   const int64_t blocks = s.blocks.count(), widest = (s.blocks.width + W - 1) / W * W, marked = s.S / T + 1;
   float *w, *u, *dtop, *kept, *marks, *of_x, *of_g, *of_y, *of_dx, *of_dg;
