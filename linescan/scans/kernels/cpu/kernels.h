@@ -1,6 +1,7 @@
 // What the kernels compute on, and the table of them that every instruction set fills. Plain C++17, nothing of torch.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>

@@ -97,16 +97,16 @@ struct Walk {
   const float *single = nullptr, *single_decay = nullptr;
   float *decay = nullptr, *carry = nullptr;  // made as the walk goes where there are log decays
   const float *gamma = nullptr, *bonus = nullptr, *factor = nullptr;  // the last: of the last read
-  float skip = 0.0f;  // so many times the rows of the last write are added to the last read
-  bool adds = false;    // to what the rows of the last read hold
-  bool scaled = false;  // by gamma, where no write is dependent
+  float skip = 0.0f;    // so many times the rows of the last write are added to the last read
+  bool adds = false;    // the last read to what its rows hold
+  bool scaled = false;  // what is written by gamma, where no write is dependent
 
   // Decays of the tokens of a block that begins with token t, then that of all of them.
   float* decays(int64_t t) const { return decay + t / BLOCK * (BLOCK + 1) * stride; }
 };
 
-// A block of `count` tokens' in the order of a walk: its first token, and one a while later whose rows are called from
-// memory.
+// A block in the order of a walk through `count` tokens: the first one, and one a while later, from which on rows are
+// called from memory.
 template <class F>
 struct Block {
   int64_t first, later;
