@@ -395,7 +395,8 @@ static T* take(Arena& arena, int64_t count) {
   return reinterpret_cast<T*>(arena.take(count * int64_t(sizeof(T) / 4)));
 }
 
-// out[t] = x_t . y_t (without y the sum of x_t), or RUNNING x_t . (sum + y_0 + ... + y_t), which also adds up the sum; for whole vectors of t.
+// out[t] = x_t . y_t (without y the sum of x_t), or RUNNING x_t . (sum + y_0 + ... + y_t), which also adds up the sum; for
+// whole vectors of t.
 template <bool RUNNING>
 __attribute__((noinline)) static void dots(int64_t count, int64_t n, Rows x, Rows y, float* __restrict sum,
                                            float* __restrict out) {
@@ -717,7 +718,9 @@ __attribute__((noinline)) static void conclude(const Walk& s, const Turn& turn, 
     each<BLOCK>([&](auto t) LINESCAN_STAGE {
       const int64_t at = (first + t) * n + i;
       each<F::READS>([&](auto r) LINESCAN_STAGE { x[r][t] = load(of_tokens[r][t] + i), of_x[r][t] = load(dx[r] + at); });
-      each<F::WRITES>([&](auto w) LINESCAN_STAGE { y[w][t] = load(of_tokens[F::READS + w][t] + i), of_y[w][t] = load(dy[w] + at); });
+      each<F::WRITES>([&](auto w) LINESCAN_STAGE {
+        y[w][t] = load(of_tokens[F::READS + w][t] + i), of_y[w][t] = load(dy[w] + at);
+      });
       if (DECAY) gate[t] = load(turn.flow + i);
     });
     if constexpr (DECAY) {  // through the block's begin or its end

@@ -289,8 +289,9 @@ static void scan_backward(const Scan& s, int64_t begin, int64_t end) {
   const auto make_sloped = s.softplus ? step_sizes<true, true> : step_sizes<false, false>;
   const int64_t pointers = Arena::rounded(2 * length);
   Arena arena(11 * Arena::rounded(area) + 2 * Arena::rounded(T * widest) + 4 * Arena::rounded(lanes) +
-              Arena::rounded(segments * lanes) + 2 * Arena::rounded(length * N) + 4 * Arena::rounded(widest) + 2 * Arena::rounded(taps * W) +
-              Arena::rounded((length + 1) * lanes) + Arena::rounded(taps) + 13 * pointers);
+              Arena::rounded(segments * lanes) + 2 * Arena::rounded(length * N) + 4 * Arena::rounded(widest) +
+              2 * Arena::rounded(taps * W) + Arena::rounded((length + 1) * lanes) + Arena::rounded(taps) +
+              13 * pointers);
   float *of_u = arena.take(area), *of_delta = arena.take(area), *of_step = arena.take(area), *slope = arena.take(area),
         *of_z = arena.take(area), *of_y = arena.take(area), *of_out = arena.take(area), *of_dy = arena.take(area),
         *of_dz = arena.take(area), *of_du = arena.take(area), *of_ddelta = arena.take(area),
