@@ -798,11 +798,14 @@ def kernel_call(name: str, length: int, heads: int, keys: int, values: int) -> C
     leaves = {key: x.requires_grad_() for key, x in tensors.items()}
     inputs = [(options | leaves).get(key) for key in recurrence.parameters]
 
+    with torch.no_grad():
+        weight = torch.ones_like(recurrence(*inputs))
+
     def run(form: str, train: bool) -> None:
         with backend(form), torch.set_grad_enabled(train):
             y = recurrence(*inputs)
         if train:
-            torch.autograd.grad(y.sum(), list(leaves.values()))
+            torch.autograd.grad(y, list(leaves.values()), weight)
 
     return run
 
