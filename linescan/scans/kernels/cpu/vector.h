@@ -249,10 +249,9 @@ LINESCAN_INLINE void pin(V& x) {
 // Makes the compiler load what p points to each time it is used: kept in registers, it drives the states out of them.
 LINESCAN_INLINE void reload(const float* __restrict& p) { asm volatile("" : "+r"(p)); }
 
-// 2^x y + z in stages, in fewer instructions than `power_of_two` takes. With 16 lanes a table of 32 powers fits two
-// registers, and what is left is ONE + r (SLOPE + r BEND). With 8 lanes the coefficient of r^3 is taken into the table: what
-// is left is ONE + r ((r + SHIFT)^2 + SQUARE), one multiplication less and one addition more, for which processors have
-// units of their own. Of the coefficients that fit, these are such that all entries of the table are almost float32 numbers
+// 2^x y + z in stages. As `power_of_two`, but the coefficient of r^3 is taken into the table of powers: what is left is
+// ONE + r ((r + SHIFT)^2 + SQUARE), one multiplication less and one addition more, for which processors have units of
+// their own. The coefficient is chosen among those that fit such that all entries of the table are almost float32 numbers
 // and the first one times ONE is 1: a state whose step is 0 stays as it is. The product is off by 1.5e-7 at most, of which
 // the correctly rounded power, multiplied in float32, would have 1.2e-7.
 struct Power {
@@ -277,25 +276,21 @@ struct Power {
   }
 
 #if LINESCAN_WIDTH == 16
-  static constexpr float GRID = 0x1.8p18f, ONE = 0x1.e90104p+0f, SLOPE = 0x1.52efe4p+0f, BEND = 0x1.db002ep-2f;
+  static constexpr float ONE = 0x1.18f778p+4f, SHIFT = 0x1.0de848p+1f, SQUARE = 0x1.ee6f9ap+2f;
 
-  // Rounds down to 32nds, so that the integer part is that of x itself. An infinite x leaves no rest.
+  // Rounds down to sixteenths, so that the integer part is that of x itself. An infinite x leaves no rest.
   void LINESCAN_STAGE round() {
-    sum = _mm512_add_round_ps(x, splat(GRID), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    sum = _mm512_add_round_ps(x, splat(MAGIC), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
     pin(sum);
   }
   void LINESCAN_STAGE split() {
-    const V low = {0x1.0c09eap-1f, 0x1.11e874p-1f, 0x1.17e7e4p-1f, 0x1.1e08f4p-1f,
-                   0x1.244c5ep-1f, 0x1.2ab2e6p-1f, 0x1.313d4ep-1f, 0x1.37ec60p-1f,
-                   0x1.3ec0eap-1f, 0x1.45bbbep-1f, 0x1.4cddb2p-1f, 0x1.5427a2p-1f,
-                   0x1.5b9a6ep-1f, 0x1.6336fap-1f, 0x1.6afe32p-1f, 0x1.72f104p-1f};
-    const V high = {0x1.7b1064p-1f, 0x1.835d4cp-1f, 0x1.8bd8bcp-1f, 0x1.9483b8p-1f,
-                    0x1.9d5f4cp-1f, 0x1.a66c86p-1f, 0x1.afac7ep-1f, 0x1.b92050p-1f,
-                    0x1.c2c91ep-1f, 0x1.cca814p-1f, 0x1.d6be5ep-1f, 0x1.e10d32p-1f,
-                    0x1.eb95d0p-1f, 0x1.f6597ap-1f, 0x1.00acbep+0f, 0x1.064b94p+0f};
-    power = _mm512_permutex2var_ps(low, (__m512i)sum, high);
+    const V sixteenths = {0x1.d280f4p-5f, 0x1.e72858p-5f, 0x1.fcb9d6p-5f, 0x1.099fe4p-4f,
+                          0x1.156280p-4f, 0x1.21aa68p-4f, 0x1.2e7d80p-4f, 0x1.3be1f4p-4f,
+                          0x1.49de32p-4f, 0x1.5878f2p-4f, 0x1.67b93ap-4f, 0x1.77a65ep-4f,
+                          0x1.884804p-4f, 0x1.99a62ap-4f, 0x1.abc92ap-4f, 0x1.beb9bap-4f};
+    power = _mm512_permutexvar_ps((__m512i)sum, sixteenths);
     pin(power);
-    rest = _mm512_reduce_ps(x, 5 << 4 | _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    rest = _mm512_reduce_ps(x, 4 << 4 | _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
     pin(rest);
   }
   V LINESCAN_STAGE scaled() const { return _mm512_scalef_ps(power, x); }
@@ -324,13 +319,9 @@ struct Power {
   void LINESCAN_STAGE times(V y) {
     power = scaled();
     pin(power);
-#if LINESCAN_WIDTH == 16
-    sum = rest * BEND + SLOPE;
-#else
     sum = rest + SHIFT;
     pin(sum);
     sum = sum * sum + SQUARE;
-#endif
     pin(sum);
     power *= y;
     pin(power);
