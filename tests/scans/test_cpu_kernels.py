@@ -582,6 +582,15 @@ def test_accuracy_of_the_decays(instructions):
 
 
 @compiled
+def test_errors_of_many_decays_cancel(instructions):
+    """A state lasts for thousands of tokens: what the decay of one is off by must have either sign."""
+    rates, A = torch.logspace(-4, -1, 96), -torch.arange(1.0, 17).expand(96, 16)
+    exact = torch.exp(4096 * rates.double()[:, None] * A.double())
+    errors = final_state(torch.ones(96, 16), rates.expand(4096, 96), A) / exact - 1
+    assert errors[exact > 1e-20].mean().abs() < 2e-5
+
+
+@compiled
 def test_a_state_whose_steps_are_0_stays(instructions):
     torch.manual_seed(0)
     initial = 1 + torch.rand(64, 16)
