@@ -137,11 +137,16 @@ def scan(body: Callable, states: Sequence, tokens: Sequence) -> Sequence[torch.T
 
 
 def linear_pointwise():
-    """oneDNN's linear map in float32 on CPUs, (x, weight, bias) -> x weight^T + bias; None if torch lacks it."""
+    """oneDNN's linear map on CPUs, (x, weight, bias) -> x weight^T + bias; None if torch lacks it."""
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return None
     operator = torch.ops.mkldnn._linear_pointwise.default
     return lambda x, weight, bias: operator(x, weight, bias, "none", [], "")
+
+
+def has_bfloat16_products() -> bool:
+    """Whether oneDNN multiplies in bfloat16 on this CPU."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def has_int8_products() -> bool:

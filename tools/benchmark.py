@@ -1600,8 +1600,7 @@ def precision(
     ]
     console.print(*missed, sep="\n", highlight=False)
     results = {"machine": machine(), "unit": "ms", "rows": rows, "openvino": beside, "scans": scans}
-    results |= {"digits": agreements}
-    results["missed"] = missed
+    results |= {"digits": agreements, "missed": missed}
     save(out, "precision", results, draw)
 
 

@@ -15,7 +15,7 @@ __all__ = ["RMSNorm", "RowNorm", "at_least_float32"]
 @opaque
 def at_least_float32(x: Tensor) -> Tensor:
     """x in float32, or float64 if it is: the dtype of a residual stream between half-precision layers."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return precise(x)
 
 
 @register_notrace_module
@@ -37,12 +37,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         own, x, out = self.weight, precise(x), None
-        weight = own if own.dtype is x.dtype else own.to(x.dtype)
+        weight = own.to(x.dtype)
         if is_plain((x, weight)) and not wants_gradient((x, weight)):
             out = cpu.norm(x, weight, None, self.eps)
         if out is None:
             out = F.rms_norm(x, weight.shape, weight, self.eps)
-        return out if weight is own else out.to(own.dtype)
+        return out.to(own.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}"

@@ -43,8 +43,7 @@ class MapConv2d(nn.Conv2d):
 
 class _PatchConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        cast = x.is_cpu and torch.is_autocast_enabled("cpu")
-        dtype = torch.get_autocast_dtype("cpu") if cast else x.dtype
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         if not (x.is_cpu and dtype in (torch.bfloat16, torch.float16) and is_plain((x, self.weight, self.bias))):
             return super().forward(x)
         if max(self.kernel_size) < 8 or any(self.padding):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._compat import linear_pointwise
+from .._compat import has_bfloat16_products, linear_pointwise
 from .recurrence import is_plain, wants_gradient
 
 __all__ = ["linear", "matmul", "project_routes", "project_routes_backward"]
@@ -39,7 +39,7 @@ def _is_intel() -> bool:
 # Elsewhere torch takes the best library by itself.
 _onednn = linear_pointwise() if platform.machine().lower() in ("x86_64", "amd64") else None
 _through_onednn = None if _is_intel() and torch.backends.mkl.is_available() else _onednn
-_has_bfloat16 = _onednn is not None and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+_has_bfloat16 = _onednn is not None and has_bfloat16_products()
 
 
 class _Recorded(torch.autograd.Function):
@@ -65,7 +65,9 @@ class _Recorded(torch.autograd.Function):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., C), weight (C', C), bias (C',) -> (..., C'): `torch.nn.functional.linear`, faster where it can be."""
     inputs = x, weight, bias
-    in_bfloat16 = _has_bfloat16 and bias is not None and x.dtype == bias.dtype == torch.bfloat16
+    in_bfloat16 = (
+        _has_bfloat16 and bias is not None and x.dtype == bias.dtype == torch.bfloat16 and not wants_gradient(inputs)
+    )
     if not (
         (in_bfloat16 or (_through_onednn is not None and x.dtype == torch.float32))
         and x.is_cpu
@@ -78,9 +80,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         and torch.backends.mkldnn.enabled
     ):
         return F.linear(*inputs)
-    if wants_gradient(inputs):
-        return F.linear(*inputs) if in_bfloat16 else _Recorded.apply(*inputs)
-    return (_onednn if in_bfloat16 else _through_onednn)(*inputs)
+    forward = _onednn if in_bfloat16 else _through_onednn
+    return (_Recorded.apply if wants_gradient(inputs) else forward)(*inputs)
 
 
 class _Precise(torch.autograd.Function):
