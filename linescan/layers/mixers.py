@@ -49,6 +49,8 @@ class Heads(TokenMixer):
 
     shared = "q k v"  # projections that all routes share, dim wide
     per_route: dict[str, str | int] = {}  # those of each route: a value per "channel", per "head", or so many per head
+    low_rank: dict[str, str | int] = {}  # of these, those that are made through so many numbers, or "channel" numbers
+    bent = ""  # of these, those with a tanh between both maps
 
     def __init__(self, dim: int, n_routes: int, head_dim: int, window: int):
         super().__init__()
@@ -59,9 +61,16 @@ class Heads(TokenMixer):
         self.n_routes, self.head_dim, self.n_heads, self.window = n_routes, head_dim, dim // head_dim, window
         self.proj = nn.Linear(dim, dim * len(self.shared.split()), bias=False)
         sizes = {"channel": head_dim, "head": 1, "memory": MEMORIES, "channel of each memory": MEMORIES * head_dim}
-        self.own = nn.ModuleDict(
-            {k: nn.Linear(dim, n_routes * self.n_heads * sizes.get(size, size)) for k, size in self.per_route.items()}
-        )
+
+        def projection(name: str, size: str | int) -> nn.Module:
+            rank, out = self.low_rank.get(name), n_routes * self.n_heads * sizes.get(size, size)
+            if rank is None:
+                return nn.Linear(dim, out)
+            rank = sizes.get(rank, rank)
+            between = [nn.Tanh()] if name in self.bent.split() else []
+            return nn.Sequential(nn.Linear(dim, rank, bias=False), *between, nn.Linear(rank, out))
+
+        self.own = nn.ModuleDict({name: projection(name, size) for name, size in self.per_route.items()})
 
     def tokens(self, u: Tensor) -> list[Tensor]:
         """The shared projections, (B, 1, L, heads, head_dim) each."""
@@ -70,7 +79,9 @@ class Heads(TokenMixer):
 
     def values(self, name: str, u: Tensor) -> Tensor:
         """A projection of each route in float32: (B, K, L, heads, values), or (B, K, L, heads) for one per head."""
-        x = linear(self.own[name], u)
+        own, x = self.own[name], u
+        for layer in own if name in self.low_rank else [own]:
+            x = linear(layer, x)
         x = precise(x).unflatten(-1, (self.n_routes, self.n_heads, -1))
         return x.movedim(2, 1).squeeze(-1) if self.per_route[name] == "head" else x.movedim(2, 1)
 
@@ -128,10 +139,11 @@ class SSD(SSDScan):
 
 
 class GLA(Core):
-    """Gated linear attention (`gla`): a decay per key channel, sigmoid(.)^(1/16)."""
+    """Gated linear attention (`gla`): a decay per key channel, sigmoid(.)^(1/16) of a map of rank 16."""
 
     recurrence = staticmethod(scans.gla)
     per_route = {"forget": "channel"}
+    low_rank: dict[str, str | int] = {"forget": 16}
 
     def project(self, u: Tensor) -> Sequence[Tensor]:
         return *self.tokens(u), gates.log_sigmoid(self.values("forget", u), 1 / 16)
@@ -142,6 +154,7 @@ class SimpleGLA(GLA):
 
     recurrence = staticmethod(scans.simple_gla)
     per_route = {"forget": "head"}
+    low_rank = {}
 
 
 class Retention(Core):
@@ -387,10 +400,11 @@ class GatedDeltaNet(DeltaNet):
 
 
 class KDA(DeltaNet):
-    """Kimi delta attention (`kda`): the gated delta rule with a decay per key channel."""
+    """Kimi delta attention (`kda`): the gated delta rule with a decay per key channel, of a map as wide as a head."""
 
     recurrence = staticmethod(scans.kda)
     per_route = {"beta": "head", "forget": "channel"}
+    low_rank = {"forget": "channel"}
 
 
 class GatedDeltaNet2(DeltaNet):
@@ -492,10 +506,14 @@ class MoMGLA(MoMDelta):
 
 
 class DPLR(Core):
-    """A diagonal plus a low-rank transition (`dplr`): what a learned key reads of the state is removed."""
+    """A diagonal plus a low-rank transition (`dplr`): what a learned key reads of the state is removed.
+
+    Decays and keys come from maps as wide as a head.
+    """
 
     recurrence = staticmethod(scans.dplr)
     per_route = {"forget": "channel", "remove": "channel", "strength": "head"}
+    low_rank = {"forget": "channel", "remove": "channel"}
 
     def project(self, u: Tensor) -> Sequence[Tensor]:
         removed = gates.erase(self.values("remove", u), self.values("strength", u).sigmoid())
@@ -535,11 +553,13 @@ class BiWKV4(WKV4):
 
 
 class WKV6(Core):
-    """RWKV-6's attention (`wkv6`): a decay per token and key channel, a bonus for the own token."""
+    """RWKV-6's attention (`wkv6`): a decay per token and key channel, of rank 64, and a bonus for the own token."""
 
     recurrence = staticmethod(scans.wkv6)
     shared = "r k v"
     per_route = {"decay": "channel"}
+    low_rank = {"decay": 64}
+    bent = "decay"
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -563,11 +583,13 @@ class BiWKV6(WKV6):
 
 
 class WKV7(Core):
-    """RWKV-7's attention (`rwkv7`, in the terms of `dplr`): decay, removal and writing, all by the token."""
+    """RWKV-7's attention (`rwkv7`, as `dplr`): decay, removal and writing by the token, the first two of rank 32."""
 
     recurrence = staticmethod(scans.dplr)
     shared = "r k v"
     per_route = {"decay": "channel", "remove": "channel"}
+    low_rank = {"decay": 32, "remove": 32}
+    bent = "decay"
 
     def project(self, u: Tensor) -> Sequence[Tensor]:
         r, k, v = self.tokens(u)

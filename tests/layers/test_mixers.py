@@ -160,3 +160,21 @@ def test_one_set_of_parameters_for_all_routes():
         assert torch.allclose(conv[:, k : k + 1], own_conv) and torch.allclose(scan[:, k : k + 1], own_scan)
     with pytest.raises(ValueError, match="shared is one of '', 'inputs', 'all'"):
         MambaMixer(8, shared="some")
+
+
+@pytest.mark.parametrize("name, gate, rank", [
+    ("gla", "forget", 16), ("kda", "forget", 16), ("dplr", "remove", 16), ("wkv7", "remove", 32),
+    ("simple_gla", "forget", 4),
+])  # fmt: skip
+def test_gates_per_channel_have_the_rank_of_their_papers(name, gate, rank):
+    torch.manual_seed(0)
+    core = Mixer(64, name, "row, -row, col, -col", head_dim=64 if name == "simple_gla" else 16).double().core
+    values = core.values(gate, tokens(1, 80, 64)).transpose(1, 2).flatten(2)[0]  # all routes of a token
+    assert torch.linalg.matrix_rank(values - values.mean(0), rtol=1e-5) == rank
+
+
+def test_decays_of_rwkv_bend():
+    for name in ("wkv6", "wkv7"):
+        core = Mixer(64, name, head_dim=16).core
+        far = core.values("decay", 1e6 * tokens(1, 8, 64).float())
+        assert (far - core.own["decay"][-1].bias.view(4, 4, 16)[:, None]).abs().max() < 64
