@@ -324,17 +324,19 @@ CHEAPER: dict[str, tuple[int, int]] = {"retention": (3, 10), "delta": (3, 11)}
 
 # What else a call cannot do without, each measured in the same run: `bounds` puts it together.
 #
-# Functions: exponentials at the pace of the kernels' own, not the five multiply-adds above (EMBEDDED says how many of
-# those are taken back for an element); quotients at the pace of a sigmoid less that of an exponential. HGRN has one
-# exponential for a channel and token, and once more backward; WKV-4 two and a quotient, Bi-WKV four and a quotient,
-# and all of them once more backward. S6's exponentials come with a product and a sum, of which the kernel makes one
-# chain, so that they stay multiply-adds; its step sizes are a softplus each, of a product with `rank` numbers, that
-# backward is made again and has two gradients. Matrix states have an exponential for each log decay, both ways.
+# Functions: exponentials at the pace of the kernels' own, data in the cache, not the five multiply-adds above (EMBEDDED
+# says how many of those are taken back for an element); quotients at the pace of a sigmoid less that of an exponential.
+# HGRN has one exponential for a channel and token, and once more backward; WKV-4 two and a quotient, Bi-WKV four and a
+# quotient, and all of them once more backward. S6 has one for an element, and once more backward, at the pace of the
+# decays that its kernel makes, which comes with the product in the exponent; its step sizes are a softplus each, of a
+# product with `rank` numbers, that backward is made again and has two gradients. Matrix states have an exponential for
+# each log decay, both ways.
 EMBEDDED: dict[str, int] = {"hgrn": 1, "wkv4": 2, "bi_wkv": 4}
 #
-# What it may be *expected* to take: no library reaches the pace of multiply-adds on matrices of 32 or 64, so those of
-# matrix states count at the pace of torch's own product of 64 tokens of such heads, data in the cache; and of S6's
-# exponentials each as one that is made by itself.
+# *In turn*: where nothing hides anything else. Tokens are read before there is something to do with them, and outputs
+# and gradients written when it is done, so that arithmetic and memory add up; and no library reaches the pace of
+# multiply-adds on matrices of 32 or 64, so that those of matrix states count at the pace of torch's own product of 64
+# tokens of such heads, data in the cache.
 #
 # Numbers that the backward keeps for a token and an element of the state and reads again: all states of S6; a state in
 # BLOCK = 4 tokens of matrix states that decay; the states of HGRN before every token, but none of WKV-4, whose sums are
@@ -470,7 +472,7 @@ def calls_of(run: Callable) -> list[Call]:
 
 
 ROUNDS = 200_000  # of 16 vectors of multiply-adds
-FUNCTIONS = ("exponential", "softplus", "sigmoid")
+FUNCTIONS = ("exponential", "softplus", "sigmoid", "decay")
 
 
 def heads_product(keys: int, values: int) -> tuple[int, Callable]:
@@ -549,11 +551,11 @@ def kept(call: Call) -> tuple[float, int]:
 
 
 def bounds(mixer: str, call: Call, pace: Pace, kind: str, once: float, moved: float) -> dict[str, float]:
-    """Lower bounds of a call's seconds, from the times of the same call on a token and of its rows' moves; and what it
-    may be expected to take.
+    """Lower bounds of a call's seconds, from the times of the same call on a token and of its rows' moves; and what its
+    parts take in turn.
 
     The call's own time comes on top of all, and one unit computes both products and functions: these are sums. Loads
-    and stores run beside them on units of their own, so of the two the larger counts.
+    and stores run beside them on units of their own, so of the two the larger counts for the bound.
     """
     _, state, steps = call.shapes
     backward = kind == "training"
@@ -565,6 +567,8 @@ def bounds(mixer: str, call: Call, pace: Pace, kind: str, once: float, moved: fl
         functions += times * channels * pace.quotient
     given = dict(zip(call.recurrence.parameters, call.inputs))
     if call.name == "selective_scan":
+        products -= 6 * times * call.elements
+        functions += times * call.elements * pace.decay
         functions += times * channels * pace.softplus * bool(given["delta_softplus"])
         rank = 0 if given["delta_weight"] is None else given["delta_weight"].shape[-1]
         products += channels * rank * (4 if backward else 1)
@@ -575,18 +579,16 @@ def bounds(mixer: str, call: Call, pace: Pace, kind: str, once: float, moved: fl
             functions += times * steps * math.prod(state[:2]) * math.prod(gate.shape[3:]) * pace.exponential
     numbers, room = kept(call)
     stored = 8 * numbers * call.elements * pace.copy(room) if backward else 0.0
-    arithmetic = expected = products * pace.products + functions
-    if call.name == "selective_scan":
-        expected += times * call.elements * (pace.exponential - 5 * pace.products)
-    elif call.is_matrix and pace.heads:
-        expected += products * (pace.heads - pace.products)
+    arithmetic, in_heads = products * pace.products + functions, 0.0
+    if call.is_matrix and pace.heads:
+        in_heads = products * (pace.heads - pace.products)
     return {
         "call": once,
         "products": cost * call.elements * pace.products,
         "arithmetic": arithmetic,
         "loads and stores": moved + stored,
         "bound": once + max(arithmetic, moved + stored),
-        "expected": once + max(expected, moved + stored),
+        "in turn": once + arithmetic + in_heads + moved + stored,
     }
 
 
@@ -686,7 +688,7 @@ def recurrences(
                 row = {"mixer": mixer, "kind": kind, "tokens": length, "ms": 1e3 * taken[""]}
                 row |= {f"{name}, ms": 1e3 * part for name, part in parts.items()}
                 row |= {f"{name}, ns": 1e9 * each for name, each in vars(pace).items() if name[0] != "_" and each}
-                row |= {f"/ {name}": taken[""] / parts[name] for name in ("products", "bound", "expected")}
+                row |= {f"/ {name}": taken[""] / parts[name] for name in ("products", "bound", "in turn")}
                 if longer is not None:
                     of_elements = min(max(taken["longer"] - taken[""], 0.0), taken[""])
                     row |= {"elements, ms": 1e3 * of_elements, "elements / products": of_elements / parts["products"]}
@@ -708,7 +710,7 @@ def recurrences(
     console.print(at_least)
     columns = (
         "ms", "products, ms", "/ products", "call, ms", "arithmetic, ms", "loads and stores, ms", "bound, ms",
-        "/ bound", "expected, ms", "/ expected", "elements / products", "chunked /",
+        "/ bound", "in turn, ms", "/ in turn", "elements / products", "chunked /",
     )  # fmt: skip
     for kind in kinds:
         table = Table(kind, *columns)
@@ -770,7 +772,7 @@ def reasons(row: dict) -> list[str]:
     }
     line += "; of its time " + ", ".join(f"{name} {part / row['ms']:.0%}" for name, part in shares.items())
     line += f", so that it is at {row['/ bound']:.2f} of its bound"
-    line += f", {row['/ expected']:.2f} of what may be expected from the libraries' products and from exponentials"
+    line += f", and of its parts in turn, with the libraries' products of such heads, at {row['/ in turn']:.2f}"
     if "elements, ms" in row:
         line += (
             f"; what is done to elements of the state takes {row['elements / products']:.2f} of their products, "
@@ -1690,13 +1692,13 @@ def page_of_recurrences(found: dict) -> list[str]:
     lines += [
         "Each recurrence by itself, ms: its multiply-adds at the pace of this core (*products*); what a call takes",
         "before its kernel begins; its products with step sizes and exponentials (*arithmetic*); what it must load and",
-        "store. The *bound* is the call and the larger of the last two. *Expected*: the same with multiply-adds of",
-        "matrix states at the pace that torch's own product of 64 tokens of such heads reaches in this run, and S6's",
-        "exponentials at that of exponentials alone. *Elements*: the part of the time that grows with the state, over",
-        "products.", "",
+        "store. The *bound* is the call and the larger of the last two. *In turn*: the sum of all three, where nothing",
+        "hides anything else, with multiply-adds of matrix states at the pace that torch's own product of 64 tokens of",
+        "such heads reaches in this run. *Elements*: the part of the time that grows with the state, over products.",
+        "",
     ]  # fmt: skip
     keys = ["ms", "products, ms", "/ products", "call, ms", "arithmetic, ms", "loads and stores, ms", "/ bound"]
-    keys += ["expected, ms", "/ expected", "elements / products", "chunked /"]
+    keys += ["in turn, ms", "/ in turn", "elements / products", "chunked /"]
     for kind in kinds:
         some = [row for row in found["alone"] if f"{row['kind']} {row['tokens']}" == kind]
         lines += grid([kind, *keys], [[row["mixer"], *(row.get(key, math.nan) for key in keys)] for row in some])
@@ -1706,25 +1708,19 @@ def page_of_recurrences(found: dict) -> list[str]:
             parts = [row[f"{part}, ms"] for part in ("call", "arithmetic", "loads and stores")]
             parts += [row["ms"] - row["elements, ms"]] if "elements, ms" in row else []
             shares = [f"{part / row['ms']:.0%}" for part in parts] + ["-"] * (4 - len(parts))
-            ratios = [row.get(key, math.nan) for key in ("/ products", "/ bound", "/ expected", "elements / products")]
+            ratios = [row.get(key, math.nan) for key in ("/ products", "/ bound", "/ in turn", "elements / products")]
             late.append([f"{row['mixer']}, {row['kind']} {row['tokens']}", *ratios, *shares])
     lines += [
         f"Slower than wanted ({WANTED['forward']} times the products, {WANTED['training']} in training), and how",
         "much of the time is the call, arithmetic, loads and stores; and what is done to tokens and rows of the state",
         "instead of its elements.", "",
     ]  # fmt: skip
-    headings = [
-        "",
-        "/ products",
-        "/ bound",
-        "/ expected",
-        "elements / products",
-        "call",
-        "arithmetic",
-        "loads, stores",
-        "tokens, rows",
-    ]
+    headings = ["", "/ products", "/ bound", "/ in turn", "elements / products", "call", "arithmetic", "loads, stores"]
+    headings += ["tokens, rows"]
     lines += grid(headings, late)
+    beyond = [f"{row['mixer']}, {row['kind']} {row['tokens']}" for row in found["alone"]
+              if row["/ products"] > WANTED[row["kind"]] and row["/ in turn"] > WANTED[row["kind"]]]  # fmt: skip
+    lines += [f"Slower than wanted even over its parts in turn: {'; '.join(beyond) or 'none'}.", ""]
     return lines + bullets(line for line in found["missed"] if line.startswith("scan_tiny"))
 
 

@@ -561,6 +561,10 @@ def test_accuracy_of_exp_softplus_sigmoid(instructions):
         exact = torch.log1p(x.double().exp()) if which == 1 else function(x.double())
         ulp = torch.nextafter(exact.float(), torch.tensor(torch.inf)).double() - exact.float().double()
         assert ((got.double() - exact).abs() / ulp).max() < ulps, function.__name__
+    below = x[x <= 0]
+    got = torch.empty_like(below)
+    torch.ops.linescan_cpu.unary(3, below, got)
+    assert (got.double() - below.double().exp()).abs().max() < 2e-7 and (got[below == 0] == 1).all()
 
 
 def final_state(initial, delta, A):

@@ -22,7 +22,7 @@ namespace LINESCAN_ISA {
 template <class F>
 static void for_each(const float* x, float* y, int64_t n, const F& f) {
   const int64_t whole = n / W * W;
-  for (int64_t i = 0; i < whole; i += W) store(y + i, f(load(x + i)));
+  packs(whole, [&](auto zero, int64_t i) LINESCAN_STAGE { store(y + i, f(load<decltype(zero)>(x + i))); });
   if (whole == n) return;
   float lanes[W] = {};
   std::memcpy(lanes, x + whole, (n - whole) * 4);
@@ -30,10 +30,24 @@ static void for_each(const float* x, float* y, int64_t n, const F& f) {
   std::memcpy(y + whole, lanes, (n - whole) * 4);
 }
 
+// `exp_of_less` of whole vectors, put in order as S6's decays are.
+LINESCAN_IN_ORDER static void decays(const float* x, float* y, int64_t n) {
+  for (int64_t first = 0; first + TILE * W <= n; first += TILE * W) {
+    Power power[TILE];
+    staggered<TILE>([&](int i) LINESCAN_STAGE { power[i].start(load(x + first + i * W) * LOG2E); },
+                    [&](int i) LINESCAN_STAGE { power[i].round(); },
+                    [&](int i) LINESCAN_STAGE { power[i].split(); },
+                    [&](int i) LINESCAN_STAGE { power[i].times(splat(1.0f)); },
+                    [&](int i) LINESCAN_STAGE { store(y + first + i * W, power[i].product()); });
+  }
+  for (int64_t i = n / (TILE * W) * (TILE * W); i < n; ++i) y[i] = exp_of_less(splat(x[i]))[0];
+}
+
 static void unary(Unary which, const float* x, float* y, int64_t n) {
-  if (which == Unary::exp) for_each(x, y, n, [](V v) LINESCAN_STAGE { return exp(v); });
-  else if (which == Unary::softplus) for_each(x, y, n, [](V v) LINESCAN_STAGE { return softplus(v); });
-  else for_each(x, y, n, [](V v) LINESCAN_STAGE { return sigmoid(v); });
+  if (which == Unary::exp) for_each(x, y, n, [](const auto& v) LINESCAN_STAGE { return exp(v); });
+  else if (which == Unary::softplus) for_each(x, y, n, [](const auto& v) LINESCAN_STAGE { return softplus(v); });
+  else if (which == Unary::sigmoid) for_each(x, y, n, [](const auto& v) LINESCAN_STAGE { return sigmoid(v); });
+  else decays(x, y, n);
 }
 
 // Reads rows of `width` numbers, or fills them: what no kernel can do without.

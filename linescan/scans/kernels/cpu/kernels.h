@@ -243,7 +243,7 @@ struct Gates {
   float* partial = nullptr;  // (units, D): of the parameter
 };
 
-enum class Unary : int { exp, softplus, sigmoid };
+enum class Unary : int { exp, softplus, sigmoid, decay };
 
 struct Kernels {
   const char* name;

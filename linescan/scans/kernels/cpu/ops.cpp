@@ -441,7 +441,7 @@ void gate_backward(Value* stack, uint64_t, uint64_t) {
   sum_parts(s.partial, s.units(), 1, s.D, s.D, of_parameter);
 }
 
-// linescan_cpu::unary(int which, Tensor x, Tensor(a!) y) -> (): for the tests of accuracy.
+// linescan_cpu::unary(int which, Tensor x, Tensor(a!) y) -> (): for the tests of accuracy and the benchmark.
 void unary(Value* stack, uint64_t, uint64_t) {
   Arguments in(stack);
   const int64_t which = in.integer();
