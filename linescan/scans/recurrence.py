@@ -114,6 +114,9 @@ class Implementation:
         supports: (*inputs, route, merge) -> whether this call can be served (device, dtype, shape).
         check: (*inputs, route, merge) -> None; raises where a call cannot be served though `backend` asks for it.
         kernel: forward and backward return new contiguous tensors, and autocast has no part in them.
+        room: (*inputs, route, merge) -> a list of tensors, which a kernel's forward fills where a backward will follow,
+            and its backward reads. Both take it as `kept`, which is empty in inference and in graphs, whose operators
+            hand nothing over. None: they do not take it.
     """
 
     forward: Callable
@@ -121,6 +124,7 @@ class Implementation:
     supports: Callable = lambda *args: True
     check: Callable = lambda *args: None
     kernel: bool = False
+    room: Callable | None = None
 
 
 def without_autocast(device: str) -> ContextManager:
@@ -393,12 +397,12 @@ class Recurrence:
             ]
         )
 
-        def setup_context(ctx, inputs, output):
+        def setup_context(ctx, inputs, output, kept=()):
             output = output if isinstance(output, tuple) else (output,)
             ctx.set_materialize_grads(False)
             ctx.is_tensor = [isinstance(x, Tensor) for x in inputs]
             ctx.others = [None if tensor else x for x, tensor in zip(inputs, ctx.is_tensor)]
-            ctx.save_for_backward(*compress(inputs, ctx.is_tensor))
+            ctx.save_for_backward(*compress(inputs, ctx.is_tensor), *kept)
             ctx.output = output[0].shape, output[0].dtype, output[0].device
 
         def differentiate(ctx, grad_output, *grad_states):
@@ -409,15 +413,16 @@ class Recurrence:
                 grad_output = torch.zeros(shape, dtype=dtype, device=device)
             # a gradient that will be differentiated again has to know that it cannot be
             plain = not torch.is_grad_enabled() and is_plain((grad_output, *grad_states))
-            grads = iter((self._operate_backward if plain else backward)(grad_output, *grad_states, *inputs))
+            call = grad_output, *grad_states, *inputs
+            grads = iter(self._operate_backward(*call, kept=list(tensors)) if plain else backward(*call))
             return tuple([
                 next(grads) if tensor and x.is_floating_point() else None for x, tensor in zip(inputs, ctx.is_tensor)
             ])  # fmt: skip
 
         # The older form of a Function: with a `setup_context` of its own, torch binds the arguments anew at every call.
         def forward_eagerly(ctx, *inputs):
-            output = self._forward(*inputs)
-            setup_context(ctx, inputs, output)
+            output = self._forward(*inputs, kept=(kept := []))
+            setup_context(ctx, inputs, output, kept)
             return output
 
         forward.register_autograd(differentiate, setup_context=setup_context)
@@ -562,18 +567,21 @@ class Recurrence:
         outputs = self._forward(*checked.fill(inputs), route, merge, name, slack)
         return outputs if len(outputs) > 1 else outputs[0]
 
-    def _forward(self, *args) -> tuple:
+    def _forward(self, *args, kept: list | None = None) -> tuple:
         *call, name, _ = args
         implementation = self.pick(name, *call)
         if implementation.kernel:
-            return _flat(implementation.forward(*call))
+            if kept is None or implementation.room is None:
+                return _flat(implementation.forward(*call))
+            kept += implementation.room(*call)
+            return _flat(implementation.forward(*call, kept=kept))
         if call[0].is_meta:
             return _flat(self.new_outputs(*call))
         with torch.autocast(call[0].device.type, enabled=False):
             outputs = _flat(implementation.forward(*call))
         return tuple(_apart(outputs, call))
 
-    def _operate_backward(self, grad_output, *args):
+    def _operate_backward(self, grad_output, *args, kept=()):
         states = len(self.layout.states)
         grad_states, (*inputs, route, merge, name, _) = args[:states], args[states:]
         if any([inputs[at] is None for at in self.layout.default_positions]):
@@ -584,7 +592,9 @@ class Recurrence:
             implementation = self.implementations[implementation.backward]
         grad_state = _packed(grad_states)
         if implementation.kernel:
-            return implementation.backward(grad_output, grad_state, *call)
+            if implementation.room is None:
+                return implementation.backward(grad_output, grad_state, *call)
+            return implementation.backward(grad_output, grad_state, *call, kept=kept)
         if grad_output.is_meta:
             return [torch.empty_like(x) for x in self._differentiable(inputs)]
         with torch.autocast(grad_output.device.type, enabled=False):

@@ -117,10 +117,10 @@ def conv_inputs(batch, routes, length, channels, width, extras=True, shared=True
     return inputs
 
 
-def results(function, inputs, name, **options):
+def results(function, inputs, name, dispatcher=False, **options):
     """Output, final state and all gradients with the implementation `name`."""
     leaves = {key: x.detach().requires_grad_() for key, x in inputs.items()}
-    with backend(name):
+    with backend(name, dispatcher=dispatcher):
         output, state = function(**leaves, **options, return_final_state=True)
         generator = torch.Generator().manual_seed(0)
         weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in (output, state)]
@@ -155,7 +155,8 @@ SCANS = [
     (2, 2, 21, 3, 3, 8, False, False, "padded", None),
     (2, 2, 21, 24, 2, 5, True, False, "per sample", "sum"),
     (2, 2, 19, 70, 1, 16, True, True, "padded", "sum"),
-    (1, 2, 40, 64, 1, 64, False, True, "permuted", None),  # long enough for the backward to keep states in segments
+    (1, 2, 140, 40, 1, 64, False, True, "permuted", None),  # long enough for the backward to keep states in segments
+    (1, 2, 132, 48, 2, 66, True, False, "padded", "sum"),
     (1, 1, 33, 384, 1, 16, True, True, "none", None),
     (2, 4, 18, 48, 1, 1, True, True, "permuted", "sum"),
     (2, 2, 9, 6, 1, 23, True, True, "none", "sum"),
@@ -443,6 +444,57 @@ def test_matrix_states_are_read_in_place():
     torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-4, atol=1e-4)
 
 
+@whole
+@pytest.mark.parametrize("name", ["gla", "linear_attention, normalised", "kda"])
+def test_pieces_of_a_long_sequence(name, sets):
+    function, inputs = heads(name, 1, 1, 4200, 1, 4, 4)
+    expected = results(function, inputs, "chunked")
+    for instructions in sets:
+        cpu.instruction_set(instructions)
+        for key, got in results(function, {key: x.float() for key, x in inputs.items()}, "cpu").items():
+            error = (got - expected[key]).abs().max() / expected[key].abs().max()
+            assert error < 1e-5, f"{instructions} {key}: relative error {error:.1e}"
+
+
+S6 = partial(selective_scan, delta_softplus=True), scan_inputs(1, 2, 140, 40, 1, 64)
+# Of each recurrence a call of several pieces of time, and the shapes of what its forward leaves to its backward.
+LEFT = {
+    "selective_scan": (*S6, [(1, 2, 2, 40, 64)]),
+    "linear_attention": (
+        *heads("linear_attention, normalised", 1, 2, 140, 2, 32, 33),
+        [(1, 2, 2, 1, 32, 34), (1, 2, 2, 0, 0)],
+    ),
+    "gated_delta_rule": (*heads("kda", 1, 2, 140, 2, 32, 33), [(1, 2, 2, 1, 32, 33), (1, 2, 2, 144, 48)]),
+    "ssd": (*heads("ssd, gated", 1, 2, 140, 2, 32, 33), []),  # whose backward makes the outputs before their gate again
+}
+
+
+@whole
+@pytest.mark.parametrize("name", LEFT)
+def test_what_a_forward_leaves_to_its_backward(name, monkeypatch):
+    function, inputs, shapes = LEFT[name]
+    inputs = {key: x.float().requires_grad_() for key, x in inputs.items()}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        function(**inputs)
+    given = {x.untyped_storage().data_ptr() for x in inputs.values()}
+    assert [tuple(x.shape) for x in saved if x.untyped_storage().data_ptr() not in given] == shapes
+    eager = results(function, inputs, "cpu")
+    for key, got in results(function, inputs, "cpu", dispatcher=True).items():  # operators of graphs leave nothing
+        assert torch.equal(got, eager[key]), key
+
+    def no_room(*args):
+        raise AssertionError("room for nothing")
+
+    monkeypatch.setattr(recurrences()[name].implementations["cpu"], "room", no_room)
+    function(**{key: x.detach() for key, x in inputs.items()})
+    for mode in torch.no_grad(), torch.inference_mode():
+        with mode:
+            function(**inputs)
+    with pytest.raises(AssertionError, match="room for nothing"):
+        function(**inputs)
+
+
 # -- vector states ----------------------------------------------------------------------------------------------------
 
 vectors = pytest.mark.skipif(
@@ -531,11 +583,11 @@ def test_keys_of_any_size(name, sets):
 @compiled
 def test_threads_do_not_change_a_bit():
     """Enough work that two threads share it; and a second run gives the same bits."""
-    scan = {key: x.float() for key, x in scan_inputs(1, 2, 100, 200, 2, 16).items()}
+    scan = {key: x.float() for key, x in scan_inputs(1, 2, 100, 200, 2, 40).items()}
     conv = {key: x.float() for key, x in conv_inputs(1, 2, 300, 200, 4, shared=False).items()}
-    others = {name: heads(name, 1, 2, 100, 4, 32, 64) for name in MATRICES}
+    others = {name: heads(name, 1, 2, 132, 4, 32, 64) for name in MATRICES}  # two pieces of time
     if hasattr(torch.ops.linescan_cpu, "vector_scan"):
-        others |= {name: channels(name, 1, 2, 100, 300) for name in VECTORS}
+        others |= {name: channels(name, 1, 2, 132, 240) for name in VECTORS}
     outcomes = []
     for count in (1, 2, 3, 16, 1):
         with threads(count):
@@ -545,7 +597,7 @@ def test_threads_do_not_change_a_bit():
             )
             for name, (function, inputs) in others.items():
                 inputs = {key: x.float() for key, x in inputs.items()}
-                got = results(function, inputs, "cpu", route=orders(2, 100, "padded"), merge="sum")
+                got = results(function, inputs, "cpu", route=orders(2, 132, "padded"), merge="sum")
                 outcomes[-1] |= {f"{name} {key}": x for key, x in got.items()}
     for other in outcomes[1:]:
         for key, expected in outcomes[0].items():

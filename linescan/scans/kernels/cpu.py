@@ -33,6 +33,7 @@ from ..ops.ssd import _ssd, _step_sizes
 from ..ops.wkv4 import _bi_wkv, _wkv4
 from ..ops.wkv6 import _wkv6
 from ..recurrence import Recurrence
+from ..visits import visited
 
 LIBRARY = Path(__file__).with_name("_cpu.so")
 LANES = {"avx512": 16, "avx2": 8, "baseline": 4}  # floats in a vector
@@ -64,7 +65,7 @@ def _load() -> str | None:
     if not hasattr(operators, "selective_scan"):
         return f"made for torch >= 2.10, this is {torch.__version__}"
     arguments = argument_names(operators.selective_scan.default)
-    newest = "channel_gates"
+    newest = "matrix_scan_piece"
     if arguments[: len(_selective_scan.parameters)] != _selective_scan.parameters or not hasattr(operators, newest):
         return "compiled from other sources than these; run `pip install` of linescan again"
     if setting:
@@ -169,6 +170,10 @@ def _finish(grads, inputs) -> list[Tensor]:
     return [grad if x.dtype is torch.float32 else grad.to(x.dtype) for grad, x in pairs if x is not None]
 
 
+def _register(op: Recurrence, forward, backward, room=None) -> None:
+    op.register("cpu", forward, backward, _supports, partial(_check, op), kernel=True, room=room)
+
+
 # -- selective scan ---------------------------------------------------------------------------------------------------
 
 
@@ -178,15 +183,24 @@ def _scan_inputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_st
     return u, delta, A, B, C, D, z, delta_bias, delta_softplus, state, weight, _table(route), merge
 
 
-def _scan_forward(*args):
+def _scan_room(u, delta, A, B, *others):
+    """For the states (B, K, segments - 1, D, N) that segments of time but the first start from."""
+    *_, route, _ = others
+    (batch, _, length, channels), (routes, _, states) = u.shape, A.shape
+    steps, groups = length if route is None else route.shape[-1], B.shape[3] if B.ndim == 5 else 1
+    segment = torch.ops.linescan_cpu.selective_scan_segment.default(batch, channels, groups, steps, states)
+    return [u.new_empty((batch, routes, (steps - 1) // segment, channels, states), dtype=torch.float32)]
+
+
+def _scan_forward(*args, kept=()):
     u, A, merge = args[0], args[2], args[-1]
     y = _output(u, A.shape[0], merge)
     state = A.new_empty((u.shape[0], *A.shape), dtype=torch.float32)
-    _run(torch.ops.linescan_cpu.selective_scan.default, args, _scan_inputs, y, state)
+    _run(torch.ops.linescan_cpu.selective_scan.default, args, _scan_inputs, y, state, *(kept or [None]))
     return y if y.dtype is u.dtype else y.to(u.dtype), state
 
 
-def _scan_backward(grad_output, grad_state, *args):
+def _scan_backward(grad_output, grad_state, *args, kept):
     *inputs, route, merge = args
     low_rank = inputs[-1] is not None
     wide = widen(*inputs) if low_rank else inputs[:-1]
@@ -194,8 +208,12 @@ def _scan_backward(grad_output, grad_state, *args):
     du, ddelta, dA, dD, dz, dbias, dinitial = map(_like, (u, delta, A, D, z, delta_bias, initial_state))
     dB, dC = _like(B, torch.zeros_like), _like(C, torch.zeros_like)
     grads = (du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial)
-    others = _rows(grad_output), _parameter(grad_state), *grads
-    _run(torch.ops.linescan_cpu.selective_scan_backward.default, (*wide, None, route, merge), _scan_inputs, *others)
+    call = *wide, None, route, merge
+    if not kept:  # in a graph
+        kept = _scan_room(*call)
+        _run(torch.ops.linescan_cpu.selective_scan.default, call, _scan_inputs, None, None, *kept)
+    others = _rows(grad_output), _parameter(grad_state), *map(_parameter, kept), *grads
+    _run(torch.ops.linescan_cpu.selective_scan_backward.default, call, _scan_inputs, *others)
     grads = _finish(grads, (u, delta, A, B, C, D, z, delta_bias, initial_state))
     return narrow(grads, *inputs) if low_rank else grads
 
@@ -246,14 +264,33 @@ def _matrix_call(rule, given, route, merge):
     return rule, *inputs, scale, normalize, initial_state, route, merge
 
 
-def _matrix_forward(rule, given, route, merge, y, state):
-    """Fills y and the final state."""
+def _matrix_room(rule, given, route):
+    """For what a forward leaves to its backward.
+
+    The states (B, K, H, pieces - 1, N, M), normalised M + 1, that pieces of time but the first start from; and of rules
+    whose writes depend on reads what they wrote, (B, K, H, S, M), filled up to whole pieces and whole vectors.
+    """
+    tokens = [given[name] for name in _OF_TOKENS if given.get(name) is not None]
+    (batch, routes, length), (heads, values) = visited(tokens, route), given["v"].shape[3:]
+    keys, steps = given["q"].shape[4], length if route is None else route.shape[-1]
+    piece = torch.ops.linescan_cpu.matrix_scan_piece.default(keys, values, steps)
+    pieces, widest = -(-steps // piece), LANES["avx512"]
+    written = (pieces * piece, -(-values // widest) * widest) if rule in (DELTA, LOW_RANK) else (0, 0)
+    sizes = (pieces - 1, keys, values + given.get("normalize", False)), written
+    return [tokens[0].new_empty((batch, routes, heads, *size), dtype=torch.float32) for size in sizes]
+
+
+def _matrix_forward(rule, given, route, merge, y, state, kept=()):
+    """Fills y and the final state, unless they are None, and what is kept."""
     call = _matrix_call(rule, given, route, merge)
-    _run(torch.ops.linescan_cpu.matrix_scan.default, call, _matrix_inputs, y, state)
+    _run(torch.ops.linescan_cpu.matrix_scan.default, call, _matrix_inputs, y, state, *(kept or [None, None]))
 
 
-def _matrix_backward(rule, given, route, merge, grad_output, grad_state) -> dict[str, Tensor]:
+def _matrix_backward(rule, given, route, merge, grad_output, grad_state, kept) -> dict[str, Tensor]:
     """Gradients, in float32, of the tensors among `given` by name; of q and k one for every head of v."""
+    if not kept:  # in a graph
+        kept = _matrix_room(rule, given, route)
+        _matrix_forward(rule, given, route, merge, None, None, kept)
     heads = given["v"].shape[3]
     grads = {name: _like(x) for name, x in given.items() if isinstance(x, Tensor)}
     for name in ("q", "k"):
@@ -261,7 +298,7 @@ def _matrix_backward(rule, given, route, merge, grad_output, grad_state) -> dict
             batch, routes, length, _, keys = given[name].shape
             grads[name] = grads[name].new_empty(batch, routes, length, heads, keys)
     names = (*_OF_TOKENS, *_OF_HEADS, "initial_state")
-    others = _rows(grad_output), _parameter(grad_state), *map(grads.get, names)
+    others = _rows(grad_output), _parameter(grad_state), *map(_parameter, kept), *map(grads.get, names)
     call = _matrix_call(rule, given, route, merge)
     _run(torch.ops.linescan_cpu.matrix_scan_backward.default, call, _matrix_inputs, *others)
     return grads
@@ -271,27 +308,24 @@ def _register_matrix(op: Recurrence, rule: int, names: str) -> None:
     """Registers the kernel for a recurrence, whose inputs have those `names` here."""
     keys = names.split()
 
-    def forward(*args):
+    def forward(*args, kept=()):
         *inputs, route, merge = args
         y, state = op.new_outputs(*args)
         sums = y.float() if merge else y
-        _matrix_forward(rule, dict(zip(keys, inputs)), route, merge, sums, state)
+        _matrix_forward(rule, dict(zip(keys, inputs)), route, merge, sums, state, kept)
         return sums.to(y.dtype), state
 
-    def backward(grad_output, grad_state, *args):
+    def backward(grad_output, grad_state, *args, kept):
         *inputs, route, merge = args
         given = dict(zip(keys, inputs))
-        grads = _matrix_backward(rule, given, route, merge, grad_output, grad_state)
+        grads = _matrix_backward(rule, given, route, merge, grad_output, grad_state, kept)
         return _finish(*zip(*((grads[key], x) for key, x in given.items() if isinstance(x, Tensor))))
 
-    _register_both(op, forward, backward)
+    def room(*args):
+        return _matrix_room(rule, dict(zip(keys, args)), args[-2])
+
+    _register(op, forward, backward, room)
     _in_graphs(op, "matrix_scan", lambda *args: _matrix_call(rule, dict(zip(keys, args[:-2])), *args[-2:]))
-
-
-def _register_both(op: Recurrence, forward, backward) -> None:
-    """A library that was compiled before there was a backward leaves it to the chunked form."""
-    there = hasattr(torch.ops.linescan_cpu, "matrix_scan_backward")
-    op.register("cpu", forward, backward if there else "chunked", _supports, partial(_check, op), kernel=True)
 
 
 def _ssd_gates(dt, A, dt_bias, dt_softplus, dt_min, dt_max):
@@ -332,27 +366,32 @@ def _gated(y: Tensor, z: Tensor, merge: bool) -> Tensor:
     return y.sum(1) if merge else y
 
 
-def _ssd_forward(*args):
+def _ssd_room(x, dt, A, B, C, D, z, *others):
+    """None where outputs are gated: the backward makes them again, and all that it needs with them."""
+    return [] if z is not None else _matrix_room(GATED, {"q": C, "k": B, "v": x, "beta": dt}, others[-2])
+
+
+def _ssd_forward(*args, kept=()):
     *inputs, route, merge = args
     z = inputs[6]
     y, state = _ssd.new_outputs(*inputs, route, merge and z is None)
     sums = y.float() if merge or z is not None else y
-    _matrix_forward(GATED, _ssd_given(*inputs), route, merge and z is None, sums, state)
+    _matrix_forward(GATED, _ssd_given(*inputs), route, merge and z is None, sums, state, kept)
     return (sums if z is None else _gated(sums, z, merge)).to(y.dtype), state
 
 
-def _ssd_backward(grad_output, grad_state, *args):
+def _ssd_backward(grad_output, grad_state, *args, kept):
     *inputs, route, merge = args
     x, dt, A, B, C, D, z, dt_bias, *limits, initial_state = inputs
     given, of_z = _ssd_given(*inputs), None
     if z is not None:  # the outputs before their gate are made again
         y, state = _ssd.new_outputs(*inputs, route, False)
-        y = y.float()
-        _matrix_forward(GATED, given, route, False, y, state)
+        y, kept = y.float(), _matrix_room(GATED, given, route)
+        _matrix_forward(GATED, given, route, False, y, state, kept)
         with torch.enable_grad():
             before, gate = (t.detach().float().requires_grad_() for t in (y, z))
             grad_output, of_z = torch.autograd.grad(_gated(before, gate, merge), (before, gate), grad_output.float())
-    grads = _matrix_backward(GATED, given, route, merge and z is None, grad_output, grad_state)
+    grads = _matrix_backward(GATED, given, route, merge and z is None, grad_output, grad_state, kept)
     of_dt, of_A, of_bias = _of_ssd_gates(grads, given["beta"], dt, A, dt_bias, *limits)
     of_B, of_C = (
         grads[name] if grads[name].shape == y.shape else grads[name].unflatten(3, (y.shape[3], -1)).sum(4)
@@ -581,7 +620,7 @@ _missing = _load()
 if _missing is None and hasattr(torch.ops.linescan_cpu, "gate_backward"):  # not of older sources
     for _name in _SIZES:
         GATES[_name].kernel = _gate_kernel(_name)
-_register_both(_ssd, _ssd_forward, _ssd_backward)
+_register(_ssd, _ssd_forward, _ssd_backward, _ssd_room)
 _register_matrix(_gla, GATED, "q k v gate scale initial_state")
 _register_matrix(_simple_gla, GATED, "q k v gate scale initial_state")
 _register_matrix(_linear_attention, GATED, "q k v scale normalize initial_state")
@@ -591,7 +630,7 @@ _register_matrix(_dplr, LOW_RANK, "q k v a b gate scale initial_state")
 _register_vector(_hgrn, SUM, "x g initial_state")
 _register_vector(_wkv4, WKV, "x g w u initial_state")
 _register_vector(_bi_wkv, WKV_BOTH, "x g w u")
-_selective_scan.register("cpu", _scan_forward, _scan_backward, _supports, partial(_check, _selective_scan), kernel=True)
-_causal_conv1d.register("cpu", _conv_forward, _conv_backward, _supports, partial(_check, _causal_conv1d), kernel=True)
+_register(_selective_scan, _scan_forward, _scan_backward, _scan_room)
+_register(_causal_conv1d, _conv_forward, _conv_backward)
 _in_graphs(_selective_scan, "selective_scan")
 _in_graphs(_causal_conv1d, "causal_conv1d")

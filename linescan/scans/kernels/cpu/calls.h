@@ -133,13 +133,22 @@ inline void spread(Blocks& blocks, int64_t others, int64_t threads) {
 }
 
 // The structures hold the tensors of a call, and what the kernels make of them. `forward` fills y and the final state,
-// which have the shapes that they say; a final state that is not wanted is an empty tensor.
+// which have the shapes that they say, and what a backward will read; what is not wanted is an empty tensor.
 
 // -- selective scan ----------------------------------------------------------------------------------------------------
 
 #define LINESCAN_SCAN_INPUTS                                                                                          \
   "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "                  \
   "bool delta_softplus, Tensor? initial_state, Tensor? delta_weight, Tensor? route, bool merge"
+
+// Backward: the states of a segment of time are kept, for blocks so narrow that one segment is enough, if possible.
+inline void segment(Scan& s) {
+  const int64_t cache = 640 << 10, bytes = 4 * (s.N + 8);  // of a channel at a token
+  const bool narrow = s.B * s.D < 1024 || (s.S * 64 * bytes > cache && s.S * 32 * bytes <= cache);
+  s.blocks.width = lesser(narrow ? 32 : 64, s.D / s.G);
+  const int64_t fits = cache / (s.blocks.width * bytes);
+  s.segment = lesser((fits < 16 ? 16 : fits) / 16 * 16, (s.S + 15) / 16 * 16);
+}
 
 template <class Arguments>
 struct ScanInputs {
@@ -166,9 +175,10 @@ struct ScanInputs {
   std::vector<int64_t> output_shape() const { return rows(scan, {scan.D}); }
   std::vector<int64_t> state_shape() const { return {scan.B, scan.K, scan.D, scan.N}; }
 
-  void forward(const Arguments& in, const Tensor& y, const Tensor& final_state) {
+  void forward(const Arguments& in, const Tensor& y, const Tensor& final_state, const Tensor& starts = Tensor()) {
     auto& s = scan;
-    s.y = output(y, s.merge), s.state = state(final_state);
+    s.y = output(y, s.merge), s.state = state(final_state), s.starts = state(starts);
+    segment(s);
     const int64_t samples = s.merge ? s.B : s.B * s.K;
     spread(s.blocks, samples, in.threads());
     const int64_t units = samples * s.blocks.count();
@@ -226,6 +236,16 @@ struct ConvInputs {
   "int rule, Tensor q, Tensor k, Tensor v, Tensor? a, Tensor? b, Tensor? gate, Tensor? beta, Tensor? bonus, "          \
   "Tensor? skip, Tensor? idle, float scale, bool normalize, Tensor? initial_state, Tensor? route, bool merge"
 
+// Backward: so many tokens that the states at their blocks' begins stay in the cache, but as long as the sequence is not so
+// long that those at the pieces' begins would need more room.
+inline void piece(Matrix& s) {
+  const int64_t cache = 512 << 10, block = Matrix::BLOCK, fits = cache / (4 * ((s.N + 15) / 16 * 16) * s.M) * block;
+  int64_t length = fits < 4 * block ? 4 * block : lesser(fits, Matrix::ROOM);
+  while (length * length < block * s.S) length *= 2;
+  const int64_t pieces = (s.S + length - 1) / length;
+  s.piece = ((s.S + pieces - 1) / pieces + block - 1) / block * block;
+}
+
 template <class Arguments>
 struct MatrixInputs {
   using Tensor = typename Arguments::Tensor;
@@ -252,6 +272,12 @@ struct MatrixInputs {
     s.q = view(q), s.k = view(k), s.v = view(v), s.a = view(a), s.b = view(b), s.gate = numbers(gate), s.beta = numbers(beta);
     s.bonus = parameter(bonus), s.skip = parameter(skip), s.idle = parameter(idle), s.initial = state(initial);
     steps = Table(table, s.L), s.route = steps.route;
+  }
+
+  void hand_over(const Tensor& starts, const Tensor& written) {
+    piece(matrix);
+    matrix.starts = state(starts), matrix.written = view(written);
+    std::swap(matrix.written.token, matrix.written.group);
   }
 
   std::vector<int64_t> output_shape() const { return rows(matrix, {matrix.H, matrix.M}); }

@@ -100,8 +100,10 @@ struct Scan {
   // forward
   Target y;
   Parameter state;
+  // forward that a backward follows, and backward
+  int64_t segment = 0;  // tokens whose states the backward keeps at a time
+  Parameter starts;     // (B, K, segments - 1, D, N): states that segments but the first start from
   // backward
-  int64_t segment = 0;  // tokens whose states are kept at a time
   View dy;
   Parameter dstate, dinitial;
   Target du, ddelta, dz;
@@ -148,6 +150,12 @@ struct Matrix {
   int64_t parts() const { return (M + width - 1) / width; }
   Target y;
   Parameter state;
+  // forward that a backward follows, and backward
+  static constexpr int64_t BLOCK = 4;  // tokens that a state takes at once
+  static constexpr int64_t ROOM = 128; // tokens whose rows are looked up at a time, whole blocks; in the backward at least
+  int64_t piece = 0;                   // tokens that the backward takes at a time, whole blocks
+  Parameter starts;  // (B, K, H, pieces - 1, N, M [+ 1]): states that pieces but the first start from
+  View written;      // (B, K, H, S, M), whole pieces by whole vectors: first reads - base, of dependent writes
   // backward
   View dy;
   Parameter dstate, dinitial;

@@ -7,7 +7,7 @@
 // and an element costs READS + WRITES + 1 / BLOCK multiply-adds a token, where its equation has one for the decay and one
 // more for the first write. Decays only ever multiply, so none is larger than 1.
 
-constexpr int BLOCK = 4;
+constexpr int BLOCK = Matrix::BLOCK;
 constexpr int PITCH = 64;  // coefficients of so many rows stand together, at distances known to the compiler
 
 // Calls f(integral_constant<int, i>) for i = 0 to COUNT - 1.
@@ -308,7 +308,7 @@ __attribute__((noinline)) static void sweep(const Walk& s, const Block<F>& block
       }
       if (s.out[r]) {
         float* row = block.row(s.out[r], t, column, column + WIDTH) + column;
-        if constexpr (r == F::READS - 1) finish<F>(s, block.at(t), column, mine, row);
+        if constexpr (r == F::READS - 1 && !(F::DEPENDENT && r == 0)) finish<F>(s, block.at(t), column, mine, row);
         else vectors([&](auto l) LINESCAN_STAGE { store(row + l * W, mine[l]); });
       }
     });
@@ -418,7 +418,7 @@ __attribute__((noinline)) static void dots(int64_t count, int64_t n, Rows x, Row
   }
 }
 
-constexpr int64_t ROOM = 128;  // tokens whose rows are looked up at a time, whole blocks; in the backward at least
+constexpr int64_t ROOM = Matrix::ROOM;
 
 // Rows of tokens, where they stand or in a buffer.
 struct Buffer {
@@ -452,9 +452,9 @@ struct Tokens {
 
   void fetch(const Matrix& s, int64_t b, int64_t k, int64_t h, int64_t column, int64_t width, int64_t t0, int64_t count);
 
-  // The recurrence as it goes, without its outputs. `decay`: room for the decays, or those that were `made` before.
+  // The recurrence as it goes, without its outputs. `decay`: room for the decays.
   template <class F, bool DECAY>
-  Walk start(const Matrix& s, int64_t b, int64_t k, int64_t h, int64_t count, float* decay, bool made);
+  Walk start(const Matrix& s, int64_t b, int64_t k, int64_t h, int64_t count, float* decay);
   static int64_t decays(int64_t rows) { return rows / BLOCK * (BLOCK + 1); }
 };
 
@@ -474,7 +474,7 @@ void Tokens::fetch(const Matrix& s, int64_t b, int64_t k, int64_t h, int64_t col
 }
 
 template <class F, bool DECAY>
-Walk Tokens::start(const Matrix& s, int64_t b, int64_t k, int64_t h, int64_t count, float* decay, bool made) {
+Walk Tokens::start(const Matrix& s, int64_t b, int64_t k, int64_t h, int64_t count, float* decay) {
   Walk w;
   w.rows = s.N, w.stride = n, w.columns = m;
   if (F::TIED) w.x[0] = this->k, w.base = v;
@@ -482,7 +482,7 @@ Walk Tokens::start(const Matrix& s, int64_t b, int64_t k, int64_t h, int64_t cou
   w.x[F::READS - 1] = q, w.y[F::WRITES - 1] = this->k, w.z[F::WRITES - 1] = v;
   w.decay = decay, w.gamma = gamma, w.factor = factor, w.bonus = bonus, w.scaled = bool(s.beta);
   w.skip = s.skip ? *(s.skip.at(b, k) + h) : 0.0f;
-  if (!DECAY || made) return w;
+  if (!DECAY) return w;
   const int64_t padded = whole_blocks(count);
   w.carry = carry;
   if (s.gates > 1) {
@@ -523,18 +523,25 @@ constexpr float SMALLEST = 1e-10f;  // added to what outputs are divided by
 static int64_t coefficients_of(int64_t rows) { return (rows + PITCH - 1) / PITCH * PITCH * LINES<LowRank>; }
 static float* of_head(const Parameter& x, int64_t b, int64_t k, int64_t at) { return x ? x.at(b, k) + at : nullptr; }
 
+// Rows of what dependent writes write, from token t on.
+static float* written(const Matrix& s, int64_t b, int64_t k, int64_t h, int64_t column, int64_t t) {
+  return reinterpret_cast<float*>(s.written.at(b, k, h, column)) + t * s.written.token;
+}
+
 // -- forward ------------------------------------------------------------------------------------------------------------
 
 struct ForwardRoom {
   Tokens tokens;
   float* decay;
-  Buffer y;
+  Buffer y, written;
   float *state, *lines, *sum;
 
   ForwardRoom(Arena& arena, const Matrix& s)
       : tokens(arena, s, s.width, ROOM, s.scale), decay(arena.take(Tokens::decays(ROOM) * tokens.n)),
         y(tokens.rows(arena, tokens.m)), state(arena.take(s.N * tokens.m)), lines(arena.take(coefficients_of(s.N))),
-        sum(arena.take(tokens.n)) {}
+        sum(arena.take(tokens.n)) {
+    written.at = take<float*>(arena, ROOM);
+  }
 };
 
 template <class F, bool DECAY>
@@ -542,42 +549,53 @@ static void matrix_forward_as(const Matrix& s, int64_t begin, int64_t end) {
   ForwardRoom room = place<ForwardRoom>(s);
   Tokens& tokens = room.tokens;
   const int64_t parts = s.parts(), heads = s.H * parts, per_sample = s.merge ? heads : heads * s.K;
-  const int64_t pitch = s.M + s.normalize;
+  const int64_t pitch = s.M + s.normalize, area = s.N * pitch;
+  // Without outputs it only leaves what a backward reads.
+  const int64_t length = s.starts ? s.piece : s.S, pieces = (s.S + length - 1) / length;
+  const int64_t end_of_time = s.y || F::DEPENDENT ? s.S : (pieces - 1) * length;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t b = unit / per_sample, h = unit % heads / parts, first = unit % parts * s.width;
     const int64_t width = s.M - first < s.width ? s.M - first : s.width, channel = h * s.M + first;
     const int64_t k0 = s.merge ? 0 : unit % per_sample / heads, k1 = s.merge ? s.K : k0 + 1;
     for (int64_t k = k0; k < k1; ++k) {
-      const float* initial = of_head(s.initial, b, k, h * s.N * pitch);
-      float* last = s.state.at(b, k) + h * s.N * pitch;
+      const float* initial = of_head(s.initial, b, k, h * area);
+      const auto leave = [&](float* state) {
+        pack(room.state, s.N, width, pitch, state + first);
+        for (int64_t i = 0; s.normalize && first == 0 && i < s.N; ++i) state[i * pitch + s.M] = room.sum[i];
+      };
       unpack(initial ? initial + first : nullptr, s.N, width, pitch, false, room.state);
       if (s.normalize) column(initial ? initial + s.M : nullptr, s.N, pitch, room.sum);
       if (s.bonus) column(s.bonus.at(b, k) + h * s.N, s.N, 1, tokens.bonus);
       zero(tokens.carry, tokens.n);
       const Target target = s.y.of_route(k);
-      const bool direct = is_direct<W>(target.view, width);
-      if (!target.add) clear_gaps(target.view, s.route, b, k, channel, width);
-      for (int64_t t0 = 0; t0 < s.S; t0 += ROOM) {
-        const int64_t count = s.S - t0 < ROOM ? s.S - t0 : ROOM;
+      const bool direct = s.y && is_direct<W>(target.view, width);
+      if (s.y && !target.add) clear_gaps(target.view, s.route, b, k, channel, width);
+      for (int64_t t0 = 0, count; t0 < end_of_time; t0 += count) {
+        const int64_t piece = t0 / length, stop = (piece + 1) * length < s.S ? (piece + 1) * length : s.S;
+        count = stop - t0 < ROOM ? stop - t0 : ROOM;
         tokens.fetch(s, b, k, h, first, width, t0, count);
-        Walk forth = tokens.start<F, DECAY>(s, b, k, h, count, room.decay, false);
+        Walk forth = tokens.start<F, DECAY>(s, b, k, h, count, room.decay);
         forth.state = room.state, forth.coefficients = room.lines, forth.columns = whole_vectors(width);
         const int64_t padded = whole_blocks(count);
         if (!direct) in_order(room.y.data, forth.columns, padded, room.y.at);
         else point(reinterpret_cast<float*>(target.view.at(b, k, 0, channel)), target.view.token, tokens.writes, padded,
                    room.y.data, room.y.at);
         forth.out[F::READS - 1] = room.y, forth.adds = direct && target.add;
+        if (F::DEPENDENT && s.written) {
+          in_order(written(s, b, k, h, first, t0), s.written.token, padded, room.written.at);
+          forth.out[0] = room.written;
+        }
         if (s.normalize) {
           dots<true>(count, tokens.n, tokens.q, tokens.k, room.sum, tokens.factor);
           for (int64_t t = 0; t < count; t += W)
             store(tokens.factor + t, s.scale / (s.scale * load(tokens.factor + t) + SMALLEST));
         }
-        walk<F, DECAY>(forth, padded);
-        if (!direct) scatter(target, b, k, channel, tokens.writes, count, width, forth.columns, room.y.data);
+        if (s.y) walk<F, DECAY>(forth, padded);
+        else walk<Silent<F>, DECAY>(forth, padded);
+        if (s.y && !direct) scatter(target, b, k, channel, tokens.writes, count, width, forth.columns, room.y.data);
+        if (t0 + count == stop && stop < s.S) leave(s.starts.at(b, k) + (h * (pieces - 1) + piece) * area);
       }
-      pack(room.state, s.N, width, pitch, last + first);
-      if (s.normalize && first == 0)
-        for (int64_t i = 0; i < s.N; ++i) last[i * pitch + s.M] = room.sum[i];
+      if (s.state) leave(s.state.at(b, k) + h * area);
     }
   }
 }
@@ -599,10 +617,10 @@ static void matrix_forward(const Matrix& s, int64_t begin, int64_t end) {
 
 // -- backward -----------------------------------------------------------------------------------------------------------
 
-// Three walks through a piece of time, after one through all of it that leaves the states at the pieces' begins and, of
-// rules with dependent writes, what these wrote. The adjoint goes back from the last token: its reads are the gradients of
-// what was written. The other two take states on their side, with values as rows and keys as columns: there the reads of
-// the recurrence are the gradients of x, and those of its adjoint are the gradients of y.
+// Three walks through a piece of time. The forward left the states at the pieces' begins and, of rules with dependent
+// writes, what these wrote. The adjoint goes back from the last token: its reads are the gradients of what was written.
+// The other two take states on their side, with values as rows and keys as columns: there the reads of the recurrence are
+// the gradients of x, and those of its adjoint are the gradients of y.
 //
 // A log decay's gradient is the sum of all that passes through it, from a write before it (or the state that enters its
 // block) to a read after it (or the gradient of the state that leaves the block): products of decays, none of which is
@@ -787,34 +805,17 @@ __attribute__((noinline)) static void conclude(const Walk& s, const Turn& turn, 
   }
 }
 
-constexpr int64_t CACHE = 512 << 10;  // bytes of states that are kept at a time
-
-// Tokens of a piece: so many that the states at their blocks' begins stay in the cache, but as long as the sequence is not
-// so long that those at the pieces' begins would need more room.
-static int64_t piece_of(const Matrix& s) {
-  const int64_t fits = CACHE / (4 * whole_vectors(s.N) * s.M) * BLOCK;
-  int64_t length = fits < 4 * BLOCK ? 4 * BLOCK : fits > ROOM ? ROOM : fits;
-  while (length * length < BLOCK * s.S) length *= 2;
-  const int64_t pieces = (s.S + length - 1) / length;
-  return whole_blocks((s.S + pieces - 1) / pieces);
-}
-
 struct BackwardRoom {
   Tokens tokens;
   int64_t pieces, blocks;
-  // For all pieces: decays; first reads - base of dependent writes; states and sums of keys at their begins.
-  float *decay, *kept, *states, *sums;
-  // For a piece.
   Buffer of_dy, out, written, dz[2], dx[2], dy[2], dgate;
-  float *numbers, *divisor, *lines, *scores, *trail;
-  float *state, *back, *back_side, *coefficients, *flow, *sum, *of_sum, *of_bonus;
+  float *decay, *numbers, *divisor, *lines, *scores, *trail;
+  float *back, *back_side, *coefficients, *flow, *start, *sum, *of_sum, *of_bonus;
 
   BackwardRoom(Arena& arena, const Matrix& s)
-      : tokens(arena, s, s.M, piece_of(s), 1.0f), pieces((s.S + tokens.room - 1) / tokens.room), blocks(tokens.room / BLOCK) {
-    const int64_t n = tokens.n, m = tokens.m, all = pieces * tokens.room, side = s.M * n;
-    const bool depends = s.rule == Rule::delta || s.rule == Rule::low_rank;
-    decay = arena.take(s.gates ? Tokens::decays(all) * n : 0), kept = arena.take(depends ? all * m : 0);
-    states = arena.take(pieces * s.N * m), sums = arena.take(pieces * n);
+      : tokens(arena, s, s.M, s.piece, 1.0f), pieces((s.S + s.piece - 1) / s.piece), blocks(s.piece / BLOCK) {
+    const int64_t n = tokens.n, m = tokens.m, side = s.M * n;
+    decay = arena.take(s.gates ? Tokens::decays(s.piece) * n : 0);
     of_dy = tokens.rows(arena, m), out = tokens.rows(arena, m), dgate = tokens.rows(arena, n);
     written.at = take<float*>(arena, tokens.room);
     for (int i = 0; i < 2; ++i)
@@ -822,9 +823,8 @@ struct BackwardRoom {
     numbers = arena.take(tokens.room + W), divisor = arena.take(tokens.room + W);
     lines = arena.take(blocks * line_room(s)), scores = arena.take(blocks * SCORE_ROOM);
     trail = arena.take(s.gates ? (blocks + 1) * side : side);
-    state = arena.take(s.N * m), back = arena.take(s.N * m), back_side = arena.take(side);
-    coefficients = arena.take(coefficients_of(s.N));
-    flow = arena.take(n), sum = arena.take(n), of_sum = arena.take(n), of_bonus = arena.take(n);
+    back = arena.take(s.N * m), back_side = arena.take(side), coefficients = arena.take(coefficients_of(s.N));
+    flow = arena.take(n), start = arena.take(n), sum = arena.take(n), of_sum = arena.take(n), of_bonus = arena.take(n);
   }
 
   static constexpr int64_t SCORE_ROOM = 2 * SCORES<LowRank>;
@@ -840,25 +840,20 @@ struct Backward {
   BackwardRoom& room;
   const int64_t b, k, h;
   Tokens& tokens = room.tokens;
-  const int64_t n = tokens.n, m = tokens.m, pitch = s.M + s.normalize, area = s.N * m;
-  const float* initial = of_head(s.initial, b, k, h * s.N * pitch);
-  const float* dstate = of_head(s.dstate, b, k, h * s.N * pitch);
-  float* dinitial = of_head(s.dinitial, b, k, h * s.N * pitch);
+  const int64_t n = tokens.n, m = tokens.m, pitch = s.M + s.normalize, area = s.N * pitch;
+  const float* dstate = of_head(s.dstate, b, k, h * area);
+  float* dinitial = of_head(s.dinitial, b, k, h * area);
 
   // A piece of time.
   int64_t t0 = 0, count = 0, padded = 0;
   Walk forth{};
 
   void run() {
-    zero(tokens.carry, n);
     if (s.bonus) column(s.bonus.at(b, k) + h * s.N, s.N, 1, tokens.bonus), zero(room.of_bonus, n);
-    if (s.normalize) column(initial ? initial + s.M : nullptr, s.N, pitch, room.sum);
     if (s.normalize) column(dstate ? dstate + s.M : nullptr, s.N, pitch, room.of_sum);
     float &skip = s.partial_skip[(b * s.K + k) * s.H + h], &idle = s.partial_idle[(b * s.K + k) * s.H + h];
     skip = idle = 0.0f;
 
-    unpack(initial, s.N, s.M, pitch, false, room.state);
-    for (int64_t piece = 0; piece < room.pieces; ++piece) go_forth(piece);
     unpack(dstate, s.N, s.M, pitch, false, room.back), unpack(dstate, s.N, s.M, pitch, true, room.back_side);
     for (int64_t piece = room.pieces - 1; piece >= 0; --piece) go_back(piece, skip, idle);
 
@@ -867,41 +862,29 @@ struct Backward {
     if (s.bonus) std::memcpy(s.partial_bonus + ((b * s.K + k) * s.H + h) * s.N, room.of_bonus, s.N * 4);
   }
 
-  void fetch(int64_t piece, bool first) {
-    t0 = piece * tokens.room, count = s.S - t0 < tokens.room ? s.S - t0 : tokens.room, padded = whole_blocks(count);
-    tokens.fetch(s, b, k, h, 0, s.M, t0, count);
-    forth = tokens.start<F, DECAY>(s, b, k, h, count, room.decay + Tokens::decays(t0) * n, !first);
-    forth.coefficients = room.coefficients;
-    if (F::DEPENDENT) in_order(room.kept + t0 * m, m, padded, room.written.at), forth.z[0] = room.written;
-  }
-
-  void go_forth(int64_t piece) {
-    fetch(piece, true);
-    std::memcpy(room.states + piece * area, room.state, area * 4);
-    if (s.normalize) {
-      std::memcpy(room.sums + piece * n, room.sum, n * 4);
-      for (int64_t t = 0; t < count; ++t)
-        for (int64_t i = 0; i < n; i += W) store(room.sum + i, load(room.sum + i) + load(tokens.k[t] + i));
-    }
-    if (F::DEPENDENT || piece + 1 < room.pieces) {
-      Walk silent = forth;
-      silent.state = room.state, silent.out[0] = forth.z[0];
-      walk<Silent<F>, DECAY>(silent, padded);
-    } else if (DECAY) {
-      for (int64_t t = 0; t < padded; t += BLOCK) make_decays(forth, Block<F>(t, padded));
-    }
-  }
-
   void give(const Target& target, int64_t width, int64_t stride, const float* rows) const {
     if (target) scatter(target.of_route(k), b, k, h * width, tokens.reads, count, width, stride, rows);
   }
 
   void go_back(int64_t piece, float& skip, float& idle) {
-    fetch(piece, false);
+    t0 = piece * s.piece, count = s.S - t0 < s.piece ? s.S - t0 : s.piece, padded = whole_blocks(count);
+    tokens.fetch(s, b, k, h, 0, s.M, t0, count);
+    forth = tokens.start<F, DECAY>(s, b, k, h, count, room.decay);
+    forth.coefficients = room.coefficients;
+    if (F::DEPENDENT) {
+      in_order(written(s, b, k, h, 0, t0), s.written.token, padded, room.written.at);
+      forth.z[0] = room.written;
+    }
+    zero(tokens.carry, n);
+    for (int64_t t = 0; DECAY && t < padded; t += BLOCK) make_decays(forth, Block<F>(t, padded));
+
+    const float* start = piece ? of_head(s.starts, b, k, (h * (room.pieces - 1) + piece - 1) * area)
+                               : of_head(s.initial, b, k, h * area);
     const Buffer &dy = room.of_dy, &out = room.out;
     read_rows(s.dy, b, k, h, 0, tokens.writes, padded, s.M, m, dy.data, dy.at);
     if (s.normalize) {
-      std::memcpy(room.sum, room.sums + piece * n, n * 4);
+      column(start ? start + s.M : nullptr, s.N, pitch, room.start);
+      std::memcpy(room.sum, room.start, n * 4);
       dots<true>(count, n, tokens.q, tokens.k, room.sum, room.divisor);
       for (int64_t t = 0; t < count; ++t) room.divisor[t] = s.scale * room.divisor[t] + SMALLEST;
     }
@@ -912,7 +895,7 @@ struct Backward {
     }
 
     Walk adjoint = forth;
-    adjoint.state = room.back, adjoint.base = nullptr, adjoint.scaled = false, adjoint.skip = 0.0f;
+    adjoint.state = room.back, adjoint.base = nullptr, adjoint.carry = nullptr, adjoint.scaled = false, adjoint.skip = 0.0f;
     std::swap(adjoint.x[0], adjoint.y[0]), std::swap(adjoint.x[1], adjoint.y[1]);
     adjoint.z[READ] = out;
     for (int i = 0; i < 2; ++i) adjoint.out[i] = room.dz[i];
@@ -924,7 +907,7 @@ struct Backward {
     const int64_t side = s.M * n, lines = BackwardRoom::line_room(s);
     for (int64_t t = 0; t < padded; t += BLOCK)
       line_up<F>(forth, dz, t, m, room.lines + t / BLOCK * lines, room.scores + t / BLOCK * BackwardRoom::SCORE_ROOM);
-    unpack(room.states + piece * area, s.N, s.M, m, true, room.trail);
+    unpack(start, s.N, s.M, pitch, true, room.trail);
     for (int64_t t = 0; t < padded; t += BLOCK) {
       float *from = room.trail + (DECAY ? t / BLOCK * side : 0), *to = from + (DECAY ? side : 0);
       const Turn block = {t, s.M, n, room.lines + t / BLOCK * lines, from, nullptr, to, nullptr, of_x};
@@ -951,7 +934,7 @@ struct Backward {
       dots<false>(count, n, tokens.q, dx, nullptr, room.numbers);
       for (int64_t t = 0; t < count; ++t) room.numbers[t] *= -s.scale / room.divisor[t];
       for (int64_t i = 0; i < n; i += W) {
-        V sum = load(room.sums + t0 / tokens.room * n + i), of_sum = load(room.of_sum + i);
+        V sum = load(room.start + i), of_sum = load(room.of_sum + i);
         for (int64_t t = 0; t < count; ++t) {
           sum += load(tokens.k[t] + i);
           store(dx[t] + i, load(dx[t] + i) + room.numbers[t] * sum);

@@ -89,22 +89,23 @@ void sum_parts(const float* x, int64_t B, int64_t K, int64_t n, int64_t pitch, c
 
 // -- selective scan -----------------------------------------------------------------------------------------------------
 
-// (inputs, Tensor(a!) y, Tensor(b!) final_state) -> bool
+// linescan_cpu::selective_scan_segment(int batch, int channels, int groups, int steps, int states) -> int
+void selective_scan_segment(Value* stack, uint64_t, uint64_t) {
+  Arguments in(stack);
+  Scan s;
+  s.B = in.integer(), s.D = in.integer(), s.G = in.integer(), s.S = in.integer(), s.N = in.integer();
+  segment(s);
+  stack[0] = Value(s.segment);
+}
+
+// (inputs, Tensor(a!)? y, Tensor(b!)? final_state, Tensor(c!)? starts) -> bool
+// starts (B, K, segments - 1, D, N), where a backward will follow: the states that segments but the first start from.
 void selective_scan(Value* stack, uint64_t, uint64_t) {
   Arguments in(stack);
   ScanInputs inputs(in);
-  const Tensor y = in.tensor(), final_state = in.tensor();
+  const Tensor y = in.optional(), final_state = in.optional(), starts = in.optional();
   stack[0] = Value(in.fit);
-  if (in.fit) inputs.forward(in, y, final_state);
-}
-
-// Backward: the states of a segment of time are kept, for blocks so narrow that one segment is enough, if possible.
-void segment(Scan& s) {
-  const int64_t cache = 640 << 10, bytes = 4 * (s.N + 8);  // of a channel at a token
-  const bool narrow = s.B * s.D < 1024 || (s.S * 64 * bytes > cache && s.S * 32 * bytes <= cache);
-  s.blocks.width = lesser(narrow ? 32 : 64, s.D / s.G);
-  const int64_t fits = cache / (s.blocks.width * bytes);
-  s.segment = lesser((fits < 16 ? 16 : fits) / 16 * 16, (s.S + 15) / 16 * 16);
+  if (in.fit) inputs.forward(in, y, final_state, starts);
 }
 
 // dB or dC (B, K or 1, L, G, N) from the partial sums in time order; blocks and routes are added in their order.
@@ -134,19 +135,19 @@ void sum_taps(const Scan& s, int side, const Tensor& out) {
   });
 }
 
-// (inputs, Tensor grad_y, Tensor? grad_state, Tensor(a!) du, Tensor(b!) ddelta, Tensor(c!) dA, Tensor(d!) dB,
-//  Tensor(e!) dC, Tensor(f!)? dD, Tensor(g!)? dz, Tensor(h!)? ddelta_bias, Tensor(i!)? dinitial_state) -> bool
+// (inputs, Tensor grad_y, Tensor? grad_state, Tensor? starts, Tensor(a!) du, Tensor(b!) ddelta, Tensor(c!) dA,
+//  Tensor(d!) dB, Tensor(e!) dC, Tensor(f!)? dD, Tensor(g!)? dz, Tensor(h!)? ddelta_bias, Tensor(i!)? dinitial_state) -> bool
 // All gradients float32 and contiguous; dB and dC begin as zero.
 void selective_scan_backward(Value* stack, uint64_t, uint64_t) {
   Arguments in(stack);
   ScanInputs inputs(in);
-  const Tensor dy = in.tokens(), dstate = in.optional_parameter();
+  const Tensor dy = in.tokens(), dstate = in.optional_parameter(), starts = in.optional_parameter();
   const Tensor du = in.tensor(), ddelta = in.tensor(), dA = in.tensor(), dB = in.tensor(), dC = in.tensor();
   const Tensor dD = in.optional(), dz = in.optional(), dbias = in.optional(), dinitial = in.optional();
   stack[0] = Value(in.fit);
   if (!in.fit) return;
   Scan& s = inputs.scan;
-  s.dy = view(dy, s.merge), s.dstate = state(dstate), s.dinitial = state(dinitial);
+  s.dy = view(dy, s.merge), s.dstate = state(dstate), s.dinitial = state(dinitial), s.starts = state(starts);
   s.du = gradient(du, inputs.steps, s.K), s.ddelta = gradient(ddelta, inputs.steps, s.K);
   s.dz = gradient(dz, inputs.steps, s.K);
   segment(s);
@@ -201,28 +202,43 @@ void causal_conv1d_backward(Value* stack, uint64_t, uint64_t) {
 
 // -- matrix states ------------------------------------------------------------------------------------------------------
 
-// (inputs, Tensor(a!) y, Tensor(b!) final_state) -> bool
+// linescan_cpu::matrix_scan_piece(int keys, int values, int steps) -> int
+void matrix_scan_piece(Value* stack, uint64_t, uint64_t) {
+  Arguments in(stack);
+  Matrix s;
+  s.N = in.integer(), s.M = in.integer(), s.S = in.integer();
+  piece(s);
+  stack[0] = Value(s.piece);
+}
+
+// (inputs, Tensor(a!)? y, Tensor(b!)? final_state, Tensor(c!)? starts, Tensor(d!)? written) -> bool
+// Where a backward will follow: starts (B, K, H, pieces - 1, N, M or, normalised, M + 1), the states that pieces but the
+// first start from; written (B, K, H, S, M), whole pieces by whole vectors, what dependent writes wrote.
 void matrix_scan(Value* stack, uint64_t, uint64_t) {
   Arguments in(stack);
   MatrixInputs inputs(in);
-  const Tensor y = in.tensor(), final_state = in.tensor();
+  const Tensor y = in.optional(), final_state = in.optional(), starts = in.optional(), written = in.optional();
   stack[0] = Value(in.fit);
-  if (in.fit) inputs.forward(in, y, final_state);
+  if (!in.fit) return;
+  inputs.hand_over(starts, written);
+  inputs.forward(in, y, final_state);
 }
 
-// (inputs, Tensor grad_y, Tensor? grad_state, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? da,
-//  Tensor(e!)? db, Tensor(f!)? dgate, Tensor(g!)? dbeta, Tensor(h!)? dbonus, Tensor(i!)? dskip, Tensor(j!)? didle,
-//  Tensor(k!)? dinitial_state) -> bool
+// (inputs, Tensor grad_y, Tensor? grad_state, Tensor? starts, Tensor? written, Tensor(a!) dq, Tensor(b!) dk,
+//  Tensor(c!) dv, Tensor(d!)? da, Tensor(e!)? db, Tensor(f!)? dgate, Tensor(g!)? dbeta, Tensor(h!)? dbonus,
+//  Tensor(i!)? dskip, Tensor(j!)? didle, Tensor(k!)? dinitial_state) -> bool
 // All gradients float32 and contiguous; those of q and k for every head of v.
 void matrix_scan_backward(Value* stack, uint64_t, uint64_t) {
   Arguments in(stack);
   MatrixInputs inputs(in);
   const Tensor dy = in.tokens(), dstate = in.optional_parameter();
+  const Tensor starts = in.optional_parameter(), written = in.optional_parameter();
   const Tensor dq = in.tensor(), dk = in.tensor(), dv = in.tensor(), da = in.optional(), db = in.optional();
   const Tensor dgate = in.optional(), dbeta = in.optional(), dbonus = in.optional(), dskip = in.optional();
   const Tensor didle = in.optional(), dinitial = in.optional();
   stack[0] = Value(in.fit);
   if (!in.fit) return;
+  inputs.hand_over(starts, written);
   Matrix& s = inputs.matrix;
   s.dy = view(dy, s.merge), s.dstate = state(dstate), s.dinitial = state(dinitial);
   const auto to = [&](const Tensor& x) { return gradient(x, inputs.steps, s.K); };
@@ -507,17 +523,21 @@ const stable::Definitions definitions([] {
          ", Tensor grad, Tensor? grad_other, Tensor(a!) dx, Tensor(b!)? dy, Tensor(c!)? dz, Tensor(d!)? dparameter) -> ()",
          "gate_backward", "CPU", gate_backward);
   define("unary(int which, Tensor x, Tensor(a!) y) -> ()", "unary", "CPU", unary);
-  define("selective_scan(" LINESCAN_SCAN_INPUTS ", Tensor(a!) y, Tensor(b!) final_state) -> bool", "selective_scan",
-         "CPU", selective_scan);
+  define("selective_scan_segment(int batch, int channels, int groups, int steps, int states) -> int",
+         "selective_scan_segment", everywhere, selective_scan_segment);
+  define("selective_scan(" LINESCAN_SCAN_INPUTS ", Tensor(a!)? y, Tensor(b!)? final_state, Tensor(c!)? starts) -> bool",
+         "selective_scan", "CPU", selective_scan);
   define("selective_scan_backward(" LINESCAN_SCAN_INPUTS
-         ", Tensor grad_y, Tensor? grad_state, Tensor(a!) du, Tensor(b!) ddelta, Tensor(c!) dA, Tensor(d!) dB, "
+         ", Tensor grad_y, Tensor? grad_state, Tensor? starts, Tensor(a!) du, Tensor(b!) ddelta, Tensor(c!) dA, Tensor(d!) dB, "
          "Tensor(e!) dC, Tensor(f!)? dD, Tensor(g!)? dz, Tensor(h!)? ddelta_bias, Tensor(i!)? dinitial_state) -> bool",
          "selective_scan_backward", "CPU", selective_scan_backward);
-  define("matrix_scan(" LINESCAN_MATRIX_INPUTS ", Tensor(a!) y, Tensor(b!) final_state) -> bool", "matrix_scan",
-         "CPU", matrix_scan);
+  define("matrix_scan_piece(int keys, int values, int steps) -> int", "matrix_scan_piece", everywhere, matrix_scan_piece);
+  define("matrix_scan(" LINESCAN_MATRIX_INPUTS
+         ", Tensor(a!)? y, Tensor(b!)? final_state, Tensor(c!)? starts, Tensor(d!)? written) -> bool",
+         "matrix_scan", "CPU", matrix_scan);
   define("matrix_scan_backward(" LINESCAN_MATRIX_INPUTS
-         ", Tensor grad_y, Tensor? grad_state, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? da, "
-         "Tensor(e!)? db, Tensor(f!)? dgate, Tensor(g!)? dbeta, Tensor(h!)? dbonus, Tensor(i!)? dskip, "
+         ", Tensor grad_y, Tensor? grad_state, Tensor? starts, Tensor? written, Tensor(a!) dq, Tensor(b!) dk, "
+         "Tensor(c!) dv, Tensor(d!)? da, Tensor(e!)? db, Tensor(f!)? dgate, Tensor(g!)? dbeta, Tensor(h!)? dbonus, Tensor(i!)? dskip, "
          "Tensor(j!)? didle, Tensor(k!)? dinitial_state) -> bool",
          "matrix_scan_backward", "CPU", matrix_scan_backward);
   define("vector_scan(" LINESCAN_VECTOR_INPUTS ", Tensor(a!) y, Tensor(b!)? final_state) -> bool", "vector_scan",

@@ -207,8 +207,10 @@ static void scan_forward(const Scan& s, int64_t begin, int64_t end) {
   constexpr int T = FORWARD_T;
   const int64_t blocks = s.blocks.count(), widest = (s.blocks.width + W - 1) / W * W, N = s.N;
   const int64_t area = T * widest, lanes = widest * N;
+  // Without outputs it only leaves the states that segments start from.
+  const int64_t length = s.starts ? s.segment : s.S, end_of_time = s.y ? s.S : (s.S - 1) / length * length;
   const bool make_steps = s.softplus || s.bias || s.rank;
-  const bool gate_sum = s.merge && s.z && !s.z.route;  // what is common to all routes gates their sum
+  const bool gate = s.y && s.z, gate_sum = gate && s.merge && !s.z.route;  // what is common to all routes gates their sum
   const auto make = s.softplus ? step_sizes<true, false> : step_sizes<false, false>;
   const auto project = s.softplus ? project_steps<true> : project_steps<false>;
   Arena arena(5 * Arena::rounded(area) + 2 * Arena::rounded(lanes) + 2 * Arena::rounded(T * N) +
@@ -235,9 +237,10 @@ static void scan_forward(const Scan& s, int64_t begin, int64_t end) {
       if (s.skip) std::memcpy(skip, s.skip.at(b, k) + channel, width * 4);
       if (s.rank) to_lanes(s.weight.at(b, k) + channel * s.rank, width, s.rank, 1.0f, weight);
       const Target target = s.y.of_route(k);
-      if (!target.add) clear_gaps(target.view, s.route, b, k, channel, width);
-      for (int64_t t0 = 0; t0 < s.S; t0 += T) {
-        const int64_t count = s.S - t0 < T ? s.S - t0 : T;
+      if (s.y && !target.add) clear_gaps(target.view, s.route, b, k, channel, width);
+      for (int64_t t0 = 0, count; t0 < end_of_time; t0 += count) {
+        const int64_t segment = t0 / length, stop = (segment + 1) * length < s.S ? (segment + 1) * length : s.S;
+        count = stop - t0 < T ? stop - t0 : T;
         s.route.steps(b, k, t0, count, reads, writes);
         read_rows(s.u, b, k, 0, channel, reads, count, width, stride, of_u, u);
         read_rows<1>(s.b, b, k, group, 0, reads, count, N, N, of_B, B);
@@ -250,21 +253,24 @@ static void scan_forward(const Scan& s, int64_t begin, int64_t end) {
           if (make_steps) make(count, stride, bias, delta, of_step, nullptr);
         }
         if (make_steps) in_order(of_step, stride, count, step);
-        const bool left = write_rows(target, b, k, channel, writes, count, width, stride, of_y, y);
+        const bool left = s.y && write_rows(target, b, k, channel, writes, count, width, stride, of_y, y);
         for (int64_t v = 0; v < vectors; ++v) {
           tiles<TILE>(N, [&](auto n, int64_t first) {
             const int64_t at = (v * N + first) * W;
-            const auto go = first ? advance<n(), false, true, false> : advance<n(), true, true, false>;
+            const auto go = !s.y    ? advance<n(), true, false, false>
+                            : first ? advance<n(), false, true, false> : advance<n(), true, true, false>;
             go(count, v * W, N, first, make_steps ? step : delta, u, skip, A + at, B, C, h + at, y, nullptr);
           });
         }
-        if (s.z && !gate_sum) {
+        if (gate && !gate_sum) {
           read_rows(s.z, b, k, 0, channel, reads, count, width, stride, of_z, z);
           gate_outputs(count, stride, z, y);
         }
         if (left) scatter(target, b, k, channel, writes, count, width, stride, of_y);
+        if (t0 + count == stop && stop < s.S)
+          from_lanes(h, width, N, s.starts.at(b, k) + (segment * s.D + channel) * N);
       }
-      from_lanes(h, width, N, s.state.at(b, k) + channel * N);
+      if (s.state) from_lanes(h, width, N, s.state.at(b, k) + channel * N);
     }
     for (int64_t t0 = 0; gate_sum && t0 < s.L; t0 += T) {
       const int64_t count = s.L - t0 < T ? s.L - t0 : T;
@@ -278,18 +284,17 @@ static void scan_forward(const Scan& s, int64_t begin, int64_t end) {
 }
 
 // The backward needs every state, last one first. It computes them a segment of time at a time, as many tokens as keep
-// the second-level cache; where there are several segments, a first pass through time leaves the states they start in.
+// the second-level cache, from the states that the forward left.
 static void scan_backward(const Scan& s, int64_t begin, int64_t end) {
   constexpr int T = REVERSE_T;
   const int64_t blocks = s.blocks.count(), widest = (s.blocks.width + W - 1) / W * W, N = s.N;
   const int64_t length = s.segment, segments = (s.S + length - 1) / length, area = length * widest, lanes = widest * N;
   const int64_t taps = (T * N + W - 1) / W * W;  // entries of B in T tokens, as whole vectors
   const bool make_steps = s.softplus || s.bias;
-  const auto make = s.softplus ? step_sizes<true, false> : step_sizes<false, false>;
-  const auto make_sloped = s.softplus ? step_sizes<true, true> : step_sizes<false, false>;
+  const auto make = s.softplus ? step_sizes<true, true> : step_sizes<false, false>;
   const int64_t pointers = Arena::rounded(2 * length);
   Arena arena(11 * Arena::rounded(area) + 2 * Arena::rounded(T * widest) + 4 * Arena::rounded(lanes) +
-              Arena::rounded(segments * lanes) + 2 * Arena::rounded(length * N) + 4 * Arena::rounded(widest) +
+              2 * Arena::rounded(length * N) + 4 * Arena::rounded(widest) +
               2 * Arena::rounded(taps * W) + Arena::rounded((length + 1) * lanes) + Arena::rounded(taps) +
               13 * pointers);
   float *of_u = arena.take(area), *of_delta = arena.take(area), *of_step = arena.take(area), *slope = arena.take(area),
@@ -298,7 +303,7 @@ static void scan_backward(const Scan& s, int64_t begin, int64_t end) {
         *of_exponent = arena.take(T * widest), *of_x = arena.take(T * widest);
   float *A = arena.take(lanes), *h = arena.take(lanes), *g = arena.take(lanes), *dA = arena.take(lanes);
   float *bias = arena.take(widest), *skip = arena.take(widest), *dbias = arena.take(widest), *dskip = arena.take(widest);
-  float *starts = arena.take(segments * lanes), *states = arena.take((length + 1) * lanes);
+  float* states = arena.take((length + 1) * lanes);
   float *of_B = arena.take(length * N), *of_C = arena.take(length * N), *sums = arena.take(taps);
   float *dB = arena.take(taps * W), *dC = arena.take(taps * W);
   zero(dB, taps * W), zero(dC, taps * W);
@@ -318,41 +323,24 @@ static void scan_backward(const Scan& s, int64_t begin, int64_t end) {
     for (int64_t k = 0; k < s.K; ++k) {
       const Target to_u = s.du.of_route(k), to_delta = s.ddelta.of_route(k), to_z = s.dz.of_route(k);
       to_lanes(s.A.at(b, k) + channel * N, width, N, LOG2E, A);
-      if (s.initial) to_lanes(s.initial.at(b, k) + channel * N, width, N, 1.0f, h);
-      else zero(h, lanes);
       if (s.dstate) to_lanes(s.dstate.at(b, k) + channel * N, width, N, 1.0f, g);
       else zero(g, lanes);
       if (s.bias) std::memcpy(bias, s.bias.at(b, k) + channel, width * 4);
       if (s.skip) std::memcpy(skip, s.skip.at(b, k) + channel, width * 4);
       zero(dA, lanes), zero(dbias, stride), zero(dskip, stride);
 
-      const auto fetch = [&](int64_t t0, int64_t count, bool with_slope) {
+      float* partial = s.partial_bc + ((b * s.K + k) * blocks + block) * 2 * s.S * N;
+      for (int64_t segment = segments - 1; segment >= 0; --segment) {
+        const int64_t t0 = segment * length, count = s.S - t0 < length ? s.S - t0 : length;
+        const float* start = segment ? s.starts.at(b, k) + (segment - 1) * s.D * N : s.initial ? s.initial.at(b, k) : nullptr;
+        if (start) to_lanes(start + channel * N, width, N, 1.0f, h);
+        else zero(h, lanes);
         s.route.steps(b, k, t0, count, reads, writes);
         read_rows(s.u, b, k, 0, channel, reads, count, width, stride, of_u, u);
         read_rows(s.delta, b, k, 0, channel, reads, count, width, stride, of_delta, delta);
         read_rows<1>(s.b, b, k, group, 0, reads, count, N, N, of_B, B);
-        if (!make_steps) return;
-        (with_slope ? make_sloped : make)(count, stride, bias, delta, of_step, slope);
-        in_order(of_step, stride, count, step);
-      };
-      for (int64_t segment = 0; segment < segments; ++segment) {
-        std::memcpy(starts + segment * lanes, h, lanes * 4);
-        if (segment == segments - 1) break;
-        fetch(segment * length, length, false);
-        for (int64_t v = 0; v < vectors; ++v) {
-          tiles<TILE>(N, [&](auto n, int64_t first) {
-            const int64_t at = (v * N + first) * W;
-            advance<n(), true, false, false>(length, v * W, N, first, step, u, skip, A + at, B, nullptr, h + at, nullptr,
-                                             nullptr);
-          });
-        }
-      }
-
-      float* partial = s.partial_bc + ((b * s.K + k) * blocks + block) * 2 * s.S * N;
-      for (int64_t segment = segments - 1; segment >= 0; --segment) {
-        const int64_t t0 = segment * length, count = s.S - t0 < length ? s.S - t0 : length;
-        fetch(t0, count, true);
         read_rows<1>(s.c, b, k, group, 0, reads, count, N, N, of_C, C);
+        if (make_steps) make(count, stride, bias, delta, of_step, slope), in_order(of_step, stride, count, step);
         in_order(of_y, stride, count, y);
         for (int64_t v = 0; v < vectors; ++v) {
           tiles<TILE>(N, [&](auto n, int64_t first) {
@@ -360,7 +348,7 @@ static void scan_backward(const Scan& s, int64_t begin, int64_t end) {
             const auto keep = !s.z     ? advance<n(), true, false, true>
                               : !first ? advance<n(), true, true, true>
                                        : advance<n(), false, true, true>;
-            keep(count, v * W, N, first, step, u, skip, A + at, B, C, starts + segment * lanes + at, y,
+            keep(count, v * W, N, first, step, u, skip, A + at, B, C, h + at, y,
                  states + v * (length + 1) * N * W + first * W);
           });
         }
