@@ -205,7 +205,7 @@ def _thread_order(count: int, length: int) -> Tensor:
 
 def _farthest(points: Tensor, live: Tensor, first: Tensor, count: int, limit: float) -> Tensor:
     """`_farthest_loop` by the fastest of the ways that give the same."""
-    if points.is_cpu and cpu.missing() is None and hasattr(torch.ops.linescan_cpu, "farthest_points"):
+    if points.is_cpu and cpu.missing() is None:
         chosen = torch.empty(len(points), count, dtype=torch.int64)
         torch.ops.linescan_cpu.farthest_points(points.contiguous(), live.contiguous(), first, limit == 1e10, chosen)
         return chosen

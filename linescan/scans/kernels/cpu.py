@@ -91,7 +91,7 @@ def info() -> str:
 
 def _in_graphs(op: Recurrence, operator: str, call=lambda *args: args) -> None:
     """Lets graphs of ONNX call the kernel `operator`, with the arguments call(*inputs, route, merge)."""
-    if _missing is not None or not hasattr(torch.ops.linescan_cpu, operator):
+    if _missing is not None:
         return
     names = argument_names(getattr(torch.ops.linescan_cpu, operator).default)
     op.in_graphs = operator, lambda *args: dict(zip(names, call(*args)))
@@ -433,11 +433,7 @@ def _register_vector(op: Recurrence, rule: int, names: str) -> None:
         _run(torch.ops.linescan_cpu.vector_scan_backward.default, inputs, _vector_inputs, *others)
         return _finish(grads, inputs[1:6])
 
-    def supports(*args):
-        """Not with a library that was compiled before there was this kernel."""
-        return _supports(*args) and hasattr(torch.ops.linescan_cpu, "vector_scan")
-
-    op.register("cpu", forward, backward, supports, partial(_check, op), kernel=True)
+    _register(op, forward, backward)
     _in_graphs(op, "vector_scan", call)
 
 
@@ -500,9 +496,9 @@ def _are_floats(*tensors) -> bool:
     return True
 
 
-def _passes(operator: str, *tensors) -> bool:
-    """Whether such a kernel serves: float32, and not with a library that was compiled before there was it."""
-    return _are_floats(*tensors) and _supports() and hasattr(torch.ops.linescan_cpu, operator)
+def _passes(*tensors) -> bool:
+    """Whether such a kernel serves: float32."""
+    return _are_floats(*tensors) and _supports()
 
 
 def shift_blend(x, mix, grid, heads: int, gamma: float, pixels: int, own: bool, added=None) -> Tensor | None:
@@ -517,7 +513,7 @@ def shift_blend(x, mix, grid, heads: int, gamma: float, pixels: int, own: bool, 
     Returns:
         (K, B, L, C).
     """
-    if not _passes("shift_blend", x, mix, added):
+    if not _passes(x, mix, added):
         return None
     out = x.new_empty(len(mix), *x.shape) if added is None else added
     others = *grid, heads, gamma, pixels, own, added is not None, out
@@ -531,7 +527,7 @@ def norm(x, weight, bias, eps: float, heads: int = 1, gate=None) -> Tensor | Non
     Args:
         gate: (..., C); the result is multiplied by silu(gate).
     """
-    if x.shape[-1] % (16 * heads) or not _passes("norm", x, weight, bias, gate):
+    if x.shape[-1] % (16 * heads) or not _passes(x, weight, bias, gate):
         return None
     out = x.new_empty(x.shape)
     inputs = (t if t is None else t.contiguous() for t in (x, weight, bias, gate))
@@ -544,7 +540,7 @@ def rotate(x, cos, sin) -> Tensor | None:
     channels, heads = x.shape[-1], int(cos.ndim > 2 and cos.shape[-2] == 1)  # which then share the tables
     places = cos.shape[: cos.ndim - 1 - heads]
     fit = x.shape[x.ndim - 1 - heads - len(places) : x.ndim - 1 - heads] == places
-    if not fit or channels % 16 or not _passes("rotate", x, cos, sin):
+    if not fit or channels % 16 or not _passes(x, cos, sin):
         return None
     rows = _rows((x.flatten(-2) if heads else x).flatten(0, -2))
     tables = [table.reshape(-1, channels) for table in (cos, sin)]
@@ -617,7 +613,7 @@ def _flat_heads(tensors: list[Tensor], count: int) -> list[Tensor | None]:
 
 
 _missing = _load()
-if _missing is None and hasattr(torch.ops.linescan_cpu, "gate_backward"):  # not of older sources
+if _missing is None:
     for _name in _SIZES:
         GATES[_name].kernel = _gate_kernel(_name)
 _register(_ssd, _ssd_forward, _ssd_backward, _ssd_room)
