@@ -160,6 +160,8 @@ SCANS = [
     (1, 1, 33, 384, 1, 16, True, True, "none", None),
     (2, 4, 18, 48, 1, 1, True, True, "permuted", "sum"),
     (2, 2, 9, 6, 1, 23, True, True, "none", "sum"),
+    (2, 3, 70, 40, 2, 3, True, True, "padded", None),  # a gate that is opened for all routes, in two slabs
+    (1, 2, 66, 32, 1, 4, True, True, "permuted", None),  # the same, read where it stands
 ]
 
 

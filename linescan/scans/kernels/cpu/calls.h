@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -156,6 +157,7 @@ struct ScanInputs {
   Tensor u, delta, A, B, C, D, z, bias, initial, weight, table;
   Table steps;
   Scan scan;
+  std::unique_ptr<float[]> gates;
 
   explicit ScanInputs(Arguments& in) {
     Scan& s = scan;
@@ -179,11 +181,22 @@ struct ScanInputs {
     auto& s = scan;
     s.y = output(y, s.merge), s.state = state(final_state), s.starts = state(starts);
     segment(s);
+    if (s.y && s.z && !s.z.route && s.K > 1 && !s.merge) open_gates(in);
     const int64_t samples = s.merge ? s.B : s.B * s.K;
     spread(s.blocks, samples, in.threads());
     const int64_t units = samples * s.blocks.count();
     in.parallel(units, grain(units, s.B * s.K * s.S * s.D * (s.N + 4)),
                 [&](int64_t begin, int64_t end) { current->scan_forward(s, begin, end); });
+  }
+
+ private:
+  void open_gates(const Arguments& in) {
+    auto& s = scan;
+    const int64_t pitch = (s.D + 15) / 16 * 16, units = s.B * s.slabs();
+    gates.reset(new float[s.B * s.L * pitch]);
+    s.gate = {reinterpret_cast<char*>(gates.get()), Dtype::float32, s.L * pitch, 0, pitch, 0};
+    in.parallel(units, grain(units, s.B * s.L * s.D * 16),
+                [&](int64_t begin, int64_t end) { current->open_gates(s, begin, end); });
   }
 };
 

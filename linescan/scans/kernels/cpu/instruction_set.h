@@ -86,7 +86,8 @@ static float multiply_add(int64_t rounds) {
 }  // namespace LINESCAN_ISA
 
 const Kernels LINESCAN_JOIN(LINESCAN_ISA, _kernels) = {
-    LINESCAN_STRING(LINESCAN_ISA), LINESCAN_ISA::scan_forward,  LINESCAN_ISA::scan_backward,
+    LINESCAN_STRING(LINESCAN_ISA),
+    LINESCAN_ISA::open_gates,      LINESCAN_ISA::scan_forward,  LINESCAN_ISA::scan_backward,
     LINESCAN_ISA::conv_forward,    LINESCAN_ISA::conv_backward, LINESCAN_ISA::matrix_forward,
     LINESCAN_ISA::matrix_backward, LINESCAN_ISA::vector_forward, LINESCAN_ISA::vector_backward,
     LINESCAN_ISA::neighborhood_forward, LINESCAN_ISA::channel_gates, LINESCAN_ISA::weighted_sum,

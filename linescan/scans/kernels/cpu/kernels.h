@@ -98,6 +98,9 @@ struct Scan {
   Route route;
   Blocks blocks;
   // forward
+  static constexpr int64_t SLAB = 64;  // tokens whose gates are opened in a unit of work
+  int64_t slabs() const { return (L + SLAB - 1) / SLAB; }
+  View gate;  // silu(z) (B, 1, L, D), float32, rows of whole vectors: made once for all routes, if at all
   Target y;
   Parameter state;
   // forward that a backward follows, and backward
@@ -255,6 +258,7 @@ enum class Unary : int { exp, softplus, sigmoid, decay };
 
 struct Kernels {
   const char* name;
+  void (*open_gates)(const Scan&, int64_t begin, int64_t end);
   void (*scan_forward)(const Scan&, int64_t begin, int64_t end);
   void (*scan_backward)(const Scan&, int64_t begin, int64_t end);
   void (*conv_forward)(const Conv&, int64_t begin, int64_t end);

@@ -153,19 +153,22 @@ __attribute__((noinline)) static void project_steps(int64_t count, int64_t strid
   }
 }
 
-// y *= z sigmoid(z)
-__attribute__((noinline)) static void gate_outputs(int64_t count, int64_t stride, float* const* z, float* const* y) {
+// y = silu(z), and y *= silu(z) if there is something IN it; z itself where it is OPEN, silu(z) already.
+template <bool OPEN, bool IN>
+__attribute__((noinline)) static void gate_rows(int64_t count, int64_t stride, float* const* z, float* const* y) {
   for (int64_t t = 0; t < count; ++t) {
     packs(stride, [&](auto zero, int64_t c) LINESCAN_STAGE {
       using T = decltype(zero);
       fetch_ahead(z, t, count, c, sizeof(T));
-      const T gate = load<T>(z[t] + c);
-      store(y[t] + c, load<T>(y[t] + c) * gate * sigmoid(gate));
+      T gate = load<T>(z[t] + c);
+      if constexpr (!OPEN) gate = gate * sigmoid(gate);
+      if constexpr (IN) gate = load<T>(y[t] + c) * gate;
+      store(y[t] + c, gate);
     });
   }
 }
 
-// The same backwards: from the gradient `out` of the gated outputs to that of y and of z.
+// Back through the gate: from the gradient `out` of the gated outputs to that of y and of z.
 __attribute__((noinline)) static void ungate(int64_t count, int64_t stride, float* const* y, float* const* z,
                                              float* const* out, float* __restrict dy, float* const* dz) {
   for (int64_t t = 0; t < count; ++t) {
@@ -203,6 +206,22 @@ __attribute__((noinline)) static void conclude(int64_t count, int64_t stride, fl
   }
 }
 
+// s.gate = silu(z). A unit is a slab of a sample's tokens.
+static void open_gates(const Scan& s, int64_t begin, int64_t end) {
+  constexpr int64_t T = Scan::SLAB;
+  const int64_t stride = (s.D + W - 1) / W * W;
+  Arena arena(Arena::rounded(T * stride));
+  float *of_z = arena.take(T * stride), *z[T], *gate[T];
+  int64_t tokens[T];
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t b = unit / s.slabs(), t0 = unit % s.slabs() * T, count = s.L - t0 < T ? s.L - t0 : T;
+    for (int64_t t = 0; t < count; ++t) tokens[t] = t0 + t;
+    read_rows(s.z, b, 0, 0, 0, tokens, count, s.D, stride, of_z, z);
+    point(reinterpret_cast<float*>(s.gate.at(b, 0, 0, 0)), s.gate.token, tokens, count, nullptr, gate);
+    gate_rows<false, false>(count, stride, z, gate);
+  }
+}
+
 static void scan_forward(const Scan& s, int64_t begin, int64_t end) {
   constexpr int T = FORWARD_T;
   const int64_t blocks = s.blocks.count(), widest = (s.blocks.width + W - 1) / W * W, N = s.N;
@@ -211,6 +230,7 @@ static void scan_forward(const Scan& s, int64_t begin, int64_t end) {
   const int64_t length = s.starts ? s.segment : s.S, end_of_time = s.y ? s.S : (s.S - 1) / length * length;
   const bool make_steps = s.softplus || s.bias || s.rank;
   const bool gate = s.y && s.z, gate_sum = gate && s.merge && !s.z.route;  // what is common to all routes gates their sum
+  const auto multiply = s.gate ? gate_rows<true, true> : gate_rows<false, true>;
   const auto make = s.softplus ? step_sizes<true, false> : step_sizes<false, false>;
   const auto project = s.softplus ? project_steps<true> : project_steps<false>;
   Arena arena(5 * Arena::rounded(area) + 2 * Arena::rounded(lanes) + 2 * Arena::rounded(T * N) +
@@ -263,8 +283,8 @@ static void scan_forward(const Scan& s, int64_t begin, int64_t end) {
           });
         }
         if (gate && !gate_sum) {
-          read_rows(s.z, b, k, 0, channel, reads, count, width, stride, of_z, z);
-          gate_outputs(count, stride, z, y);
+          read_rows(s.gate ? s.gate : s.z, b, k, 0, channel, reads, count, width, stride, of_z, z);
+          multiply(count, stride, z, y);
         }
         if (left) scatter(target, b, k, channel, writes, count, width, stride, of_y);
         if (t0 + count == stop && stop < s.S)
@@ -277,7 +297,7 @@ static void scan_forward(const Scan& s, int64_t begin, int64_t end) {
       for (int64_t t = 0; t < count; ++t) reads[t] = t0 + t;
       read_rows(s.z, b, 0, 0, channel, reads, count, width, stride, of_z, z);
       read_rows(s.y.view, b, 0, 0, channel, reads, count, width, stride, of_y, y);
-      gate_outputs(count, stride, z, y);
+      multiply(count, stride, z, y);
       if (!is_direct<W>(s.y.view, width)) scatter({s.y.view}, b, 0, channel, reads, count, width, stride, of_y);
     }
   }
