@@ -1,19 +1,6 @@
 // What recurrences are given, made of projections of the tokens in one pass over memory: functions of numbers side by side,
 // or of heads. Included inside the namespace of an instruction set; hence no include guard.
 
-LINESCAN_INLINE V root(V x) {
-#if LINESCAN_WIDTH == 16
-  return _mm512_sqrt_ps(x);
-#elif LINESCAN_WIDTH == 8
-  return _mm256_sqrt_ps(x);
-#elif defined(LINESCAN_X86)
-  return _mm_sqrt_ps(x);
-#else
-  for (int i = 0; i < W; ++i) x[i] = std::sqrt(x[i]);
-  return x;
-#endif
-}
-
 // e^x - 1 of an x <= 0: near 0 the series, elsewhere there is nothing to lose.
 LINESCAN_INLINE V exp_less_one(V x) {
   V p = x * (1.0f / 5040) + 1.0f / 720;

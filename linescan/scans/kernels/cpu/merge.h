@@ -14,35 +14,38 @@ LINESCAN_INLINE V total_in_lanes(V v) {
 }
 LINESCAN_INLINE float total(V v) { return total_in_lanes(v)[0]; }
 
-// Sum of f(channel) over a row.
+// Sum of f(channel) over a row, the lanes kept apart.
 template <class F>
-LINESCAN_INLINE float over_row(int64_t D, F f) {
+LINESCAN_INLINE V lanes_over_row(int64_t D, F f) {
   V sums[4] = {};
   int64_t c = 0;
   for (; c + 4 * W <= D; c += 4 * W)
     for (int i = 0; i < 4; ++i) sums[i] += f(c + i * W);
   for (; c < D; c += W) sums[0] += f(c);
-  return total((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
+template <class F>
+LINESCAN_INLINE float over_row(int64_t D, F f) { return total(lanes_over_row(D, f)); }
 
-// The mean over the tokens of normalised rows of a route of a sample. Sums of a few tokens are added up, that none of the
-// many is lost in a large sum.
+// The mean over the tokens of normalised rows of a route of a sample. W tokens at a time, whose sums over the lanes are made
+// at once; the sums of so few are added up, that none of the many is lost in a large sum.
 static void mean_of_norms(const Merge& s, const float* y, float* out) {
-  constexpr int T = 16;
   const int64_t D = s.D;
-  float mean[T], scale[T];
+  float apart[W * W] = {}, mean[W], scale[W];
   zero(out, D);
-  for (int64_t t0 = 0; t0 < s.L; t0 += T) {
-    const int64_t count = s.L - t0 < T ? s.L - t0 : T;
+  for (int64_t t0 = 0; t0 < s.L; t0 += W) {
+    const int64_t count = s.L - t0 < W ? s.L - t0 : W;
     const float* rows = y + t0 * s.y.token;
-    for (int64_t t = 0; t < count; ++t) {
-      const float *row = rows + t * s.y.token, middle = over_row(D, [&](int64_t c) LINESCAN_STAGE { return load(row + c); }) / D;
-      const float square = over_row(D, [&](int64_t c) LINESCAN_STAGE {
-        const V centred = load(row + c) - middle;
-        return centred * centred;
-      });
-      mean[t] = middle, scale[t] = 1.0f / std::sqrt(square / D + s.eps);
-    }
+    const auto means = [&](auto f) LINESCAN_STAGE {
+      for (int64_t t = 0; t < count; ++t) {
+        const float* row = rows + t * s.y.token;
+        store(apart + t * W, lanes_over_row(D, [&](int64_t c) LINESCAN_STAGE { return f(load(row + c), t); }));
+      }
+      return lane_sums<W>(apart) * (1.0f / D);
+    };
+    store(mean, means([](V x, int64_t) LINESCAN_STAGE { return x; }));
+    const V squares = means([&](V x, int64_t t) LINESCAN_STAGE { return (x - mean[t]) * (x - mean[t]); });
+    store(scale, 1.0f / root(squares + s.eps));
     for (int64_t c = 0; c < D; c += W) {
       V sum = {};
       for (int64_t t = 0; t < count; ++t) sum += (load(rows + t * s.y.token + c) - mean[t]) * scale[t];

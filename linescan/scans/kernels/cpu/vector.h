@@ -53,6 +53,19 @@ LINESCAN_INLINE V at_most(V x, V high) {
 #endif
 }
 
+LINESCAN_INLINE V root(V x) {
+#if LINESCAN_WIDTH == 16
+  return _mm512_sqrt_ps(x);
+#elif LINESCAN_WIDTH == 8
+  return _mm256_sqrt_ps(x);
+#elif defined(LINESCAN_X86)
+  return _mm_sqrt_ps(x);
+#else
+  for (int i = 0; i < W; ++i) x[i] = std::sqrt(x[i]);
+  return x;
+#endif
+}
+
 // -- functions of one variable, of vectors and packs --------------------------------------------------------------------
 
 // N vectors that go through a function side by side, an operation at a time. The functions below are chains of two dozen
