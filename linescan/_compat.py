@@ -107,6 +107,8 @@ def plain_shape(x: torch.Tensor) -> torch.Size:
 
 def known_equal(a: int, b: int) -> bool:
     """Whether two sizes are equal; False where that is not known, in a graph of dynamic sizes."""
+    if type(a) is type(b) is int:
+        return a == b
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return statically_known_true(a == b)

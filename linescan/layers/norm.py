@@ -37,12 +37,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         own, x, out = self.weight, precise(x), None
-        weight = own.to(x.dtype)
+        weight = own if own.dtype is x.dtype else own.to(x.dtype)
         if is_plain((x, weight)) and not wants_gradient((x, weight)):
             out = cpu.norm(x, weight, None, self.eps)
         if out is None:
             out = F.rms_norm(x, weight.shape, weight, self.eps)
-        return out.to(own.dtype)
+        return out if out.dtype is own.dtype else out.to(own.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}"

@@ -459,7 +459,7 @@ def neighborhood_attention(q, k, v, window, dilation, bias, scale) -> Tensor | N
 
 def _merges(*tensors) -> bool:
     """Whether the kernels that merge routes serve: float32, channels in whole vectors of any width."""
-    return all(x.dtype is torch.float32 for x in tensors) and tensors[0].shape[-1] % 16 == 0 and _supports(*tensors)
+    return tensors[0].shape[-1] % 16 == 0 and _are_floats(*tensors) and _supports()
 
 
 def channel_gates(y, norm, reduce, expand) -> Tensor | None:
@@ -481,7 +481,8 @@ def weighted_sum(y, weight) -> Tensor | None:
     if not _merges(y, weight):
         return None
     out = y.new_empty(y.shape[0], *y.shape[2:])
-    torch.ops.linescan_cpu.weighted_sum.default(_rows(y), _parameter(weight.expand(len(y), -1, -1)), out)
+    weight = weight if len(weight) == len(y) else weight.expand(len(y), -1, -1)
+    torch.ops.linescan_cpu.weighted_sum.default(_rows(y), _parameter(weight), out)
     return out
 
 
