@@ -119,7 +119,7 @@ class ChannelAttention(nn.Module):
         return _weighted_sum(y, self.gates(y))
 
     def gates(self, y: Tensor) -> Tensor:
-        """The factors a (B, K, D)."""
+        """The factors a (B, K, D), in float32 where a kernel makes them."""
         layers = self.norm, self.global_reduce, self.act, self.channel_select
         if _is_free(y) and tuple(map(type, layers)) == self.types and not any(map(is_observed, layers)):
             gates = cpu.channel_gates(y, *layers[:2], layers[3])

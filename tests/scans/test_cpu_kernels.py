@@ -823,6 +823,18 @@ def test_rotations_and_gates_of_channels(instructions):
 
 
 @passes
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_channel_attention(dtype, instructions):
+    torch.manual_seed(0)
+    y, merge = (torch.randn(2, 3, 37, 144) + 3).to(dtype), ChannelAttention(144).to(dtype)
+    with torch.no_grad():
+        got = merge(y)
+    wanted = merge.double()(y.double())
+    assert got.dtype is dtype
+    assert (got - wanted).abs().max() / wanted.abs().max() < TOLERANCE[dtype] / 2
+
+
+@passes
 def test_kernels_between_products_leave_the_rest_to_torch():
     x, weight = torch.randn(2, 5, 24), torch.randn(24)
     assert cpu.norm(x, weight, None, 1e-5) is None, "channels in part vectors"

@@ -458,19 +458,19 @@ def neighborhood_attention(q, k, v, window, dilation, bias, scale) -> Tensor | N
 
 
 def _merges(*tensors) -> bool:
-    """Whether the kernels that merge routes serve: float32, channels in whole vectors of any width."""
-    return tensors[0].shape[-1] % 16 == 0 and _are_floats(*tensors) and _supports()
+    """Whether the kernels that merge routes serve: channels in whole vectors of any width."""
+    return tensors[0].shape[-1] % 16 == 0 and _supports(*tensors)
 
 
 def channel_gates(y, norm, reduce, expand) -> Tensor | None:
-    """The gates of `ChannelAttention`, whose layers are given, of outputs y (B, K, L, D): (B, K, D).
+    """The gates of `ChannelAttention`, whose layers are given, of outputs y (B, K, L, D): float32 (B, K, D).
 
     No gradients; None where no kernel serves.
     """
     layers = [x for layer in (norm, reduce, expand) for x in (layer.weight, layer.bias)]
     if not _merges(y, *layers):
         return None
-    out = y.new_empty(*y.shape[:2], y.shape[3])
+    out = y.new_empty(*y.shape[:2], y.shape[3], dtype=torch.float32)
     of_norm, others = map(_parameter, layers[:2]), map(_parameter, layers[2:])
     torch.ops.linescan_cpu.channel_gates.default(_rows(y), *of_norm, norm.eps, *others, out)
     return out

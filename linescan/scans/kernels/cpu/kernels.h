@@ -203,9 +203,9 @@ struct Neighborhood {
 // Outputs y (B, K, L, D) of routes, on the way to one. See merge.h.
 struct Merge {
   int64_t B, K, L, D;
-  View y;
+  View y, out;  // of weights: (B, L, D)
   const float *weight, *bias = nullptr;
-  float eps = 0.0f, *out;
+  float eps = 0.0f, *gates = nullptr;
   int64_t hidden = 0;  // numbers between two products: (hidden, D), then (D, hidden)
   const float *reduce = nullptr, *reduce_bias = nullptr, *expand = nullptr, *expand_bias = nullptr;
 };

@@ -1,5 +1,6 @@
 // What gates the outputs of routes by channel and adds them, for one instruction set. Included inside its namespace; hence
-// no include guard. Channels are whole vectors.
+// no include guard. Channels are whole vectors. Rows are reached through pointers, into the tensors where these hold float32,
+// else into copies.
 
 template <int STRIDE, int... LANE>
 LINESCAN_INLINE V folded(V v, std::integer_sequence<int, LANE...>) {
@@ -29,16 +30,18 @@ LINESCAN_INLINE float over_row(int64_t D, F f) { return total(lanes_over_row(D, 
 
 // The mean over the tokens of normalised rows of a route of a sample. W tokens at a time, whose sums over the lanes are made
 // at once; the sums of so few are added up, that none of the many is lost in a large sum.
-static void mean_of_norms(const Merge& s, const float* y, float* out) {
+static void mean_of_norms(const Merge& s, int64_t b, int64_t k, float* of_y, float* out) {
   const int64_t D = s.D;
-  float apart[W * W] = {}, mean[W], scale[W];
+  float apart[W * W] = {}, mean[W], scale[W], *y[W];
+  int64_t tokens[W];
   zero(out, D);
   for (int64_t t0 = 0; t0 < s.L; t0 += W) {
     const int64_t count = s.L - t0 < W ? s.L - t0 : W;
-    const float* rows = y + t0 * s.y.token;
+    as_stored(t0, count, tokens);
+    read_rows(s.y, b, k, 0, 0, tokens, count, D, D, of_y, y);
     const auto means = [&](auto f) LINESCAN_STAGE {
       for (int64_t t = 0; t < count; ++t) {
-        const float* row = rows + t * s.y.token;
+        const float* row = y[t];
         store(apart + t * W, lanes_over_row(D, [&](int64_t c) LINESCAN_STAGE { return f(load(row + c), t); }));
       }
       return lane_sums<W>(apart) * (1.0f / D);
@@ -48,20 +51,20 @@ static void mean_of_norms(const Merge& s, const float* y, float* out) {
     store(scale, 1.0f / root(squares + s.eps));
     for (int64_t c = 0; c < D; c += W) {
       V sum = {};
-      for (int64_t t = 0; t < count; ++t) sum += (load(rows + t * s.y.token + c) - mean[t]) * scale[t];
+      for (int64_t t = 0; t < count; ++t) sum += (load(y[t] + c) - mean[t]) * scale[t];
       store(out + c, load(out + c) + sum);
     }
   }
   for (int64_t c = 0; c < D; c += W) store(out + c, load(out + c) * (1.0f / s.L) * load(s.weight + c) + load(s.bias + c));
 }
 
-// out = sigmoid(expand gelu(reduce means + bias) + bias), a number for each channel. A unit is a route of a sample.
+// gates = sigmoid(expand gelu(reduce means + bias) + bias), a number for each channel. A unit is a route of a sample.
 static void channel_gates(const Merge& s, int64_t begin, int64_t end) {
   const int64_t D = s.D, N = s.hidden, whole = N / W * W;
-  Arena arena(Arena::rounded(D) + Arena::rounded(N) + Arena::rounded(W * W));
-  float *means = arena.take(D), *hidden = arena.take(N), *apart = arena.take(W * W);
+  Arena arena(Arena::rounded(D) + Arena::rounded(N) + Arena::rounded(W * W) + Arena::rounded(W * D));
+  float *means = arena.take(D), *hidden = arena.take(N), *apart = arena.take(W * W), *of_y = arena.take(W * D);
   for (int64_t unit = begin; unit < end; ++unit) {
-    mean_of_norms(s, reinterpret_cast<const float*>(s.y.at(unit / s.K, unit % s.K, 0, 0)), means);
+    mean_of_norms(s, unit / s.K, unit % s.K, of_y, means);
     for (int64_t j = 0; j < N; ++j) {
       const float* row = s.reduce + j * D;
       const float x = over_row(D, [&](int64_t c) LINESCAN_STAGE { return load(means + c) * load(row + c); }) + s.reduce_bias[j];
@@ -76,21 +79,34 @@ static void channel_gates(const Merge& s, int64_t begin, int64_t end) {
         store(apart + i * W, sum);
         for (int64_t j = whole; j < N; ++j) rest[i] += row[j] * hidden[j];
       }
-      store(s.out + unit * D + c, sigmoid(lane_sums<W>(apart) + load(rest) + load(s.expand_bias + c)));
+      store(s.gates + unit * D + c, sigmoid(lane_sums<W>(apart) + load(rest) + load(s.expand_bias + c)));
     }
   }
 }
 
 // out[b][t] = sum over k of weight[b][k] * y[b][k][t]. A unit is a token.
 static void weighted_sum(const Merge& s, int64_t begin, int64_t end) {
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t b = unit / s.L, t = unit % s.L;
-    const float* row = reinterpret_cast<const float*>(s.y.at(b, 0, 0, 0)) + t * s.y.token;
-    const float* weight = s.weight + b * s.K * s.D;
-    for (int64_t c = 0; c < s.D; c += W) {
-      V sum = load(row + c) * load(weight + c);
-      for (int64_t k = 1; k < s.K; ++k) sum += load(row + k * s.y.route + c) * load(weight + k * s.D + c);
-      store(s.out + unit * s.D + c, sum);
+  constexpr int64_t T = 16;
+  const int64_t D = s.D;
+  Arena arena(Arena::rounded(s.K * T * D) + Arena::rounded(T * D));
+  float *of_y = arena.take(s.K * T * D), *of_out = arena.take(T * D), *out[T];
+  std::vector<float*> rows(s.K * T);
+  int64_t tokens[T];
+  for (int64_t unit = begin, count; unit < end; unit += count) {
+    const int64_t b = unit / s.L, t0 = unit % s.L;
+    count = std::min({T, end - unit, s.L - t0});
+    as_stored(t0, count, tokens);
+    for (int64_t k = 0; k < s.K; ++k) read_rows(s.y, b, k, 0, 0, tokens, count, D, D, of_y + k * T * D, &rows[k * T]);
+    const bool left = write_rows({s.out}, b, 0, 0, tokens, count, D, D, of_out, out);
+    const float* weight = s.weight + b * s.K * D;
+    for (int64_t t = 0; t < count; ++t) {
+      packs(D, [&](auto zero, int64_t c) LINESCAN_STAGE {
+        using P = decltype(zero);
+        P sum = load<P>(rows[t] + c) * load<P>(weight + c);
+        for (int64_t k = 1; k < s.K; ++k) sum = sum + load<P>(rows[k * T + t] + c) * load<P>(weight + k * D + c);
+        store(out[t] + c, sum);
+      });
     }
+    if (left) scatter({s.out}, b, 0, 0, tokens, count, D, D, of_out);
   }
 }

@@ -324,10 +324,10 @@ void neighborhood_attention(Value* stack, uint64_t, uint64_t) {
 
 // -- merging routes -----------------------------------------------------------------------------------------------------
 
-Merge merge_of(const Tensor& y, const Tensor& weight, const Tensor& out) {
+Merge merge_of(const Tensor& y, const Tensor& weight) {
   Merge s;
   s.B = y.size(0), s.K = y.size(1), s.L = y.size(2), s.D = y.size(3);
-  s.y = view(y), s.weight = weight.floats(), s.out = out.floats();
+  s.y = view(y), s.weight = weight.floats();
   return s;
 }
 
@@ -339,8 +339,8 @@ void channel_gates(Value* stack, uint64_t, uint64_t) {
   const float eps = float(in.number());
   const Tensor reduce = in.tensor(), reduce_bias = in.tensor(), expand = in.tensor(), expand_bias = in.tensor();
   const Tensor out = in.tensor();
-  Merge s = merge_of(y, weight, out);
-  s.bias = bias.floats(), s.eps = eps, s.hidden = reduce.size(0);
+  Merge s = merge_of(y, weight);
+  s.gates = out.floats(), s.bias = bias.floats(), s.eps = eps, s.hidden = reduce.size(0);
   s.reduce = reduce.floats(), s.reduce_bias = reduce_bias.floats();
   s.expand = expand.floats(), s.expand_bias = expand_bias.floats();
   parallel(s.B * s.K, grain(s.B * s.K, s.B * s.K * s.L * s.D * 4),
@@ -351,7 +351,8 @@ void channel_gates(Value* stack, uint64_t, uint64_t) {
 void weighted_sum(Value* stack, uint64_t, uint64_t) {
   Arguments in(stack);
   const Tensor y = in.tensor(), weight = in.tensor(), out = in.tensor();
-  const Merge s = merge_of(y, weight, out);
+  Merge s = merge_of(y, weight);
+  s.out = view(out, true);
   parallel(s.B * s.L, s.B * s.K * s.L * s.D < (int64_t(1) << 18) ? s.B * s.L : 64,
            [&](int64_t begin, int64_t end) { current->weighted_sum(s, begin, end); });
 }

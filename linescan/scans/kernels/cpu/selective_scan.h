@@ -215,7 +215,7 @@ static void open_gates(const Scan& s, int64_t begin, int64_t end) {
   int64_t tokens[T];
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t b = unit / s.slabs(), t0 = unit % s.slabs() * T, count = s.L - t0 < T ? s.L - t0 : T;
-    for (int64_t t = 0; t < count; ++t) tokens[t] = t0 + t;
+    as_stored(t0, count, tokens);
     read_rows(s.z, b, 0, 0, 0, tokens, count, s.D, stride, of_z, z);
     point(reinterpret_cast<float*>(s.gate.at(b, 0, 0, 0)), s.gate.token, tokens, count, nullptr, gate);
     gate_rows<false, false>(count, stride, z, gate);
@@ -294,7 +294,7 @@ static void scan_forward(const Scan& s, int64_t begin, int64_t end) {
     }
     for (int64_t t0 = 0; gate_sum && t0 < s.L; t0 += T) {
       const int64_t count = s.L - t0 < T ? s.L - t0 : T;
-      for (int64_t t = 0; t < count; ++t) reads[t] = t0 + t;
+      as_stored(t0, count, reads);
       read_rows(s.z, b, 0, 0, channel, reads, count, width, stride, of_z, z);
       read_rows(s.y.view, b, 0, 0, channel, reads, count, width, stride, of_y, y);
       multiply(count, stride, z, y);

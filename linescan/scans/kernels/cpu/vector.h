@@ -539,6 +539,10 @@ static void scatter(const Target& target, int64_t b, int64_t k, int64_t channel,
 template <int STEP>
 static bool is_direct(const View& x, int64_t width) { return x.dtype == Dtype::float32 && width % STEP == 0; }
 
+// The tokens from `first` on in the order in which they are stored.
+LINESCAN_INLINE void as_stored(int64_t first, int64_t count, int64_t* tokens) {
+  for (int64_t t = 0; t < count; ++t) tokens[t] = first + t;
+}
 LINESCAN_INLINE void in_order(float* buffer, int64_t stride, int64_t rows, float** at) {
   for (int64_t t = 0; t < rows; ++t) at[t] = buffer + t * stride;
 }
