@@ -509,6 +509,12 @@ def both_sides(return_final_state, **inputs):
     return y, y.sum(dtype=torch.promote_types(y.dtype, torch.float32))
 
 
+def from_nothing(return_final_state, **inputs):
+    """WKV-4 whose states have no gradient: what does without them has shorter ways."""
+    y, state = wkv4(**inputs, return_final_state=True)
+    return y, state.detach() + 0 * y.sum()
+
+
 def channels(name, batch=2, routes=2, length=37, dim=20, shared=True, size=1.0):
     """A recurrence and its float64 inputs; gates and keys are of the given size."""
     generator = torch.Generator().manual_seed(dim + length)
@@ -524,12 +530,15 @@ def channels(name, batch=2, routes=2, length=37, dim=20, shared=True, size=1.0):
     rates = {"w": 0.3 * normal(routes, dim).exp(), "u": normal(own, dim)}
     if name == "bi_wkv":
         return both_sides, tokens | rates
+    if name == "wkv4 from nothing":
+        return from_nothing, tokens | rates
     state = normal(batch, routes, dim, 3)
     state[..., 1].exp_()
     return wkv4, tokens | rates | {"initial_state": state}
 
 
-VECTORS = ["hgrn", "wkv4", "bi_wkv"]
+WKV = ["wkv4", "wkv4 from nothing", "bi_wkv"]
+VECTORS = ["hgrn", *WKV]
 
 
 @vectors
@@ -563,7 +572,7 @@ def test_delicate_gates_of_vector_states(sets):
 
 
 @vectors
-@pytest.mark.parametrize("name", ["wkv4", "bi_wkv"])
+@pytest.mark.parametrize("name", WKV)
 def test_keys_of_any_size(name, sets):
     """Their exponentials overflow; and sums that decay for long do not drift, be the exponent beside them large."""
     for size in (50.0, 1e4):
@@ -577,6 +586,38 @@ def test_keys_of_any_size(name, sets):
             for key in ("output", "state", "u", *("v" if size == 50 else "")):
                 error = (got[key] - expected[key]).abs().max() / expected[key].abs().max().clamp_min(1e-3)
                 assert error < 1e-6, f"{instructions} {size} {key}: relative error {error:.1e}"
+
+
+@vectors
+@pytest.mark.parametrize("name", WKV[1:])
+@pytest.mark.parametrize("token", [3, 40, 99])
+def test_sums_that_can_and_cannot_be_plain(name, token, sets):
+    """In one tensor: exponents on either side of the border, from the first chunk on, in the middle or at the end."""
+    function, inputs = channels(name, 1, 1, 100, 112)
+    k, w, u = (inputs[key] for key in "kwu")
+    inputs["v"] += 1
+    for channel, exponent in ((5, 29.9), (20, -29.9), (40, 30.1), (60, -30.1), (61, 700.0), (62, -700.0)):
+        k[..., token, channel] = exponent
+    u[0, [70, 80]] = torch.tensor([-45.0, 45.0], dtype=u.dtype)  # 70: a first token that has nothing but itself
+    k[0, 0, 0, 70], u[0, 100], w[0, [90, 110]] = -50.0, -26.0, torch.tensor([-0.12, -0.18], dtype=w.dtype)
+    assert_agrees(function, inputs, sets=sets)
+
+
+@vectors
+@pytest.mark.parametrize("name", WKV[1:])
+def test_sums_of_many_tokens_do_not_drift(name, sets):
+    """The decay of a token is rounded, and thousands of them pile up."""
+    function, inputs = channels(name, 1, 1, 4096, 16)
+    inputs["v"] += 5 * torch.linspace(-1, 1, 4096, dtype=torch.float64)[:, None]
+    inputs["w"] = torch.logspace(-5, -2, 16, dtype=torch.float64)[None]
+    inputs = {key: x.float() for key, x in inputs.items()}
+    expected = results(function, {key: x.double() for key, x in inputs.items()}, "chunked")
+    for instructions in sets:
+        cpu.instruction_set(instructions)
+        got = results(function, inputs, "cpu")
+        for key in ("output", "v"):
+            error = (got[key] - expected[key]).abs().max() / expected[key].abs().max()
+            assert error < 2e-6, f"{instructions} {key}: relative error {error:.1e}"
 
 
 # -- promises ---------------------------------------------------------------------------------------------------------

@@ -173,11 +173,14 @@ LINESCAN_INLINE T power_of_two(T sum, T r) {
 
 // n log(2) is subtracted in two parts; the first has so few bits that its product with n is exact.
 template <class T>
-LINESCAN_INLINE T exp(T x) {
-  x = at_most(at_least(x, splat(LOWEST * LN2)), splat(HIGHEST * LN2));
+LINESCAN_INLINE T exp_of_ordinary(T x) {  // from log(2^LOWEST) to log(2^HIGHEST)
   const T sum = x * LOG2E + MAGIC, n = sum - MAGIC;
   const T r = x - n * 0x1.62e4p-1f - n * 0x1.7f7d1cp-20f;
   return power_of_two(sum, r * LOG2E);
+}
+template <class T>
+LINESCAN_INLINE T exp(T x) {
+  return exp_of_ordinary(at_most(at_least(x, splat(LOWEST * LN2)), splat(HIGHEST * LN2)));
 }
 
 LINESCAN_INLINE V absolute(V x) { return (V)((I)x & 0x7fffffff); }
@@ -185,6 +188,11 @@ LINESCAN_INLINE V minus_absolute(V x) { return (V)((I)x | INT32_MIN); }
 LINESCAN_INLINE V if_negative(V x, V then, V otherwise) { return x < 0.0f ? then : otherwise; }
 LINESCAN_PACK_FUNCTION(minus_absolute)
 LINESCAN_PACK_FUNCTION(if_negative)
+LINESCAN_INLINE bool any(I lanes) {  // of a comparison
+  int some = 0;
+  for (int i = 0; i < W; ++i) some |= lanes[i];
+  return some;
+}
 
 // x / y for a y of ordinary size. A division keeps AVX-512's units busy for as long as a dozen products: here an estimate
 // of 14 bits is made exact by the remainders of 1 / y and of the quotient.
