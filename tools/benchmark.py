@@ -302,10 +302,10 @@ def scan(
 #
 # S6: the 9 of `multiply_add_bound`; backward its decays and states again, 7, the gradient of the state, 3, and those of
 # A, delta, B, C and u, 6. HGRN: an exponential and the state, 6; backward both again, the gradient of the state, 1, and
-# that of the gate, 1. WKV-4: an exponential and two decayed sums, 5 + 4, then an exponential and a quotient of two
-# sums, 5 + 2, as of two terms that meet one counts as e^0; backward the same again, and 12 for the gradients of both
-# sums, k and v. Bi-WKV has sums on both sides, 18, and one quotient with two exponentials, 12; backward the same again,
-# and 24.
+# that of the gate, 1. WKV-4: an exponential and e^k v, 5 + 1, two decayed sums, 2, and the sums of the quotient, which
+# have e^u times the token's own, 2; backward the same again, and 12 for the gradients of the sums, 5, of k and v, 3, of
+# w, 2, and of u, 2. Bi-WKV has sums on both sides, 4, and both in its quotient, 4; backward the same again, and 18: of
+# the sums 9, of k and v 3, of w 4 and of u 2.
 EQUATIONS: dict[str, tuple[int, int]] = {
     "selective_scan": (9, 25),
     "linear_attention": (2, 7),
@@ -316,8 +316,8 @@ EQUATIONS: dict[str, tuple[int, int]] = {
     "gated_delta_rule": (4, 15),
     "dplr": (5, 19),
     "hgrn": (6, 14),
-    "wkv4": (16, 44),
-    "bi_wkv": (30, 84),
+    "wkv4": (10, 32),
+    "bi_wkv": (14, 46),
 }
 # Mixers whose recurrence needs less than the operator that serves it.
 CHEAPER: dict[str, tuple[int, int]] = {"retention": (3, 10), "delta": (3, 11)}
@@ -326,12 +326,12 @@ CHEAPER: dict[str, tuple[int, int]] = {"retention": (3, 10), "delta": (3, 11)}
 #
 # Functions: exponentials at the pace of the kernels' own, data in the cache, not the five multiply-adds above (EMBEDDED
 # says how many of those are taken back for an element); quotients at the pace of a sigmoid less that of an exponential.
-# HGRN has one exponential for a channel and token, and once more backward; WKV-4 two and a quotient, Bi-WKV four and a
-# quotient, and all of them once more backward. S6 has one for an element, and once more backward, at the pace of the
-# decays that its kernel makes, which comes with the product in the exponent; its step sizes are a softplus each, of a
-# product with `rank` numbers, that backward is made again and has two gradients. Matrix states have an exponential for
-# each log decay, both ways.
-EMBEDDED: dict[str, int] = {"hgrn": 1, "wkv4": 2, "bi_wkv": 4}
+# HGRN has one exponential for a channel and token, and once more backward; WKV-4 and Bi-WKV one and a quotient, and
+# both once more backward. S6 has one for an element, and once more backward, at the pace of the decays that its kernel
+# makes, which comes with the product in the exponent; its step sizes are a softplus each, of a product with `rank`
+# numbers, that backward is made again and has two gradients. Matrix states have an exponential for each log decay, both
+# ways.
+EMBEDDED: dict[str, int] = {"hgrn": 1, "wkv4": 1, "bi_wkv": 1}
 #
 # *In turn*: where nothing hides anything else. Tokens are read before there is something to do with them, and outputs
 # and gradients written when it is done, so that arithmetic and memory add up; and no library reaches the pace of
