@@ -423,7 +423,8 @@ class Call(NamedTuple):
 
     def moves(self, widest: int = 384) -> dict[str, Callable]:
         """Reads all token inputs along the routes and writes the output, as the kernels go: head by head, or in blocks
-        of at most `widest` channels. Backward: reads them and the output's gradient, and writes their own.
+        of at most `widest` channels. Backward: reads them and the output's gradient, and writes their own. Sums on both
+        sides of a token are not there before the tokens were gone through once, and their gradients neither.
         """
         move = torch.ops.linescan_cpu.move_rows
 
@@ -432,18 +433,19 @@ class Call(NamedTuple):
             return x.detach().flatten(3), min(x.shape[-1], most)
 
         inputs = [rows(x) for x in self.tokens]
+        read = inputs * (2 if self.name == "bi_wkv" else 1)
         batch, routes, *others = self.shapes[0]
         output = rows(torch.empty(batch, 1 if self.merge else routes, *others))  # of one sum, every route fills it
         gradients = [(torch.empty_like(x, memory_format=torch.contiguous_format), n) for x, n in inputs]
 
         def forward():
-            for x, width in inputs:
+            for x, width in read:
                 move(x, self.route, width, False)
             move(output[0], self.route, output[1], True)
 
         def both():
             forward()
-            for x, width in (*inputs, output):
+            for x, width in (*read, output):
                 move(x, self.route, width, False)
             for x, width in gradients:
                 move(x, self.route, width, True)
@@ -676,11 +678,11 @@ def recurrences(
                 runs = {"": run, "call": token.runs()[kind], "moves": moves[kind], "no moves": small[kind]}
                 if longer is not None:
                     runs["longer"] = longer.runs()[kind]
-                runs["chunked"] = partial(in_form, "chunked", run)
                 heads = call.shapes[1][3:] if call.is_matrix else None
                 of_pace = Pace.runs(kept(call)[1] if kind == "training" else 0, heads)
                 with console.status(f"{mixer} alone, {kind}, {length} tokens"):
-                    taken = side_by_side(runs | of_pace, budget, brief={"call", "no moves", *of_pace})
+                    taken = side_by_side(runs | of_pace, budget, turns=11, brief={"call", "no moves", *of_pace})
+                    chunked = side_by_side({"": run, "chunked": partial(in_form, "chunked", run)}, budget / 2, turns=3)
                 moved, pace = max(taken["moves"] - taken["no moves"], 0.0), Pace(taken)
                 parts = bounds(mixer, call, pace, kind, taken["call"], moved)
                 rows[mixer][f"{kind} {length} least"] = 1e3 * (products[kind] + depth * parts["bound"])
@@ -692,7 +694,7 @@ def recurrences(
                 if longer is not None:
                     of_elements = min(max(taken["longer"] - taken[""], 0.0), taken[""])
                     row |= {"elements, ms": 1e3 * of_elements, "elements / products": of_elements / parts["products"]}
-                alone.append(row | {"chunked /": taken["chunked"] / taken[""]})
+                alone.append(row | {"chunked /": chunked["chunked"] / chunked[""]})
 
     kinds = [f"{kind} {length}" for kind in ("forward", "training") for length in sizes]
     whole = Table("scan_tiny", *(heading for kind in kinds for heading in (f"{kind}, ms", "/ s6", "/ softmax")))

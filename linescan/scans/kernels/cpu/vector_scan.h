@@ -1,10 +1,11 @@
 // Recurrences of vector states, one channel a lane, for one instruction set. Included inside its namespace.
 //
 // Two kinds: h = e^g h + x, whose output is h; and WKV, sums of e^k v and of e^k that decay by e^-w a token, of which the
-// output is the quotient, with an own term e^(u + k); these are plain ones where exponents allow it. A unit of work holds a chunk of its tokens as rows in time order, and
-// takes VECTORS of its channels through time together: alone, each would wait for its exponentials. Where time is gone
-// through again, or the other way, it begins at states that were marked at the borders of chunks: sums are made anew in
-// less time than those of all tokens, which no near cache holds, would be fetched.
+// output is the quotient, with an own term e^(u + k); these are plain ones where exponents allow it. A unit of work holds a
+// chunk of its tokens as rows in time order, and takes VECTORS of its channels through time together: alone, each would
+// wait for its exponentials. Where time is gone through again, or the other way, it begins at states that were marked at
+// the borders of chunks: sums are made anew in less time than those of all tokens, which no near cache holds, would be
+// fetched.
 
 constexpr int VECTOR_T = 32;  // tokens in a chunk
 constexpr float EMPTY = -1e38f;  // the top of a sum without terms
