@@ -659,7 +659,7 @@ def recurrences(
         ready = {mixer: prepare(mixer, length) for mixer in mixers.split()}
         for at, kind in enumerate(("forward", "training")):
             with console.status(f"{kind}, {length} tokens"):
-                taken = side_by_side({mixer: parts[at] for mixer, parts in ready.items()}, budget)
+                taken = side_by_side({mixer: parts[at] for mixer, parts in ready.items()}, budget, turns=7)
             for mixer, several in taken.items():
                 row = rows.setdefault(mixer, {})
                 row[f"{kind} {length}"] = 1e3 * several
