@@ -503,7 +503,8 @@ class Pace:
     NUMBERS, FEW = 1 << 16, 1 << 13
 
     def __init__(self, taken: dict[str, float] | None = None):
-        taken = side_by_side(self.runs(), budget=0.5) if taken is None else taken
+        if taken is None:
+            taken = {name: seconds(run, budget=0.2, pick=min) for name, run in self.runs().items()}
         self.products = taken["multiply-adds"] / (ROUNDS * 16 * torch.ops.linescan_cpu.multiply_add(0))
         for name in FUNCTIONS:
             few, all_ = taken[f"{name}, few"], taken[name]
@@ -892,29 +893,42 @@ def threads(
     pipe, other = context.Pipe()
     process = context.Process(target=companion, args=(other,), daemon=True)
     process.start()
-    wall = partial(seconds, budget=budget / 10, pick=min, clock=time.perf_counter)
+    turns = 8  # of all kernels, since what else the machine does comes and goes within seconds
+    wall = partial(seconds, budget=budget / 20, pick=min, clock=time.perf_counter)
+    runs: dict[tuple[str, str], dict[str, Callable]] = {}
+    for name in served():
+        run, token = kernel_call(name, *THREADED), kernel_call(name, 1, *THREADED[1:])
+        (call,) = calls_of(partial(run, "cpu", False))
+        for kind, moves in call.moves(widest=96).items():
+            train = kind == "training"
+            runs[name, kind] = {"": partial(run, "cpu", train), "call": partial(token, "cpu", train), "rows, ": moves}
+    keys = "one", "two", "beside", "call", "rows, one", "rows, two"
+    taken = {both: dict.fromkeys(keys, math.inf) for both in runs}
+
+    def measure(both: tuple[str, str], which: str, key: str) -> None:
+        taken[both][key] = min(taken[both][key], wall(runs[both][which]))
+
+    for turn in range(turns):
+        for both in runs:
+            with console.status(f"{' '.join(both)}, turn {turn + 1} of {turns}"):
+                for count, number in ((1, "one"), (2, "two")):
+                    torch.set_num_threads(count)
+                    for which in ("", "rows, "):
+                        measure(both, which, which + number)
+                torch.set_num_threads(1)
+                measure(both, "call", "call")
+                pipe.send((both[0], both[1] == "training"))
+                pipe.recv()
+                measure(both, "", "beside")
+                pipe.send("enough")
+    pipe.send(None)
+    process.join()
     headings = "1 / 2 threads", "bound", "with rows"
     rows, table = [], Table("kernel", *(f"{kind}, {heading}" for kind in WANTED for heading in headings))
     for name in served():
-        run, cells = kernel_call(name, *THREADED), []
-        (call,) = calls_of(partial(run, "cpu", False))
-        token, moves = kernel_call(name, 1, *THREADED[1:]), call.moves(widest=96)
+        cells = []
         for kind in WANTED:
-            train = kind == "training"
-            best = dict.fromkeys(("one", "two", "beside", "call", "rows, one", "rows, two"), math.inf)
-            with console.status(f"{name}, {kind}"):
-                for _ in range(5):
-                    for count, key in ((1, "one"), (2, "two")):
-                        torch.set_num_threads(count)
-                        best[key] = min(best[key], wall(partial(run, "cpu", train)))
-                        best[f"rows, {key}"] = min(best[f"rows, {key}"], wall(moves[kind]))
-                torch.set_num_threads(1)
-                best["call"] = wall(partial(token, "cpu", train))
-                pipe.send((name, train))
-                pipe.recv()
-                for _ in range(5):
-                    best["beside"] = min(best["beside"], wall(partial(run, "cpu", train)))
-                pipe.send("enough")
+            best = taken[name, kind]
             gain, bound = best["one"] / best["two"], 2 * best["one"] / best["beside"]
             shared = max(best["one"] - best["call"] - best["rows, one"], 0.0) / bound
             with_rows = min(bound, best["one"] / (best["call"] + shared + best["rows, two"]))
@@ -922,8 +936,6 @@ def threads(
             rows.append(row | {f"{key}, ms": 1e3 * time for key, time in best.items()})
             cells += [f"{gain:.2f}", f"{bound:.2f}", f"{with_rows:.2f}"]
         table.add_row(name, *cells)
-    pipe.send(None)
-    process.join()
     console.print(table)
     missed = [
         f"{row['kernel']}, {row['kind']}: {row['gain']:.2f} times (wanted 1.8), {row['gain'] / row['bound']:.0%} of "
@@ -1303,7 +1315,7 @@ def least_of_products(run: Callable, known: dict[tuple, float], budget: float = 
     with torch.inference_mode():
         for key, (product, _) in products.items():
             if key not in known:
-                known[key] = seconds(product, budget)
+                known[key] = seconds(product, budget, pick=min)
     return sum(count * known[key] for key, (_, count) in products.items())
 
 
@@ -1316,7 +1328,7 @@ def of_shapes(calls: Iterable[Call]) -> Iterable[list]:
     return found.values()
 
 
-def least(run: Callable, pace: Pace, budget: float = 0.1) -> tuple[float, float]:
+def least(run: Callable, pace: Pace, budget: float = 0.05) -> tuple[float, float]:
     """Seconds that a forward's products, convolutions and attentions take, each by itself in the shapes it has, and its
     recurrences at their bounds; and with the recurrences, too, as they are by themselves. `budget` seconds are measured
     for each of them, those of equal shapes once.
@@ -1325,10 +1337,10 @@ def least(run: Callable, pace: Pace, budget: float = 0.1) -> tuple[float, float]
         total = parts = least_of_products(run, {}, budget)
     for call, count in of_shapes(calls_of(run)):
         token = call.of_a_token()
-        once = seconds(token.runs()["forward"], budget)
-        moved = seconds(call.moves()["forward"], budget) - seconds(token.moves()["forward"], budget)
-        total += count * bounds(call.name, call, pace, "forward", once, max(moved, 0.0))["bound"]
-        parts += count * seconds(call.runs()["forward"], budget)
+        runs = token.runs()["forward"], call.moves()["forward"], token.moves()["forward"], call.runs()["forward"]
+        once, moved, not_moved, taken = (seconds(each, budget, pick=min) for each in runs)
+        total += count * bounds(call.name, call, pace, "forward", once, max(moved - not_moved, 0.0))["bound"]
+        parts += count * taken
     return total, parts
 
 
@@ -1397,14 +1409,19 @@ def models(
             show = lambda *_, description="", **__: status.update(description) if description else None  # noqa: E731
             once = list(benchmark(names, sizes, dtype=dtype, budget=0.0, progress=show))  # for memory
         torch.set_num_threads(1)
-        pace_of_core = Pace()
-        multiply_add = pace_of_core.products
+        multiply_add = Pace().products
         rows, missed = [], []
         for size in sizes:
             ready = {name: _at_size(name, size).eval() for name in names}
             image = torch.randn(1, 3, size, size)
             with console.status(f"{title} at {size}, by turns"):
-                times = side_by_side({name: partial(forward, model, image) for name, model in ready.items()}, budget)
+                runs = {name: partial(forward, model, image) for name, model in ready.items()}
+                times = side_by_side(runs, budget, turns=9)
+            with console.status(f"the least that {title} models take at {size}, by turns"):
+                turns = []
+                for _ in range(3):
+                    core = Pace()
+                    turns.append({name: least(partial(model, image), core) for name, model in ready.items()})
             results += [
                 replace(r, seconds=times[r.model], images_per_second=1 / times[r.model]) for r in once if r.size == size
             ]
@@ -1419,8 +1436,7 @@ def models(
                 bound = (sum(counted.values()) - counted["scans"]) / pace + of_scans * multiply_add
                 ratio = times[name] / times[group.peer]
                 row = {"model": name, "size": size, "ms": 1e3 * times[name], "ratio": ratio, "flops": counted}
-                with console.status(f"the least that {name} takes at {size}"):
-                    at_least, parts = least(partial(model, image), pace_of_core)
+                at_least, parts = (min(several) for several in zip(*(turn[name] for turn in turns)))
                 row |= {"bound": 1e3 * bound, "pace": pace, "least": 1e3 * at_least, "parts": 1e3 * parts}
                 rows.append(row)
                 if ratio > group.wanted[size] and name != group.peer:
