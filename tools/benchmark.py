@@ -897,7 +897,7 @@ def threads(
     pipe, other = context.Pipe()
     process = context.Process(target=companion, args=(other,), daemon=True)
     process.start()
-    turns = 8  # of all kernels, since what else the machine does comes and goes within seconds
+    turns = 14  # of all kernels, since what else the machine does comes and goes within seconds
     wall = partial(seconds, budget=budget / 20, pick=min, clock=time.perf_counter)
     runs: dict[tuple[str, str], dict[str, Callable]] = {}
     for name in served():
