@@ -107,7 +107,7 @@ def plain_shape(x: torch.Tensor) -> torch.Size:
 
 def known_equal(a: int, b: int) -> bool:
     """Whether two sizes are equal; False where that is not known, in a graph of dynamic sizes."""
-    if type(a) is type(b) is int:
+    if not torch.compiler.is_compiling() and type(a) is type(b) is int:  # dynamo takes symbols for numbers
         return a == b
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
