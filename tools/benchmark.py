@@ -620,7 +620,7 @@ def recurrences(
     from linescan.scans import backend
     from linescan.scans.kernels import cpu
 
-    if cpu.missing() or not hasattr(torch.ops.linescan_cpu, "move_rows"):
+    if cpu.missing():
         raise typer.BadParameter("the CPU kernels are missing or old: python setup.py build_ext --inplace")
     torch.set_num_threads(1)
     keep_memory()

@@ -136,9 +136,7 @@ def test_half_precision_keeps_its_dtype():
 
 # -- the C++ kernel ---------------------------------------------------------------------------------------------------
 
-compiled = pytest.mark.skipif(
-    not hasattr(torch.ops.linescan_cpu, "neighborhood_attention"), reason="CPU kernels missing or of older sources"
-)
+compiled = pytest.mark.skipif(cpu.missing() is not None, reason=f"CPU kernels {cpu.missing()}")
 MAPS = [
     # size, heads, channels of keys and values, window, dilation
     ((1, 1), 1, 1, 1, (1, 1), (1, 1)),

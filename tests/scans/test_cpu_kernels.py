@@ -36,9 +36,6 @@ from linescan.scans.kernels import backend_info, cpu
 from linescan.scans.multi_route import ChannelAttention
 
 compiled = pytest.mark.skipif(cpu.missing() is not None, reason=f"CPU kernels {cpu.missing()}")
-whole = pytest.mark.skipif(
-    not hasattr(torch.ops.linescan_cpu, "matrix_scan_backward"), reason="CPU kernels missing or of older sources"
-)
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
 
 
@@ -143,6 +140,14 @@ def assert_agrees(function, inputs, dtype=torch.float32, sets=("",), **options):
             assert got.dtype == wanted, key
             error = (got.double() - expected[key]).abs().max() / expected[key].abs().max().clamp_min(1e-3)
             assert error < TOLERANCE[dtype], f"{name} {key}: relative error {error:.1e}"
+
+
+def relative_errors(function, inputs, expected, sets):
+    """With each of the instruction sets: for every result a name, what the kernel gives, and how far off that is."""
+    for name in sets:
+        cpu.instruction_set(name)
+        for key, got in results(function, inputs, "cpu").items():
+            yield name, key, got, (got - expected[key]).abs().max() / expected[key].abs().max()
 
 
 # -- the selective scan -----------------------------------------------------------------------------------------------
@@ -353,7 +358,7 @@ SHAPES = [
 ]
 
 
-@whole
+@compiled
 @pytest.mark.parametrize("name", MATRICES)
 def test_matrix_states(name, sets):
     for *sizes, shared, kind, merge in SHAPES:
@@ -362,7 +367,7 @@ def test_matrix_states(name, sets):
         assert_agrees(function, inputs, sets=sets, route=route, merge=merge)
 
 
-@whole
+@compiled
 @pytest.mark.parametrize("name", MATRICES)
 def test_matrix_states_half(name, sets):
     function, inputs = heads(name, length=24, keys=20)
@@ -370,7 +375,7 @@ def test_matrix_states_half(name, sets):
         assert_agrees(function, inputs, dtype, sets, route=orders(2, 24, "padded").int(), merge="sum")
 
 
-@whole
+@compiled
 @pytest.mark.parametrize("name", ["gla", "simple_gla", "wkv6", "gated_delta_rule", "kda", "dplr"])
 def test_delicate_decays_of_matrix_states(name, sets):
     """Long memories and strong decays, over a long sequence: exp of a negated sum of 64 of them would overflow."""
@@ -379,7 +384,7 @@ def test_delicate_decays_of_matrix_states(name, sets):
         assert_agrees(function, inputs, sets=sets)
 
 
-@whole
+@compiled
 @pytest.mark.parametrize("function", [gla, simple_gla])
 def test_a_slow_decay_of_many_tokens_is_exact(function, instructions):
     """All roundings of a constant decay have one sign, and would add up to a hundred times the last digit."""
@@ -392,7 +397,7 @@ def test_a_slow_decay_of_many_tokens_is_exact(function, instructions):
     assert (last / exact - 1).abs().max() < 1e-6
 
 
-@whole
+@compiled
 @pytest.mark.parametrize("name", ["gla", "simple_gla", "wkv6", "kda", "dplr"])
 def test_small_gradients_of_decays_have_their_digits(name, sets):
     """Of a gate that lets nearly nothing through, too, though what is read and written beside it is large."""
@@ -411,7 +416,7 @@ def test_small_gradients_of_decays_have_their_digits(name, sets):
         assert expected.abs().max() < 1e-3 and (got - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-@whole
+@compiled
 @pytest.mark.parametrize("name", ["gla", "wkv6", "kda", "dplr"])
 def test_a_decay_of_minus_infinity_forgets(name, instructions):
     function, inputs = heads(name, 1, 1, 9, 1, 16, 16)
@@ -427,7 +432,7 @@ def test_a_decay_of_minus_infinity_forgets(name, instructions):
         assert torch.equal(again["state"], got["state"])
 
 
-@whole
+@compiled
 def test_matrix_states_are_read_in_place():
     """Queries, keys and values out of one tensor, gates with the routes among the channels, a gradient of one row."""
     _, inputs = heads("gla", 2, 2, 30, 2, 16, 16)
@@ -446,16 +451,14 @@ def test_matrix_states_are_read_in_place():
     torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-4, atol=1e-4)
 
 
-@whole
+@compiled
 @pytest.mark.parametrize("name", ["gla", "linear_attention, normalised", "kda"])
 def test_pieces_of_a_long_sequence(name, sets):
     function, inputs = heads(name, 1, 1, 4200, 1, 4, 4)
     expected = results(function, inputs, "chunked")
-    for instructions in sets:
-        cpu.instruction_set(instructions)
-        for key, got in results(function, {key: x.float() for key, x in inputs.items()}, "cpu").items():
-            error = (got - expected[key]).abs().max() / expected[key].abs().max()
-            assert error < 1e-5, f"{instructions} {key}: relative error {error:.1e}"
+    inputs = {key: x.float() for key, x in inputs.items()}
+    for name, key, _, error in relative_errors(function, inputs, expected, sets):
+        assert error < 1e-5, f"{name} {key}: relative error {error:.1e}"
 
 
 S6 = partial(selective_scan, delta_softplus=True), scan_inputs(1, 2, 140, 40, 1, 64)
@@ -471,7 +474,7 @@ LEFT = {
 }
 
 
-@whole
+@compiled
 @pytest.mark.parametrize("name", LEFT)
 def test_what_a_forward_leaves_to_its_backward(name, monkeypatch):
     function, inputs, shapes = LEFT[name]
@@ -498,10 +501,6 @@ def test_what_a_forward_leaves_to_its_backward(name, monkeypatch):
 
 
 # -- vector states ----------------------------------------------------------------------------------------------------
-
-vectors = pytest.mark.skipif(
-    not hasattr(torch.ops.linescan_cpu, "vector_scan"), reason="CPU kernels missing or of older sources"
-)
 
 
 def both_sides(return_final_state, **inputs):
@@ -541,7 +540,7 @@ WKV = ["wkv4", "wkv4 from nothing", "bi_wkv"]
 VECTORS = ["hgrn", *WKV]
 
 
-@vectors
+@compiled
 @pytest.mark.parametrize("name", VECTORS)
 def test_vector_states(name, sets):
     for *sizes, kind, merge in [
@@ -556,7 +555,7 @@ def test_vector_states(name, sets):
         assert_agrees(function, inputs, sets=sets, route=orders(sizes[1], sizes[2], kind, sizes[0]), merge=merge)
 
 
-@vectors
+@compiled
 @pytest.mark.parametrize("name", VECTORS)
 def test_vector_states_half(name, sets):
     function, inputs = channels(name, length=24)
@@ -564,14 +563,14 @@ def test_vector_states_half(name, sets):
         assert_agrees(function, inputs, dtype, sets, route=orders(2, 24, "padded").int(), merge="sum")
 
 
-@vectors
+@compiled
 def test_delicate_gates_of_vector_states(sets):
     for size in (1e-4, 50.0, 1e4):
         function, inputs = channels("hgrn", 1, 1, 300, 16, size=size)
         assert_agrees(function, inputs, sets=sets)
 
 
-@vectors
+@compiled
 @pytest.mark.parametrize("name", WKV)
 def test_keys_of_any_size(name, sets):
     """Their exponentials overflow; and sums that decay for long do not drift, be the exponent beside them large."""
@@ -588,7 +587,7 @@ def test_keys_of_any_size(name, sets):
                 assert error < 1e-6, f"{instructions} {size} {key}: relative error {error:.1e}"
 
 
-@vectors
+@compiled
 @pytest.mark.parametrize("name", WKV[1:])
 @pytest.mark.parametrize("token", [3, 40, 99])
 def test_sums_that_can_and_cannot_be_plain(name, token, sets):
@@ -602,17 +601,12 @@ def test_sums_that_can_and_cannot_be_plain(name, token, sets):
     u[0, 100], w[0, [90, 110]] = -26.0, torch.tensor([-0.12, -0.18], dtype=w.dtype)
     inputs = {key: x.float() for key, x in inputs.items()}
     expected = results(function, {key: x.double() for key, x in inputs.items()}, "reference")
-    for instructions in sets:
-        cpu.instruction_set(instructions)
-        got = results(function, inputs, "cpu")
-        assert all(x.isfinite().all() for x in got.values())
-        for key in got:
-            error = (got[key] - expected[key]).abs().max() / expected[key].abs().max()
-            limit = 2e-5 if key == "w" else 3e-6  # of sums that are differences
-            assert error < limit, f"{instructions} {key}: relative error {error:.1e}"
+    for name, key, got, error in relative_errors(function, inputs, expected, sets):
+        limit = 2e-5 if key == "w" else 3e-6  # of sums that are differences
+        assert got.isfinite().all() and error < limit, f"{name} {key}: relative error {error:.1e}"
 
 
-@vectors
+@compiled
 @pytest.mark.parametrize("name", WKV[1:])
 def test_sums_of_many_tokens_do_not_drift(name, sets):
     """The decay of a token is rounded, and thousands of them pile up."""
@@ -621,12 +615,8 @@ def test_sums_of_many_tokens_do_not_drift(name, sets):
     inputs["w"] = torch.logspace(-5, -2, 16, dtype=torch.float64)[None]
     inputs = {key: x.float() for key, x in inputs.items()}
     expected = results(function, {key: x.double() for key, x in inputs.items()}, "chunked")
-    for instructions in sets:
-        cpu.instruction_set(instructions)
-        got = results(function, inputs, "cpu")
-        for key in ("output", "v"):
-            error = (got[key] - expected[key]).abs().max() / expected[key].abs().max()
-            assert error < 2e-6, f"{instructions} {key}: relative error {error:.1e}"
+    for name, key, _, error in relative_errors(function, inputs, expected, sets):
+        assert key not in ("output", "v") or error < 2e-6, f"{name} {key}: relative error {error:.1e}"
 
 
 # -- promises ---------------------------------------------------------------------------------------------------------
@@ -638,8 +628,7 @@ def test_threads_do_not_change_a_bit():
     scan = {key: x.float() for key, x in scan_inputs(1, 2, 100, 200, 2, 40).items()}
     conv = {key: x.float() for key, x in conv_inputs(1, 2, 300, 200, 4, shared=False).items()}
     others = {name: heads(name, 1, 2, 132, 4, 32, 64) for name in MATRICES}  # two pieces of time
-    if hasattr(torch.ops.linescan_cpu, "vector_scan"):
-        others |= {name: channels(name, 1, 2, 132, 240) for name in VECTORS}
+    others |= {name: channels(name, 1, 2, 132, 240) for name in VECTORS}
     outcomes = []
     for count in (1, 2, 3, 16, 1):
         with threads(count):
@@ -748,8 +737,8 @@ def test_the_kernel_is_what_serves():
         selective_scan(**{key: x.double() for key, x in inputs.items()})
 
 
-@whole
-@vectors
+@compiled
+@compiled
 def test_the_kernel_serves_where_it_was_measured_to_be_faster():
     """The table is what `tools/benchmark.py kernels` measured: the chunked form's time over the kernel's."""
     measured = json.loads(Path(__file__).with_name("data").joinpath("kernels.json").read_text())["rows"]
@@ -821,12 +810,8 @@ def test_the_environment_caps_the_instruction_set(monkeypatch):
 
 # -- between products and recurrences ---------------------------------------------------------------------------------
 
-passes = pytest.mark.skipif(
-    cpu.missing() is not None or not hasattr(torch.ops.linescan_cpu, "norm"), reason="CPU kernels missing or older"
-)
 
-
-@passes
+@compiled
 @pytest.mark.parametrize("grid", [(3, 5), (1, 4), (1, 1)])
 @pytest.mark.parametrize(
     "dim, heads, gamma, pixels, classes",
@@ -844,7 +829,7 @@ def test_shifts_and_blends(grid, dim, heads, gamma, pixels, classes, instruction
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
-@passes
+@compiled
 @pytest.mark.parametrize("centred, gated", [(True, True), (True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("heads, channels", [(3, 64), (1, 80)])
 def test_norms(centred, gated, heads, channels, instructions):
@@ -859,7 +844,7 @@ def test_norms(centred, gated, heads, channels, instructions):
     torch.testing.assert_close(got.double(), y, rtol=1e-5, atol=1e-5)
 
 
-@passes
+@compiled
 def test_rotations_and_gates_of_channels(instructions):
     torch.manual_seed(0)
     x, (cos, sin) = torch.randn(2, 5, 3, 48)[..., 16:], torch.randn(2, 5, 1, 32)
@@ -872,7 +857,7 @@ def test_rotations_and_gates_of_channels(instructions):
     torch.testing.assert_close(got, merge.gates(y))
 
 
-@passes
+@compiled
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_channel_attention(dtype, instructions):
     torch.manual_seed(0)
@@ -884,7 +869,7 @@ def test_channel_attention(dtype, instructions):
     assert (got - wanted).abs().max() / wanted.abs().max() < TOLERANCE[dtype] / 2
 
 
-@passes
+@compiled
 def test_kernels_between_products_leave_the_rest_to_torch():
     x, weight = torch.randn(2, 5, 24), torch.randn(24)
     assert cpu.norm(x, weight, None, 1e-5) is None, "channels in part vectors"

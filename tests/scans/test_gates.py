@@ -6,9 +6,7 @@ import torch
 from linescan.scans import backend, gates
 from linescan.scans.kernels import cpu
 
-compiled = pytest.mark.skipif(
-    not hasattr(torch.ops.linescan_cpu, "gate_backward"), reason="CPU kernels missing or of older sources"
-)
+compiled = pytest.mark.skipif(cpu.missing() is not None, reason=f"CPU kernels {cpu.missing()}")
 FACTOR = {"log_sigmoid": 1 / 16, "sigmoid": -0.6, "exponential": -0.05}
 
 

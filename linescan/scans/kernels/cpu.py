@@ -367,7 +367,7 @@ def _gated(y: Tensor, z: Tensor, merge: bool) -> Tensor:
 
 
 def _ssd_room(x, dt, A, B, C, D, z, *others):
-    """None where outputs are gated: the backward makes them again, and all that it needs with them."""
+    """Nothing where outputs are gated: the backward makes them again, and all that it needs with them."""
     return [] if z is not None else _matrix_room(GATED, {"q": C, "k": B, "v": x, "beta": dt}, others[-2])
 
 
