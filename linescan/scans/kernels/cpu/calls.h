@@ -290,7 +290,7 @@ struct MatrixInputs {
   void hand_over(const Tensor& starts, const Tensor& written) {
     piece(matrix);
     matrix.starts = state(starts), matrix.written = view(written);
-    std::swap(matrix.written.token, matrix.written.group);
+    std::swap(matrix.written.token, matrix.written.group);  // its heads stand before its tokens
   }
 
   std::vector<int64_t> output_shape() const { return rows(matrix, {matrix.H, matrix.M}); }
