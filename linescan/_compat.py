@@ -189,10 +189,12 @@ def quick_onnx_export() -> Iterator[None]:
 
     Torch runs the whole of a traced program three times more: twice to take apart what ONNX has no translation for, and
     once to make dtypes alike. Here the calls without a translation alone are traced again, each by itself; a program
-    that changes a tensor goes torch's way. Translations, which torch collects for each export, are kept.
+    that changes a tensor goes torch's way. Translations, which torch collects for each export, are kept. The sizes of
+    what norms give are known at once; torch would take each norm apart to find them.
     """
     try:
         from torch._dynamo import config
+        from torch._subclasses.fake_impls import get_fast_op_impls
         from torch.onnx._internal.exporter import _decomp, _fx_passes, _registration
         from torch.onnx._internal.fx.passes.type_promotion import _TypePromotionInterpreter, get_type_promotion_rule
 
@@ -234,9 +236,28 @@ def quick_onnx_export() -> Iterator[None]:
         ):
             stack.callback(setattr, owner, name, vars(owner)[name])
             setattr(owner, name, value)
+        for norm, sizes in (
+            (torch.ops.aten._native_batch_norm_legit_no_training.default, _batch_norm_sizes),
+            (torch.ops.aten.native_layer_norm.default, _layer_norm_sizes),
+        ):
+            if norm not in get_fast_op_impls():
+                get_fast_op_impls()[norm] = sizes
+                stack.callback(get_fast_op_impls().pop, norm)
         # With a dynamic batch, torch's memory of what operators give costs more than it saves.
         stack.enter_context(config.patch(fake_tensor_cache_enabled=False))
         yield
+
+
+def _batch_norm_sizes(mode: Any, x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:
+    with mode:
+        return torch.empty_like(x), x.new_empty(0), x.new_empty(0)
+
+
+def _layer_norm_sizes(mode: Any, x: torch.Tensor, shape: Sequence, *args: Any) -> tuple[torch.Tensor, ...]:
+    statistics = *x.shape[: x.ndim - len(shape)], *(1 for _ in shape)
+    with mode:
+        output = torch.empty_like(x, memory_format=torch.contiguous_format)
+        return output, x.new_empty(statistics), x.new_empty(statistics)
 
 
 @cache

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils import _pytree as pytree
 
@@ -215,3 +216,25 @@ def test_an_onnx_export_takes_apart_what_it_must(monkeypatch):
     )
     same(Entangled())
     assert calls == [1] and dict(vars(_fx_passes)) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_onnx_export_knows_the_sizes_of_norms(dtype):
+    """Those that torch finds, by taking norms apart, where sizes are symbols."""
+    aten = torch.ops.aten
+
+    def sizes():
+        mode = FakeTensorMode(shape_env=ShapeEnv())  # another each time: it remembers what it has found
+        x, weight = (mode.from_tensor(torch.rand(*shape, dtype=dtype)) for shape in ((2, 6, 4, 5), (6,)))
+        with mode:
+            norms = [
+                aten._native_batch_norm_legit_no_training(x, weight, weight, weight, weight, 0.1, 1e-5),
+                aten._native_batch_norm_legit_no_training(x, None, None, weight, weight, 0.1, 1e-5),
+                aten.native_layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, weight, 1e-5),
+                aten.native_layer_norm(x, x.shape[2:], None, None, 1e-5),
+            ]
+            return [[(y.dtype, *map(str, y.shape)) for y in norm] for norm in norms]
+
+    want = sizes()
+    with _compat.quick_onnx_export():
+        assert sizes() == want
