@@ -1,8 +1,6 @@
 // All kernels for one instruction set, named LINESCAN_ISA, with vectors of LINESCAN_WIDTH floats.
 // Everything is in a namespace of its own: the linker must never take one set's code for another's.
 
-#define LINESCAN_JOIN_(a, b) a##b
-#define LINESCAN_JOIN(a, b) LINESCAN_JOIN_(a, b)
 #define LINESCAN_STRING_(a) #a
 #define LINESCAN_STRING(a) LINESCAN_STRING_(a)
 
@@ -83,16 +81,39 @@ static float multiply_add(int64_t rounds) {
   return sum[0];
 }
 
-}  // namespace LINESCAN_ISA
-
-const Kernels LINESCAN_JOIN(LINESCAN_ISA, _kernels) = {
-    LINESCAN_STRING(LINESCAN_ISA),
-    LINESCAN_ISA::open_gates,      LINESCAN_ISA::scan_forward,  LINESCAN_ISA::scan_backward,
-    LINESCAN_ISA::conv_forward,    LINESCAN_ISA::conv_backward, LINESCAN_ISA::matrix_forward,
-    LINESCAN_ISA::matrix_backward, LINESCAN_ISA::vector_forward, LINESCAN_ISA::vector_backward,
-    LINESCAN_ISA::neighborhood_forward, LINESCAN_ISA::channel_gates, LINESCAN_ISA::weighted_sum,
-    LINESCAN_ISA::shift_blend, LINESCAN_ISA::norm, LINESCAN_ISA::rotate, LINESCAN_ISA::gates, LINESCAN_ISA::unary,
-    LINESCAN_ISA::multiply_add, LINESCAN_ISA::move_rows,
+// A kernel of which no number comes out that is too small to be a normal one.
+template <auto KERNEL>
+struct Flushed;
+template <class... Arguments, void (*KERNEL)(Arguments...)>
+struct Flushed<KERNEL> {
+  static void run(Arguments... arguments) {
+    const FlushToZero flush;
+    KERNEL(arguments...);
+  }
 };
 
+const Kernels kernels = {
+    LINESCAN_STRING(LINESCAN_ISA),
+    Flushed<open_gates>::run,
+    Flushed<scan_forward>::run,
+    Flushed<scan_backward>::run,
+    Flushed<conv_forward>::run,
+    Flushed<conv_backward>::run,
+    Flushed<matrix_forward>::run,
+    Flushed<matrix_backward>::run,
+    Flushed<vector_forward>::run,
+    Flushed<vector_backward>::run,
+    Flushed<neighborhood_forward>::run,
+    Flushed<channel_gates>::run,
+    Flushed<weighted_sum>::run,
+    Flushed<shift_blend>::run,
+    Flushed<norm>::run,
+    Flushed<rotate>::run,
+    Flushed<gates>::run,
+    unary,
+    multiply_add,
+    move_rows,
+};
+
+}  // namespace LINESCAN_ISA
 }  // namespace linescan

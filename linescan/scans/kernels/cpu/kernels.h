@@ -280,9 +280,25 @@ struct Kernels {
 };
 
 #if defined(LINESCAN_X86)
-extern const Kernels avx512_kernels, avx2_kernels;
+namespace avx512 { extern const Kernels kernels; }
+namespace avx2 { extern const Kernels kernels; }
 #endif
-extern const Kernels baseline_kernels;
+namespace baseline { extern const Kernels kernels; }
+
+// While it lives, what is too small to be a normal number comes out as 0 on this thread: x86 computes such numbers in
+// microcode, and every state that decays passes through them. Those that are read stay what they are: the conversion
+// of float16 makes some.
+class FlushToZero {
+#ifdef LINESCAN_X86
+ public:
+  FlushToZero() : before_(_mm_getcsr()) { _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON); }
+  ~FlushToZero() { _mm_setcsr(before_); }
+  FlushToZero(const FlushToZero&) = delete;
+
+ private:
+  const unsigned before_;
+#endif
+};
 
 // Scratch memory, handed out in aligned pieces. Every thread keeps its own for the next call: fresh pages are slow.
 struct ArenaMemory {

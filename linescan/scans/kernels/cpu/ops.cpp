@@ -27,10 +27,10 @@ std::vector<const Kernels*> available() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    sets.push_back(&avx512_kernels);
-  if (avx2) sets.push_back(&avx2_kernels);
+    sets.push_back(&avx512::kernels);
+  if (avx2) sets.push_back(&avx2::kernels);
 #endif
-  sets.push_back(&baseline_kernels);
+  sets.push_back(&baseline::kernels);
   return sets;
 }
 
@@ -44,8 +44,8 @@ namespace {
 // and answers with the lanes of the set in use.
 int64_t lanes_of(const Kernels* set) {
 #ifdef LINESCAN_X86
-  if (set == &avx512_kernels) return 16;
-  if (set == &avx2_kernels) return 8;
+  if (set == &avx512::kernels) return 16;
+  if (set == &avx2::kernels) return 8;
 #endif
   return 4;
 }
