@@ -795,7 +795,8 @@ def kernel_call(name: str, length: int, heads: int, keys: int, values: int) -> C
 
     recurrence = registered()[name]
     layout = recurrence.layout
-    options = {key: 0.5 if key == "scale" else layout.sizes.get(key, 0) for key in layout.options}
+    options = {"scale": 0.5, "delta_softplus": True}  # a step size of any sign makes states without end
+    options = {key: options.get(key, layout.sizes.get(key, 0)) for key in layout.options}
     sizes = {"H": heads, "dk": keys, "gates": keys, "dv": values, "P": values, "D": heads * values, "W": 4}
     sizes |= {"N": keys if "H" in layout.sizes else 16, "G": 1, "rank": 12}
     torch.manual_seed(0)
@@ -903,7 +904,7 @@ def threads(
     for name in served():
         run, token = kernel_call(name, *THREADED), kernel_call(name, 1, *THREADED[1:])
         (call,) = calls_of(partial(run, "cpu", False))
-        for kind, moves in call.moves(widest=96).items():
+        for kind, moves in call.moves(widest=192).items():
             train = kind == "training"
             runs[name, kind] = {"": partial(run, "cpu", train), "call": partial(token, "cpu", train), "rows, ": moves}
     keys = "one", "two", "beside", "call", "rows, one", "rows, two"

@@ -126,11 +126,14 @@ inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 // The work of a call is shared out unless it is so small that waking the threads takes longer.
 inline int64_t grain(int64_t units, int64_t work) { return work < (int64_t(1) << 18) ? units : 1; }
 
-// Forward: a channel's results do not depend on its block, so blocks may shrink until every thread has some.
+// Forward: a channel's results do not depend on its block, so blocks may shrink until no thread waits long for another.
 inline void spread(Blocks& blocks, int64_t others, int64_t threads) {
   blocks.width = lesser(384, blocks.D / blocks.G);
-  while (threads > 1 && blocks.width > 16 && others * blocks.count() < 2 * threads)
-    blocks.width = (blocks.width / 2 + 15) / 16 * 16;
+  const auto is_uneven = [&] {
+    const int64_t units = others * blocks.count(), rounds = (units + threads - 1) / threads;
+    return 8 * units < 7 * rounds * threads;
+  };
+  while (blocks.width > 16 && is_uneven()) blocks.width = (blocks.width / 2 + 15) / 16 * 16;
 }
 
 // The structures hold the tensors of a call, and what the kernels make of them. `forward` fills y and the final state,
