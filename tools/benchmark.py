@@ -421,16 +421,16 @@ class Call(NamedTuple):
                 inputs[at] = torch.cat([inputs[at]] * 2, axes.index(axis) - len(axes))
         return self._replace(inputs=inputs) if axis else None
 
-    def moves(self, widest: int = 384) -> dict[str, Callable]:
+    def moves(self, widest: int = 384, back: int = 384) -> dict[str, Callable]:
         """Reads all token inputs along the routes and writes the output, as the kernels go: head by head, or in blocks
-        of at most `widest` channels. Backward: reads them and the output's gradient, and writes their own. Sums on both
-        sides of a token are not there before the tokens were gone through once, and their gradients neither.
+        of at most `widest` channels. Backward: reads them and the output's gradient, and writes their own, in blocks of
+        at most `back`. Sums on both sides of a token are not there before the tokens were gone through once, and their
+        gradients neither.
         """
         move = torch.ops.linescan_cpu.move_rows
 
         def rows(x: Tensor) -> tuple[Tensor, int]:
-            most = min(192 if len(self.shapes[1]) == 3 else 384, widest)
-            return x.detach().flatten(3), min(x.shape[-1], most)
+            return x.detach().flatten(3), min(x.shape[-1], 192 if len(self.shapes[1]) == 3 else 384)
 
         inputs = [rows(x) for x in self.tokens]
         read = inputs * (2 if self.name == "bi_wkv" else 1)
@@ -440,15 +440,15 @@ class Call(NamedTuple):
 
         def forward():
             for x, width in read:
-                move(x, self.route, width, False)
-            move(output[0], self.route, output[1], True)
+                move(x, self.route, min(width, widest), False)
+            move(output[0], self.route, min(output[1], widest), True)
 
         def both():
             forward()
             for x, width in (*read, output):
-                move(x, self.route, width, False)
+                move(x, self.route, min(width, back), False)
             for x, width in gradients:
-                move(x, self.route, width, True)
+                move(x, self.route, min(width, back), True)
 
         return {"forward": forward, "training": both}
 
@@ -898,13 +898,13 @@ def threads(
     pipe, other = context.Pipe()
     process = context.Process(target=companion, args=(other,), daemon=True)
     process.start()
-    turns = 14  # of all kernels, since what else the machine does comes and goes within seconds
+    turns = 28  # of all kernels, since what else the machine does comes and goes within seconds
     wall = partial(seconds, budget=budget / 20, pick=min, clock=time.perf_counter)
     runs: dict[tuple[str, str], dict[str, Callable]] = {}
     for name in served():
         run, token = kernel_call(name, *THREADED), kernel_call(name, 1, *THREADED[1:])
         (call,) = calls_of(partial(run, "cpu", False))
-        for kind, moves in call.moves(widest=192).items():
+        for kind, moves in call.moves(widest=192, back=96).items():
             train = kind == "training"
             runs[name, kind] = {"": partial(run, "cpu", train), "call": partial(token, "cpu", train), "rows, ": moves}
     keys = "one", "two", "beside", "call", "rows, one", "rows, two"

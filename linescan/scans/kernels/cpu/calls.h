@@ -148,7 +148,7 @@ inline void spread(Blocks& blocks, int64_t others, int64_t threads) {
 // Backward: the states of a segment of time are kept, for blocks so narrow that one segment is enough, if possible.
 inline void segment(Scan& s) {
   const int64_t cache = 640 << 10, bytes = 4 * (s.N + 8);  // of a channel at a token
-  const bool narrow = s.B * s.D < 1024 || (s.S * 64 * bytes > cache && s.S * 32 * bytes <= cache);
+  const bool narrow = s.B * s.D < 256 || (s.S * 64 * bytes > cache && s.S * 32 * bytes <= cache);
   s.blocks.width = lesser(narrow ? 32 : 64, s.D / s.G);
   const int64_t fits = cache / (s.blocks.width * bytes);
   s.segment = lesser((fits < 16 ? 16 : fits) / 16 * 16, (s.S + 15) / 16 * 16);
