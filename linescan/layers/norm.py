@@ -36,12 +36,13 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        own, x, out = self.weight, precise(x), None
+        own, x = self.weight, precise(x)
+        if is_plain((x, own)) and not wants_gradient((x, own)):
+            out = cpu.norm(x, own, None, self.eps, dtype=own.dtype)
+            if out is not None:
+                return out
         weight = own if own.dtype is x.dtype else own.to(x.dtype)
-        if is_plain((x, weight)) and not wants_gradient((x, weight)):
-            out = cpu.norm(x, weight, None, self.eps)
-        if out is None:
-            out = F.rms_norm(x, weight.shape, weight, self.eps)
+        out = F.rms_norm(x, weight.shape, weight, self.eps)
         return out if out.dtype is own.dtype else out.to(own.dtype)
 
     def extra_repr(self) -> str:

@@ -206,6 +206,22 @@ def test_selective_scan_half(dtype, merge, sets):
 
 
 @compiled
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_parameters_in_half_precision_are_read_in_place(dtype, monkeypatch, instructions):
+    """As a model in half precision has them; what brings inputs into shape is not called."""
+    monkeypatch.setattr(cpu, "_scan_inputs", None)
+    monkeypatch.setattr(cpu, "_conv_inputs", None)
+    for function, inputs in (
+        (partial(selective_scan, delta_softplus=True), scan_inputs(2, 2, 40, 20, 1, 5)),
+        (causal_conv1d, conv_inputs(2, 2, 40, 20, 4, shared=False)),
+    ):
+        half = {key: x.to(dtype) for key, x in inputs.items()}
+        wide = half | {key: half[key].float() for key in half if key in PARAMETERS}
+        for got, want in zip(function(**half, return_final_state=True), function(**wide, return_final_state=True)):
+            assert got.equal(want) and got.isfinite().all()
+
+
+@compiled
 def test_strided_inputs_are_read_in_place():
     """Halves of one tensor, numbers that are not neighbours, a table of int16, one route's gradient spread over all."""
     inputs = {key: x.float() for key, x in scan_inputs(2, 2, 30, 32, 1, 4).items()}
@@ -805,7 +821,7 @@ def test_missing_kernels_are_said_once():
 @compiled
 def test_a_library_of_other_sources_is_not_used(monkeypatch):
     assert cpu._load() is None
-    monkeypatch.setattr(cpu._selective_scan, "parameters", ["x", "y"])
+    monkeypatch.setattr(cpu, "VERSION", cpu.VERSION + 1)
     assert "other sources" in cpu._load()
 
 
@@ -852,8 +868,13 @@ def test_norms(centred, gated, heads, channels, instructions):
     y = y - y.mean(-1, keepdim=True) if centred else y
     y = (y / (y.square().mean(-1, keepdim=True) + 1e-3).sqrt()).flatten(-2) * weight + (bias if centred else 0)
     y = y * F.silu(4 * gate.double()) if gated else y
-    got = cpu.norm(x, weight, bias if centred else None, 1e-3, heads, 4 * gate if gated else None)
-    torch.testing.assert_close(got.double(), y, rtol=1e-5, atol=1e-5)
+    given = bias if centred else None, 1e-3, heads, 4 * gate if gated else None
+    torch.testing.assert_close(cpu.norm(x, weight, *given).double(), y, rtol=1e-5, atol=1e-5)
+    for dtype in (torch.bfloat16, torch.float16):  # of the result; weights as the layer has them
+        torch.testing.assert_close(cpu.norm(x, weight, *given, dtype=dtype), y.to(dtype))
+        half, of_bias = weight.to(dtype), bias.to(dtype) if centred else None
+        wide = cpu.norm(x, half.float(), None if of_bias is None else of_bias.float(), *given[1:])
+        assert cpu.norm(x, half, of_bias, *given[1:]).equal(wide)
 
 
 @compiled

@@ -36,6 +36,7 @@ from ..recurrence import Recurrence
 from ..visits import visited
 
 LIBRARY = Path(__file__).with_name("_cpu.so")
+VERSION = 1  # of the library's operators
 LANES = {"avx512": 16, "avx2": 8, "baseline": 4}  # floats in a vector
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SERVED = {*_DTYPES, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}  # tokens, and tables of routes
@@ -64,9 +65,7 @@ def _load() -> str | None:
         getattr(ctypes.CDLL(str(LIBRARY)), "linescan_define_operators", lambda: None)()
     if not hasattr(operators, "selective_scan"):
         return f"made for torch >= 2.10, this is {torch.__version__}"
-    arguments = argument_names(operators.selective_scan.default)
-    newest = "matrix_scan_piece"
-    if arguments[: len(_selective_scan.parameters)] != _selective_scan.parameters or not hasattr(operators, newest):
+    if not hasattr(operators, "version") or operators.version() != VERSION:
         return "compiled from other sources than these; run `pip install` of linescan again"
     if setting:
         instruction_set(setting)
@@ -522,15 +521,17 @@ def shift_blend(x, mix, grid, heads: int, gamma: float, pixels: int, own: bool, 
     return out
 
 
-def norm(x, weight, bias, eps: float, heads: int = 1, gate=None) -> Tensor | None:
+def norm(x, weight, bias, eps: float, heads: int = 1, gate=None, dtype=None) -> Tensor | None:
     """Layer norm of x (..., C) in `heads` groups of channels, root-mean-square norm without a `bias`; likewise.
 
     Args:
+        weight, bias: (C), in half precision, too.
         gate: (..., C); the result is multiplied by silu(gate).
+        dtype: of the result, by default float32.
     """
-    if x.shape[-1] % (16 * heads) or not _passes(x, weight, bias, gate):
+    if x.shape[-1] % (16 * heads) or not _passes(x, gate) or _unfit((weight, bias)) is not None:
         return None
-    out = x.new_empty(x.shape)
+    out = x.new_empty(x.shape, dtype=dtype)
     inputs = (t if t is None else t.contiguous() for t in (x, weight, bias, gate))
     torch.ops.linescan_cpu.norm.default(*inputs, x.shape[-1] // heads, eps, out)
     return out

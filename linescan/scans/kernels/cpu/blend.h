@@ -48,8 +48,13 @@ static void shift_blend(const Blend& s, int64_t begin, int64_t end) {
 // (x - mean) / deviation * weight + bias in every group of channels, times silu(gate). A unit is a row.
 template <bool CENTRED, bool GATED>
 static void norm_rows(const Norm& s, int64_t begin, int64_t end) {
+  Arena arena(Arena::rounded(s.channels));
+  float* const buffer = arena.take(s.channels);
+  const bool direct = is_direct<1>(s.out, s.channels);
+  const int64_t first = 0;
   for (int64_t at = begin * s.C; at < end * s.C; at += s.channels) {
     const float *x = s.x + at, *weight = s.weight + at % s.C, *bias = CENTRED ? s.bias + at % s.C : nullptr;
+    float* out = direct ? reinterpret_cast<float*>(s.out.at(0, 0, 0, at)) : buffer;
     const auto sum = [&](auto f) LINESCAN_STAGE { return over_row(s.channels, f) / s.channels; };
     const float mean = CENTRED ? sum([&](int64_t c) LINESCAN_STAGE { return load(x + c); }) : 0.0f;
     const float square = sum([&](int64_t c) LINESCAN_STAGE {
@@ -64,8 +69,9 @@ static void norm_rows(const Norm& s, int64_t begin, int64_t end) {
         const V gate = load(s.gate + at + c);
         y *= gate * sigmoid(gate);
       }
-      store(s.out + at + c, y);
+      store(out + c, y);
     }
+    if (!direct) scatter({s.out}, 0, 0, at, &first, 1, s.channels, s.channels, buffer);
   }
 }
 static void norm(const Norm& s, int64_t begin, int64_t end) {

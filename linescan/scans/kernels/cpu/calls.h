@@ -14,7 +14,6 @@
 
 namespace linescan {
 
-extern const Kernels* current;  // the instruction set in use
 
 // -- tensors as the kernels see them ------------------------------------------------------------------------------------
 

@@ -41,6 +41,11 @@ LINESCAN_IN_ORDER static void decays(const float* x, float* y, int64_t n) {
   for (int64_t i = n / (TILE * W) * (TILE * W); i < n; ++i) y[i] = exp_of_less(splat(x[i]))[0];
 }
 
+static void to_float32(const void* x, Dtype dtype, int64_t n, float* y) {
+  const int64_t first = 0;
+  gather({static_cast<char*>(const_cast<void*>(x)), dtype}, 0, 0, 0, 0, &first, 1, n, n, y);
+}
+
 static void unary(Unary which, const float* x, float* y, int64_t n) {
   if (which == Unary::exp) for_each(x, y, n, [](const auto& v) LINESCAN_STAGE { return exp(v); });
   else if (which == Unary::softplus) for_each(x, y, n, [](const auto& v) LINESCAN_STAGE { return softplus(v); });
@@ -110,6 +115,7 @@ const Kernels kernels = {
     Flushed<norm>::run,
     Flushed<rotate>::run,
     Flushed<gates>::run,
+    to_float32,
     unary,
     multiply_add,
     move_rows,

@@ -226,7 +226,7 @@ struct Norm {
   int64_t rows, C, channels;
   float eps;
   const float *x, *weight, *bias, *gate;
-  float* out;
+  View out;
 };
 
 // Rows x (rows, C), `pitch` apart, whose pairs of neighbouring channels are turned by tables (L, channels) that all samples
@@ -274,6 +274,7 @@ struct Kernels {
   void (*norm)(const Norm&, int64_t begin, int64_t end);
   void (*rotate)(const Rotation&, int64_t begin, int64_t end);
   void (*gates)(const Gates&, bool back, int64_t begin, int64_t end);
+  void (*to_float32)(const void* x, Dtype, int64_t n, float* y);
   void (*unary)(Unary, const float* x, float* y, int64_t n);
   float (*multiply_add)(int64_t rounds);
   float (*move_rows)(float* base, int64_t pitch, const int64_t* token, int64_t rows, int64_t width, bool fill);
@@ -284,6 +285,7 @@ namespace avx512 { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
 #endif
 namespace baseline { extern const Kernels kernels; }
+extern const Kernels* current;  // the instruction set in use
 
 // While it lives, what is too small to be a normal number comes out as 0 on this thread: x86 computes such numbers in
 // microcode, and every state that decays passes through them. Those that are read stay what they are: the conversion

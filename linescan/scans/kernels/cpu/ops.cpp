@@ -40,6 +40,9 @@ const Kernels* current = available().front();
 
 namespace {
 
+// linescan_cpu::version() -> int: of these operators, the number that cpu.py expects. Both rise when an operator changes.
+void version(Value* stack, uint64_t, uint64_t) { stack[0] = Value(1); }
+
 // linescan_cpu::instruction_set(int lanes) -> int: takes the best set of at most `lanes` float lanes (0: changes nothing)
 // and answers with the lanes of the set in use.
 int64_t lanes_of(const Kernels* set) {
@@ -382,14 +385,15 @@ void shift_blend(Value* stack, uint64_t, uint64_t) {
 // linescan_cpu::norm(Tensor x, Tensor weight, Tensor? bias, Tensor? gate, int channels, float eps, Tensor(a!) out) -> ()
 void norm(Value* stack, uint64_t, uint64_t) {
   Arguments in(stack);
-  const Tensor x = in.tensor(), weight = in.tensor(), bias = in.optional(), gate = in.optional();
+  const Tensor x = in.tensor(), weight = in.parameter(), bias = in.optional_parameter(), gate = in.optional();
   Norm s;
   s.channels = in.integer(), s.eps = float(in.number());
   const Tensor out = in.tensor();
   s.C = weight.size(0), s.rows = 1;
   for (int64_t i = 0; i < x.dim(); ++i) s.rows *= x.size(i);
   s.rows /= s.C;
-  s.x = x.floats(), s.weight = weight.floats(), s.bias = bias.floats(), s.gate = gate.floats(), s.out = out.floats();
+  s.x = x.floats(), s.weight = weight.floats(), s.bias = bias.floats(), s.gate = gate.floats();
+  s.out = {static_cast<char*>(out.data()), dtype_of(out)};
   parallel(s.rows, s.rows * s.C * 4 < (int64_t(1) << 18) ? s.rows : 64,
            [&](int64_t begin, int64_t end) { current->norm(s, begin, end); });
 }
@@ -506,6 +510,7 @@ void move_rows(Value* stack, uint64_t, uint64_t) {
 
 const stable::Definitions definitions([] {
   const char* everywhere = "CompositeExplicitAutograd";
+  define("version() -> int", "version", everywhere, version);
   define("instruction_set(int lanes) -> int", "instruction_set", everywhere, instruction_set);
   define("multiply_add(int rounds) -> int", "multiply_add", everywhere, multiply_add);
   define("move_rows(Tensor(a!) x, Tensor? route, int width, bool fill) -> ()", "move_rows", "CPU", move_rows);

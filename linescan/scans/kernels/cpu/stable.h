@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -92,6 +93,7 @@ class Tensor {
   }
   Tensor(Tensor&& other) noexcept { *this = std::move(other); }
   Tensor& operator=(Tensor&& other) noexcept {
+    std::swap(wide_, other.wide_);
     std::swap(handle_, other.handle_), std::swap(sizes_, other.sizes_), std::swap(strides_, other.strides_);
     std::swap(dim_, other.dim_), std::swap(dtype_, other.dtype_), std::swap(data_, other.data_);
     return *this;
@@ -114,11 +116,21 @@ class Tensor {
   void* data() const { return data_; }
   float* floats() const { return static_cast<float*>(data_); }
 
+  // From now on its numbers, which stand next to each other, are a copy in float32.
+  void widen(Dtype dtype) {
+    int64_t count = 1;
+    for (int64_t i = 0; i < dim_; ++i) count *= sizes_[i];
+    wide_.reset(new float[count]);
+    current->to_float32(data_, dtype, count, wide_.get());
+    data_ = wide_.get(), dtype_ = torch().aoti_torch_dtype_float32();
+  }
+
  private:
   Handle handle_ = nullptr;
   int64_t *sizes_ = nullptr, *strides_ = nullptr, dim_ = 0;
   int32_t dtype_ = 0;
   void* data_ = nullptr;
+  std::unique_ptr<float[]> wide_;
 };
 
 inline Dtype dtype_of(const Tensor& x) {
@@ -158,9 +170,9 @@ class Arguments {
   // Tokens, whose channels stand next to each other.
   Tensor tokens() { return adjacent(tensor()); }
   Tensor optional_tokens() { return adjacent(optional()); }
-  // A float32 parameter or state.
-  Tensor parameter() { return plain(tensor(), torch().aoti_torch_dtype_float32()); }
-  Tensor optional_parameter() { return plain(optional(), torch().aoti_torch_dtype_float32()); }
+  // A parameter or state, in float32.
+  Tensor parameter() { return wide(tensor()); }
+  Tensor optional_parameter() { return wide(optional()); }
   // A table of routes, int32 or int64.
   Tensor table() {
     Tensor x = optional();
@@ -189,6 +201,12 @@ class Arguments {
   Tensor adjacent(Tensor x) {
     fit &= !x || x.stride(-1) == 1 || x.size(-1) == 1;
     return x;
+  }
+  Tensor wide(Tensor x) {
+    const auto is = [&](int32_t dtype) { return x && x.dtype() == dtype && x.contiguous(); };
+    if (is(torch().aoti_torch_dtype_bfloat16())) x.widen(Dtype::bfloat16);
+    if (is(torch().aoti_torch_dtype_float16())) x.widen(Dtype::float16);
+    return plain(std::move(x), torch().aoti_torch_dtype_float32());
   }
   Tensor plain(Tensor x, int32_t dtype) {
     fit &= !x || (x.dtype() == dtype && x.contiguous());
