@@ -14,7 +14,6 @@
 
 namespace linescan {
 
-
 // -- tensors as the kernels see them ------------------------------------------------------------------------------------
 
 // (B, K or 1, L, ..., channels), or (B, L, channels) when `merged`.
