@@ -228,6 +228,7 @@ def quick_onnx_export() -> Iterator[None]:
         registry.functions = dict(registry.functions)  # to which an export may add
         return registry
 
+    known_sizes = get_fast_op_impls()
     with ExitStack() as stack:
         for owner, name, value in (
             (_fx_passes, "decompose_with_registry", decompose),
@@ -240,9 +241,9 @@ def quick_onnx_export() -> Iterator[None]:
             (torch.ops.aten._native_batch_norm_legit_no_training.default, _batch_norm_sizes),
             (torch.ops.aten.native_layer_norm.default, _layer_norm_sizes),
         ):
-            if norm not in get_fast_op_impls():
-                get_fast_op_impls()[norm] = sizes
-                stack.callback(get_fast_op_impls().pop, norm)
+            if norm not in known_sizes:
+                known_sizes[norm] = sizes
+                stack.callback(known_sizes.pop, norm)
         # With a dynamic batch, torch's memory of what operators give costs more than it saves.
         stack.enter_context(config.patch(fake_tensor_cache_enabled=False))
         yield

@@ -438,17 +438,18 @@ class Call(NamedTuple):
         output = rows(torch.empty(batch, 1 if self.merge else routes, *others))  # of one sum, every route fills it
         gradients = [(torch.empty_like(x, memory_format=torch.contiguous_format), n) for x, n in inputs]
 
+        def go(tensors: Iterable[tuple[Tensor, int]], most: int, fill: bool) -> None:
+            for x, width in tensors:
+                move(x, self.route, min(width, most), fill)
+
         def forward():
-            for x, width in read:
-                move(x, self.route, min(width, widest), False)
-            move(output[0], self.route, min(output[1], widest), True)
+            go(read, widest, False)
+            go([output], widest, True)
 
         def both():
             forward()
-            for x, width in (*read, output):
-                move(x, self.route, min(width, back), False)
-            for x, width in gradients:
-                move(x, self.route, min(width, back), True)
+            go((*read, output), back, False)
+            go(gradients, back, True)
 
         return {"forward": forward, "training": both}
 

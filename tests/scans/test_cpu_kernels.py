@@ -766,7 +766,6 @@ def test_the_kernel_is_what_serves():
 
 
 @compiled
-@compiled
 def test_the_kernel_serves_where_it_was_measured_to_be_faster():
     """The table is what `tools/benchmark.py kernels` measured: the chunked form's time over the kernel's."""
     measured = json.loads(Path(__file__).with_name("data").joinpath("kernels.json").read_text())["rows"]

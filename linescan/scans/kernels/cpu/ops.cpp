@@ -66,11 +66,7 @@ void instruction_set(Value* stack, uint64_t, uint64_t) {
 // The gradient of a token input. Cleared here where a route may read a token twice, or not at all.
 Target gradient(const Tensor& x, const Table& steps, int64_t routes) {
   if (!x) return {};
-  if (!steps.permutes) {
-    int64_t count = 1;
-    for (int64_t i = 0; i < x.dim(); ++i) count *= x.size(i);
-    std::memset(x.data(), 0, count * 4);
-  }
+  if (!steps.permutes) std::memset(x.data(), 0, x.numel() * 4);
   return {view(x), !steps.permutes, x.size(1) == 1 && routes > 1};
 }
 
@@ -389,9 +385,7 @@ void norm(Value* stack, uint64_t, uint64_t) {
   Norm s;
   s.channels = in.integer(), s.eps = float(in.number());
   const Tensor out = in.tensor();
-  s.C = weight.size(0), s.rows = 1;
-  for (int64_t i = 0; i < x.dim(); ++i) s.rows *= x.size(i);
-  s.rows /= s.C;
+  s.C = weight.size(0), s.rows = x.numel() / s.C;
   s.x = x.floats(), s.weight = weight.floats(), s.bias = bias.floats(), s.gate = gate.floats();
   s.out = {static_cast<char*>(out.data()), dtype_of(out)};
   parallel(s.rows, s.rows * s.C * 4 < (int64_t(1) << 18) ? s.rows : 64,

@@ -110,6 +110,11 @@ class Tensor {
     return true;
   }
   int64_t dim() const { return dim_; }
+  int64_t numel() const {
+    int64_t count = 1;
+    for (int64_t i = 0; i < dim_; ++i) count *= sizes_[i];
+    return count;
+  }
   int64_t size(int64_t i) const { return sizes_[i < 0 ? i + dim_ : i]; }
   int64_t stride(int64_t i) const { return strides_[i < 0 ? i + dim_ : i]; }
   int32_t dtype() const { return dtype_; }
@@ -118,10 +123,8 @@ class Tensor {
 
   // From now on its numbers, which stand next to each other, are a copy in float32.
   void widen(Dtype dtype) {
-    int64_t count = 1;
-    for (int64_t i = 0; i < dim_; ++i) count *= sizes_[i];
-    wide_.reset(new float[count]);
-    current->to_float32(data_, dtype, count, wide_.get());
+    wide_.reset(new float[numel()]);
+    current->to_float32(data_, dtype, numel(), wide_.get());
     data_ = wide_.get(), dtype_ = torch().aoti_torch_dtype_float32();
   }
 
