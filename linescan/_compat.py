@@ -185,20 +185,26 @@ def mmengine_flop_handles() -> dict:
 
 @contextmanager
 def quick_onnx_export() -> Iterator[None]:
-    """Inside, `torch.onnx.export` gives what it gives elsewhere, in half of the time.
+    """Inside, `torch.onnx.export` gives the network that it gives elsewhere, in less than half of the time.
 
     Torch runs the whole of a traced program three times more: twice to take apart what ONNX has no translation for, and
     once to make dtypes alike. Here the calls without a translation alone are traced again, each by itself; a program
-    that changes a tensor goes torch's way. Translations, which torch collects for each export, are kept. The sizes of
-    what norms give are known at once; torch would take each norm apart to find them.
+    that changes a tensor goes torch's way. Translations, which torch collects for each export, are kept, and so are the
+    signatures of operators. The sizes of what norms give are known at once; torch would take each norm apart to find
+    them. Graphs become Python when one is called, not after each pass over them; where gradients are off says nothing
+    to ONNX, so no graph is cut there. The file does not name the lines of source, with their paths on this machine,
+    that each operator comes from: to find them takes time, too.
     """
     try:
+        from onnx_ir.schemas import OpSignature
         from torch._dynamo import config
+        from torch._export.passes import replace_set_grad_with_hop_pass as grad_mode
         from torch._subclasses.fake_impls import get_fast_op_impls
         from torch.onnx._internal.exporter import _decomp, _fx_passes, _registration
         from torch.onnx._internal.fx.passes.type_promotion import _TypePromotionInterpreter, get_type_promotion_rule
 
         whole, make_registry = _fx_passes.decompose_with_registry, _registration.ONNXRegistry.from_torchlib
+        make_signature, compiled = OpSignature.from_op_schema, fx.GraphModule.recompile
     except (ImportError, AttributeError):  # of another torch, whose way is the right one, too
         yield
         return
@@ -228,12 +234,33 @@ def quick_onnx_export() -> Iterator[None]:
         registry.functions = dict(registry.functions)  # to which an export may add
         return registry
 
+    signatures: dict[tuple, Any] = {}
+
+    def signature(schema: Any) -> Any:
+        key = schema.domain, schema.name, schema.since_version
+        if key not in signatures:
+            signatures[key] = make_signature(schema)
+        return signatures[key]
+
+    def compile_when_called(module: fx.GraphModule) -> None:
+        def forward(self, *args, **kwargs):
+            compiled(self)  # which gives the class another `forward`
+            return self(*args, **kwargs)
+
+        if trees := getattr(module.graph._codegen, "pytree_info", None):
+            module._in_spec, module._out_spec = trees.in_spec, trees.out_spec
+        type(module).forward = forward
+
     known_sizes = get_fast_op_impls()
     with ExitStack() as stack:
         for owner, name, value in (
             (_fx_passes, "decompose_with_registry", decompose),
             (_TypePromotionInterpreter, "run_node", promote),
             (_registration.ONNXRegistry, "from_torchlib", classmethod(translations)),
+            (OpSignature, "from_op_schema", staticmethod(signature)),
+            (fx.GraphModule, "recompile", compile_when_called),
+            (fx.proxy, "CapturedTraceback", _NoTraceback),
+            (grad_mode, "replace_set_grad_with_hop_pass", _without_grad_mode),
         ):
             stack.callback(setattr, owner, name, vars(owner)[name])
             setattr(owner, name, value)
@@ -247,6 +274,25 @@ def quick_onnx_export() -> Iterator[None]:
         # With a dynamic batch, torch's memory of what operators give costs more than it saves.
         stack.enter_context(config.patch(fake_tensor_cache_enabled=False))
         yield
+
+
+class _NoTraceback:
+    """In place of torch's `CapturedTraceback`: nothing is captured."""
+
+    @classmethod
+    def extract(cls) -> type["_NoTraceback"]:
+        return cls
+
+    @staticmethod
+    def summary() -> None:
+        return None
+
+
+def _without_grad_mode(module: fx.GraphModule, signature: Any) -> tuple[fx.GraphModule, Any]:
+    """A traced program without the calls that turn gradients on or off."""
+    for node in module.graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled):
+        module.graph.erase_node(node)
+    return module, signature
 
 
 def _batch_norm_sizes(mode: Any, x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:

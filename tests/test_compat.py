@@ -1,5 +1,7 @@
 """The private functions of other packages that linescan uses do what linescan takes them for."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -179,7 +181,8 @@ class Parts(nn.Module):
         self.conv, self.norm = nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        y = F.rms_norm(self.norm(self.conv(x.chunk(1, 1)[0])).relu_(), (6,))
+        with torch.enable_grad():
+            y = F.rms_norm(self.norm(self.conv(x.chunk(1, 1)[0])).relu_(), (6,))
         variance, mean = torch.var_mean(y, (2, 3))
         return variance + mean.double(), torch.rsub(y.movedim(1, -1), 1)
 
@@ -191,11 +194,15 @@ class Entangled(nn.Module):
         return y
 
 
-def test_an_onnx_export_takes_apart_what_it_must(monkeypatch):
+def test_an_onnx_export_takes_apart_what_it_must(monkeypatch, tmp_path):
+    from onnx_ir.schemas import OpSignature
+    from torch._export.passes import replace_set_grad_with_hop_pass as grad_mode
     from torch.onnx._internal.exporter import _fx_passes
 
     torch.manual_seed(0)
-    shapes, before = ({0: torch.export.Dim("batch", min=1)},), dict(vars(_fx_passes))
+    shapes, path = ({0: torch.export.Dim("batch", min=1)},), tmp_path / "model.onnx"
+    patched = _fx_passes, grad_mode, torch.fx.proxy, torch.fx.GraphModule, OpSignature
+    before = [dict(vars(owner)) for owner in patched]
 
     def same(network):
         with torch.no_grad():
@@ -204,7 +211,11 @@ def test_an_onnx_export_takes_apart_what_it_must(monkeypatch):
                 program = torch.onnx.export(network.eval(), (torch.rand(2, 2, 8, 8),), **options)
             for batch in (1, 3):
                 x = torch.rand(batch, 2, 8, 8)
-                torch.testing.assert_close(tuple(program(x)), tuple(pytree.tree_leaves(network(x))), check_dtype=True)
+                want = tuple(pytree.tree_leaves(network(x)))
+                torch.testing.assert_close(tuple(program(x)), want, check_dtype=True)
+                torch.testing.assert_close(tuple(pytree.tree_leaves(program.exported_program.module()(x))), want)
+        program.save(path)
+        assert str(Path(__file__).parent).encode() not in path.read_bytes(), "the file tells of this machine"
 
     whole = torch.export.ExportedProgram.run_decompositions
     with monkeypatch.context() as patch:
@@ -215,7 +226,15 @@ def test_an_onnx_export_takes_apart_what_it_must(monkeypatch):
         torch.export.ExportedProgram, "run_decompositions", lambda *given: calls.append(1) or whole(*given)
     )
     same(Entangled())
-    assert calls == [1] and dict(vars(_fx_passes)) == before
+    assert calls == [1] and [dict(vars(owner)) for owner in patched] == before
+
+
+def test_graphs_that_an_onnx_export_makes_can_be_called():
+    x = torch.rand(3)
+    with _compat.quick_onnx_export():
+        now, later = make_fx(torch.sin)(x), make_fx(torch.cos)(x)
+        assert torch.equal(now(x), x.sin())
+    assert torch.equal(later(x), x.cos()) and torch.equal(now(x), x.sin())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
