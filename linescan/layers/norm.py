@@ -36,11 +36,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        own, x = self.weight, precise(x)
+        own = self.weight
         if is_plain((x, own)) and not wants_gradient((x, own)):
             out = cpu.norm(x, own, None, self.eps, dtype=own.dtype)
             if out is not None:
                 return out
+        x = precise(x)
         weight = own if own.dtype is x.dtype else own.to(x.dtype)
         out = F.rms_norm(x, weight.shape, weight, self.eps)
         return out if out.dtype is own.dtype else out.to(own.dtype)

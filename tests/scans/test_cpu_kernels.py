@@ -854,6 +854,12 @@ def test_shifts_and_blends(grid, dim, heads, gamma, pixels, classes, instruction
     got = cpu.shift_blend(x, mixes, *shift, True), cpu.shift_blend(x, mixes, *shift, False, added)
     assert got[1] is added
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+    for dtype in (torch.bfloat16, torch.float16):
+        x, mixes, added = (t.to(dtype) for t in (x, mixes, torch.randn(3, *x.shape)))
+        exact = x.float(), mixes.float(), *shift
+        wide = cpu.shift_blend(*exact, True), cpu.shift_blend(*exact, False, added.float())
+        got = cpu.shift_blend(x, mixes, *shift, True), cpu.shift_blend(x, mixes, *shift, False, added)
+        torch.testing.assert_close(got, tuple(blend.to(dtype) for blend in wide), rtol=0, atol=0)
 
 
 @compiled
@@ -874,6 +880,10 @@ def test_norms(centred, gated, heads, channels, instructions):
         half, of_bias = weight.to(dtype), bias.to(dtype) if centred else None
         wide = cpu.norm(x, half.float(), None if of_bias is None else of_bias.float(), *given[1:])
         assert cpu.norm(x, half, of_bias, *given[1:]).equal(wide)
+        rows, gates = x.to(dtype), None if given[-1] is None else given[-1].to(dtype)
+        exact = cpu.norm(rows.float(), weight, *given[:-1], None if gates is None else gates.float())
+        got = cpu.norm(rows, weight, *given[:-1], gates)
+        assert got.dtype is dtype and got.equal(exact.to(dtype))
 
 
 @compiled
@@ -906,4 +916,5 @@ def test_kernels_between_products_leave_the_rest_to_torch():
     x, weight = torch.randn(2, 5, 24), torch.randn(24)
     assert cpu.norm(x, weight, None, 1e-5) is None, "channels in part vectors"
     assert cpu.shift_blend(x.double(), weight.double()[None, None], (1, 5), 1, 0.25, 1, True) is None
+    assert cpu.shift_blend(x.bfloat16(), weight[None, None], (1, 5), 1, 0.25, 1, True) is None, "two dtypes"
     assert cpu.rotate(x.repeat(1, 1, 2), *torch.randn(2, 3, 48)) is None, "tables of other places"

@@ -36,7 +36,7 @@ from ..recurrence import Recurrence
 from ..visits import visited
 
 LIBRARY = Path(__file__).with_name("_cpu.so")
-VERSION = 1  # of the library's operators
+VERSION = 2  # of the library's operators
 LANES = {"avx512": 16, "avx2": 8, "baseline": 4}  # floats in a vector
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SERVED = {*_DTYPES, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}  # tokens, and tables of routes
@@ -496,15 +496,10 @@ def _are_floats(*tensors) -> bool:
     return True
 
 
-def _passes(*tensors) -> bool:
-    """Whether such a kernel serves: float32."""
-    return _are_floats(*tensors) and _supports()
-
-
 def shift_blend(x, mix, grid, heads: int, gamma: float, pixels: int, own: bool, added=None) -> Tensor | None:
     """Tokens (B, L, C) blended with the neighbours of `linescan.layers.rwkv.QuadShift`, once for every row of mixes.
 
-    No gradients; None where no kernel serves.
+    No gradients; None where no kernel serves: all in one dtype, half precision, too.
 
     Args:
         mix: (K, 1, C), shares of the neighbours, or of the tokens themselves if `own`.
@@ -513,7 +508,8 @@ def shift_blend(x, mix, grid, heads: int, gamma: float, pixels: int, own: bool, 
     Returns:
         (K, B, L, C).
     """
-    if not _passes(x, mix, added):
+    tensors = (x, mix) if added is None else (x, mix, added)
+    if x.dtype not in _DTYPES or any(t.dtype is not x.dtype for t in tensors) or not _supports(*tensors):
         return None
     out = x.new_empty(len(mix), *x.shape) if added is None else added
     others = *grid, heads, gamma, pixels, own, added is not None, out
@@ -525,11 +521,12 @@ def norm(x, weight, bias, eps: float, heads: int = 1, gate=None, dtype=None) -> 
     """Layer norm of x (..., C) in `heads` groups of channels, root-mean-square norm without a `bias`; likewise.
 
     Args:
-        weight, bias: (C), in half precision, too.
+        x: in half precision, too, as all of them.
+        weight, bias: (C).
         gate: (..., C); the result is multiplied by silu(gate).
-        dtype: of the result, by default float32.
+        dtype: of the result, by default that of x.
     """
-    if x.shape[-1] % (16 * heads) or not _passes(x, gate) or _unfit((weight, bias)) is not None:
+    if x.shape[-1] % (16 * heads) or not _supports(x, weight, bias, gate):
         return None
     out = x.new_empty(x.shape, dtype=dtype)
     inputs = (t if t is None else t.contiguous() for t in (x, weight, bias, gate))
@@ -542,7 +539,7 @@ def rotate(x, cos, sin) -> Tensor | None:
     channels, heads = x.shape[-1], int(cos.ndim > 2 and cos.shape[-2] == 1)  # which then share the tables
     places = cos.shape[: cos.ndim - 1 - heads]
     fit = x.shape[x.ndim - 1 - heads - len(places) : x.ndim - 1 - heads] == places
-    if not fit or channels % 16 or not _passes(x, cos, sin):
+    if not fit or channels % 16 or not (_are_floats(x, cos, sin) and _supports()):
         return None
     rows = _rows((x.flatten(-2) if heads else x).flatten(0, -2))
     tables = [table.reshape(-1, channels) for table in (cos, sin)]

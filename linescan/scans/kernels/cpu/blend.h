@@ -1,10 +1,10 @@
 // What tokens go through between products and recurrences: blends with neighbours, norms and rotations, for one set.
 // Included inside its namespace, after merge.h; hence no include guard.
 
-// Channels [begin, end) of a token, blended with those of a neighbour, once for every mix.
-LINESCAN_INLINE void blend_channels(const Blend& s, const float* token, const float* near, float* out, int64_t begin,
-                                    int64_t end) {
-  const int64_t whole = begin + (end - begin) / W * W, pitch = s.B * s.L * s.C;
+// Channels [begin, end) of a token, blended with those of a neighbour, once for every mix: into rows `pitch` apart.
+LINESCAN_INLINE void blend_channels(const Blend& s, const float* token, const float* near, float* out, int64_t pitch,
+                                    int64_t begin, int64_t end) {
+  const int64_t whole = begin + (end - begin) / W * W;
   const float *from = s.own ? near : token, *to = s.own ? token : near;
   for (int64_t c = begin; c < whole; c += W) {
     const V start = load(from + c), step = load(to + c) - start;
@@ -25,12 +25,18 @@ LINESCAN_INLINE void blend_channels(const Blend& s, const float* token, const fl
 // left, on the right, above, below, and the token itself. Beyond the grid is zero. A unit is a token.
 static void shift_blend(const Blend& s, int64_t begin, int64_t end) {
   const int64_t channels = s.C / s.heads, step = s.pixels * s.C, row_step = step * s.breadth;
-  Arena arena(Arena::rounded(s.C));
-  float* nothing = arena.take(s.C);
+  Arena arena(Arena::rounded(s.C) + Arena::rounded(s.K * s.C));
+  float *const nothing = arena.take(s.C), *const buffer = arena.take(s.K * s.C);
   zero(nothing, s.C);
+  const bool direct = is_direct<1>(s.out, s.C);
+  const int64_t pitch = direct ? s.out.route : s.C, start = 0;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t t = unit % s.L, row = t / s.breadth, column = t % s.breadth;
-    const float* token = s.x + unit * s.C;
+    const int64_t at = unit * s.C;
+    const float* token = s.x + at;
+    float* out = direct ? reinterpret_cast<float*>(s.out.at(0, 0, 0, at)) : buffer;
+    for (int64_t k = 0; k < s.K && s.added && !direct; ++k)
+      gather(s.out, 0, k, 0, at, &start, 1, s.C, s.C, buffer + k * s.C);
     const float* near[] = {
         column >= s.pixels ? token - step : nothing,
         column + s.pixels < s.breadth ? token + step : nothing,
@@ -41,7 +47,8 @@ static void shift_blend(const Blend& s, int64_t begin, int64_t end) {
     const bool on_grid = row < s.height;  // class tokens come last
     for (int64_t first = 0; first < s.C; first += channels)
       for (int i = 0; i < 5; ++i)
-        blend_channels(s, token, on_grid ? near[i] : token, s.out + unit * s.C, first + s.ends[i], first + s.ends[i + 1]);
+        blend_channels(s, token, on_grid ? near[i] : token, out, pitch, first + s.ends[i], first + s.ends[i + 1]);
+    for (int64_t k = 0; k < s.K && !direct; ++k) scatter({s.out}, 0, k, at, &start, 1, s.C, s.C, buffer + k * s.C);
   }
 }
 

@@ -217,7 +217,7 @@ struct Blend {
   bool own;              // mixes (K, C) are shares of the token, not of its neighbour
   bool added;            // to the mixes what `out` holds
   const float *x, *mix;
-  float* out;
+  View out;
 };
 
 // Rows x (rows, C), normalised in groups of so many channels: less their mean where there is a `bias`, by their root mean

@@ -41,7 +41,7 @@ const Kernels* current = available().front();
 namespace {
 
 // linescan_cpu::version() -> int: of these operators, the number that cpu.py expects. Both rise when an operator changes.
-void version(Value* stack, uint64_t, uint64_t) { stack[0] = Value(1); }
+void version(Value* stack, uint64_t, uint64_t) { stack[0] = Value(2); }
 
 // linescan_cpu::instruction_set(int lanes) -> int: takes the best set of at most `lanes` float lanes (0: changes nothing)
 // and answers with the lanes of the set in use.
@@ -359,17 +359,19 @@ void weighted_sum(Value* stack, uint64_t, uint64_t) {
 // -- between products and recurrences -------------------------------------------------------------------------------------
 
 // linescan_cpu::shift_blend(Tensor x, Tensor mix, int height, int breadth, int heads, float gamma, int pixels, bool own,
-//  bool added, Tensor(a!) out) -> (): gamma is the share of a head's channels in each of its first four groups.
+//  bool added, Tensor(a!) out) -> (): gamma is the share of a head's channels in each of its first four groups. All three
+//  tensors may be in half precision.
 void shift_blend(Value* stack, uint64_t, uint64_t) {
   Arguments in(stack);
-  const Tensor x = in.tensor(), mix = in.tensor();
+  const Tensor x = in.parameter(), mix = in.parameter();
   Blend s;
   s.height = in.integer(), s.breadth = in.integer(), s.heads = in.integer();
   const double gamma = in.number();
   s.pixels = in.integer(), s.own = in.flag(), s.added = in.flag();
   const Tensor out = in.tensor();
   s.B = x.size(0), s.L = x.size(1), s.C = x.size(2), s.K = out.size(0);
-  s.x = x.floats(), s.mix = mix.floats(), s.out = out.floats();
+  s.x = x.floats(), s.mix = mix.floats();
+  s.out = {static_cast<char*>(out.data()), dtype_of(out), 0, out.stride(0)};
   const int64_t channels = s.C / s.heads;
   for (int i = 1; i < 5; ++i) s.ends[i] = lesser(int64_t(channels * gamma * i), channels);
   s.ends[5] = channels;
@@ -378,10 +380,11 @@ void shift_blend(Value* stack, uint64_t, uint64_t) {
            [&](int64_t begin, int64_t end) { current->shift_blend(s, begin, end); });
 }
 
-// linescan_cpu::norm(Tensor x, Tensor weight, Tensor? bias, Tensor? gate, int channels, float eps, Tensor(a!) out) -> ()
+// linescan_cpu::norm(Tensor x, Tensor weight, Tensor? bias, Tensor? gate, int channels, float eps, Tensor(a!) out) -> (): each
+//  may be in half precision.
 void norm(Value* stack, uint64_t, uint64_t) {
   Arguments in(stack);
-  const Tensor x = in.tensor(), weight = in.parameter(), bias = in.optional_parameter(), gate = in.optional();
+  const Tensor x = in.parameter(), weight = in.parameter(), bias = in.optional_parameter(), gate = in.optional_parameter();
   Norm s;
   s.channels = in.integer(), s.eps = float(in.number());
   const Tensor out = in.tensor();
