@@ -22,6 +22,7 @@ from ..arguments import optional_arguments
 from ..checkpoint import load_checkpoint, strip_prefix
 from ..errors import InputError, known
 from ..layers.blocks import run
+from ..layers.norm import layer_norm
 from ..layers.pos_embed import resample_pos_embed
 from ..layers.tracing import opaque
 
@@ -318,7 +319,7 @@ class Backbone(nn.Module):
 
     def finish(self, x: Tensor) -> Tensor:
         """The stream after the last unit -> what `forward_features` returns."""
-        return self.norm(x)
+        return layer_norm(self.norm, x)
 
     @classmethod
     def timm_sizes(cls, height: int, width: int, args: Mapping) -> dict:
@@ -678,7 +679,7 @@ class PlainBackbone(Backbone):
         return run(unit, x, *context, checkpointing=self.grad_checkpointing, **options)
 
     def finish(self, x: Tensor) -> Tensor:
-        return self.norm(x).flatten(1, -2)
+        return layer_norm(self.norm, x).flatten(1, -2)
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Layer groups for layer-wise learning-rate decay."""

@@ -13,6 +13,7 @@ from timm.models import checkpoint, register_notrace_module
 from torch import Tensor, nn
 
 from ..errors import InputError
+from .norm import layer_norm
 from .stems import plus_depthwise
 
 __all__ = ["Block", "Stage", "TokenMixer", "run"]
@@ -143,7 +144,8 @@ class Block(nn.Module):
         self, x: Tensor, norm: nn.Module, layer: nn.Module, scale: nn.Module | None, *context, **options
     ) -> Tensor:
         """What a branch adds to the stream."""
-        y = norm(layer(x, *context, **options)) if self.post_norm else layer(norm(x), *context, **options)
+        y = layer(x if self.post_norm else layer_norm(norm, x), *context, **options)
+        y = layer_norm(norm, y) if self.post_norm else y
         return y if scale is None else scale(y)
 
     def without_mlp(self) -> None:

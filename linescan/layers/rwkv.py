@@ -16,6 +16,7 @@ from ..scans.ops.published import bi_wkv_kernel
 from ..scans.recurrence import is_plain, precise, wants_gradient
 from .blocks import Block, TokenMixer
 from .linear import linear
+from .norm import layer_norm
 
 __all__ = [
     "ChannelMix",
@@ -187,7 +188,7 @@ class SpatialMix(TokenMixer):
     def mix_tokens(self, x: Tensor, grid: tuple[int, int], **options) -> tuple[Tensor, None]:
         k, v, r = self.project(x, grid)
         y, state = self.scan(k, v, **options)
-        return linear(self.output, torch.sigmoid(r) * self.key_norm(y)), state
+        return linear(self.output, torch.sigmoid(r) * layer_norm(self.key_norm, y)), state
 
 
 class KernelMix(SpatialMix):
@@ -279,7 +280,7 @@ class SpatialMix6(TokenMixer):
     def mix_tokens(self, x: Tensor, grid: tuple[int, int], **options) -> tuple[Tensor, None]:
         r, k, v, w, gate = self.project(x, grid)
         y, state = self.scan(r, k, v, w, **options)
-        return linear(self.output, self.norm_heads(self.key_norm(y.flatten(2)), gate)), state
+        return linear(self.output, self.norm_heads(layer_norm(self.key_norm, y.flatten(2)), gate)), state
 
 
 @register_notrace_module
@@ -311,7 +312,7 @@ class ChannelMix(nn.Module):
         own = is_plain((k,)) and not k.requires_grad and type(self.key) is nn.Linear and not is_observed(self.key)
         k = F.relu(k, inplace=own)  # half of the time where nobody else has these numbers
         k = k.square() if k.requires_grad else k.square_()
-        return torch.sigmoid(r) * linear(self.value, self.key_norm(k))
+        return torch.sigmoid(r) * linear(self.value, layer_norm(self.key_norm, k))
 
 
 class RWKVBlock(Block):
@@ -331,7 +332,7 @@ class RWKVBlock(Block):
 
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None, **options):
         """x (B, H * W + classes, dim), grid (H, W) -> the stream after the block; a `TokenShift` needs no grid."""
-        return super().forward(self.pre_norm(x), grid, **options)
+        return super().forward(layer_norm(self.pre_norm, x), grid, **options)
 
 
 # -- files of the authors ----------------------------------------------------------------------------------------------

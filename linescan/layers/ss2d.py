@@ -19,6 +19,7 @@ from ..scans.multi_route import MultiRoute
 from ..scans.routes import RouteLike
 from .blocks import TokenMixer
 from .linear import linear
+from .norm import layer_norm
 from .s6 import CROSS, S6Scan, init_dt_bias, simple_init
 from .stems import depthwise
 
@@ -204,7 +205,7 @@ class SS2D(TokenMixer):
         if self.gate is not None:
             x, z = x.chunk(2, -1)
         y, state = self.scan(self.act(self.conv(x)), *context, **options)
-        y = self.out_act(self.out_norm(y))
+        y = self.out_act(layer_norm(self.out_norm, y))
         if z is not None:
             y = y * self.gate(z)
         return self.drop(linear(self.out_proj, y)).flatten(1, 2), state
@@ -310,7 +311,7 @@ class MultiHeadScan(TokenMixer):
             for head, one, table, state in zip(self.heads, inputs, tables, states)
         ]
         merged, last = zip(*each)
-        return linear(self.out_proj, self.norm(torch.cat(merged, -1))), torch.cat(last, 1)
+        return linear(self.out_proj, layer_norm(self.norm, torch.cat(merged, -1))), torch.cat(last, 1)
 
 
 class MapScan(S6Scan):

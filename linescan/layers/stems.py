@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .._compat import is_observed
 from ..scans.recurrence import is_plain
 from .linear import linear
+from .norm import layer_norm
 from .tracing import opaque
 
 __all__ = [
@@ -195,7 +196,7 @@ class PatchStem(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x).permute(0, 2, 3, 1))
+        return layer_norm(self.norm, self.conv(x).permute(0, 2, 3, 1))
 
 
 class ConvStem(nn.Module):
@@ -219,8 +220,8 @@ class ConvStem(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.norm1(self.conv1(x).permute(0, 2, 3, 1)))
-        return self.norm2(self.conv2(x))
+        x = self.act(layer_norm(self.norm1, self.conv1(x).permute(0, 2, 3, 1)))
+        return layer_norm(self.norm2, self.conv2(x))
 
 
 @register_notrace_module
@@ -240,7 +241,7 @@ class PatchMerging(nn.Module):
         height, width = x.shape[1:3]
         x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
         x = torch.cat([x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)], -1)
-        return linear(self.reduction, self.norm(x))
+        return linear(self.reduction, layer_norm(self.norm, x))
 
 
 class ConvDownsample(nn.Module):
@@ -258,7 +259,7 @@ class ConvDownsample(nn.Module):
         self.norm = nn.LayerNorm(out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x))
+        return layer_norm(self.norm, self.conv(x))
 
 
 class PatchExpand(nn.Module):
@@ -277,4 +278,4 @@ class PatchExpand(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, height, width, _ = x.shape
         x = linear(self.expand, x).view(batch, height, width, self.factor, self.factor, -1).transpose(2, 3)
-        return self.norm(x.reshape(batch, self.factor * height, self.factor * width, -1))
+        return layer_norm(self.norm, x.reshape(batch, self.factor * height, self.factor * width, -1))

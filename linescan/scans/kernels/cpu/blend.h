@@ -55,30 +55,42 @@ static void shift_blend(const Blend& s, int64_t begin, int64_t end) {
 // (x - mean) / deviation * weight + bias in every group of channels, times silu(gate). A unit is a row.
 template <bool CENTRED, bool GATED>
 static void norm_rows(const Norm& s, int64_t begin, int64_t end) {
-  Arena arena(Arena::rounded(s.channels));
-  float* const buffer = arena.take(s.channels);
-  const bool direct = is_direct<1>(s.out, s.channels);
-  const int64_t first = 0;
-  for (int64_t at = begin * s.C; at < end * s.C; at += s.channels) {
-    const float *x = s.x + at, *weight = s.weight + at % s.C, *bias = CENTRED ? s.bias + at % s.C : nullptr;
-    float* out = direct ? reinterpret_cast<float*>(s.out.at(0, 0, 0, at)) : buffer;
-    const auto sum = [&](auto f) LINESCAN_STAGE { return over_row(s.channels, f) / s.channels; };
-    const float mean = CENTRED ? sum([&](int64_t c) LINESCAN_STAGE { return load(x + c); }) : 0.0f;
-    const float square = sum([&](int64_t c) LINESCAN_STAGE {
-      const V centred = CENTRED ? load(x + c) - mean : load(x + c);
-      return centred * centred;
-    });
-    const float scale = 1.0f / std::sqrt(square + s.eps);
-    for (int64_t c = 0; c < s.channels; c += W) {
-      V y = (CENTRED ? load(x + c) - mean : load(x + c)) * scale * load(weight + c);
-      if constexpr (CENTRED) y += load(bias + c);
-      if constexpr (GATED) {
-        const V gate = load(s.gate + at + c);
-        y *= gate * sigmoid(gate);
+  constexpr int ROWS = 8;  // groups of channels at a time
+  const int64_t D = s.channels, groups = s.C / D;
+  Arena arena(3 * Arena::rounded(ROWS * D));
+  float *of_x = arena.take(ROWS * D), *of_gate = arena.take(ROWS * D), *of_out = arena.take(ROWS * D);
+  int64_t numbers[ROWS];
+  for (int64_t first = begin * groups, last = end * groups; first < last; first += ROWS) {
+    const int64_t count = last - first < ROWS ? last - first : ROWS;
+    as_stored(first, count, numbers);
+    const auto rows = [&](const View& view, float* buffer, bool read) {
+      if (is_direct<1>(view, D)) return reinterpret_cast<float*>(view.at(0, 0, 0, first * D));
+      if (read) gather(view, 0, 0, 0, 0, numbers, count, D, D, buffer);
+      return buffer;
+    };
+    const float *x = rows(s.x, of_x, true), *gate = GATED ? rows(s.gate, of_gate, true) : nullptr;
+    float* y = rows(s.out, of_out, false);
+    for (int64_t t = 0; t < count; ++t, x += D, y += D, gate += GATED ? D : 0) {
+      const int64_t channel = (first + t) % groups * D;
+      const float *weight = s.weight + channel, *bias = CENTRED ? s.bias + channel : nullptr;
+      const auto sum = [&](auto f) LINESCAN_STAGE { return over_row(D, f) / D; };
+      const float mean = CENTRED ? sum([&](int64_t c) LINESCAN_STAGE { return load(x + c); }) : 0.0f;
+      const float square = sum([&](int64_t c) LINESCAN_STAGE {
+        const V centred = CENTRED ? load(x + c) - mean : load(x + c);
+        return centred * centred;
+      });
+      const float scale = 1.0f / std::sqrt(square + s.eps);
+      for (int64_t c = 0; c < D; c += W) {
+        V normed = (CENTRED ? load(x + c) - mean : load(x + c)) * scale * load(weight + c);
+        if constexpr (CENTRED) normed += load(bias + c);
+        if constexpr (GATED) {
+          const V open = load(gate + c);
+          normed *= open * sigmoid(open);
+        }
+        store(y + c, normed);
       }
-      store(out + c, y);
     }
-    if (!direct) scatter({s.out}, 0, 0, at, &first, 1, s.channels, s.channels, buffer);
+    if (!is_direct<1>(s.out, D)) scatter({s.out}, 0, 0, 0, numbers, count, D, D, of_out);
   }
 }
 static void norm(const Norm& s, int64_t begin, int64_t end) {

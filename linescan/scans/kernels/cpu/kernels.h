@@ -225,8 +225,8 @@ struct Blend {
 struct Norm {
   int64_t rows, C, channels;
   float eps;
-  const float *x, *weight, *bias, *gate;
-  View out;
+  const float *weight, *bias;
+  View x, gate, out;
 };
 
 // Rows x (rows, C), `pitch` apart, whose pairs of neighbouring channels are turned by tables (L, channels) that all samples

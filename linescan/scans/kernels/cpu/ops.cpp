@@ -384,13 +384,15 @@ void shift_blend(Value* stack, uint64_t, uint64_t) {
 //  may be in half precision.
 void norm(Value* stack, uint64_t, uint64_t) {
   Arguments in(stack);
-  const Tensor x = in.parameter(), weight = in.parameter(), bias = in.optional_parameter(), gate = in.optional_parameter();
+  const Tensor x = in.tensor(), weight = in.parameter(), bias = in.optional_parameter(), gate = in.optional();
   Norm s;
   s.channels = in.integer(), s.eps = float(in.number());
   const Tensor out = in.tensor();
   s.C = weight.size(0), s.rows = x.numel() / s.C;
-  s.x = x.floats(), s.weight = weight.floats(), s.bias = bias.floats(), s.gate = gate.floats();
-  s.out = {static_cast<char*>(out.data()), dtype_of(out)};
+  const auto rows = [&](const Tensor& t) {
+    return t ? View{static_cast<char*>(t.data()), dtype_of(t), 0, 0, s.channels} : View();
+  };
+  s.weight = weight.floats(), s.bias = bias.floats(), s.x = rows(x), s.gate = rows(gate), s.out = rows(out);
   parallel(s.rows, s.rows * s.C * 4 < (int64_t(1) << 18) ? s.rows : 64,
            [&](int64_t begin, int64_t end) { current->norm(s, begin, end); });
 }
