@@ -22,7 +22,7 @@ from ..errors import InputError
 from ..layers.blocks import Block, Stage, TokenMixer
 from ..layers.linear import linear, trunc_normal_
 from ..layers.mlp import DepthwiseMlp
-from ..layers.norm import at_least_float32
+from ..layers.norm import LayerNorm, at_least_float32
 from ..layers.stems import ChannelsFirst, ImageStem, PatchConv2d, batch_norm, depthwise
 from ..scans import global_linear_attention
 from .contract import DenseForm, HierarchicalBackbone, register
@@ -212,7 +212,7 @@ class CARE(HierarchicalBackbone):
         """Two new, untrained classifiers of `num_classes`, each behind a norm; none for 0."""
         width = self.head_hidden_size
         self.head_norm, self.dist_norm = (
-            nn.LayerNorm(width, eps=1e-6, **factory) if num_classes else nn.Identity() for _ in range(2)
+            LayerNorm(width, eps=1e-6, **factory) if num_classes else nn.Identity() for _ in range(2)
         )
         super().set_classifier(num_classes, **factory)
         self.dist_head = nn.Linear(width, num_classes, **factory) if num_classes else nn.Identity()

@@ -22,7 +22,6 @@ from ..arguments import optional_arguments
 from ..checkpoint import load_checkpoint, strip_prefix
 from ..errors import InputError, known
 from ..layers.blocks import run
-from ..layers.norm import layer_norm
 from ..layers.pos_embed import resample_pos_embed
 from ..layers.tracing import opaque
 
@@ -319,7 +318,7 @@ class Backbone(nn.Module):
 
     def finish(self, x: Tensor) -> Tensor:
         """The stream after the last unit -> what `forward_features` returns."""
-        return layer_norm(self.norm, x)
+        return self.norm(x)
 
     @classmethod
     def timm_sizes(cls, height: int, width: int, args: Mapping) -> dict:
@@ -679,7 +678,7 @@ class PlainBackbone(Backbone):
         return run(unit, x, *context, checkpointing=self.grad_checkpointing, **options)
 
     def finish(self, x: Tensor) -> Tensor:
-        return layer_norm(self.norm, x).flatten(1, -2)
+        return self.norm(x).flatten(1, -2)
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Layer groups for layer-wise learning-rate decay."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..checkpoint import fit, read_state_dict, readable, rename, strip_prefix
 from ..errors import InputError, known
 from ..layers.adapter import ViTAdapter
+from ..layers.norm import LayerNorm
 from ..layers.pyramid import RescaledFeatures, SimpleFeaturePyramid
 from ..layers.stems import pad_to_multiple
 from .contract import Backbone, architecture, take_indices, to_format
@@ -90,7 +91,7 @@ class DenseBackbone(nn.Module):
         infos = [trunk.feature_info[i] for i in self.out_indices]
         self.norms = nn.ModuleDict()
         if norms == "each":
-            self.norms.update({str(i): nn.LayerNorm(f["num_chs"]) for i, f in zip(self.out_indices, infos)})
+            self.norms.update({str(i): LayerNorm(f["num_chs"]) for i, f in zip(self.out_indices, infos)})
         self.last_norm = norms == "last"
         self.neck = neck
         if neck is None:

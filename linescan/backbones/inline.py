@@ -25,6 +25,7 @@ from ..layers.attention import ShiftedWindowAttention, window_attention
 from ..layers.blocks import Block, Stage, TokenMixer
 from ..layers.linear import init_linear, linear, trunc_normal_
 from ..layers.mlp import Mlp
+from ..layers.norm import LayerNorm
 from ..layers.pos_embed import resample_pos_embed
 from ..layers.stems import ConvDownsample, MapConv2d, PatchConv2d, PatchMerging, PatchStem, depthwise, up_to_multiple
 from .contract import HierarchicalBackbone, PlainBackbone, check_images, register
@@ -160,7 +161,7 @@ class ReducedAttention(TokenMixer):
         self.num_heads = num_heads
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim)
-        self.reduce = nn.Sequential(MapConv2d(dim, dim, ratio, ratio), nn.LayerNorm(dim)) if ratio > 1 else None
+        self.reduce = nn.Sequential(MapConv2d(dim, dim, ratio, ratio), LayerNorm(dim)) if ratio > 1 else None
         self.proj = nn.Linear(dim, dim)
 
     def mix_tokens(self, x: Tensor, grid: tuple[int, int], **options) -> tuple[Tensor, None]:
@@ -250,7 +251,7 @@ class InLineDeiT(PlainBackbone):
         self.patch_embed = PatchConv2d(in_chans, embed_dim, patch_size, patch_size)
         self.init_positions(self.grid_of(*to_2tuple(img_size)), "head")
         self.pos_drop = nn.Dropout(drop_rate)
-        norm_layer = partial(nn.LayerNorm, eps=1e-6)
+        norm_layer = partial(LayerNorm, eps=1e-6)
         self.blocks = nn.ModuleList(
             Block(
                 embed_dim,
@@ -314,7 +315,7 @@ class InLineStages(HierarchicalBackbone):
         drop_path_rate: float,
         downsample: Callable[[int, int], nn.Module],
         mixer: Callable[[str, int, int, int, int], nn.Module],
-        norm_layer: Callable = nn.LayerNorm,
+        norm_layer: Callable = LayerNorm,
     ) -> None:
         """Makes the stages; `mixer(letter, dim, heads, stage, block)` is the mixer of a block."""
         if not len(dims) == len(depths) == len(num_heads) == len(mlp_ratios):
@@ -407,7 +408,7 @@ class InLinePVT(InLineStages):
             return InLineAttention(dim, heads) if letter == "I" else ReducedAttention(dim, heads, sr_ratios[stage])
 
         self.patch_embed = Positioned(PatchStem(in_chans, dims[0], 4), dims[0], grids[0])
-        norm_layer = partial(nn.LayerNorm, eps=norm_eps)
+        norm_layer = partial(LayerNorm, eps=norm_eps)
         self.init_stages(dims, depths, num_heads, mlp_ratios, attn_type, drop_path_rate, downsample, mixer, norm_layer)
         self.norm = nn.Identity()
         self.init_head(num_classes, global_pool, drop_rate)
@@ -488,7 +489,7 @@ class InLineSwin(InLineStages):
         self.patch_embed = PatchStem(in_chans, dims[0], 4)
         mlp_ratios = [mlp_ratio] * len(depths)
         self.init_stages(dims, depths, num_heads, mlp_ratios, attn_type, drop_path_rate, PatchMerging, mixer)
-        self.norm = nn.LayerNorm(self.num_features)
+        self.norm = LayerNorm(self.num_features)
         self.init_head(num_classes, global_pool, drop_rate)
         self.apply(init_linear)
 
@@ -558,7 +559,7 @@ class InLineCSwin(InLineStages):
         self.patch_embed = PatchStem(in_chans, dims[0], 4, kernel_size=7, padding=2)
         mlp_ratios = [mlp_ratio] * len(depths)
         self.init_stages(dims, depths, num_heads, mlp_ratios, attn_type, drop_path_rate, ConvDownsample, mixer)
-        self.norm = nn.LayerNorm(self.num_features)
+        self.norm = LayerNorm(self.num_features)
         self.init_head(num_classes, global_pool, drop_rate)
         self.apply(init_linear)
 

@@ -20,7 +20,7 @@ from ..checkpoint import rename
 from ..errors import InputError, known
 from ..layers.linear import init_linear, trunc_normal_
 from ..layers.mamba import MambaMixer, TurnedBlock, stack_routes
-from ..layers.norm import RMSNorm, at_least_float32
+from ..layers.norm import LayerNorm, RMSNorm, at_least_float32
 from ..layers.pos_embed import grid_rope, resample_pos_embed
 from ..layers.s6 import S6Scan
 from ..layers.stems import PatchConv2d, pad_to_multiple
@@ -300,7 +300,7 @@ VIM_NAMES = (
 )
 
 
-NORMS = {"rms": RMSNorm, "layer": nn.LayerNorm}
+NORMS = {"rms": RMSNorm, "layer": LayerNorm}
 
 # -- LocalVMamba -----------------------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from ..errors import InputError
 from ..layers.blocks import Block, Stage, run
 from ..layers.linear import trunc_normal_
 from ..layers.mamba import MambaMixer, stack_routes
+from ..layers.norm import LayerNorm
 from ..layers.pos_embed import resample_volume
 from ..layers.stems import PatchConv2d, PatchConv3d, PatchMerging, pad_for_patches
 from .contract import HierarchicalBackbone, PlainBackbone, check_clips, check_images, register
@@ -122,7 +123,7 @@ class MambaND(HierarchicalBackbone):
         self.strides = [patch_size * 2**i for i in own]
         self.num_features = dims[-1]
         self.first_stride = self.min_size = patch_size
-        self.pooled_norm = partial(nn.LayerNorm, eps=1e-6)
+        self.pooled_norm = partial(LayerNorm, eps=1e-6)
         self.patch_embed = PatchConv2d(in_chans, dims[0], patch_size, patch_size)
         self.pos_embed = nn.Parameter(torch.zeros(1, *self.grid_of(*to_2tuple(img_size)), dims[0]))
         self.pos_drop = nn.Dropout(drop_rate)
@@ -140,7 +141,7 @@ class MambaND(HierarchicalBackbone):
             return Stage(merging, [layer(i)])
 
         self.stages = nn.ModuleList(map(stage, range(0, len(places), update_interval or 1)))
-        self.norm = nn.LayerNorm(self.num_features, eps=1e-6)
+        self.norm = LayerNorm(self.num_features, eps=1e-6)
         self.init_head(num_classes, global_pool, drop_rate)
         self.init_weights()
 
@@ -230,7 +231,7 @@ class MambaND3D(PlainBackbone):
         self.num_features = self.embed_dim = embed_dim
         self.stride = self.min_size = patch_size
         self.num_frames, self.tubelet_size = num_frames, tubelet_size
-        self.pooled_norm = nn.LayerNorm if head_norm else None
+        self.pooled_norm = LayerNorm if head_norm else None
         patch = (tubelet_size, patch_size, patch_size)
         self.patch_embed = PatchConv3d(in_chans, embed_dim, patch, patch)
         grid = (num_frames // tubelet_size, *self.grid_of(*to_2tuple(img_size)))

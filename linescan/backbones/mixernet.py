@@ -19,6 +19,7 @@ from ..layers.blocks import Block, Stage
 from ..layers.linear import init_linear, trunc_normal_
 from ..layers.mixers import MIXERS, Mixer
 from ..layers.mlp import Mlp
+from ..layers.norm import LayerNorm
 from ..layers.stems import ConvDownsample, ConvStem, PatchConv2d
 from .contract import HierarchicalBackbone, PlainBackbone, check_images, register
 
@@ -104,7 +105,7 @@ class PlainScanNet(PlainBackbone):
             scan_block(embed_dim, name, mlp_ratio, rate, options)
             for name, rate in zip(names, calculate_drop_path_rates(drop_path_rate, depth))
         )
-        self.norm = nn.LayerNorm(embed_dim)
+        self.norm = LayerNorm(embed_dim)
         self.init_head(num_classes, global_pool, drop_rate)
         self.init_weights()
 
@@ -173,7 +174,7 @@ class HierarchicalScanNet(HierarchicalBackbone):
             )
             for i, (dim, names) in enumerate(zip(dims, mixer_names(mixer, depths)))
         )
-        self.norm = nn.LayerNorm(dims[-1])
+        self.norm = LayerNorm(dims[-1])
         self.init_head(num_classes, global_pool, drop_rate)
         self.apply(init_linear)
 

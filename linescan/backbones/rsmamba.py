@@ -23,6 +23,7 @@ from ..errors import InputError, known
 from ..layers.blocks import Block
 from ..layers.linear import linear, trunc_normal_
 from ..layers.mamba import MambaMixer, stack_routes
+from ..layers.norm import LayerNorm
 from ..layers.pos_embed import sinusoid_2d
 from ..layers.stems import PatchConv2d, pad_for_patches
 from ..scans.multi_route import PathActivation
@@ -134,7 +135,7 @@ class RSMamba(PlainBackbone):
         self.num_features = self.embed_dim = embed_dim
         self.patch_size = self.min_size = patch_size
         self.stride = stride
-        self.pooled_norm = partial(nn.LayerNorm, eps=1e-6)
+        self.pooled_norm = partial(LayerNorm, eps=1e-6)
 
         self.patch_embed = PatchConv2d(in_chans, embed_dim, patch_size, stride, bias=False)
         self.init_positions(self.grid_of(*to_2tuple(img_size)), class_token)
@@ -142,7 +143,7 @@ class RSMamba(PlainBackbone):
         if pos_embed != "learned":
             self.pos_embed = self.cls_pos_embed = None
         self.pos_drop = nn.Dropout(drop_rate)
-        self.pre_norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.pre_norm = LayerNorm(embed_dim, eps=1e-6)
         paths = parse(paths)
         options = {"d_state": d_state, "d_conv": d_conv, "expand": expand}
         self.blocks = nn.ModuleList(
@@ -159,7 +160,7 @@ class RSMamba(PlainBackbone):
             )
             for i, rate in enumerate(calculate_drop_path_rates(drop_path_rate, depth))
         )
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.norm = LayerNorm(embed_dim, eps=1e-6)
         self.init_head(num_classes, global_pool, drop_rate)
         self.init_weights()
 

@@ -20,13 +20,14 @@ from ..checkpoint import fit_shapes, rename
 from ..errors import InputError
 from ..layers.blocks import Block, Stage, run
 from ..layers.linear import init_linear, linear
+from ..layers.norm import LayerNorm
 from ..layers.rwkv import ChannelMix, KernelMix, Place, QuadShift, RWKVBlock, SpatialMix, from_official
 from ..layers.stems import ImageStem, MapConv2d, PatchConv2d, channels_first
 from .contract import DenseForm, HierarchicalBackbone, register
 
 __all__ = ["MBConv", "RWKVSAM", "RWKVStage"]
 
-layer_norm = partial(nn.LayerNorm, eps=1e-6)
+layer_norm = partial(LayerNorm, eps=1e-6)
 
 
 # -- stages, over maps (B, H, W, C) -----------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from ..layers.blocks import Block, Stage, TokenMixer
 from ..layers.linear import linear, trunc_normal_
 from ..layers.mlp import ConvMlp
 from ..layers.neighborhood import neighborhood_attention
+from ..layers.norm import LayerNorm
 from ..layers.pos_embed import axial_rope, rotate_pairs
 from ..layers.s6 import CROSS
 from ..layers.ss2d import MapScan
@@ -35,7 +36,7 @@ from .contract import DenseForm, HierarchicalBackbone, register
 
 __all__ = ["VARIANTS", "SegMANEncoder", "segman_block"]
 
-LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+layer_norm = partial(LayerNorm, eps=1e-6)
 
 
 # -- blocks ----------------------------------------------------------------------------------------------------------
@@ -99,7 +100,7 @@ class ScanMixer(LocalMixer):
         self.conv = depthwise(dim, 3)
         self.conv_norm = nn.BatchNorm2d(dim)
         self.ssm = MapScan(dim, ssm_ratio, routes)
-        self.norm = LayerNorm(dim)
+        self.norm = layer_norm(dim)
 
     def context(self, o: Tensor, q: Tensor, k: Tensor, **options) -> tuple[Tensor, Tensor]:
         o = o.flatten(-2)
@@ -158,7 +159,7 @@ def segman_block(
         dim,
         mixer,
         ConvMlp(dim, mlp_hidden),
-        LayerNorm,
+        layer_norm,
         scale_layer=partial(depthwise, kernel_size=1) if init_layer_scale else None,
         cpe_layer=partial(depthwise, kernel_size=3),
         drop_path=drop_path,

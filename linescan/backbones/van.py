@@ -18,6 +18,7 @@ from ..errors import InputError
 from ..layers.blocks import Block, Stage, TokenMixer
 from ..layers.linear import init_linear, linear
 from ..layers.mlp import DepthwiseMlp
+from ..layers.norm import LayerNorm
 from ..layers.stems import ChannelsFirst, ImageStem, PatchConv2d, batch_norm, depthwise
 from .contract import DenseForm, HierarchicalBackbone, register
 
@@ -59,7 +60,7 @@ class NormedStage(Stage):
 
     def __init__(self, downsample: nn.Module | None, blocks: Iterable[nn.Module], dim: int):
         super().__init__(downsample, blocks)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = LayerNorm(dim, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(super().forward(x))

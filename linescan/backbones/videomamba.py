@@ -23,7 +23,7 @@ from ..errors import InputError, known
 from ..layers.blocks import Block
 from ..layers.linear import init_linear, trunc_normal_
 from ..layers.mamba import MambaMixer, stack_routes
-from ..layers.norm import RMSNorm, at_least_float32
+from ..layers.norm import LayerNorm, RMSNorm, at_least_float32
 from ..layers.pos_embed import resample_frames, sinusoid_table
 from ..layers.stems import PatchConv2d, PatchConv3d
 from .contract import IMAGENET, PlainBackbone, check_clips, check_images, register
@@ -210,7 +210,7 @@ class Decoder(nn.Module):
     def __init__(self, dim: int, output_dim: int, normalize: bool):
         super().__init__()
         self.head = nn.Linear(dim, output_dim)
-        self.norm = nn.LayerNorm(output_dim)
+        self.norm = LayerNorm(output_dim)
         self.normalize = normalize
 
     def forward(self, x: Tensor) -> Tensor:
@@ -250,7 +250,7 @@ class VideoMambaPretrain(VideoMamba):
         self.include_last = include_last
         self.decoders = nn.ModuleList(Decoder(self.embed_dim, output_dim, normalize) for _ in self.taps)
         self.pool_type = pool_type
-        self.pool_norm = nn.LayerNorm(self.embed_dim) if pool_type else None
+        self.pool_norm = LayerNorm(self.embed_dim) if pool_type else None
         for decoder in self.decoders:
             trunc_normal_(decoder.head.weight, std=0.02)
             nn.init.zeros_(decoder.head.bias)

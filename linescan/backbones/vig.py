@@ -20,7 +20,7 @@ from ..layers.blocks import Block, Stage
 from ..layers.gla import BiGLA
 from ..layers.linear import init_linear, trunc_normal_
 from ..layers.mlp import GatedMlp, Mlp
-from ..layers.norm import RMSNorm
+from ..layers.norm import LayerNorm, RMSNorm
 from ..layers.stems import ConvDownsample, ConvStem, PatchMerging
 from ..layers.tracing import opaque
 from .contract import HierarchicalBackbone, PlainBackbone, check_images, register
@@ -210,7 +210,7 @@ class HierViG(HierarchicalBackbone):
             )
             for i, dim in enumerate(dims)
         )
-        self.norm = nn.LayerNorm(self.num_features)
+        self.norm = LayerNorm(self.num_features)
         self.init_head(num_classes, global_pool, drop_rate)
         self.init_weights()
 

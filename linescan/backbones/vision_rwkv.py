@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..checkpoint import rename
 from ..errors import InputError, known
 from ..layers.linear import init_linear, trunc_normal_
+from ..layers.norm import LayerNorm
 from ..layers.rwkv import HEAD_DIM, ChannelMix, Place, QuadShift, RWKVBlock, SpatialMix, SpatialMix6, from_official
 from ..layers.stems import PatchConv2d, pad_to_multiple
 from .contract import DenseForm, PlainBackbone, check_images, register
@@ -99,7 +100,7 @@ class VisionRWKV(PlainBackbone):
             )
             for place, rate in zip(places, calculate_drop_path_rates(drop_path_rate, depth))
         )
-        self.norm = nn.LayerNorm(embed_dim)
+        self.norm = LayerNorm(embed_dim)
         self.init_head(num_classes, global_pool, drop_rate)
         self.init_weights()
 

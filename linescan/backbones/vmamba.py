@@ -20,6 +20,7 @@ from ..errors import InputError, known
 from ..layers.blocks import Block, Stage
 from ..layers.linear import init_linear, trunc_normal_
 from ..layers.mlp import GatedMlp, Mlp
+from ..layers.norm import LayerNorm
 from ..layers.s6 import CROSS, S6Scan
 from ..layers.ss2d import SS2D, SS2D_NAMES, CascadeSS2D, SSDScan
 from ..layers.stems import ConvDownsample, ConvStem, PatchMerging, PatchStem
@@ -192,7 +193,7 @@ class VMamba(HierarchicalBackbone):
             )
             for i, (dim, depth) in enumerate(zip(self.dims, depths))
         )
-        self.norm = nn.LayerNorm(self.num_features)
+        self.norm = LayerNorm(self.num_features)
         self.init_head(num_classes, global_pool, drop_rate)
         self.init_weights()
 

@@ -26,6 +26,7 @@ from ..errors import InputError
 from ..layers.blocks import Stage
 from ..layers.channel_attention import ResidualStateSpaceBlock
 from ..layers.linear import init_linear, linear
+from ..layers.norm import LayerNorm
 from ..layers.pyramid import resize
 from ..layers.s6 import S6Scan
 from ..layers.ss2d import SS2D_NAMES
@@ -58,7 +59,7 @@ class CrossMamba(nn.Module):
         self.conv = depthwise(inner, 3)
         self.act = nn.SiLU()
         self.ssm = nn.ModuleList(S6Scan(inner, "row", d_state, math.ceil(dim / 16)) for _ in range(2))
-        self.out_norm = nn.ModuleList(nn.LayerNorm(inner) for _ in range(2))
+        self.out_norm = nn.ModuleList(LayerNorm(inner) for _ in range(2))
         self.out_proj = nn.ModuleList(nn.Linear(inner, dim, bias=False) for _ in range(2))
 
     def forward(self, rgb: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,7 +98,7 @@ class ConcatMamba(nn.Module):
         self.conv = nn.ModuleList(depthwise(inner, 3) for _ in range(2))
         self.act = nn.SiLU()
         self.ssm = S6Scan(inner, "row, -row", d_state, math.ceil(dim / 16))
-        self.out_norm = nn.ModuleList(nn.LayerNorm(inner) for _ in range(2))
+        self.out_norm = nn.ModuleList(LayerNorm(inner) for _ in range(2))
         self.gate = nn.ModuleList(
             nn.Sequential(
                 nn.Linear(inner, inner // reduction, bias=False),
@@ -194,7 +195,7 @@ class PatchExpand(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.expand = nn.Linear(dim, 2 * dim, bias=False)
-        self.norm = nn.LayerNorm(dim // 2)
+        self.norm = LayerNorm(dim // 2)
 
     def forward(self, x: Tensor) -> Tensor:
         x = linear(self.expand, x).unflatten(-1, (2, 2, -1))  # (B, H, W, 2, 2, dim / 2)
@@ -207,7 +208,7 @@ class Upsample(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.linear = nn.Linear(dim, dim // 2, bias=False)
-        self.norm = nn.LayerNorm(dim // 2)
+        self.norm = LayerNorm(dim // 2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(double(linear(self.linear, x)))
@@ -220,7 +221,7 @@ class FinalUpsample(nn.Module):
         super().__init__()
         self.linear1 = nn.Linear(dim, dim, bias=False)
         self.linear2 = nn.Linear(dim, dim, bias=False)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(double(linear(self.linear2, double(linear(self.linear1, x)))))
@@ -252,7 +253,7 @@ class SigmaDecoder(nn.Module):
             for i, depth in enumerate(depths)
         )
         self.upsamples = nn.ModuleList(Upsample(2 * 2**i * dim) for i in range(2))
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
         self.up = FinalUpsample(dim)
         self.output = nn.Conv2d(dim, num_classes, 1, bias=False)
         self.apply(init_linear)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, known
 from .linear import linear, trunc_normal_
+from .norm import LayerNorm
 
 __all__ = ["MSDeformableAttention", "SpatialPrior", "ViTAdapter", "deformable_attention", "reference_points"]
 
@@ -124,8 +125,8 @@ class Injector(nn.Module):
 
     def __init__(self, dim: int, **attention):
         super().__init__()
-        self.query_norm = nn.LayerNorm(dim, eps=1e-6)
-        self.feat_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.query_norm = LayerNorm(dim, eps=1e-6)
+        self.feat_norm = LayerNorm(dim, eps=1e-6)
         self.attn = MSDeformableAttention(dim, n_levels=3, **attention)
         self.gamma = nn.Parameter(torch.zeros(dim))
 
@@ -164,10 +165,10 @@ class Extractor(nn.Module):
 
     def __init__(self, dim: int, ffn_ratio: float, drop_path: float, **attention):
         super().__init__()
-        self.query_norm = nn.LayerNorm(dim, eps=1e-6)
-        self.feat_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.query_norm = LayerNorm(dim, eps=1e-6)
+        self.feat_norm = LayerNorm(dim, eps=1e-6)
         self.attn = MSDeformableAttention(dim, n_levels=1, **attention)
-        self.ffn_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.ffn_norm = LayerNorm(dim, eps=1e-6)
         self.ffn = PyramidMlp(dim, int(dim * ffn_ratio))
         self.drop_path = DropPath(drop_path)
 

@@ -13,7 +13,7 @@ from timm.models import checkpoint, register_notrace_module
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .norm import layer_norm
+from .norm import LayerNorm
 from .stems import plus_depthwise
 
 __all__ = ["Block", "Stage", "TokenMixer", "run"]
@@ -98,7 +98,7 @@ class Block(nn.Module):
         dim: int,
         mixer: nn.Module,
         mlp: nn.Module | None = None,
-        norm_layer: Callable = nn.LayerNorm,
+        norm_layer: Callable = LayerNorm,
         post_norm: bool = False,
         scale_layer: Callable | None = None,
         cpe_layer: Callable | None = None,
@@ -144,8 +144,7 @@ class Block(nn.Module):
         self, x: Tensor, norm: nn.Module, layer: nn.Module, scale: nn.Module | None, *context, **options
     ) -> Tensor:
         """What a branch adds to the stream."""
-        y = layer(x if self.post_norm else layer_norm(norm, x), *context, **options)
-        y = layer_norm(norm, y) if self.post_norm else y
+        y = norm(layer(x, *context, **options)) if self.post_norm else layer(norm(x), *context, **options)
         return y if scale is None else scale(y)
 
     def without_mlp(self) -> None:

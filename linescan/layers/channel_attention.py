@@ -6,6 +6,7 @@ import torch
 from timm.layers import DropPath, SqueezeExcite
 from torch import Tensor, nn
 
+from .norm import LayerNorm
 from .ss2d import SS2D
 from .stems import ChannelsFirst
 
@@ -58,7 +59,7 @@ class ResidualStateSpaceBlock(nn.Module):
     ):
         super().__init__()
         self.skip1, self.skip2 = (nn.Parameter(torch.ones(dim)) for _ in range(2))
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.norm1, self.norm2 = LayerNorm(dim), LayerNorm(dim)
         self.mixer = SS2D(dim, expand=expand, d_state=d_state)
         self.attention = ChannelAttentionBlock(dim, light, gate_layer)
         self.drop_path = DropPath(drop_path)

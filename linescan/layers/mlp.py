@@ -6,6 +6,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from .linear import linear
+from .norm import LayerNorm
 from .stems import depthwise, plus_depthwise
 
 __all__ = ["ConvGatedMlp", "ConvMlp", "DepthwiseMlp", "GatedMlp", "Mlp"]
@@ -112,7 +113,7 @@ class ConvGatedMlp(Mlp):
 
     def __init__(self, dim: int, hidden: int, *args, kernel_size: int = 5, **kwargs):
         super().__init__(dim, hidden, *args, **kwargs)
-        self.norm = nn.LayerNorm(hidden)
+        self.norm = LayerNorm(hidden)
         self.dwconv = depthwise(hidden, kernel_size)
 
     def activate(self, x: Tensor) -> Tensor:

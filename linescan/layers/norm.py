@@ -1,16 +1,15 @@
-"""Norms that compute in float32 whatever the stream's dtype, and layer norm on the fast path of a CPU."""
+"""Norms that compute in float32 whatever the stream's dtype, on a CPU in a kernel where no gradient is wanted."""
 
 import torch
 import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from .._compat import is_observed
 from ..scans.kernels import cpu
 from ..scans.recurrence import is_plain, precise, wants_gradient
 from .tracing import opaque
 
-__all__ = ["RMSNorm", "RowNorm", "at_least_float32", "layer_norm"]
+__all__ = ["LayerNorm", "RMSNorm", "RowNorm", "at_least_float32"]
 
 
 @opaque
@@ -19,24 +18,18 @@ def at_least_float32(x: Tensor) -> Tensor:
     return precise(x)
 
 
-def layer_norm(layer: nn.Module, x: Tensor) -> Tensor:
-    """`layer(x)`; where no gradient is wanted a kernel computes an `nn.LayerNorm` that nothing observes.
+@register_notrace_module
+class LayerNorm(nn.LayerNorm):
+    """torch's, (..., C) -> (..., C); on a CPU a kernel computes it where no gradient is wanted."""
 
-    Args:
-        layer: an `nn.LayerNorm`, or what stands in its place.
-        x: (..., C).
-
-    Returns:
-        (..., C), or what the layer gives.
-    """
-    if type(layer) is nn.LayerNorm:
-        inputs = x, layer.weight, layer.bias
-        if is_plain(inputs) and not wants_gradient(inputs) and not is_observed(layer):
+    def forward(self, x: Tensor) -> Tensor:
+        inputs = x, self.weight, self.bias
+        if is_plain(inputs) and not wants_gradient(inputs):
             if all(t is not None and t.dtype is x.dtype and t.shape == x.shape[-1:] for t in inputs[1:]):
-                out = cpu.norm(*inputs, layer.eps)
+                out = cpu.norm(*inputs, self.eps)
                 if out is not None:
                     return out
-    return layer(x)
+        return super().forward(x)
 
 
 @register_notrace_module

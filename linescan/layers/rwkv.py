@@ -16,7 +16,7 @@ from ..scans.ops.published import bi_wkv_kernel
 from ..scans.recurrence import is_plain, precise, wants_gradient
 from .blocks import Block, TokenMixer
 from .linear import linear
-from .norm import layer_norm
+from .norm import LayerNorm
 
 __all__ = [
     "ChannelMix",
@@ -172,7 +172,7 @@ class SpatialMix(TokenMixer):
         self.key = nn.Linear(dim, dim, bias=False)
         self.value = nn.Linear(dim, dim, bias=False)
         self.receptance = nn.Linear(dim, dim, bias=False)
-        self.key_norm = nn.LayerNorm(dim) if key_norm else nn.Identity()
+        self.key_norm = LayerNorm(dim) if key_norm else nn.Identity()
         self.output = nn.Linear(dim, dim, bias=False)
 
     def project(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,7 +188,7 @@ class SpatialMix(TokenMixer):
     def mix_tokens(self, x: Tensor, grid: tuple[int, int], **options) -> tuple[Tensor, None]:
         k, v, r = self.project(x, grid)
         y, state = self.scan(k, v, **options)
-        return linear(self.output, torch.sigmoid(r) * layer_norm(self.key_norm, y)), state
+        return linear(self.output, torch.sigmoid(r) * self.key_norm(y)), state
 
 
 class KernelMix(SpatialMix):
@@ -241,7 +241,7 @@ class SpatialMix6(TokenMixer):
         self.key = nn.Linear(dim, dim, bias=False)
         self.value = nn.Linear(dim, dim, bias=False)
         self.gate = nn.Linear(dim, dim, bias=False)
-        self.key_norm = nn.LayerNorm(dim) if key_norm else nn.Identity()
+        self.key_norm = LayerNorm(dim) if key_norm else nn.Identity()
         self.head_norm = nn.GroupNorm(self.num_heads, dim)
         self.output = nn.Linear(dim, dim, bias=False)
 
@@ -280,7 +280,7 @@ class SpatialMix6(TokenMixer):
     def mix_tokens(self, x: Tensor, grid: tuple[int, int], **options) -> tuple[Tensor, None]:
         r, k, v, w, gate = self.project(x, grid)
         y, state = self.scan(r, k, v, w, **options)
-        return linear(self.output, self.norm_heads(layer_norm(self.key_norm, y.flatten(2)), gate)), state
+        return linear(self.output, self.norm_heads(self.key_norm(y.flatten(2)), gate)), state
 
 
 @register_notrace_module
@@ -302,7 +302,7 @@ class ChannelMix(nn.Module):
         self.mix_k = nn.Parameter(ramp(dim, place.left)[None, None])
         self.mix_r = nn.Parameter(ramp(dim, place.left)[None, None])
         self.key = nn.Linear(dim, hidden, bias=False)
-        self.key_norm = nn.LayerNorm(hidden) if key_norm else nn.Identity()
+        self.key_norm = LayerNorm(hidden) if key_norm else nn.Identity()
         self.receptance = nn.Linear(dim, dim, bias=False)
         self.value = nn.Linear(hidden, dim, bias=False)
 
@@ -312,7 +312,7 @@ class ChannelMix(nn.Module):
         own = is_plain((k,)) and not k.requires_grad and type(self.key) is nn.Linear and not is_observed(self.key)
         k = F.relu(k, inplace=own)  # half of the time where nobody else has these numbers
         k = k.square() if k.requires_grad else k.square_()
-        return torch.sigmoid(r) * linear(self.value, layer_norm(self.key_norm, k))
+        return torch.sigmoid(r) * linear(self.value, self.key_norm(k))
 
 
 class RWKVBlock(Block):
@@ -328,11 +328,11 @@ class RWKVBlock(Block):
 
     def __init__(self, dim: int, *args, pre_norm: bool = False, **kwargs):
         super().__init__(dim, *args, **kwargs)
-        self.pre_norm = nn.LayerNorm(dim) if pre_norm else nn.Identity()
+        self.pre_norm = LayerNorm(dim) if pre_norm else nn.Identity()
 
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None, **options):
         """x (B, H * W + classes, dim), grid (H, W) -> the stream after the block; a `TokenShift` needs no grid."""
-        return super().forward(layer_norm(self.pre_norm, x), grid, **options)
+        return super().forward(self.pre_norm(x), grid, **options)
 
 
 # -- files of the authors ----------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from ..scans.multi_route import MultiRoute
 from ..scans.routes import RouteLike
 from .blocks import TokenMixer
 from .linear import linear
-from .norm import layer_norm
+from .norm import LayerNorm
 from .s6 import CROSS, S6Scan, init_dt_bias, simple_init
 from .stems import depthwise
 
@@ -125,10 +125,10 @@ class _OverPositions(nn.Module):
 
 
 OUT_NORMS: dict[str | None, Callable[[int], nn.Module]] = {
-    "norm": nn.LayerNorm,
+    "norm": LayerNorm,
     "none": lambda dim: nn.Identity(),
     "dwconv3": lambda dim: depthwise(dim, 3, bias=False),
-    "cnorm": lambda dim: nn.Sequential(nn.LayerNorm(dim), depthwise(dim, 3, bias=False)),
+    "cnorm": lambda dim: nn.Sequential(LayerNorm(dim), depthwise(dim, 3, bias=False)),
     "softmax": lambda dim: _OverPositions(),
     "sigmoid": lambda dim: nn.Sigmoid(),
 }
@@ -205,7 +205,7 @@ class SS2D(TokenMixer):
         if self.gate is not None:
             x, z = x.chunk(2, -1)
         y, state = self.scan(self.act(self.conv(x)), *context, **options)
-        y = self.out_act(layer_norm(self.out_norm, y))
+        y = self.out_act(self.out_norm(y))
         if z is not None:
             y = y * self.gate(z)
         return self.drop(linear(self.out_proj, y)).flatten(1, 2), state
@@ -289,7 +289,7 @@ class MultiHeadScan(TokenMixer):
             raise InputError(f"{dim} channels do not divide into {len(routes)} heads")
         self.in_proj = nn.Linear(dim, width * len(routes), bias=False)
         self.heads = nn.ModuleList(S6Scan(width, own, d_state, dt_rank, init, merge=merge) for own in routes)
-        self.norm = nn.LayerNorm(width * len(routes)) if project else nn.Identity()
+        self.norm = LayerNorm(width * len(routes)) if project else nn.Identity()
         self.out_proj = nn.Linear(width * len(routes), dim, bias=False) if project else nn.Identity()
 
     def mix_tokens(
@@ -311,7 +311,7 @@ class MultiHeadScan(TokenMixer):
             for head, one, table, state in zip(self.heads, inputs, tables, states)
         ]
         merged, last = zip(*each)
-        return linear(self.out_proj, layer_norm(self.norm, torch.cat(merged, -1))), torch.cat(last, 1)
+        return linear(self.out_proj, self.norm(torch.cat(merged, -1))), torch.cat(last, 1)
 
 
 class MapScan(S6Scan):

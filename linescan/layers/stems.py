@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .._compat import is_observed
 from ..scans.recurrence import is_plain
 from .linear import linear
-from .norm import layer_norm
+from .norm import LayerNorm
 from .tracing import opaque
 
 __all__ = [
@@ -193,10 +193,10 @@ class PatchStem(nn.Module):
     def __init__(self, in_chans: int, dim: int, patch_size: int = 4, kernel_size: int | None = None, padding: int = 0):
         super().__init__()
         self.conv = PatchConv2d(in_chans, dim, kernel_size or patch_size, patch_size, padding)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(self.norm, self.conv(x).permute(0, 2, 3, 1))
+        return self.norm(self.conv(x).permute(0, 2, 3, 1))
 
 
 class ConvStem(nn.Module):
@@ -214,14 +214,14 @@ class ConvStem(nn.Module):
     def __init__(self, in_chans: int, dim: int, kernel_size: int = 3, stride: int = 2, act_layer: type = nn.GELU):
         super().__init__()
         self.conv1 = PatchConv2d(in_chans, dim // 2, kernel_size, stride, 1)
-        self.norm1 = nn.LayerNorm(dim // 2)
+        self.norm1 = LayerNorm(dim // 2)
         self.act = act_layer()
         self.conv2 = MapConv2d(dim // 2, dim, 3, 2, 1)
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.act(layer_norm(self.norm1, self.conv1(x).permute(0, 2, 3, 1)))
-        return layer_norm(self.norm2, self.conv2(x))
+        x = self.act(self.norm1(self.conv1(x).permute(0, 2, 3, 1)))
+        return self.norm2(self.conv2(x))
 
 
 @register_notrace_module
@@ -234,14 +234,14 @@ class PatchMerging(nn.Module):
 
     def __init__(self, dim: int, out_dim: int):
         super().__init__()
-        self.norm = nn.LayerNorm(4 * dim)
+        self.norm = LayerNorm(4 * dim)
         self.reduction = nn.Linear(4 * dim, out_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
         x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
         x = torch.cat([x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)], -1)
-        return linear(self.reduction, layer_norm(self.norm, x))
+        return linear(self.reduction, self.norm(x))
 
 
 class ConvDownsample(nn.Module):
@@ -256,10 +256,10 @@ class ConvDownsample(nn.Module):
     def __init__(self, dim: int, out_dim: int, kernel_size: int = 3):
         super().__init__()
         self.conv = MapConv2d(dim, out_dim, kernel_size, 2, kernel_size // 2 if kernel_size % 2 else 0)
-        self.norm = nn.LayerNorm(out_dim)
+        self.norm = LayerNorm(out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(self.norm, self.conv(x))
+        return self.norm(self.conv(x))
 
 
 class PatchExpand(nn.Module):
@@ -273,9 +273,9 @@ class PatchExpand(nn.Module):
         super().__init__()
         self.factor = factor
         self.expand = nn.Linear(dim, factor**2 * out_dim, bias=False)
-        self.norm = nn.LayerNorm(out_dim)
+        self.norm = LayerNorm(out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, height, width, _ = x.shape
         x = linear(self.expand, x).view(batch, height, width, self.factor, self.factor, -1).transpose(2, 3)
-        return layer_norm(self.norm, x.reshape(batch, self.factor * height, self.factor * width, -1))
+        return self.norm(x.reshape(batch, self.factor * height, self.factor * width, -1))

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from timm.models import create_feature_extractor
 from torch import nn
 
-from linescan.layers.norm import RMSNorm, layer_norm
+from linescan.layers.norm import LayerNorm, RMSNorm
 from linescan.scans.kernels import cpu
 
 
@@ -32,54 +33,43 @@ def shaken(layer: nn.Module, dtype=torch.float32) -> nn.Module:
 
 @pytest.mark.skipif(cpu.missing() is not None, reason="no kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("make", [nn.LayerNorm, RMSNorm])
-def test_ordinary_norms_take_it(make, dtype, fast):
+@pytest.mark.parametrize("make", [LayerNorm, RMSNorm])
+def test_the_kernel_serves_where_no_gradient_is_wanted(make, dtype, fast):
     layer = shaken(make(48), dtype)
     maps = torch.randn(2, 48, 5, 3, dtype=dtype).permute(0, 2, 3, 1)
     with torch.no_grad():
         for x in (maps, maps.flatten(1, 2), maps[0, 0, 0]):
-            got, want = layer_norm(layer, x), shaken(make(48), dtype).double()(x.double())
+            got, want = layer(x), shaken(make(48), dtype).double()(x.double())
             assert got.dtype is dtype and fast and fast.pop() is got
             torch.testing.assert_close(got.double(), want, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
 
 
-def test_the_rest_goes_the_layers_way(fast):
-    x, layer = torch.randn(3, 48), shaken(nn.LayerNorm(48))
+def test_torch_serves_the_rest(fast):
+    x, layer = torch.randn(3, 48), shaken(LayerNorm(48))
 
     def same(layer, x):
-        assert layer_norm(layer, x).equal(layer(x)) and not fast
+        assert layer(x).equal(nn.LayerNorm.forward(layer, x)) and not fast
 
     same(layer, x)  # which records gradients
     with torch.no_grad():
-        same(nn.Identity(), x)
-        same(nn.LayerNorm(48, elementwise_affine=False), x)
-        same(nn.LayerNorm(48, bias=False), x)
-        same(nn.LayerNorm((3, 48)), x)
-        same(nn.LayerNorm(20), torch.randn(3, 20))  # channels in part vectors
-        same(shaken(nn.LayerNorm(48)).double(), x.double())
+        same(LayerNorm(48, elementwise_affine=False), x)
+        same(LayerNorm(48, bias=False), x)
+        same(LayerNorm((3, 48)), x)
+        same(LayerNorm(20), torch.randn(3, 20))  # channels in part vectors
+        same(shaken(LayerNorm(48)).double(), x.double())
         with torch.autocast("cpu", torch.bfloat16):
             same(layer, x.bfloat16())
         with pytest.raises(RuntimeError, match="normalized_shape"):
-            layer_norm(layer, torch.randn(3, 32))
-        seen = []
-        layer.register_forward_hook(lambda *args: seen.append(args))
-        layer_norm(layer, x)
-        assert len(seen) == 1 and not fast
+            layer(torch.randn(3, 32))
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)
+        traced = torch.jit.trace(layer, x, check_trace=False)  # the check runs the module itself
+        exported = torch.export.export(layer, (x,)).module()
+        for graph in (compiled, traced, exported):
+            assert graph(x).equal(nn.LayerNorm.forward(layer, x)) and not fast
 
 
-def test_traces_see_the_layer(fast):
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.LayerNorm(48)
-
-        def forward(self, x):
-            return layer_norm(self.layer, x)
-
-    net, x = Net(), torch.randn(3, 48)
+def test_symbolic_traces_call_the_layer():
+    graph = create_feature_extractor(nn.Sequential(LayerNorm(48), nn.ReLU()), ["0"])
+    x = torch.randn(3, 48)
     with torch.no_grad():
-        assert [n.target for n in torch.fx.symbolic_trace(net).graph.nodes if n.op == "call_module"] == ["layer"]
-        compiled = torch.compile(net, backend="eager", fullgraph=True)
-        torch.jit.trace(net, x, check_trace=False)  # the check runs the module itself
-        torch.export.export(net, (x,))
-        assert torch.allclose(compiled(x), net.layer(x), atol=1e-6) and not fast
+        assert graph(x)["0"].equal(LayerNorm(48)(x))

@@ -24,7 +24,7 @@ from ...layers.blocks import Block, TokenMixer, run
 from ...layers.linear import linear
 from ...layers.mamba import MambaMixer, stack_routes
 from ...layers.mlp import GatedMlp, Mlp
-from ...layers.norm import RMSNorm, RowNorm
+from ...layers.norm import LayerNorm, RMSNorm, RowNorm
 from ...layers.pos_embed import rotate_pairs
 from ...layers.rwkv import ChannelMix, Place, RWKVBlock, SpatialMix6, TokenShift, from_official
 from ...layers.sparse import Sites, SparseTensor, SubmanifoldConv, from_spconv, scatter, unique_cells
@@ -195,7 +195,7 @@ class TTTMixer(TokenMixer):
         self.start_bias = nn.Parameter(torch.zeros(num_heads, 1, self.head_dim))
         self.weight = nn.Parameter(torch.ones(num_heads, self.head_dim))
         self.bias = nn.Parameter(torch.zeros(num_heads, self.head_dim))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = LayerNorm(dim, eps=1e-6)
         for layer in (self.q_proj, self.k_proj, self.v_proj, self.o_proj, self.rate):
             nn.init.normal_(layer.weight, std=0.02)
         nn.init.zeros_(self.rate.bias)
@@ -248,7 +248,7 @@ def mamba(dim: int, place: Place, drop_path: float, **args) -> nn.Module:
 
 def retnet(dim: int, place: Place, drop_path: float, num_heads: int = 4) -> nn.Module:
     """Retention (arXiv 2307.08621) and an MLP."""
-    norm = partial(nn.LayerNorm, eps=1e-6)
+    norm = partial(LayerNorm, eps=1e-6)
     return Block(dim, RetentionMixer(dim, num_heads), Mlp(dim, 4 * dim), norm, drop_path=drop_path)
 
 
@@ -339,8 +339,8 @@ class VoxelMerging(nn.Module):
         super().__init__()
         self.scale, self.share, self.step, self.diagonals = tuple(scale), share, step, diagonals
         self.conv = SubmanifoldConv(dim, dim)
-        self.norm1 = nn.LayerNorm(dim)
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
 
     def forward(self, x: SparseTensor) -> tuple[SparseTensor, Tensor]:
         """The merged voxels, ascending by (b, x, y, z), and of each voxel, and of each added one, which it went to."""
@@ -400,7 +400,7 @@ class LIONBlock(nn.Module):
         self.pos = nn.ModuleList(PositionMLP(dim) for _ in levels)
         self.merges = nn.ModuleList(VoxelMerging(dim, scale) for scale in scales)
         self.decoder = nn.ModuleList(layer(i % 2 == 1) for i in levels)
-        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in levels)
+        self.norms = nn.ModuleList(LayerNorm(dim) for _ in levels)
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         kept = []

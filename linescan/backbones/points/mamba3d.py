@@ -20,6 +20,7 @@ from ...checkpoint import rename
 from ...errors import InputError, known
 from ...layers.linear import linear
 from ...layers.mamba import MambaMixer, stack_routes
+from ...layers.norm import LayerNorm
 from ...layers.points import Lengths, Patches, gather, knn
 from .contract import PatchBackbone, as_linear, encoder_of, register
 
@@ -46,7 +47,7 @@ class LocalNormPool(nn.Module):
         self.together = together
         self.weight = nn.Parameter(torch.ones(2, dim))  # of what neighbours have more, and of the token itself
         self.bias = nn.Parameter(torch.zeros(2, dim))
-        self.norm = nn.LayerNorm(2 * dim)
+        self.norm = LayerNorm(2 * dim)
         self.proj = nn.Linear(2 * dim, dim)
 
     def no_weight_decay(self) -> set[str]:
@@ -91,9 +92,9 @@ class Mamba3DBlock(nn.Module):
 
     def __init__(self, dim: int, mixer: nn.Module, together: bool, drop_path: float):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
         self.local = LocalNormPool(dim, together)
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
         self.mixer = mixer
         self.drop_path = DropPath(drop_path)
 
@@ -160,7 +161,7 @@ class Mamba3D(PatchBackbone):
 
         rates = calculate_drop_path_rates(drop_path_rate, depth)
         self.blocks = nn.ModuleList(Mamba3DBlock(embed_dim, mixer(), together, rate) for rate in rates)
-        self.norm = nn.LayerNorm(embed_dim)
+        self.norm = LayerNorm(embed_dim)
         self.init_head(num_classes, global_pool, drop_rate)
 
     def embed(self, points: Tensor | Patches, lengths: Lengths = None) -> tuple[Tensor, tuple[int, ...], tuple]:

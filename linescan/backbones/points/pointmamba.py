@@ -18,6 +18,7 @@ from ...checkpoint import rename
 from ...errors import InputError
 from ...layers.blocks import Block, run
 from ...layers.mamba import MambaMixer, stack_routes
+from ...layers.norm import LayerNorm
 from ...layers.points import Lengths, Patches
 from ...scans.routes import point_table
 from .contract import PatchBackbone, as_linear, encoder_of, register
@@ -96,8 +97,8 @@ class PointMamba(PatchBackbone):
             Block(embed_dim, MambaMixer(embed_dim, 1, d_state, d_conv, expand), drop_path=rate) for rate in rates
         )
         self.stream_drop = nn.Dropout(stream_drop_rate)
-        norm = nn.LayerNorm(embed_dim)
-        self.norm = nn.Sequential(norm, nn.LayerNorm(embed_dim)) if first_release else norm
+        norm = LayerNorm(embed_dim)
+        self.norm = nn.Sequential(norm, LayerNorm(embed_dim)) if first_release else norm
         self.init_head(num_classes, global_pool or ("token+avg" if class_token else "avg"), drop_rate)
         self.init_weights()
 

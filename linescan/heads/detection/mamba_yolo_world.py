@@ -27,6 +27,7 @@ from ...layers.conv_module import conv_module
 from ...layers.linear import linear
 from ...layers.mamba import Mamba2Mixer
 from ...layers.mlp import GatedMlp
+from ...layers.norm import LayerNorm
 from ...layers.ss2d import SS2D, SS2D_NAMES, SSDScan
 from ...layers.stems import batch_norm, depthwise
 from ...scans.matmul import project_routes
@@ -193,11 +194,11 @@ class GuidedBlock(nn.Module):
         super().__init__()
         heads = math.ceil(dim / head_dim)
         self.local = LocalConv(dim)
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
         self.mixer = SS2D(
             dim, expand=1, d_state=d_state, dt_rank=heads, act_layer=nn.GELU, scan_layer=GuidedScan, init="v2"
         )
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
         self.mlp = GatedConvMlp(dim, int(4 * dim / 3))
 
     def forward(self, x: Tensor, guide: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ...extras import require
 from ...layers.boxes import Boxes, iou_3d, limit_angle, nms
-from ...layers.norm import RowNorm
+from ...layers.norm import LayerNorm, RowNorm
 from ...layers.sparse import SparseTensor, SubmanifoldConv
 
 __all__ = ["HEADS", "AnchorHead", "BoxHead", "CenterHead", "Grid", "TransFusionHead", "in_float32"]
@@ -576,7 +576,7 @@ class TransFusionHead(BoxHead):
         self.self_attn, self.cross_attn = Attention(dim, num_heads), Attention(dim, num_heads)
         self.query_place, self.key_place = PlaceMLP(dim), PlaceMLP(dim)
         self.linear1, self.linear2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
+        self.norm1, self.norm2, self.norm3 = (LayerNorm(dim) for _ in range(3))
         self.parts = {"center": 2, "height": 1, "dim": 3, "rot": 2} | ({"vel": 2} if velocity else {})
         outs = self.parts | {"iou": 1, "heatmap": num_classes}
         self.predict = nn.ModuleDict(

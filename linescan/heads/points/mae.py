@@ -22,6 +22,7 @@ from ...errors import InputError, known
 from ...layers.blocks import Block, run
 from ...layers.linear import trunc_normal_
 from ...layers.mamba import MambaMixer
+from ...layers.norm import LayerNorm
 from ...layers.points import CentreMLP, Lengths, Patches, gather
 from ...scans.routes import table
 
@@ -85,7 +86,7 @@ class PointMAE(nn.Module):
         self.pos_mlp = CentreMLP(dim)
         rates = calculate_drop_path_rates(drop_path_rate, decoder_depth)
         self.blocks = nn.ModuleList(Block(dim, MambaMixer(dim, 1), drop_path=rate) for rate in rates)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
         self.predict = nn.Linear(dim, 3 * encoder.group_size)
         self.grad_checkpointing = False
         self.init_weights()

@@ -20,6 +20,7 @@ from ...backbones.contract import check_images
 from ...backbones.rwkvsam import RWKVSAM
 from ...checkpoint import rename, strip_prefix
 from ...errors import InputError
+from ...layers.norm import LayerNorm
 from ...zoo import register
 
 __all__ = ["ImageFeatures", "MaskDecoder", "PromptEncoder", "RWKVSAMPrompter"]
@@ -186,7 +187,7 @@ class TwoWayBlock(nn.Module):
         self.to_image = Attention(dim, dim // 2)
         self.to_tokens = Attention(dim, dim // 2)
         self.mlp = Perceptron(dim, hidden, dim)
-        self.norm1, self.norm2, self.norm3, self.norm4 = (nn.LayerNorm(dim) for _ in range(4))
+        self.norm1, self.norm2, self.norm3, self.norm4 = (LayerNorm(dim) for _ in range(4))
         self.to_image.attend_to_alike()
         self.to_tokens.attend_to_alike()
 
@@ -229,7 +230,7 @@ class MaskDecoder(nn.Module):
         self.blocks = nn.ModuleList(TwoWayBlock(dim, hidden, i == 0) for i in range(depth))
         self.last = Attention(dim, dim // 2)
         self.last.attend_to_alike()
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
         self.upscale = nn.Sequential(
             nn.ConvTranspose2d(dim, quarter, 2, 2),
             layer_norm2d(quarter),

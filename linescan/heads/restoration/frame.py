@@ -17,6 +17,7 @@ from ...checkpoint import fit_shapes, rename
 from ...errors import InputError, known
 from ...layers.blocks import Stage
 from ...layers.linear import init_linear
+from ...layers.norm import LayerNorm
 from ...layers.stems import MapConv2d, mirror_to_multiple
 
 __all__ = ["HEADS", "Group", "RestorationFrame", "residual_conv"]
@@ -153,11 +154,11 @@ class RestorationFrame(nn.Module):
         mean = (0.4488, 0.4371, 0.4040) if in_chans == 3 else (0.0,) * in_chans
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.conv_first = _conv(in_chans, embed_dim)
-        self.patch_norm = nn.LayerNorm(embed_dim) if patch_norm else nn.Identity()
+        self.patch_norm = LayerNorm(embed_dim) if patch_norm else nn.Identity()
         self.groups = nn.ModuleList(
             Group(embed_dim, group(i, depth), resi_connection) for i, depth in enumerate(depths)
         )
-        self.norm = nn.LayerNorm(embed_dim)
+        self.norm = LayerNorm(embed_dim)
         self.conv_after_body = residual_conv(embed_dim, resi_connection)
         self.head = HEADS[known("upsampler", upsampler, HEADS)](embed_dim, in_chans, upscale)
         self.apply(init_linear)

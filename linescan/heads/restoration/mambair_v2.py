@@ -19,7 +19,7 @@ from ...layers.attention import ShiftedWindowAttention
 from ...layers.blocks import Block, TokenMixer
 from ...layers.linear import linear
 from ...layers.mlp import ConvGatedMlp, ConvMlp
-from ...layers.norm import at_least_float32
+from ...layers.norm import LayerNorm, at_least_float32
 from ...layers.s6 import S6Scan
 from ...layers.ss2d import SS2D_NAMES
 from ...layers.stems import depthwise
@@ -89,7 +89,7 @@ class AttentiveScan(TokenMixer):
         self.class_embed = nn.Parameter(torch.empty(num_tokens, inner_rank).uniform_(-1 / num_tokens, 1 / num_tokens))
         self.state_embed = nn.Parameter(torch.empty(inner_rank, d_state).uniform_(-1 / inner_rank, 1 / inner_rank))
         self.ssm = S6Scan(hidden, 1, d_state)
-        self.norm = nn.LayerNorm(hidden)
+        self.norm = LayerNorm(hidden)
         self.out_proj = nn.Linear(hidden, dim)
 
     def no_weight_decay(self) -> set[str]:
