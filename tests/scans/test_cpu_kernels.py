@@ -887,6 +887,15 @@ def test_norms(centred, gated, heads, channels, instructions):
 
 
 @compiled
+@pytest.mark.parametrize("spread", [0, 1e-3, 1])
+def test_a_norm_of_rows_far_from_zero_is_exact(spread, instructions):
+    torch.manual_seed(0)
+    x, (weight, bias) = 300 + spread * torch.randn(40, 96), torch.randn(2, 96)
+    exact = F.layer_norm(x.double(), (96,), weight.double(), bias.double(), 1e-5)
+    torch.testing.assert_close(cpu.norm(x, weight, bias, 1e-5).double(), exact, rtol=0, atol=5e-6)
+
+
+@compiled
 def test_rotations_and_gates_of_channels(instructions):
     torch.manual_seed(0)
     x, (cos, sin) = torch.randn(2, 5, 3, 48)[..., 16:], torch.randn(2, 5, 1, 32)

@@ -73,15 +73,15 @@ static void norm_rows(const Norm& s, int64_t begin, int64_t end) {
     for (int64_t t = 0; t < count; ++t, x += D, y += D, gate += GATED ? D : 0) {
       const int64_t channel = (first + t) % groups * D;
       const float *weight = s.weight + channel, *bias = CENTRED ? s.bias + channel : nullptr;
-      const auto sum = [&](auto f) LINESCAN_STAGE { return over_row(D, f) / D; };
-      const float mean = CENTRED ? sum([&](int64_t c) LINESCAN_STAGE { return load(x + c); }) : 0.0f;
-      const float square = sum([&](int64_t c) LINESCAN_STAGE {
-        const V centred = CENTRED ? load(x + c) - mean : load(x + c);
-        return centred * centred;
-      });
-      const float scale = 1.0f / std::sqrt(square + s.eps);
+      const auto mean_of = [&](auto f) LINESCAN_STAGE { return over_row(D, f) * (1.0f / D); };
+      const float mean = CENTRED ? mean_of([&](int64_t c) LINESCAN_STAGE { return load(x + c); }) : 0.0f;
+      const auto centred = [&](int64_t c) LINESCAN_STAGE { return CENTRED ? load(x + c) - mean : load(x + c); };
+      // The mean is rounded: what is left has one, too, which counts where a row stands far from zero.
+      const float rest = CENTRED ? mean_of(centred) : 0.0f;
+      const float square = mean_of([&](int64_t c) LINESCAN_STAGE { return centred(c) * centred(c); });
+      const float variance = square > rest * rest ? square - rest * rest : 0.0f, scale = 1.0f / std::sqrt(variance + s.eps);
       for (int64_t c = 0; c < D; c += W) {
-        V normed = (CENTRED ? load(x + c) - mean : load(x + c)) * scale * load(weight + c);
+        V normed = (centred(c) - rest) * scale * load(weight + c);
         if constexpr (CENTRED) normed += load(bias + c);
         if constexpr (GATED) {
           const V open = load(gate + c);
