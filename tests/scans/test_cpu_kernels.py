@@ -924,6 +924,9 @@ def test_channel_attention(dtype, instructions):
 def test_kernels_between_products_leave_the_rest_to_torch():
     x, weight = torch.randn(2, 5, 24), torch.randn(24)
     assert cpu.norm(x, weight, None, 1e-5) is None, "channels in part vectors"
+    whole, of_whole = torch.randn(2, 5, 32), torch.randn(32)
+    assert cpu.norm(whole, of_whole, None, 1e-5, gate=whole.bfloat16()) is None, "two dtypes"
+    assert cpu.norm(whole.long(), of_whole, None, 1e-5) is None, "integers"
     assert cpu.shift_blend(x.double(), weight.double()[None, None], (1, 5), 1, 0.25, 1, True) is None
     assert cpu.shift_blend(x.bfloat16(), weight[None, None], (1, 5), 1, 0.25, 1, True) is None, "two dtypes"
     assert cpu.rotate(x.repeat(1, 1, 2), *torch.randn(2, 3, 48)) is None, "tables of other places"

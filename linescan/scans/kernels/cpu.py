@@ -118,6 +118,12 @@ def _supports(*args) -> bool:
     return _missing is None
 
 
+def _alike(*tensors) -> bool:
+    """Whether all are of one dtype, float32 or half precision; None is no tensor."""
+    dtype = tensors[0].dtype
+    return dtype in _DTYPES and all(x is None or x.dtype is dtype for x in tensors)
+
+
 def _check(op: Recurrence, *args) -> None:
     """For calls that ask for the kernel by name."""
     if _missing is not None:
@@ -445,7 +451,7 @@ def _map_inputs(q, k, v, bias, *others):
 
 def neighborhood_attention(q, k, v, window, dilation, bias, scale) -> Tensor | None:
     """`linescan.layers.neighborhood`'s, of checked arguments, without gradients; None where no kernel serves."""
-    if not (q.dtype == k.dtype == v.dtype and q.dtype in _DTYPES and _supports(q, k, v, bias)):
+    if not (_alike(q, k, v) and _supports(q, k, v, bias)):
         return None
     y = v.new_empty(v.shape)
     inputs = *(x.flatten(1, 2) for x in (q, k, v)), bias, q.shape[2], *window, *dilation, scale
@@ -508,8 +514,7 @@ def shift_blend(x, mix, grid, heads: int, gamma: float, pixels: int, own: bool, 
     Returns:
         (K, B, L, C).
     """
-    tensors = (x, mix) if added is None else (x, mix, added)
-    if x.dtype not in _DTYPES or any(t.dtype is not x.dtype for t in tensors) or not _supports(*tensors):
+    if not (_alike(x, mix, added) and _supports(x, mix, added)):
         return None
     out = x.new_empty(len(mix), *x.shape) if added is None else added
     others = *grid, heads, gamma, pixels, own, added is not None, out
@@ -521,12 +526,12 @@ def norm(x, weight, bias, eps: float, heads: int = 1, gate=None, dtype=None) -> 
     """Layer norm of x (..., C) in `heads` groups of channels, root-mean-square norm without a `bias`; likewise.
 
     Args:
-        x: in half precision, too, as all of them.
-        weight, bias: (C).
-        gate: (..., C); the result is multiplied by silu(gate).
+        x: in half precision, too.
+        weight, bias: (C), likewise.
+        gate: (..., C), in x's dtype; the result is multiplied by silu(gate).
         dtype: of the result, by default that of x.
     """
-    if x.shape[-1] % (16 * heads) or not _supports(x, weight, bias, gate):
+    if x.shape[-1] % (16 * heads) or not (_alike(x, gate) and _supports(x, weight, bias, gate)):
         return None
     out = x.new_empty(x.shape, dtype=dtype)
     inputs = (t if t is None else t.contiguous() for t in (x, weight, bias, gate))
